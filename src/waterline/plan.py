@@ -51,6 +51,7 @@ class Replica(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_batch: int  # requests decoded together, at most
     cache_tokens: int  # tokens the KV cache holds, over all requests
     requests_per_s: float  # it sustains at its SLO
+    tokens_per_s: float  # prompt and output together, at that rate
     ttft_s: float  # expected at that rate
     tpot_s: float
     usd_per_hour: float
