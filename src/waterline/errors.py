@@ -88,6 +88,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(set(known))
     close = get_close_matches(name.lower(), [known_name.lower() for known_name in names], n=3, cutoff=0.5)
     offered = [known_name for known_name in names if known_name.lower() in close] or names[:8]
-    return "Did you mean " + " or ".join(f"'{offer}'" for offer in offered) + "?" if close else (
-        "Known: " + ", ".join(offered) + (", …" if len(names) > len(offered) else "") + "."
+    return (
+        "Did you mean " + " or ".join(f"'{offer}'" for offer in offered) + "?"
+        if close
+        else ("Known: " + ", ".join(offered) + (", …" if len(names) > len(offered) else "") + ".")
     )

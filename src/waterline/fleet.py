@@ -7,11 +7,10 @@ traces that are there; every error names the file, the key and what to write ins
 import re
 import tomllib
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Literal, get_args
+from typing import Annotated, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct
 
 from waterline import catalog
 from waterline.errors import FleetFileError, UnknownNameError, WaterlineError, nearest
@@ -105,3 +104,20 @@ class Fleet(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def tenant(self, name: str) -> Tenant:
         return _named("tenant", name, self.tenants)
+
+    def llm_of(self, model: Model) -> Llm:
+        return catalog.load_model(model.weights, Path())
+
+    def gpu_of(self, pool: Pool) -> Gpu:
+        return catalog.find_gpu(pool.gpu)
+
+
+Part = TypeVar("Part", Pool, Model, Tenant)
+
+
+def _named(kind: str, name: str, parts: tuple[Part, ...]) -> Part:
+    for part in parts:
+        if part.name == name:
+            return part
+    known = [part.name for part in parts]
+    raise UnknownNameError(f"the fleet has no {kind} '{name}'. {nearest(name, known)}")

@@ -62,6 +62,8 @@ class ModelPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     model: str
     requests_per_s: float  # the demand planned for: the peak hour, over all tenants
+    prompt_tokens: int  # mean of that demand: what a request is expected to be before it has told
+    output_tokens: int
     replicas: int
     gpus: int
     usd_per_hour: float

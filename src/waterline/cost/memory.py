@@ -77,8 +77,7 @@ def activation_bytes(llm: Llm, layout: Layout, step_tokens: int) -> int:
     The logits are those of a full batch in 32 bits, which is what the profiling run of an engine reserves for.
     """
     widest = max(
-        (group.intermediate * max(1, group.experts_per_token) + group.shared_intermediate)
-        for group in llm.feed_forward
+        (group.intermediate * max(1, group.experts_per_token) + group.shared_intermediate) for group in llm.feed_forward
     )
     per_token = ACTIVATION_BYTES * (4 * llm.hidden + 2 * widest / layout.tp)
     logits = 4 * min(step_tokens, 256) * llm.vocabulary / layout.tp

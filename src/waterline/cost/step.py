@@ -12,7 +12,6 @@ exact whatever their order, which is what lets a rehearsal skip steps without ch
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 from waterline import catalog
 from waterline.catalog.engines import EngineProfile, find_engine
@@ -122,7 +121,6 @@ def step_cost(llm: Llm, gpu: Gpu, layout: Layout, precision: str, engine: Engine
     )
 
 
-@lru_cache(maxsize=1024)
 def replica_step_cost(fleet: Fleet, replica: Replica) -> StepCost:
     """Price the steps of a planned replica."""
     return step_cost(

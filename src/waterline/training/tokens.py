@@ -1,7 +1,7 @@
 """How a conversation becomes tokens: one per byte of UTF-8, and five marks.
 
-    <|user|>What is 347 * 586?<|assistant|><think>347*586…</think>203342<|end|>
-    <|user|>What is 347 * 586?<|assistant|><think></think>203342<|end|>          with thinking off
+<|user|>What is 347 * 586?<|assistant|><think>347*586…</think>203342<|end|>
+<|user|>What is 347 * 586?<|assistant|><think></think>203342<|end|>          with thinking off
 """
 
 from typing import Final

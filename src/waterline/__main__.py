@@ -1,0 +1,3 @@
+from waterline.cli import main
+
+main()
