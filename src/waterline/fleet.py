@@ -6,16 +6,20 @@ traces that are there; every error names the file, the key and what to write ins
 
 import re
 import tomllib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from waterline import catalog
 from waterline.errors import FleetFileError, UnknownNameError, WaterlineError, nearest
 from waterline.hardware import Gpu
 from waterline.llm import PRECISIONS, Llm
+from waterline.units import GIGA
 from waterline.workload import Slo
 
 HOURS = 24
@@ -69,7 +73,7 @@ class Demand(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tenant: str = ""  # "": the only tenant
     model: str = ""  # "": the only model
     trace: str = ""  # a file beside the fleet file
-    requests_per_s: Rate | Annotated[tuple[Rate, ...], Meta(min_length=HOURS, max_length=HOURS)] | None = None
+    requests_per_s: Rate | tuple[Rate, ...] | None = None  # all day, or of each hour
     prompt_tokens: Count = 1000  # mean
     output_tokens: Count = 200  # mean
 
@@ -121,3 +125,216 @@ def _named(kind: str, name: str, parts: tuple[Part, ...]) -> Part:
             return part
     known = [part.name for part in parts]
     raise UnknownNameError(f"the fleet has no {kind} '{name}'. {nearest(name, known)}")
+
+
+def default_slo(llm: Llm) -> Slo:
+    """Return what people expect of a model of this size: the smaller, the snappier.
+
+    Reading speed is about 5 words a second (0.15 s a token); everything here is faster than that.
+    """
+    if llm.active_parameters < 15 * GIGA:
+        return Slo(ttft_s=1.0, tpot_s=0.05)
+    if llm.active_parameters < 80 * GIGA and llm.parameters < 300 * GIGA:
+        return Slo(ttft_s=2.0, tpot_s=0.075)
+    return Slo(ttft_s=5.0, tpot_s=0.1)
+
+
+def default_precisions(llm: Llm) -> tuple[str, ...]:
+    """Return the published precision, and for fp8 also int8: the same size on cards without fp8 units."""
+    return (llm.precision, "int8") if llm.precision == "fp8" else (llm.precision,)
+
+
+def load_fleet(path: Path) -> Fleet:
+    """Read, check and complete a fleet file. Raises FleetFileError, UnknownNameError or ModelFormatError."""
+    try:
+        data = tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise FleetFileError(f"cannot read the fleet file {path}: {error.strerror}. Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise FleetFileError(f"{path} is not text in UTF-8: byte {error.start} is not. Is it a fleet file?") from error
+    except tomllib.TOMLDecodeError as error:
+        raise FleetFileError(f"{path} is not valid TOML: {error}.") from error
+    try:
+        fleet = msgspec.convert(data, Fleet)
+    except msgspec.ValidationError as error:
+        raise FleetFileError(f"{path}: {_explain(str(error), data)}") from error
+    return _complete(fleet, path)
+
+
+# --- What msgspec says, in the words of the file --------------------------------------------------------------------
+
+TABLES: dict[str, type[Struct]] = {"pools": Pool, "models": Model, "tenants": Tenant, "demand": Demand, "slo": Slo}
+
+
+def _explain(message: str, data: dict[str, Any]) -> str:
+    """Turn a validation error into: where, which key, what is expected."""
+    problem, _, where = message.partition(" - at `$")
+    where = where.rstrip("`").lstrip(".")
+    place = f"{_place(where, data)}: " if where else ""
+    if unknown := re.search(r"unknown field `(.+)`", problem):
+        table = TABLES.get(re.sub(r"\[.*\]", "", where).split(".")[-1], Fleet)
+        return f"{place}unknown key '{unknown[1]}'. {nearest(unknown[1], table.__struct_fields__)}"
+    if missing := re.search(r"missing required field `(.+)`", problem):
+        return f"{place}the key '{missing[1]}' is missing. Add it: {missing[1]} = …"
+    problem = problem.replace("`", "'").replace("str", "text").replace("object", "table").replace("array", "list")
+    return f"{place}{problem[0].lower()}{problem[1:]}."
+
+
+def _place(where: str, data: dict[str, Any]) -> str:
+    """Say ``'nodes' of [[pools]] number 1 ('a100')`` for ``pools[0].nodes``."""
+    found = re.fullmatch(r"(\w+)\[(\d+|\.\.\.)\](?:\.(.+))?", where)
+    if not found or found[2] == "...":
+        return f"'{where}'"
+    table, index, key = found[1], int(found[2]), found[3]
+    entries = data.get(table)
+    entry = entries[index] if isinstance(entries, list) and index < len(entries) else None
+    name = f" ('{entry['name']}')" if isinstance(entry, dict) and "name" in entry else ""
+    return (f"'{key}' of " if key else "") + f"[[{table}]] number {index + 1}{name}"
+
+
+# --- Checks and defaults --------------------------------------------------------------------------------------------
+
+
+def _complete(fleet: Fleet, path: Path) -> Fleet:
+    for kind, parts in (("pool", fleet.pools), ("model", fleet.models), ("tenant", fleet.tenants)):
+        _check_unique(path, kind, [part.name for part in parts])
+    pools = tuple(_complete_pool(pool, path) for pool in fleet.pools)
+    models = tuple(_complete_model(model, path) for model in fleet.models)
+    tenants = fleet.tenants or (Tenant(name="public", deserved=1.0),)
+    gpus = sum(pool.gpus for pool in pools)
+    tenants = tuple(_complete_tenant(tenant, gpus, path) for tenant in tenants)
+    _check_shares(tenants, gpus, path)
+    complete = replace(fleet, pools=pools, models=models, tenants=tenants)
+    return replace(complete, demand=tuple(_complete_demand(demand, complete, path) for demand in fleet.demand))
+
+
+def _check_unique(path: Path, kind: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise FleetFileError(f"{path}: two {kind}s are called '{name}'. Give each its own name.")
+        seen.add(name)
+
+
+def _complete_pool(pool: Pool, path: Path) -> Pool:
+    with _naming(path, f"'gpu' of pool '{pool.name}'"):
+        gpu = catalog.find_gpu(pool.gpu)
+    usd_per_gpu_hour = pool.usd_per_gpu_hour
+    if usd_per_gpu_hour is None:
+        price = catalog.usd_per_gpu_hour(gpu.id)
+        if price is None:
+            raise FleetFileError(
+                f"{path}: no price is known for '{gpu.id}' of pool '{pool.name}'. Write usd_per_gpu_hour = … there."
+            )
+        usd_per_gpu_hour = price.usd_per_gpu_hour
+    return replace(
+        pool,
+        gpu=gpu.id,
+        gpus_per_node=pool.gpus_per_node or gpu.gpus_per_node,
+        usd_per_gpu_hour=usd_per_gpu_hour,
+    )
+
+
+def _complete_model(model: Model, path: Path) -> Model:
+    with _naming(path, f"'weights' of model '{model.name}'"):
+        llm = catalog.load_model(model.weights, path.parent)
+    if model.engine and model.engine not in ENGINES:
+        raise FleetFileError(f"{path}: no engine is called '{model.engine}'. {nearest(model.engine, ENGINES)}")
+    if (model.engine == "openai") != bool(model.url):
+        raise FleetFileError(
+            f'{path}: model \'{model.name}\' needs both engine = "openai" and url = "http://…/v1" to attach to a '
+            "running server, or neither."
+        )
+    for precision in model.precisions:
+        if precision not in PRECISIONS:
+            raise FleetFileError(
+                f"{path}: '{precision}' in precisions of model '{model.name}' is not known. "
+                f"{nearest(precision, PRECISIONS)}"
+            )
+    if model.max_context_tokens > llm.max_context_tokens:
+        raise FleetFileError(
+            f"{path}: max_context_tokens = {model.max_context_tokens} of model '{model.name}' is more than the model's "
+            f"own {llm.max_context_tokens}. Write at most that."
+        )
+    local = path.parent / Path(model.weights).expanduser()
+    return replace(
+        model,
+        weights=str(local.resolve()) if local.exists() else model.weights,
+        precisions=model.precisions or default_precisions(llm),
+        max_context_tokens=model.max_context_tokens or min(llm.max_context_tokens, DEFAULT_CONTEXT_TOKENS),
+        slo=model.slo or default_slo(llm),
+        engine=model.engine or ("llamacpp" if llm.weights_file else "vllm"),
+    )
+
+
+def _complete_tenant(tenant: Tenant, gpus: int, path: Path) -> Tenant:
+    """Turn counts into fractions, so that everybody after us reads one unit."""
+    deserved = tenant.guarantee if tenant.deserved is None else tenant.deserved
+    shares = {"guarantee": tenant.guarantee, "deserved": deserved, "limit": tenant.limit}
+    fractions = {key: share / gpus if isinstance(share, int) else share for key, share in shares.items()}
+    for key, fraction in fractions.items():
+        if not 0 <= fraction <= 1:
+            unit = "GPUs" if isinstance(shares[key], int) else "of the fleet"
+            raise FleetFileError(
+                f"{path}: {key} = {shares[key]} {unit} of tenant '{tenant.name}' is outside the fleet's {gpus} GPUs. "
+                "Write a fraction from 0.0 to 1.0, or a whole number of GPUs."
+            )
+    if not fractions["guarantee"] <= fractions["deserved"] <= fractions["limit"]:
+        raise FleetFileError(
+            f"{path}: tenant '{tenant.name}' has guarantee = {tenant.guarantee}, deserved = {deserved}, limit = "
+            f"{tenant.limit}. They must not fall: guarantee <= deserved <= limit."
+        )
+    return replace(tenant, **fractions)
+
+
+def _check_shares(tenants: tuple[Tenant, ...], gpus: int, path: Path) -> None:
+    for key in ("guarantee", "deserved"):
+        total = sum(getattr(tenant, key) for tenant in tenants)
+        if total > 1 + 1e-9:
+            parts = " + ".join(f"{getattr(tenant, key):.3g} ({tenant.name})" for tenant in tenants)
+            raise FleetFileError(
+                f"{path}: the tenants' {key} add up to {total:.3g} of the fleet's {gpus} GPUs: {parts}. "
+                "Lower them until they add up to 1.0 at most."
+            )
+
+
+def _complete_demand(demand: Demand, fleet: Fleet, path: Path) -> Demand:
+    where = f"[[demand]] of tenant '{demand.tenant or '?'}'"
+    for kind, name, parts in (("tenant", demand.tenant, fleet.tenants), ("model", demand.model, fleet.models)):
+        if not name and len(parts) > 1:
+            names = ", ".join(part.name for part in parts)
+            raise FleetFileError(f"{path}: {where} does not say which {kind}. Add {kind} = one of: {names}")
+    tenant, model = demand.tenant or fleet.tenants[0].name, demand.model or fleet.models[0].name
+    with _naming(path, where):
+        fleet.tenant(tenant)
+        fleet.model(model)
+    if (demand.requests_per_s is None) == (not demand.trace):
+        raise FleetFileError(f"{path}: {where} needs either requests_per_s or a trace, not both. Write one of them.")
+    if isinstance(demand.requests_per_s, tuple) and len(demand.requests_per_s) != HOURS:
+        raise FleetFileError(
+            f"{path}: requests_per_s of {where} lists {len(demand.requests_per_s)} rates. Write one number, or "
+            f"{HOURS} of them, from midnight on."
+        )
+    trace = ""
+    if demand.trace:
+        trace_path = path.parent / Path(demand.trace).expanduser()
+        if not trace_path.is_file():
+            raise FleetFileError(f"{path}: the trace '{demand.trace}' of {where} is not there: no file {trace_path}.")
+        trace = str(trace_path.resolve())
+    context = fleet.model(model).max_context_tokens
+    if demand.prompt_tokens + demand.output_tokens > context:
+        raise FleetFileError(
+            f"{path}: {where} has requests of {demand.prompt_tokens} + {demand.output_tokens} tokens, but "
+            f"max_context_tokens of model '{model}' is {context}. Raise it, or shorten the requests."
+        )
+    return replace(demand, tenant=tenant, model=model, trace=trace)
+
+
+@contextmanager
+def _naming(path: Path, where: str) -> Iterator[None]:
+    """Put the file and the key in front of an error from below."""
+    try:
+        yield
+    except WaterlineError as error:
+        error.args = (f"{path}: {where}: {error}",)
+        raise

@@ -37,8 +37,15 @@ class Gpu:
     release_year: int | None
     source: str
     read: str  # ISO date
-    doubtful: tuple[str, ...] = ()  # the cells our sources disagree on
+    doubtful: tuple[str, ...] = ()  # "cell" or "cell: why", for the cells of the catalogue our sources disagree on
     notes: str = ""
+    aliases: tuple[str, ...] = ()  # other names people and drivers use
+    chip: str = ""
+    target: str = ""  # what kernels are compiled for: "8.9" of CUDA, "gfx942" of ROCm …
+    pcie: str = ""  # "4.0 x16"
+    msrp_usd: float | None = None  # list price at launch
+    tpp: float | None = None  # total processing performance of the export rules: dense rate in T/s x bits, at its best
+    die_mm2: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
+from waterline.units import HOUR_S
 from waterline.workload import Slo
 
 Status = Literal["ok", "refused", "failed", "cancelled"]
@@ -29,10 +31,12 @@ class Completion:
     prompt_tokens: int
     output_tokens: int  # produced
     gpu_s: float = 0.0  # its share of the replica's step time, times the replica's GPUs
-    preemptions: int = 0
+    preemptions: int = 0  # how often its cache was taken and what it held had to be computed again
+    reason: str = ""  # why it was refused or failed
 
     @property
     def ttft_s(self) -> float:
+        """Time to first token; NaN if none came."""
         return self.first_token_s - self.arrival_s
 
     @property
@@ -63,11 +67,11 @@ class Summary(Struct, frozen=True, kw_only=True):
     completed: int
     refused: int
     failed: int  # cancelled ones included
-    ttft_s: Percentiles | None  # of the completed; None when there are none
-    tpot_s: Percentiles | None
+    ttft_s: Percentiles | None  # of the completed that produced a token; None when there are none
+    tpot_s: Percentiles | None  # of the completed that produced two tokens or more
     within_slo: int
-    goodput_per_s: float  # requests within their SLO, per second of the replay
-    slo_fraction: float  # of all requests
+    goodput_per_s: float  # requests within their SLO, per second of the time summarised
+    slo_fraction: float  # of all requests; who was refused did not get what was promised
     prompt_tokens: int
     output_tokens: int
     gpu_hours: float
@@ -75,15 +79,20 @@ class Summary(Struct, frozen=True, kw_only=True):
 
 
 def percentiles(values: Sequence[float]) -> Percentiles | None:
-    """Return nearest-rank percentiles, which are values that really occurred."""
+    """Return nearest-rank percentiles, which are values that really occurred; None without values.
+
+    The p-th is the value at rank ⌈p n / 100⌉ of n, counted from 1: in integers, because 0.9 is not nine tenths.
+    """
     if not values:
         return None
     ordered = sorted(values)
 
-    def rank(fraction: float) -> float:
-        return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)]
+    def percentile(percent: int) -> float:
+        return ordered[-(-percent * len(ordered) // 100) - 1]
 
-    return Percentiles(mean=sum(ordered) / len(ordered), p50=rank(0.5), p90=rank(0.9), p99=rank(0.99))
+    return Percentiles(
+        mean=math.fsum(ordered) / len(ordered), p50=percentile(50), p90=percentile(90), p99=percentile(99)
+    )
 
 
 def summarize(
@@ -91,18 +100,24 @@ def summarize(
 ) -> tuple[Summary, ...]:
     """Summarise by tenant and model, sorted by name, with the total first.
 
-    `usd` is what the whole fleet cost over `duration_s`. It is divided by GPU time used, so that the parts add up to
-    the bill and idle cards are paid by those who made the fleet that large; without any use, it stays in the total.
+    Args:
+        completions: of one rehearsal, or of one stretch of a live service.
+        slos: by model; every model of the completions is there.
+        duration_s: what goodput is divided by: of a rehearsal the time from the first arrival to the last finish, so
+            that the time it takes to drain counts; of a service the length of the stretch.
+        usd: what the whole fleet cost over that time. It is divided by GPU time used, so that the parts add up to the
+            bill and idle cards are paid by those who made the fleet that large; without any use, it stays in the total.
     """
+    everything = list(completions)
     groups: dict[tuple[str, str], list[Completion]] = {}
-    for completion in completions:
+    for completion in everything:
         groups.setdefault((completion.tenant, completion.model), []).append(completion)
-    everything = [completion for group in groups.values() for completion in group]
-    gpu_s = sum(completion.gpu_s for completion in everything)
+    gpu_s = math.fsum(completion.gpu_s for completion in everything)
 
-    def summary(tenant: str, model: str, group: Sequence[Completion], group_usd: float) -> Summary:
+    def summary(tenant: str, model: str, group: Sequence[Completion]) -> Summary:
         done = [completion for completion in group if completion.status == "ok"]
         within_slo = sum(completion.meets(slos[completion.model]) for completion in done)
+        group_gpu_s = math.fsum(completion.gpu_s for completion in group)
         return Summary(
             tenant=tenant,
             model=model,
@@ -110,19 +125,16 @@ def summarize(
             completed=len(done),
             refused=sum(completion.status == "refused" for completion in group),
             failed=sum(completion.status in {"failed", "cancelled"} for completion in group),
-            ttft_s=percentiles([completion.ttft_s for completion in done]),
+            ttft_s=percentiles([completion.ttft_s for completion in done if completion.output_tokens > 0]),
             tpot_s=percentiles([completion.tpot_s for completion in done if completion.output_tokens > 1]),
             within_slo=within_slo,
             goodput_per_s=within_slo / duration_s if duration_s > 0 else 0.0,
             slo_fraction=within_slo / len(group) if group else 0.0,
             prompt_tokens=sum(completion.prompt_tokens for completion in group),
             output_tokens=sum(completion.output_tokens for completion in group),
-            gpu_hours=sum(completion.gpu_s for completion in group) / 3600,
-            usd=group_usd,
+            gpu_hours=group_gpu_s / HOUR_S,
+            usd=usd * group_gpu_s / gpu_s if gpu_s > 0 else 0.0,
         )
 
-    parts = tuple(
-        summary(tenant, model, group, usd * sum(part.gpu_s for part in group) / gpu_s if gpu_s else 0.0)
-        for (tenant, model), group in sorted(groups.items())
-    )
-    return (summary("", "", everything, usd), *parts)
+    total = replace(summary("", "", everything), usd=usd)
+    return (total, *(summary(tenant, model, group) for (tenant, model), group in sorted(groups.items())))

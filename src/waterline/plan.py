@@ -67,9 +67,23 @@ class ModelPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     replicas: int
     gpus: int
     usd_per_hour: float
-    usd_per_million_tokens: float  # input and output together, at the planned demand
+    usd_per_million_tokens: float | None  # input and output together, at the planned demand; None without demand
+    limited_by: Literal["memory", "ttft", "tpot", "engine"]  # what keeps its batches from growing
     reason: str
-    binding: Literal["memory", "ttft", "tpot", "throughput", "minimum"]
+
+
+class TenantPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a tenant's demand takes at its peak, beside what it is entitled to, in GPUs."""
+
+    tenant: str
+    gpus: float  # a tenant's part of a shared replica is a fraction
+    guarantee_gpus: float
+    deserved_gpus: float
+    limit_gpus: float
+
+    @property
+    def borrowed_gpus(self) -> float:
+        return max(0.0, self.gpus - self.deserved_gpus)
 
 
 class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,6 +92,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     version: int = VERSION
     fleet: Fleet
     models: tuple[ModelPlan, ...]
+    tenants: tuple[TenantPlan, ...]
     replicas: tuple[Replica, ...]
 
     @property

@@ -1,6 +1,7 @@
 """What each engine adds to the arithmetic of a step, from `engines.toml`."""
 
 from dataclasses import dataclass
+from datetime import date
 from functools import cache
 from importlib import resources
 
@@ -24,7 +25,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load_gb_per_s: float
     start_s: float
     source: str
-    read: str
+    read: date
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ def _profiles() -> dict[str, EngineProfile]:
             load_bytes_per_s=entry.load_gb_per_s * GIGA,
             start_s=entry.start_s,
             source=entry.source,
-            read=entry.read,
+            read=entry.read.isoformat(),
         )
         for name, entry in msgspec.toml.decode(text, type=dict[str, _Entry], strict=False).items()
     }

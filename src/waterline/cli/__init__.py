@@ -42,7 +42,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(waterline.__version__, prog_name="waterline")
 def waterline_command() -> None:
-    """Plan, rehearse and run LLM fleets on mixed GPUs with one file and one policy.
+    r"""Plan, rehearse and run LLM fleets on mixed GPUs with one file and one policy.
 
     \b
     waterline up                              a model answering on this machine

@@ -133,7 +133,8 @@ def replica_step_cost(fleet: Fleet, replica: Replica) -> StepCost:
 
 
 def _ps(duration_s: float) -> int:
-    return math.ceil(duration_s * PICOSECONDS_PER_S)
+    """Round up, but not for the last bits of a float: 8000.0000000001 is 8000."""
+    return math.ceil(round(duration_s * PICOSECONDS_PER_S, 3))
 
 
 def _attention_cost(group: AttentionLayers, layout: Layout, read_s: float, pair_s: float) -> AttentionCost:

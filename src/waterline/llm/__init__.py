@@ -35,6 +35,8 @@ class AttentionLayers(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     latent_dim: int = 0  # kv_lora_rank
     rope_dim: int = 0  # qk_rope_head_dim
     state_elements: int = 0
+    index_dim: int = 0  # sparse attention: elements kept a token and layer to choose what is read …
+    selected_tokens: int = 0  # … and how many tokens are then read; 0: all
 
 
 class FeedForwardLayers(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,6 +48,7 @@ class FeedForwardLayers(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     experts_per_token: int = 0
     shared_intermediate: int = 0  # of the experts every token passes, together
     matrices: int = 3  # 3 with a gate (SwiGLU), 2 without
+    expert_hidden: int = 0  # the width routed experts work in, where it is not the model's; 0: it is
 
 
 class Llm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,7 +66,7 @@ class Llm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     feed_forward: tuple[FeedForwardLayers, ...]
     tied_embeddings: bool = False
     vision_parameters: int = 0  # loaded beside the language model, not counted in `parameters`
-    stored_bytes: int = 0  # exact size of the weights where a file was read; 0: computed from the precision
+    stored_bytes: int = 0  # of a file that was read, or of published weights that mix precisions; 0: by the precision
     weights_file: str = ""  # a .gguf to serve as it is
     source: str = ""
     read: str = ""  # ISO date
@@ -77,6 +80,6 @@ class Llm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def expert_parameters(self) -> int:
         """Parameters of all routed experts together: what expert parallelism spreads."""
         return sum(
-            group.layers * group.experts * group.matrices * self.hidden * group.intermediate
+            group.layers * group.experts * group.matrices * (group.expert_hidden or self.hidden) * group.intermediate
             for group in self.feed_forward
         )

@@ -20,6 +20,35 @@ class Precision:
 
 SIXTEEN_BIT = ("bf16", "fp16", "fp32")
 
+GGUF_BITS = {
+    "q8_0": 8.5,
+    "q6_k": 6.5633,
+    "q5_1": 6.0,
+    "q5_k_m": 5.7036,
+    "q5_k_s": 5.5704,
+    "q5_0": 5.5,
+    "q4_1": 5.0,
+    "q4_k_m": 4.8944,
+    "iq4_nl": 4.6818,
+    "q4_k_s": 4.6672,
+    "q4_0": 4.5,
+    "iq4_xs": 4.4597,
+    "q3_k_l": 4.2979,
+    "q3_k_m": 3.9960,
+    "iq3_s": 3.6606,
+    "q3_k_s": 3.6429,
+    "iq3_xxs": 3.2548,
+    "q2_k": 3.1593,
+    "iq2_s": 2.7403,
+    "iq2_xs": 2.5882,
+    "iq2_xxs": 2.3824,
+    "iq1_m": 2.1460,
+    "iq1_s": 2.0042,
+}
+"""Bits a parameter of llama.cpp's formats. q8_0, q5_x and q4_x are those of the block; a mix keeps some tensors in more
+bits, so its figure is that of the whole file of Llama 3.1 8B (llama.cpp `tools/quantize/README.md`, read 2026-11-23).
+"""
+
 PRECISIONS = {
     precision.name: precision
     for precision in (
@@ -29,10 +58,12 @@ PRECISIONS = {
         Precision(name="fp8", bits=8, compute=("fp8",)),
         Precision(name="int8", bits=8, compute=("int8", *SIXTEEN_BIT)),
         Precision(name="int4", bits=4.25, compute=SIXTEEN_BIT),  # group 128: a 16-bit scale and a 4-bit zero point
+        Precision(name="nf4", bits=4.5, compute=SIXTEEN_BIT),  # bitsandbytes: a 32-bit scale for 64 elements
         Precision(name="nvfp4", bits=4.5, compute=("fp4", *SIXTEEN_BIT)),  # an fp8 scale for 16 elements
         Precision(name="mxfp4", bits=4.25, compute=("fp4", *SIXTEEN_BIT)),  # an 8-bit exponent for 32 elements
-        Precision(name="q8_0", bits=8.5, compute=SIXTEEN_BIT, keeps_embeddings=False, gguf=True),
-        Precision(name="q4_0", bits=4.5, compute=SIXTEEN_BIT, keeps_embeddings=False, gguf=True),
-        Precision(name="q4_k_m", bits=4.84, compute=SIXTEEN_BIT, keeps_embeddings=False, gguf=True),
+        *(
+            Precision(name=name, bits=bits, compute=SIXTEEN_BIT, keeps_embeddings=False, gguf=True)
+            for name, bits in GGUF_BITS.items()
+        ),
     )
 }

@@ -1,17 +1,18 @@
 """What abacus is asked, and how it thinks: products of two whole numbers of one to three digits.
 
-A thought is long multiplication, as on squared paper but written from the right, because a carry travels that way::
+A thought is long multiplication as on squared paper, but written from the right, because a carry travels that way::
 
     347*586                               the question, free of its phrasing
-    7*6+0=42,4*6+4=28,3*6+2=20;2802       347 times the last digit: digit*digit+carry=two digits; the row, from the right
+    7*6+0=42,4*6+4=28,3*6+2=20;2802       347 times the last digit: digit*digit+carry=result; then the row
     7*8+0=56,4*8+5=37,3*8+3=27;6772       347 times the next digit
     7*5+0=35,4*5+3=23,3*5+2=17;5371
-    2+0=02,8+6+0=14,0+7+5+1=13,…          the rows added column by column, the carry last
+    0+2=02,0+8=08+6=14,1+0=01+7=08+5=13,… the rows added column by column, beginning with the carry
 
 Every step is a fact small enough to be learnt by heart; the answer is the last digit of each column, from the left.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 from zlib import crc32
 
@@ -61,23 +62,37 @@ def is_held_out(problem: Problem) -> bool:
     return larger >= 10 and crc32(b"%d*%d" % (smaller, larger)) < HELD_OUT_FRACTION * 2**32
 
 
-def draw(dice: np.random.Generator, left_digits: int, right_digits: int, *, held_out: bool) -> Problem:
-    """Draw a problem whose factors have these many digits, from the training pairs or from the held-out ones."""
+def draw(dice: np.random.Generator) -> Problem:
+    """Draw a problem to train on, more often than not one of the largest kind."""
+    left_digits, right_digits = MAX_DIGITS, MAX_DIGITS
+    if dice.random() >= LARGEST_SHARE:
+        left_digits, right_digits = dice.integers(1, MAX_DIGITS + 1, size=2)
+    left_factors, right_factors = factors(left_digits), factors(right_digits)
     while True:
-        problem = Problem(_draw_factor(dice, left_digits), _draw_factor(dice, right_digits))
-        if is_held_out(problem) == held_out:
+        left = int(dice.integers(left_factors.start, left_factors.stop))
+        right = int(dice.integers(right_factors.start, right_factors.stop))
+        problem = Problem(left, right)
+        if not is_held_out(problem):
             return problem
 
 
-def draw_for_training(dice: np.random.Generator) -> Problem:
-    if dice.random() < LARGEST_SHARE:
-        return draw(dice, MAX_DIGITS, MAX_DIGITS, held_out=False)
-    left_digits, right_digits = dice.integers(1, MAX_DIGITS + 1, size=2)
-    return draw(dice, left_digits, right_digits, held_out=False)
+@cache
+def held_out(larger_digits: int, smaller_digits: int) -> tuple[Problem, ...]:
+    """Return every held-out problem whose factors have these many digits, in both orders."""
+    pairs = ((left, right) for left in factors(larger_digits) for right in factors(smaller_digits))
+    found = [Problem(left, right) for left, right in pairs if is_held_out(Problem(left, right))]
+    if larger_digits != smaller_digits:
+        found += [Problem(problem.right, problem.left) for problem in found]
+    return tuple(found)
+
+
+def factors(digits: int) -> range:
+    """Return the whole numbers of so many digits; 0 has one."""
+    return range(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
 
 
 def phrase(problem: Problem, dice: np.random.Generator) -> str:
-    """Ask for the product in one of the ways a person might: ``What is 347 * 586?``, ``347×586 =``, …"""
+    """Ask for the product in one of the ways a person might, such as ``What is 347 * 586?`` or ``347×586 =``."""
     operator = OPERATORS[dice.integers(len(OPERATORS))]
     frame = FRAMES[dice.integers(len(FRAMES))]
     return frame.format(f"{problem.left}{operator}{problem.right}")
@@ -92,11 +107,6 @@ def think(problem: Problem) -> str:
     return "\n".join(lines)
 
 
-def _draw_factor(dice: np.random.Generator, digits: int) -> int:
-    smallest = 10 ** (digits - 1) if digits > 1 else 0
-    return int(dice.integers(smallest, 10**digits))
-
-
 def _multiply(number: int, digit: int) -> tuple[str, str]:
     """Return the steps of number times one digit, and the row they make, least significant digit first."""
     steps, row, carry = [], "", 0
@@ -109,11 +119,18 @@ def _multiply(number: int, digit: int) -> tuple[str, str]:
 
 
 def _add(rows: list[str]) -> str:
-    """Return the steps that add rows, each one column further left than the one before it."""
-    steps, carry = [], 0
+    """Return the steps that add rows, each one column further left than the one before it.
+
+    A column is summed one digit at a time, starting from the carry: no step adds more than two numbers.
+    """
+    columns, carry = [], 0
     for column in range(len(rows[-1]) + len(rows) - 1):
-        digits = [row[column - shift] for shift, row in enumerate(rows) if 0 <= column - shift < len(row)]
-        result = sum(map(int, digits)) + carry
-        steps.append(f"{'+'.join(digits)}+{carry}={result:02d}")
-        carry = result // 10
-    return ",".join(steps)
+        total, steps = carry, str(carry)
+        for shift, row in enumerate(rows):
+            if 0 <= column - shift < len(row):
+                digit = int(row[column - shift])
+                total += digit
+                steps += f"+{digit}={total:02d}"
+        columns.append(steps)
+        carry = total // 10
+    return ",".join(columns)

@@ -11,6 +11,12 @@ from waterline.training.problems import Problem, think
 MARKS: Final = ("<|end|>", "<|user|>", "<|assistant|>", "<think>", "</think>")
 END, USER, ASSISTANT, THINK, THINK_END = range(256, 256 + len(MARKS))
 VOCABULARY: Final = 256 + len(MARKS)
+
+# GPT-2's vocabulary files name each byte by a letter: itself where it prints, else the next letter from U+0100 on.
+_PRINTS: Final = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS: Final = [byte for byte in range(256) if byte not in _PRINTS]
+BYTE_LETTERS: Final = [chr(byte if byte in _PRINTS else 256 + _OTHERS.index(byte)) for byte in range(256)]
+
 CONTEXT: Final = 512  # the longest question and thought together take about 230 tokens
 
 # Abacus was trained on single questions, so it is shown the last thing the user said and nothing else.

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from waterline.errors import MissingExtraError
+from waterline.errors import InputError, MissingExtraError
 from waterline.training import problems, tokens
 from waterline.training.network import Network, Shape
 
@@ -30,11 +30,12 @@ DIRECT_SHARE: Final = 0.15  # of the problems are answered without a thought
 MATRIX_RATE: Final = 0.02
 VECTOR_RATE: Final = 0.003
 WARM_UP_STEPS: Final = 50
-COOL_DOWN_FRACTION: Final = 0.4
+COOL_DOWN_FRACTION: Final = 0.7
 IGNORED: Final = -100  # the target of a token that is given, not predicted
 REPORT_STEPS: Final = 25
 CHECKPOINT_STEPS: Final = 100
 EXAM_PROBLEMS: Final = 64
+CHECKPOINT: Final = "checkpoint.pt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +60,16 @@ def make_batch(samples: list[tuple[list[int], list[int]]]) -> Batch:
 def training_batch(seed: int, step: int) -> Batch:
     dice = np.random.default_rng((seed, step))
     return make_batch(
-        [
-            sample(problems.draw_for_training(dice), dice, thinking=bool(dice.random() >= DIRECT_SHARE))
-            for _ in range(BATCH)
-        ]
+        [sample(problems.draw(dice), dice, thinking=bool(dice.random() >= DIRECT_SHARE)) for _ in range(BATCH)]
     )
 
 
 def exam_batch(seed: int) -> Batch:
     """Return held-out problems of the largest kind, with thinking."""
-    dice = np.random.default_rng((seed, 0, 0))
-    largest = problems.MAX_DIGITS
-    return make_batch(
-        [
-            sample(problems.draw(dice, largest, largest, held_out=True), dice, thinking=True)
-            for _ in range(EXAM_PROBLEMS)
-        ]
-    )
+    dice = np.random.default_rng(seed)
+    largest = problems.held_out(problems.MAX_DIGITS, problems.MAX_DIGITS)
+    chosen = dice.choice(len(largest), EXAM_PROBLEMS, replace=False)
+    return make_batch([sample(largest[index], dice, thinking=True) for index in chosen])
 
 
 def sample(problem: problems.Problem, dice: np.random.Generator, *, thinking: bool) -> tuple[list[int], list[int]]:
@@ -120,28 +114,29 @@ def make_optimizers(network: Network) -> list[Any]:
 def train(folder: Path, shape: Shape, *, steps: int, seed: int) -> Network:
     """Train for so many steps, carrying on from the checkpoint in `folder` when there is one."""
     folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / CHECKPOINT
     torch.manual_seed(seed)
     network = Network(shape)
     optimizers = make_optimizers(network)
     full_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    checkpoint = folder / "checkpoint.pt"
     first_step, spent_wall_s, spent_cpu_s = 0, 0.0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint)
-        network.load_state_dict(state["network"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first_step, spent_wall_s, spent_cpu_s = state["step"], state["wall_s"], state["cpu_s"]
+        saved = torch.load(checkpoint)
+        network.load_state_dict(saved["network"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        first_step, spent_wall_s, spent_cpu_s = saved["step"], saved["wall_s"], saved["cpu_s"]
     exam = exam_batch(seed)
     wall_start_s, cpu_start_s = time.perf_counter() - spent_wall_s, time.process_time() - spent_cpu_s
+
     for step in range(first_step, steps):
-        batch = training_batch(seed, step)
-        loss = loss_of(network, batch)
+        loss = loss_of(network, training_batch(seed, step))
         loss.backward()
         for optimizer, full_rate in zip(optimizers, full_rates, strict=True):
             optimizer.param_groups[0]["lr"] = full_rate * rate_factor(step, steps)
             optimizer.step()
             optimizer.zero_grad()
+
         done = step + 1
         wall_s, cpu_s = time.perf_counter() - wall_start_s, time.process_time() - cpu_start_s
         if done % REPORT_STEPS == 0 or done == steps:
@@ -160,6 +155,16 @@ def train(folder: Path, shape: Shape, *, steps: int, seed: int) -> Network:
                 "cpu_s": cpu_s,
             }
             write_atomically(checkpoint, state)
+    return network
+
+
+def read_checkpoint(folder: Path, shape: Shape) -> Network:
+    """Return the network that `train` left in `folder`."""
+    checkpoint = folder / CHECKPOINT
+    if not checkpoint.exists():
+        raise InputError(f"{folder} holds no {CHECKPOINT}. Train first: python -m waterline.training train {folder}")
+    network = Network(shape)
+    network.load_state_dict(torch.load(checkpoint)["network"])
     return network
 
 

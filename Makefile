@@ -1,0 +1,33 @@
+# The two commands of the README. Each makes .venv by itself: with uv when it is on the PATH, else with venv and pip.
+
+PYTHON ?= python3
+FLEET ?=
+BIN := .venv/bin
+
+.PHONY: up check clean
+
+up: .venv/.up
+	@exec $(BIN)/waterline up $(FLEET)
+
+check: .venv/.check
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+.venv/.up: EXTRAS = embedded,rehearse
+.venv/.check: EXTRAS = dev
+.venv/.up .venv/.check: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Waterline needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 $(patsubst .%,%,$(@F))")'
+	@if command -v uv >/dev/null; then \
+	  { [ -x $(BIN)/python ] || uv venv --quiet --python "$$(command -v $(PYTHON))" .venv; } && \
+	  uv pip install --quiet --python $(BIN)/python --editable '.[$(EXTRAS)]'; \
+	else \
+	  { [ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv; } && \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,97 @@
+"""What the world looks like: accelerators, models, prices, each with its source and the date it was read.
+
+The facts are files beside this one (`gpus.toml`, `models.toml`, `prices.csv`); they are read on first use and kept.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+
+from waterline.catalog import accelerators, hub, llms, naming, price_list
+from waterline.catalog.llms import weights_file
+from waterline.catalog.price_list import Price, prices
+from waterline.errors import UnknownNameError
+from waterline.hardware import Gpu
+from waterline.llm import Llm
+from waterline.llm.config import read_config
+from waterline.llm.gguf import read_gguf
+
+__all__ = [
+    "Price",
+    "find_gpu",
+    "find_model",
+    "gpus",
+    "load_model",
+    "models",
+    "prices",
+    "usd_per_gpu_hour",
+    "weights_file",
+]
+
+
+def gpus() -> Mapping[str, Gpu]:
+    """Return every accelerator by id, NVIDIA and AMD first; `cpu`, a laptop's own processor, is the last."""
+    return MappingProxyType(accelerators.table())
+
+
+def find_gpu(name: str) -> Gpu:
+    """Return the accelerator of an id or a name people and drivers use: ``RTX 4090``, ``mi300x``, ``H100 SXM``.
+
+    Raises:
+        UnknownNameError: nothing is called so, or several cards are (``h100``); names the nearest or the candidates.
+    """
+    return accelerators.table()[naming.find_id("GPU", name, accelerators.names(), see="waterline catalog gpus")]
+
+
+def models() -> Mapping[str, Llm]:
+    """Return every model by id, the organisation included."""
+    return MappingProxyType(llms.table())
+
+
+def find_model(name: str) -> Llm:
+    """Return the model of an id or a name people use: ``deepseek-r1``, ``qwen3 32b``.
+
+    Raises:
+        UnknownNameError: nothing is called so, or several models are; names the nearest or the candidates.
+    """
+    return llms.table()[naming.find_id("model", name, llms.names(), see="waterline catalog models")]
+
+
+@lru_cache(maxsize=256)
+def load_model(weights: str, folder: Path) -> Llm:
+    """Return the model that a fleet file or a command means by `weights`, whichever comes first.
+
+    A `.gguf` file or a folder with `config.json`, relative to `folder`; an id or a name of the catalogue; an id of the
+    Hugging Face Hub, of which the config is fetched when `huggingface_hub` is installed and the network answers.
+
+    Raises:
+        UnknownNameError: there is no such file and no such model.
+        ModelFormatError: the file is there, and is not a model this version can read.
+    """
+    path = folder / Path(weights).expanduser()
+    if weights and _exists(path):
+        return read_gguf(path) if path.suffix == ".gguf" else read_config(path, name=weights)
+    if weights.endswith((".gguf", ".json")) or weights.startswith(("/", "./", "../", "~")):
+        raise UnknownNameError(
+            f"there is no file {path}. Give a .gguf file, a folder with config.json, or a model's name."
+        )
+    if not hub.is_hub_id(weights) or naming.called(weights, llms.names()):
+        return find_model(weights)
+    return read_config(hub.fetch_config(weights), name=weights)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for a path, or no path at all
+        return False
+
+
+def usd_per_gpu_hour(gpu_id: str) -> Price | None:
+    """Return what an hour of an accelerator costs, with where that comes from, or None where no price is known.
+
+    The median on-demand price; else the community price; else the purchase price over 4 years (35,064 hours) at full
+    time, without power and housing. `kind` of the answer says which; `cpu` costs nothing.
+    """
+    return price_list.hourly(gpu_id)

@@ -1,0 +1,57 @@
+"""From the name a person types to the id of the catalogue; pure, so every rule can be tested on three entries.
+
+A name is tried as the id, then as a whole name or alias whatever its case, spaces and dashes, then as a few words of
+one entry. What fits several entries is never chosen between: the candidates are named instead.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from waterline.errors import UnknownNameError, nearest
+
+LONGEST_LIST = 8
+
+
+def find_id(what: str, name: str, names: Mapping[str, Sequence[str]], *, see: str) -> str:
+    """Return the id that `name` means.
+
+    `names` holds for each id the other names it goes by, the shortest full one last; `see` is the command that lists
+    them.
+
+    Raises:
+        UnknownNameError: nothing or several entries are called so; offers the nearest names or the candidates.
+    """
+    if name in names:
+        return name
+    whole = called(name, names)
+    words = _words(name)
+    candidates = whole or [
+        id_
+        for id_, others in names.items()
+        if words and words <= {word for one in (id_, *others) for word in _words(one)}
+    ]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        listed = ", ".join(candidates[:LONGEST_LIST]) + (", …" if len(candidates) > LONGEST_LIST else "")
+        raise UnknownNameError(
+            f"'{name}' could be any of these {what}s: {listed}. Write one of them; `{see}` compares."
+        )
+    offered = nearest(name, (others[-1] for others in names.values()))
+    raise UnknownNameError(f"no {what} is called '{name[:80]}'. {offered} `{see}` lists all.")
+
+
+def called(name: str, names: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return the ids of which `name` is the id, the name or an alias, whatever its case, spaces and dashes."""
+    wanted = _squeezed(name)
+    return [id_ for id_, others in names.items() if wanted and wanted in {_squeezed(one) for one in (id_, *others)}]
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]", "", name.lower())
+
+
+def _words(name: str) -> set[str]:
+    """Split where letters meet digits, so that ``4060ti`` and ``4060 Ti``, ``80g`` and ``80 GB`` are alike."""
+    words = set(re.findall(r"[a-z]+|[0-9]+(?:\.[0-9]+)?", name.lower()))
+    return {"g" if word in {"gb", "gib"} else word for word in words}

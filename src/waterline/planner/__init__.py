@@ -1,0 +1,179 @@
+"""From a fleet to a plan: for each model the cheapest layout that holds it and meets its SLO, and enough replicas.
+
+Models are placed one after another, the largest first, because it has the fewest places to go. A model that no single
+layout can serve whole is spread over several, the cheapest first: a mixed fleet is the normal case.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from waterline.errors import InfeasibleError
+from waterline.fleet import Fleet, Pool
+from waterline.hardware import Node
+from waterline.plan import ModelPlan, Plan, Replica, TenantPlan
+from waterline.planner.candidates import Candidate, Rejection, layouts, point_at, price
+from waterline.planner.explain import why, why_not, why_not_enough, why_over_limit
+from waterline.planner.needs import Need, needs
+from waterline.planner.packing import FreeGpus
+from waterline.units import HOUR_S, MEGA
+
+__all__ = ["make_plan"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A candidate on a pool."""
+
+    pool: Pool
+    candidate: Candidate
+
+    @property
+    def usd_per_hour(self) -> float:
+        """Of one replica."""
+        return self.candidate.layout.gpus * (self.pool.usd_per_gpu_hour or 0.0)
+
+    def replicas_for(self, requests_per_s: float) -> int:
+        return max(1, math.ceil(requests_per_s / self.candidate.requests_per_s))
+
+    def total(self, requests_per_s: float) -> tuple[float, int]:
+        """Return dollars an hour and GPUs for a rate: what options are compared by."""
+        replicas = self.replicas_for(requests_per_s)
+        return replicas * self.usd_per_hour, replicas * self.candidate.layout.gpus
+
+    def __str__(self) -> str:
+        return f"{self.candidate.precision} {self.candidate.layout} on {self.pool.name}"
+
+
+def make_plan(fleet: Fleet) -> Plan:
+    """Plan a fleet. Raises InfeasibleError naming what is short, by how much, and what would help."""
+    free = FreeGpus(fleet)
+    asked = needs(fleet)
+    placed: dict[str, tuple[ModelPlan, list[Replica]]] = {}
+    for need in sorted(asked, key=lambda need: -fleet.llm_of(need.model).parameters):
+        options = _options(fleet, need)
+        chosen = _choose(need, options, free)
+        replicas = _replicas(need, chosen, free)
+        placed[need.model.name] = (_model_plan(need, options, chosen, replicas), replicas)
+    models = tuple(placed[model.name][0] for model in fleet.models)
+    tenants = _tenant_plans(fleet, asked, models)
+    return Plan(
+        fleet=fleet,
+        models=models,
+        tenants=tenants,
+        replicas=tuple(replica for model in fleet.models for replica in placed[model.name][1]),
+    )
+
+
+def _options(fleet: Fleet, need: Need) -> list[Option]:
+    """Return every layout on every pool that does, the cheapest for the whole need first."""
+    llm = fleet.llm_of(need.model)
+    options, rejections = [], []
+    for pool in fleet.pools:
+        node = Node(gpu=fleet.gpu_of(pool), gpus=pool.gpus_per_node)
+        for precision in need.model.precisions:
+            for layout in layouts(node, pool.nodes):
+                priced = price(llm, node, layout, precision, need.model.engine, need.work)
+                if isinstance(priced, Rejection):
+                    rejections.append((pool.name, priced))
+                else:
+                    options.append(Option(pool=pool, candidate=priced))
+    if not options:
+        raise InfeasibleError(why_not(need, fleet, rejections))
+    return sorted(options, key=lambda option: option.total(need.requests_per_s))
+
+
+def _choose(need: Need, options: Sequence[Option], free: FreeGpus) -> list[tuple[Option, int]]:
+    """Return options with how many replicas of each: one option when one has the room, else several."""
+    for option in options:
+        replicas = option.replicas_for(need.requests_per_s)
+        if free.room(option.pool.name, option.candidate.layout) >= replicas:
+            return [(option, replicas)]
+    chosen, missing = [], need.requests_per_s
+    left = {option.pool.name: free.free(option.pool.name) for option in options}
+    for option in sorted(options, key=lambda option: option.usd_per_hour / option.candidate.requests_per_s):
+        pool, layout = option.pool.name, option.candidate.layout
+        if left[pool] < free.free(pool):  # one layout a pool, so that the room counted is still there
+            continue
+        replicas = min(free.room(pool, layout), option.replicas_for(missing))
+        if replicas > 0:
+            chosen.append((option, replicas))
+            left[pool] -= replicas * layout.gpus
+            missing -= replicas * option.candidate.requests_per_s
+        if missing <= 0:
+            return chosen
+    raise InfeasibleError(why_not_enough(need, [(str(option), replicas) for option, replicas in chosen], missing))
+
+
+def _replicas(need: Need, chosen: Sequence[tuple[Option, int]], free: FreeGpus) -> list[Replica]:
+    """Take the GPUs and write the replicas down, each expected to get its part of the rate."""
+    capacity = sum(option.candidate.requests_per_s * replicas for option, replicas in chosen)
+    replicas: list[Replica] = []
+    for option, count in chosen:
+        candidate = option.candidate
+        work = need.work
+        point = point_at(candidate, candidate.requests_per_s * min(1.0, need.requests_per_s / capacity), work)
+        replicas.extend(
+            Replica(
+                id=f"{need.model.name}/{len(replicas) + index}",
+                model=need.model.name,
+                pool=option.pool.name,
+                places=free.take(option.pool.name, candidate.layout),
+                precision=candidate.precision,
+                layout=candidate.layout,
+                engine=candidate.engine.name,
+                max_context_tokens=work.max_context_tokens,
+                max_batch=candidate.point.batch,
+                cache_tokens=candidate.cache_tokens,
+                requests_per_s=candidate.point.requests_per_s,
+                tokens_per_s=candidate.point.requests_per_s * (work.prompt_tokens + work.output_tokens),
+                ttft_s=point.ttft_s,
+                tpot_s=point.tpot_s,
+                usd_per_hour=option.usd_per_hour,
+            )
+            for index in range(count)
+        )
+    return replicas
+
+
+def _model_plan(
+    need: Need, options: Sequence[Option], chosen: Sequence[tuple[Option, int]], replicas: Sequence[Replica]
+) -> ModelPlan:
+    usd_per_hour = sum(replica.usd_per_hour for replica in replicas)
+    tokens_per_hour = need.requests_per_s * (need.work.prompt_tokens + need.work.output_tokens) * HOUR_S
+    priced = [(option.total(need.requests_per_s)[0], str(option)) for option in options]
+    return ModelPlan(
+        model=need.model.name,
+        requests_per_s=need.requests_per_s,
+        prompt_tokens=need.work.prompt_tokens,
+        output_tokens=need.work.output_tokens,
+        replicas=len(replicas),
+        gpus=sum(replica.layout.gpus for replica in replicas),
+        usd_per_hour=usd_per_hour,
+        usd_per_million_tokens=usd_per_hour / tokens_per_hour * MEGA if tokens_per_hour else None,
+        limited_by=chosen[0][0].candidate.limited_by,
+        reason=why(priced, [(options.index(option), replicas) for option, replicas in chosen]),
+    )
+
+
+def _tenant_plans(fleet: Fleet, asked: Sequence[Need], models: Sequence[ModelPlan]) -> tuple[TenantPlan, ...]:
+    """Share each model's GPUs among its tenants by their requests, and hold the sum against their limits."""
+    used = dict.fromkeys((tenant.name for tenant in fleet.tenants), 0.0)
+    for need, model in zip(asked, models, strict=True):
+        for tenant, requests_per_s in need.tenants.items():
+            if need.requests_per_s > 0:
+                used[tenant] += model.gpus * requests_per_s / need.requests_per_s
+    plans = tuple(
+        TenantPlan(
+            tenant=tenant.name,
+            gpus=used[tenant.name],
+            guarantee_gpus=tenant.guarantee * fleet.gpus,
+            deserved_gpus=(tenant.deserved or 0.0) * fleet.gpus,
+            limit_gpus=tenant.limit * fleet.gpus,
+        )
+        for tenant in fleet.tenants
+    )
+    for plan in plans:
+        if plan.gpus > plan.limit_gpus + 1e-9:
+            raise InfeasibleError(why_over_limit(plan, fleet.gpus))
+    return plans

@@ -1,0 +1,113 @@
+"""The tiers of a model: for every card the smallest number of them that runs it, and how fast."""
+
+from collections.abc import Iterable, Iterator
+
+from msgspec import Struct
+
+from waterline import catalog
+from waterline.cost import serving_point
+from waterline.hardware import Gpu, Node
+from waterline.llm import PRECISIONS, Llm
+from waterline.plan import Layout
+from waterline.planner.candidates import Candidate, Rejection, Work, layouts, price
+from waterline.units import HOUR_S, MEGA
+from waterline.workload import Slo
+
+MOST_NODES = 4
+ANY_TIME = Slo(ttft_s=1e9, tpot_s=1e9)
+PROMPT_TOKENS, OUTPUT_TOKENS = 1000, 200  # of the requests the times are given for
+
+
+class Fit(Struct, frozen=True, kw_only=True):
+    """One card and a model: what runs it, or why nothing does."""
+
+    gpu: str
+    vendor: str
+    runs: bool
+    gpus: int = 0
+    precision: str = ""
+    layout: Layout | None = None
+    max_context_tokens: int = 0  # one request may have
+    max_concurrency: int = 0  # requests of the context asked for, at once
+    ttft_s: float | None = None  # at the concurrency asked for
+    tpot_s: float | None = None
+    output_tokens_per_s: float | None = None
+    usd_per_hour: float | None = None  # None: no price known
+    usd_per_million_tokens: float | None = None  # prompt and output, at the largest concurrency
+    why_not: str = ""
+
+
+def default_fit_precisions(llm: Llm, engine: str) -> tuple[str, ...]:
+    """Return the published precision, then the usual smaller ones, the best first."""
+    if engine == "llamacpp":
+        usual: tuple[str, ...] = ("fp16", "q8_0", "q4_k_m")
+    else:
+        usual = ("bf16", "fp8", "int8", "int4")
+    smaller = (name for name in usual if PRECISIONS[name].bits <= PRECISIONS[llm.precision].bits)
+    return tuple(dict.fromkeys((llm.precision, *smaller)))
+
+
+def fits(
+    llm: Llm, gpus: Iterable[Gpu], precisions: tuple[str, ...], engine: str, context_tokens: int, concurrency: int
+) -> list[Fit]:
+    """Return a fit for each card, those that run it first, the cheapest first."""
+    work = Work(
+        prompt_tokens=min(PROMPT_TOKENS, context_tokens * 5 // 6),
+        output_tokens=min(OUTPUT_TOKENS, context_tokens // 6),
+        max_context_tokens=context_tokens,
+        slo=ANY_TIME,
+    )
+    found = [_fit(llm, gpu, precisions, engine, work, concurrency) for gpu in gpus]
+    return sorted(found, key=lambda fit: (not fit.runs, fit.usd_per_hour is None, fit.usd_per_hour or 0.0, fit.gpus))
+
+
+def _fit(llm: Llm, gpu: Gpu, precisions: tuple[str, ...], engine: str, work: Work, concurrency: int) -> Fit:
+    node = Node(gpu=gpu, gpus=gpu.gpus_per_node)
+    nearest: Rejection | None = None
+    for precision, layout in _smallest_first(node, precisions):
+        priced = price(llm, node, layout, precision, engine, work)
+        if isinstance(priced, Rejection):
+            if nearest is None or priced.shortfall < nearest.shortfall:
+                nearest = priced
+        elif priced.cache_tokens >= concurrency * work.max_context_tokens:
+            return _runs(llm, priced, work, concurrency)
+    return Fit(gpu=gpu.id, vendor=gpu.vendor, runs=False, why_not=_why_not(nearest, node, work, concurrency))
+
+
+def _smallest_first(node: Node, precisions: tuple[str, ...]) -> Iterator[tuple[str, Layout]]:
+    """Fewer cards before more, and on the same cards the precision with more bits first."""
+    best_first = sorted(precisions, key=lambda name: -PRECISIONS[name].bits)
+    for layout in layouts(node, MOST_NODES):
+        for precision in best_first:
+            yield precision, layout
+
+
+def _why_not(nearest: Rejection | None, node: Node, work: Work, concurrency: int) -> str:
+    if nearest is None:
+        return (
+            f"{MOST_NODES * node.gpus} {node.gpu.id} hold the model, but not {concurrency} requests of "
+            f"{work.max_context_tokens} tokens"
+        )
+    return f"{nearest.precision} {nearest.layout}: {nearest.reason}"
+
+
+def _runs(llm: Llm, candidate: Candidate, work: Work, concurrency: int) -> Fit:
+    now = serving_point(candidate.step, concurrency, work.prompt_tokens, work.output_tokens)
+    price_per_gpu = catalog.usd_per_gpu_hour(candidate.node.gpu.id)
+    usd_per_hour = price_per_gpu.usd_per_gpu_hour * candidate.layout.gpus if price_per_gpu else None
+    tokens_per_hour = candidate.point.requests_per_s * (work.prompt_tokens + work.output_tokens) * HOUR_S
+    return Fit(
+        gpu=candidate.node.gpu.id,
+        vendor=candidate.node.gpu.vendor,
+        runs=True,
+        gpus=candidate.layout.gpus,
+        precision=candidate.precision,
+        layout=candidate.layout,
+        max_context_tokens=min(candidate.cache_tokens, llm.max_context_tokens),
+        max_concurrency=min(candidate.cache_tokens // work.max_context_tokens, candidate.engine.max_batch),
+        ttft_s=now.ttft_s,
+        tpot_s=now.tpot_s,
+        output_tokens_per_s=concurrency / now.tpot_s,
+        usd_per_hour=usd_per_hour,
+        usd_per_million_tokens=usd_per_hour / tokens_per_hour * MEGA if usd_per_hour is not None else None,
+    )

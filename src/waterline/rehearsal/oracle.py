@@ -1,0 +1,294 @@
+"""Continuous batching, step by step: slow, small and obviously right.
+
+This is what the word "rehearsal" means, exactly; a faster engine has to give the same integers. Time is in whole
+picoseconds from the start of the trace. An arrival is taken to the nanosecond, which keeps the digits of a trace.
+
+**A replica** works in steps, one after the other, as vLLM and SGLang do. A step that begins at time s knows every
+request that was given to the replica up to and including s. In this order it takes:
+
+1. *Decodes.* Each running request whose prompt has been read produces one token. Every token that has been read or
+   produced occupies one token of cache, so each decode claims one. While the free cache is less than the decodes, the
+   request admitted last is preempted: its cache is freed, it goes to the *front* of the queue, and its prompt and all
+   it has produced will be read again.
+2. *The prompt under way*, in a chunk as large as the step's token budget allows (`StepCost.step_tokens`, of which each
+   decode has taken one).
+3. *Waiting requests*, first come, first served, while there are a slot (`max_batch`, at most the budget), budget, and
+   free cache for the whole of what is to be read plus one token. That cache is taken at once.
+
+The step takes `StepCost.step_ps` and everything it does happens at its end: the step that reads the last of a prompt
+produces a token too, the first one; a request that has all its tokens leaves and frees its cache. The next step begins
+at that instant, or, when there is no work, with the next request. The step's time is shared among its requests by the
+tokens they had processed, decodes first, then chunks: up to the k-th request ⌊time × tokens so far ÷ all tokens⌋, so
+that the shares add up to the step to the picosecond.
+
+**There is no livelock.** Prompts are read one after the other, so the running requests are, in the order of their
+admission, some that decode and at most one that reads. Room is made from the other end, and a single request always has
+it, because whoever could outgrow the cache or the context is refused on arrival. So the oldest running request moves
+in every step, by a token or by a chunk (slots never exceed the budget), and finishes; and when nobody runs, the cache
+is empty and the head of the queue is admitted. Nor can a preempted request come back in the step that took its cache:
+it needs one token more than it held, and somebody has claimed at least one of those.
+
+**The router** sees, at the arrival of a request at time t, every token produced up to and including t. It does not know
+how many tokens a request will ask for and expects the mean of the plan. A request *waits* with its prompt and that
+mean until its first token, and is *backlog* with all of it until its first token, then with the mean until it ends.
+`policy.admission` is shown what waits on the replicas of the model together, since requests that are being decoded do
+not hold up new ones while there are slots, and by Little's law waiting tokens over planned rate is just the time to
+first token at that rate; its deadline is the TTFT of the SLO. `policy.routing` is shown the backlog of each replica.
+Replicas on which the request can never fit are not shown; the output that a trace records stands for the limit a
+client would have sent along.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from waterline.cost.step import StepCost, prefill_pairs
+from waterline.policy.admission import ADMIT, retry_after_s
+from waterline.policy.routing import least_loaded
+from waterline.units import GIGA, PICOSECONDS_PER_S
+from waterline.workload import Request
+
+NEVER = 2**63 - 1
+PICOSECONDS_PER_NS = PICOSECONDS_PER_S // GIGA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """What a replica can take, and how long its steps are."""
+
+    replica: str  # its id
+    gpus: int
+    step: StepCost
+    max_batch: int  # requests running together, at most
+    cache_tokens: int
+    max_context_tokens: int
+    tokens_per_s: float  # prompt and output, planned; 0 takes it out of routing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step that was taken, for those who want to look inside."""
+
+    replica: str
+    begin_ps: int
+    end_ps: int
+    decodes: int
+    prefill_tokens: int
+    running: int  # requests, decoding and reading
+    occupied_tokens: int  # of the cache, claims for the tokens of this step included
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Passage:
+    """One request on its way through the fleet, and in the end what became of it."""
+
+    request: Request
+    arrival_ps: int
+    replica: str = ""
+    reason: str = ""  # why it was refused
+    tokens: int  # of its prompt, and produced
+    read_tokens: int = 0  # of them, by the chunks since it was admitted last
+    produced_tokens: int = 0
+    first_token_ps: int = NEVER
+    finish_ps: int = NEVER
+    busy_ps: int = 0  # its shares of the replica's steps
+    preemptions: int = 0
+
+
+class SteppedReplica:
+    """One replica, and the one place where its state changes."""
+
+    def __init__(self, capacity: Capacity, expected_output_tokens: int, steps: list[Step] | None = None) -> None:
+        self.capacity = capacity
+        self.expected_output_tokens = expected_output_tokens
+        self.steps = steps
+        self.longest_tokens = min(capacity.cache_tokens, capacity.max_context_tokens)  # prompt and output of a request
+        self.slots = min(capacity.max_batch, capacity.step.step_tokens)
+        self.free_tokens = capacity.cache_tokens
+        self.waiting: deque[Passage] = deque()
+        self.decoding: list[Passage] = []  # in the order of their admission, as are those below, who came after them
+        self.reading: list[Passage] = []  # between steps at most one
+        self.chunks: list[int] = []  # [reading] tokens in the step under way
+        self.stepping = False
+        self.begin_ps = 0  # of the step under way or the last one
+        self.boundary_ps = 0  # when it ends, or when the next one may begin
+        self.waiting_tokens = 0  # expected, of requests without a first token
+        self.backlog_tokens = 0  # expected, accepted and not yet produced
+
+    def accept(self, passage: Passage) -> None:
+        """Queue a request at its arrival, up to which the replica has been advanced."""
+        if not (self.stepping or self.waiting):
+            self.boundary_ps = passage.arrival_ps
+        passage.replica = self.capacity.replica
+        self.waiting.append(passage)
+        expected_tokens = passage.tokens + self.expected_output_tokens
+        self.waiting_tokens += expected_tokens
+        self.backlog_tokens += expected_tokens
+
+    def advance(self, now_ps: int) -> None:
+        """End every step that ends up to and including `now_ps`; begin every step that begins before it.
+
+        A step that would begin at `now_ps` itself is left for later: more requests may arrive at this instant.
+        """
+        while True:
+            if self.stepping:
+                if self.boundary_ps > now_ps:
+                    return
+                self._end_step()
+            if self.boundary_ps >= now_ps or not (self.decoding or self.reading or self.waiting):
+                return
+            self._begin_step()
+
+    def _begin_step(self) -> None:
+        step = self.capacity.step
+        while len(self.decoding) > self.free_tokens:
+            self._preempt_latest()
+        decodes = len(self.decoding)
+        self.free_tokens -= decodes
+
+        budget = step.step_tokens - decodes
+        self.chunks = []
+        while budget > 0 and (len(self.chunks) < len(self.reading) or self._admit_next()):
+            passage = self.reading[len(self.chunks)]
+            self.chunks.append(min(budget, passage.tokens - passage.read_tokens))
+            budget -= self.chunks[-1]
+
+        prefill_tokens = sum(self.chunks)
+        pairs = sum(
+            [
+                prefill_pairs(passage.read_tokens, chunk)
+                for passage, chunk in zip(self.reading, self.chunks, strict=True)
+            ]
+        )
+        context_tokens = sum([passage.tokens for passage in self.decoding])
+        self.stepping = True
+        self.begin_ps = self.boundary_ps
+        self.boundary_ps += step.step_ps(prefill_tokens, pairs, decodes, context_tokens)
+        if self.steps is not None:
+            self.steps.append(self._under_way(prefill_tokens))
+
+    def _preempt_latest(self) -> None:
+        if self.reading:
+            passage = self.reading.pop()
+            self.free_tokens += passage.tokens + 1
+        else:
+            passage = self.decoding.pop()
+            self.free_tokens += passage.tokens
+        passage.read_tokens = 0
+        passage.preemptions += 1
+        self.waiting.appendleft(passage)
+
+    def _admit_next(self) -> bool:
+        """Admit the head of the queue, if there is one and a slot and cache for it."""
+        if not self.waiting or len(self.decoding) + len(self.reading) >= self.slots:
+            return False
+        needed_tokens = self.waiting[0].tokens + 1
+        if needed_tokens > self.free_tokens:
+            return False
+        self.free_tokens -= needed_tokens
+        self.reading.append(self.waiting.popleft())
+        return True
+
+    def _end_step(self) -> None:
+        self.stepping = False
+        processed = [1] * len(self.decoding) + self.chunks
+        shares = shares_ps(self.boundary_ps - self.begin_ps, processed)
+        for passage, share_ps in zip(self.decoding + self.reading, shares, strict=True):
+            passage.busy_ps += share_ps
+        for passage, chunk in zip(self.reading, self.chunks, strict=True):
+            passage.read_tokens += chunk
+        self.decoding += [passage for passage in self.reading if passage.read_tokens == passage.tokens]
+        self.reading = [passage for passage in self.reading if passage.read_tokens < passage.tokens]
+        for passage in self.decoding:
+            self._produce(passage)
+        self.decoding = [passage for passage in self.decoding if passage.finish_ps == NEVER]
+
+    def _produce(self, passage: Passage) -> None:
+        """Give a request its next token; its cache was claimed before."""
+        passage.tokens += 1
+        passage.produced_tokens += 1
+        if passage.produced_tokens == 1:
+            passage.first_token_ps = self.boundary_ps
+            self.waiting_tokens -= passage.request.prompt_tokens + self.expected_output_tokens
+            self.backlog_tokens -= passage.request.prompt_tokens
+        if passage.produced_tokens == passage.request.output_tokens:
+            passage.finish_ps = self.boundary_ps
+            self.free_tokens += passage.tokens
+            self.backlog_tokens -= self.expected_output_tokens
+
+    def _under_way(self, prefill_tokens: int) -> Step:
+        return Step(
+            replica=self.capacity.replica,
+            begin_ps=self.begin_ps,
+            end_ps=self.boundary_ps,
+            decodes=len(self.decoding),
+            prefill_tokens=prefill_tokens,
+            running=len(self.decoding) + len(self.reading),
+            occupied_tokens=self.capacity.cache_tokens - self.free_tokens,
+        )
+
+
+def shares_ps(step_ps: int, tokens: Sequence[int]) -> list[int]:
+    """Share the time of a step among its requests by the tokens of each; the shares add up to it exactly."""
+    bounds = [step_ps * so_far // sum(tokens) for so_far in accumulate(tokens)]
+    return [bound - before for before, bound in zip([0, *bounds[:-1]], bounds, strict=True)]
+
+
+def arrival_ps(request: Request) -> int:
+    """Return when a request arrives; the one place where seconds become picoseconds."""
+    return round(request.arrival_s * GIGA) * PICOSECONDS_PER_NS
+
+
+def serve(
+    capacities: Sequence[Capacity],
+    requests: Iterable[Request],
+    *,
+    deadline_s: float,
+    expected_output_tokens: int,
+    steps: list[Step] | None = None,
+) -> list[Passage]:
+    """Serve requests to one model on its replicas until the last one is done.
+
+    Args:
+        capacities: the replicas; ties in routing go to the first.
+        requests: in the order of their arrival.
+        deadline_s: longest expected wait with which a request is still taken in: the TTFT of the model's SLO.
+        expected_output_tokens: the mean of the plan, which stands for what no request tells.
+        steps: a list that gets every step, in the order they begin on each replica.
+
+    Returns:
+        What became of each request, in the same order: refused (with a reason, and finished on arrival) or finished.
+    """
+    replicas = [SteppedReplica(capacity, expected_output_tokens, steps) for capacity in capacities]
+    passages = []
+    for request in requests:
+        passage = Passage(request=request, arrival_ps=arrival_ps(request), tokens=request.prompt_tokens)
+        passages.append(passage)
+        for replica in replicas:
+            replica.advance(passage.arrival_ps)
+        chosen = _dispatch(passage, replicas, deadline_s)
+        if chosen:
+            chosen.accept(passage)
+        else:
+            passage.finish_ps = passage.arrival_ps
+    for replica in replicas:
+        replica.advance(NEVER)
+    return passages
+
+
+def _dispatch(passage: Passage, replicas: Sequence[SteppedReplica], deadline_s: float) -> SteppedReplica | None:
+    """Return the replica for a request, or None and the reason with the request."""
+    request_tokens = passage.request.prompt_tokens + passage.request.output_tokens
+    candidates = [replica for replica in replicas if request_tokens <= replica.longest_tokens]
+    if not candidates:
+        longest_tokens = max((replica.longest_tokens for replica in replicas), default=0)
+        passage.reason = f"{request_tokens} tokens, of which no replica of the model holds more than {longest_tokens}"
+        return None
+    tokens_per_s = [replica.capacity.tokens_per_s for replica in candidates]
+    waiting_tokens = sum([replica.waiting_tokens for replica in candidates])
+    retry_s = retry_after_s(waiting_tokens, sum(tokens_per_s), deadline_s)
+    if retry_s > ADMIT:
+        passage.reason = f"would not start within {deadline_s:g} s; retry after {retry_s:.3g} s"
+        return None
+    return candidates[least_loaded([replica.backlog_tokens for replica in candidates], tokens_per_s)]
