@@ -196,7 +196,7 @@ def table(row: dict[str, str]) -> str:
     if doubtful := doubts(row):
         lines.append("doubtful = [" + ", ".join(map(quoted, doubtful)) + "]")
     source = re.sub(r" \(device here:[^)]*\)", "", row["source"]).replace("stas00 table", "ml-engineering table")
-    lines += [f"source = {quoted(source.replace('stas00', 'ml-engineering'))}", f"read = {READ}"]
+    lines += [f"source = {quoted(source.replace('stas00', 'ml-engineering table'))}", f"read = {READ}"]
     if row["notes"]:
         lines.append(f"notes = {quoted(row['notes'].replace('stas00', 'ml-engineering'))}")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from waterline.errors import PlanFileError
 from waterline.fleet import Fleet
 
 VERSION = 1
+Limit = Literal["memory", "ttft", "tpot", "engine"]
 
 
 class Layout(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,7 +69,7 @@ class ModelPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     gpus: int
     usd_per_hour: float
     usd_per_million_tokens: float | None  # input and output together, at the planned demand; None without demand
-    limited_by: Literal["memory", "ttft", "tpot", "engine"]  # what keeps its batches from growing
+    limited_by: Limit  # what keeps its batches from growing
     reason: str
 
 

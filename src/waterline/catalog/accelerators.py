@@ -53,13 +53,14 @@ def table() -> dict[str, Gpu]:
 def names() -> dict[str, tuple[str, ...]]:
     """Return for every id the names its card goes by, the id last; the marketing size counts (``4090 24GB``)."""
     return {
-        id_: (entry.name, *entry.aliases, *_with_size(id_, entry), f"{entry.vendor} {entry.name}", id_)
+        id_: (*_spelled(entry, entry.name), *_spelled(entry, *entry.aliases), *_spelled(entry, id_))
         for id_, entry in _entries().items()
     }
 
 
-def _with_size(id_: str, entry: _Entry) -> tuple[str, ...]:
-    return (f"{id_} {entry.nominal_gb:.0f} GB",) if entry.nominal_gb else ()
+def _spelled(entry: _Entry, *names: str) -> tuple[str, ...]:
+    vendor = tuple(f"{entry.vendor} {name}" for name in names)
+    return (*vendor, *(f"{name} {entry.nominal_gb:.0f} GB" for name in names if entry.nominal_gb), *names)
 
 
 @cache

@@ -8,7 +8,7 @@ import msgspec
 from waterline import catalog as facts
 from waterline.hardware import Gpu
 from waterline.llm import Llm
-from waterline.units import GIB, GIGA, KILO, TERA, parameters_text, usd_text
+from waterline.units import GIB, GIGA, KILO, TERA, gib_text, parameters_text, usd_text
 
 NAME = click.argument("name", required=False)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON with units in the names, for programs.")
@@ -17,14 +17,14 @@ DOUBT = "?"
 
 @click.group("catalog")
 def catalog() -> None:
-    r"""Show the GPUs, models and prices Waterline knows.
+    """Show the GPUs, models and prices Waterline knows.
 
     \b
     Example:
       waterline catalog gpus --vendor amd
       waterline catalog models qwen3-32b
       waterline catalog prices rtx-4090 --json
-    """
+    """  # noqa: D301 - click wants the character itself
 
 
 @catalog.command("gpus")
@@ -32,14 +32,14 @@ def catalog() -> None:
 @click.option("--vendor", help="Only the cards of this vendor: nvidia, amd, intel …")
 @JSON
 def show_gpus(name: str | None, vendor: str | None, *, as_json: bool) -> None:
-    r"""List accelerators, or show everything about the one called NAME.
+    """List accelerators, or show everything about the one called NAME.
 
     A ? marks what our sources disagree on; NAME shows why.
 
     \b
     Example:
       waterline catalog gpus "RTX 4090"
-    """
+    """  # noqa: D301 - click wants the character itself
     if name is not None:
         gpu = facts.find_gpu(name)
         _show(gpu, _gpu_facts(gpu), as_json=as_json)
@@ -51,7 +51,7 @@ def show_gpus(name: str | None, vendor: str | None, *, as_json: bool) -> None:
     if as_json:
         _print_json(found)
         return
-    columns = ["id", "memory GiB", "GB/s", "bf16 TFLOPs", "fp8", "fp4", "link GB/s", "watts", "year", "USD/h"]
+    columns = ["id", "memory GiB", "GB/s", "16-bit TFLOPs", "fp8", "fp4", "link GB/s", "watts", "year", "USD/h"]
     _print_table(columns, [_gpu_row(gpu) for gpu in found])
     click.echo(
         "TFLOPs are dense. ? = our sources disagree, see `waterline catalog gpus ID`. USD/h: * community, + bought."
@@ -67,7 +67,7 @@ def _gpu_row(gpu: Gpu) -> list[str]:
         f"{gpu.memory_bytes_per_s / GIGA:,.0f}{_doubt(gpu, 'memory_gb_per_s')}",
         *(
             f"{_rate(gpu.flops_per_s[rate])}{_doubt(gpu, f'dense_tflops.{rate}')}" if rate in gpu.flops_per_s else "-"
-            for rate in ("bf16", "fp8", "fp4")
+            for rate in ("bf16" if "bf16" in gpu.flops_per_s else "fp16", "fp8", "fp4")
         ),
         f"{gpu.link.bytes_per_s / GIGA:.4g}{_doubt(gpu, 'link_gb_per_s')}" if gpu.link.bytes_per_s else "-",
         f"{gpu.tdp_watts:.0f}{_doubt(gpu, 'tdp_watts')}" if gpu.tdp_watts else "-",
@@ -124,12 +124,12 @@ def _gpu_facts(gpu: Gpu) -> list[tuple[str, str]]:
 @NAME
 @JSON
 def show_models(name: str | None, *, as_json: bool) -> None:
-    r"""List models, or show everything about the one called NAME.
+    """List models, or show everything about the one called NAME.
 
     \b
     Example:
       waterline catalog models deepseek-r1
-    """
+    """  # noqa: D301 - click wants the character itself
     if name is not None:
         llm = facts.find_model(name)
         _show(llm, _model_facts(llm), as_json=as_json)
@@ -166,7 +166,7 @@ def _model_facts(llm: Llm) -> list[tuple[str, str]]:
         ("active", f"{parameters_text(llm.active_parameters)} ({llm.active_parameters:,}), input embedding included"),
         ("vision", f"{parameters_text(llm.vision_parameters)} more" if llm.vision_parameters else ""),
         ("published in", llm.precision),
-        ("stored", f"{llm.stored_bytes / GIB:,.2f} GiB" if llm.stored_bytes else ""),
+        ("stored", gib_text(llm.stored_bytes) if llm.stored_bytes else ""),
         ("context", f"{llm.max_context_tokens:,} tokens"),
         ("hidden", f"{llm.hidden:,}"),
         ("vocabulary", f"{llm.vocabulary:,}{', embeddings tied' if llm.tied_embeddings else ''}"),
@@ -189,12 +189,12 @@ def _group_text(group: msgspec.Struct) -> str:
 @NAME
 @JSON
 def show_prices(name: str | None, *, as_json: bool) -> None:
-    r"""List prices, or those of the accelerator called NAME.
+    """List prices, or those of the accelerator called NAME.
 
     \b
     Example:
       waterline catalog prices h100-sxm-80g
-    """
+    """  # noqa: D301 - click wants the character itself
     gpu = facts.find_gpu(name).id if name is not None else None
     found = [price for price in facts.prices() if gpu in {None, price.gpu}]
     if as_json:

@@ -116,7 +116,7 @@ def step_cost(llm: Llm, gpu: Gpu, layout: Layout, precision: str, engine: Engine
         multiply_ps_per_token=_ps(2 * body * multiply_s),
         head_ps_per_sequence=_ps(2 * llm.vocabulary * llm.hidden * multiply_s),
         exchange_ps=_exchange_ps(llm, layout, engine),
-        exchange_ps_per_token=_ps(_exchange_bytes_per_token(llm, layout) / _link_bytes_per_s(gpu, layout)),
+        exchange_ps_per_token=_ps(_exchange_s_per_token(llm, gpu, layout)),
         step_tokens=engine.step_tokens,
     )
 
@@ -168,17 +168,21 @@ def _expert_shares(llm: Llm) -> tuple[float, ...]:
     return (*shares, 1.0)
 
 
-def _link_bytes_per_s(gpu: Gpu, layout: Layout) -> float:
-    """Two GPUs of a mesh see one wire; a larger group sees all of them."""
-    return gpu.link.pair_bytes_per_s if layout.gpus == 2 else gpu.link.bytes_per_s
-
-
 def _exchange_ps(llm: Llm, layout: Layout, engine: EngineProfile) -> int:
     collectives = 2 * llm.layers if layout.tp > 1 else 0  # after attention and after the feed-forward network
     return (collectives + layout.pp - 1) * engine.collective_latency_ps
 
 
-def _exchange_bytes_per_token(llm: Llm, layout: Layout) -> float:
-    """A ring all-reduce sends every byte 2 (n-1)/n times; a pipeline hands the hidden state on once a stage."""
+def _exchange_s_per_token(llm: Llm, gpu: Gpu, layout: Layout) -> float:
+    """A ring all-reduce sends every byte 2 (n-1)/n times; a stage hands the hidden state on, past the PCIe bus.
+
+    Two GPUs of a mesh see the one wire between them; a larger group sees all of them.
+    """
     hidden_bytes = 2 * llm.hidden
-    return hidden_bytes * (2 * llm.layers * 2 * (layout.tp - 1) / layout.tp + (layout.pp - 1))
+    exchange_s = 0.0
+    if layout.tp > 1:
+        link_bytes_per_s = gpu.link.pair_bytes_per_s if layout.tp == 2 else gpu.link.bytes_per_s
+        exchange_s += 2 * llm.layers * hidden_bytes * 2 * (layout.tp - 1) / layout.tp / link_bytes_per_s
+    if layout.pp > 1 and gpu.pcie_bytes_per_s:
+        exchange_s += (layout.pp - 1) * hidden_bytes / gpu.pcie_bytes_per_s
+    return exchange_s

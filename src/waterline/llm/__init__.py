@@ -5,10 +5,9 @@ of equal layers, and everything else (bytes, FLOPs, cache) is arithmetic on them
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from waterline.llm.precision import PRECISIONS, Precision
 
@@ -70,7 +69,7 @@ class Llm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weights_file: str = ""  # a .gguf to serve as it is
     source: str = ""
     read: str = ""  # ISO date
-    notes: Mapping[str, str] = MappingProxyType({})
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:

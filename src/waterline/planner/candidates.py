@@ -17,7 +17,7 @@ from waterline.cost import (
 )
 from waterline.hardware import Node
 from waterline.llm import PRECISIONS, Llm
-from waterline.plan import Layout
+from waterline.plan import Layout, Limit
 from waterline.units import gib_text, seconds_text
 from waterline.workload import Slo
 
@@ -48,7 +48,7 @@ class Candidate:
     step: StepCost
     cache_tokens: int
     point: ServingPoint  # at the largest batch that meets the SLO
-    limited_by: str  # what keeps the batch from growing: "memory", "tpot", "ttft" or "engine"
+    limited_by: Limit  # what keeps the batch from growing
 
     @property
     def requests_per_s(self) -> float:
@@ -71,14 +71,15 @@ class Rejection:
 def layouts(node: Node, nodes: int) -> Iterator[Layout]:
     """Yield tensor parallel degrees inside a node, then pipelines of such groups over several nodes.
 
-    Tensor parallelism never leaves a node: its all-reduces need the fast link.
+    Tensor parallelism never leaves a node: its all-reduces need the fast link. Without a PCIe bus there is no network
+    to span nodes with.
     """
     degree = 1
     while degree <= node.gpus:
         yield Layout(tp=degree)
         degree *= 2
     whole_node = degree // 2
-    for stages in range(2, nodes + 1):
+    for stages in range(2, (nodes if node.gpu.pcie_bytes_per_s else 1) + 1):
         yield Layout(tp=whole_node, pp=stages)
 
 
@@ -109,7 +110,7 @@ def price(llm: Llm, node: Node, layout: Layout, precision: str, engine: str, wor
             got - goal,
             f"{binding.upper()} is {seconds_text(got)} for a single request, the SLO allows {seconds_text(goal)}",
         )
-    limited_by = "engine" if most == profile.max_batch else "memory"
+    limited_by: Limit = "engine" if most == profile.max_batch else "memory"
     if best.batch < most:
         limited_by = "tpot" if failed.tpot_s > work.slo.tpot_s else "ttft"
     return Candidate(

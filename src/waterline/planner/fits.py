@@ -1,5 +1,6 @@
 """The tiers of a model: for every card the smallest number of them that runs it, and how fast."""
 
+import math
 from collections.abc import Iterable, Iterator
 
 from msgspec import Struct
@@ -9,7 +10,7 @@ from waterline.cost import serving_point
 from waterline.hardware import Gpu, Node
 from waterline.llm import PRECISIONS, Llm
 from waterline.plan import Layout
-from waterline.planner.candidates import Candidate, Rejection, Work, layouts, price
+from waterline.planner.candidates import Candidate, Work, layouts, price
 from waterline.units import HOUR_S, MEGA
 from waterline.workload import Slo
 
@@ -33,6 +34,7 @@ class Fit(Struct, frozen=True, kw_only=True):
     tpot_s: float | None = None
     output_tokens_per_s: float | None = None
     usd_per_hour: float | None = None  # None: no price known
+    price_kind: str = ""  # "on_demand", "community", or "purchase": derived from what the card costs to buy
     usd_per_million_tokens: float | None = None  # prompt and output, at the largest concurrency
     why_not: str = ""
 
@@ -63,15 +65,19 @@ def fits(
 
 def _fit(llm: Llm, gpu: Gpu, precisions: tuple[str, ...], engine: str, work: Work, concurrency: int) -> Fit:
     node = Node(gpu=gpu, gpus=gpu.gpus_per_node)
-    nearest: Rejection | None = None
+    why_not, nearest = "", math.inf
     for precision, layout in _smallest_first(node, precisions):
         priced = price(llm, node, layout, precision, engine, work)
-        if isinstance(priced, Rejection):
-            if nearest is None or priced.shortfall < nearest.shortfall:
-                nearest = priced
-        elif priced.cache_tokens >= concurrency * work.max_context_tokens:
-            return _runs(llm, priced, work, concurrency)
-    return Fit(gpu=gpu.id, vendor=gpu.vendor, runs=False, why_not=_why_not(nearest, node, work, concurrency))
+        if isinstance(priced, Candidate):
+            most = priced.cache_tokens // work.max_context_tokens
+            if most >= concurrency:
+                return _runs(llm, priced, work, concurrency)
+            cards = f"{layout.gpus} {gpu.id} hold" if layout.gpus > 1 else f"one {gpu.id} holds"
+            requests = f"{most} requests of {work.max_context_tokens} tokens"
+            nearest, why_not = -most, f"{precision} {layout}: {cards} the model and {requests}, not {concurrency}"
+        elif priced.shortfall < nearest or not why_not:
+            nearest, why_not = priced.shortfall, f"{precision} {layout}: {priced.reason}"
+    return Fit(gpu=gpu.id, vendor=gpu.vendor, runs=False, why_not=why_not)
 
 
 def _smallest_first(node: Node, precisions: tuple[str, ...]) -> Iterator[tuple[str, Layout]]:
@@ -80,15 +86,6 @@ def _smallest_first(node: Node, precisions: tuple[str, ...]) -> Iterator[tuple[s
     for layout in layouts(node, MOST_NODES):
         for precision in best_first:
             yield precision, layout
-
-
-def _why_not(nearest: Rejection | None, node: Node, work: Work, concurrency: int) -> str:
-    if nearest is None:
-        return (
-            f"{MOST_NODES * node.gpus} {node.gpu.id} hold the model, but not {concurrency} requests of "
-            f"{work.max_context_tokens} tokens"
-        )
-    return f"{nearest.precision} {nearest.layout}: {nearest.reason}"
 
 
 def _runs(llm: Llm, candidate: Candidate, work: Work, concurrency: int) -> Fit:
@@ -109,5 +106,6 @@ def _runs(llm: Llm, candidate: Candidate, work: Work, concurrency: int) -> Fit:
         tpot_s=now.tpot_s,
         output_tokens_per_s=concurrency / now.tpot_s,
         usd_per_hour=usd_per_hour,
+        price_kind=price_per_gpu.kind if price_per_gpu else "",
         usd_per_million_tokens=usd_per_hour / tokens_per_hour * MEGA if usd_per_hour is not None else None,
     )

@@ -1,6 +1,6 @@
 """What all tenants together ask of each model, at the hour they ask most."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,22 +45,22 @@ def _need(fleet: Fleet, model: Model) -> Need:
     hour = max(range(HOURS), key=lambda hour: sum(one.hourly_requests_per_s[hour] for one in asked))
     total = sum(one.hourly_requests_per_s[hour] for one in asked)
 
-    def mean(of_one: str, unasked: int) -> int:
+    def mean(tokens: Callable[[_Asked], float], unasked: int) -> int:
         if total <= 0:
             return unasked
-        return max(1, round(sum(getattr(one, of_one) * one.hourly_requests_per_s[hour] for one in asked) / total))
+        return max(1, round(sum(tokens(one) * one.hourly_requests_per_s[hour] for one in asked) / total))
 
     tenants: dict[str, float] = {}
     for one in asked:
         tenants[one.tenant] = tenants.get(one.tenant, 0.0) + one.hourly_requests_per_s[hour]
     context = model.max_context_tokens
-    prompt_tokens = min(mean("prompt_tokens", UNASKED.prompt_tokens), context // 2)
+    prompt_tokens = min(mean(lambda one: one.prompt_tokens, UNASKED.prompt_tokens), context // 2)
     return Need(
         model=model,
         tenants=tenants,
         work=Work(
             prompt_tokens=prompt_tokens,
-            output_tokens=min(mean("output_tokens", UNASKED.output_tokens), context - prompt_tokens),
+            output_tokens=min(mean(lambda one: one.output_tokens, UNASKED.output_tokens), context - prompt_tokens),
             max_context_tokens=context,
             slo=model.slo or Slo(ttft_s=1.0, tpot_s=0.1),
         ),

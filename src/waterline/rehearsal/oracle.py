@@ -29,11 +29,15 @@ is empty and the head of the queue is admitted. Nor can a preempted request come
 it needs one token more than it held, and somebody has claimed at least one of those.
 
 **The router** sees, at the arrival of a request at time t, every token produced up to and including t. It does not know
-how many tokens a request will ask for and expects the mean of the plan. A request *waits* with its prompt and that
-mean until its first token, and is *backlog* with all of it until its first token, then with the mean until it ends.
-`policy.admission` is shown what waits on the replicas of the model together, since requests that are being decoded do
-not hold up new ones while there are slots, and by Little's law waiting tokens over planned rate is just the time to
-first token at that rate; its deadline is the TTFT of the SLO. `policy.routing` is shown the backlog of each replica.
+how many tokens a request will ask for and expects the mean of the plan.
+
+- `policy.routing` is shown the *backlog* of each replica: of a request its prompt and that mean, until its first token;
+  then that mean, until it ends.
+- `policy.admission` is shown the work *before the first token* of a newcomer, on all replicas of the model together:
+  prompts that have not been read, and that mean for every request beyond the slots, because a slot must come free for
+  it. Requests that are being decoded hold nobody up while there are slots; counted in full they would look like a wait
+  as long as their answers. The deadline is the TTFT of the SLO.
+
 Replicas on which the request can never fit are not shown; the output that a trace records stands for the limit a
 client would have sent along.
 """
@@ -45,7 +49,7 @@ from itertools import accumulate
 
 from waterline.cost.step import StepCost, prefill_pairs
 from waterline.policy.admission import ADMIT, retry_after_s
-from waterline.policy.routing import least_loaded
+from waterline.policy.routing import NOBODY, least_loaded
 from waterline.units import GIGA, PICOSECONDS_PER_S
 from waterline.workload import Request
 
@@ -113,18 +117,24 @@ class SteppedReplica:
         self.stepping = False
         self.begin_ps = 0  # of the step under way or the last one
         self.boundary_ps = 0  # when it ends, or when the next one may begin
-        self.waiting_tokens = 0  # expected, of requests without a first token
+        self.accepted = 0  # requests that have not ended
+        self.unread_tokens = 0  # of the prompts of those without a first token
         self.backlog_tokens = 0  # expected, accepted and not yet produced
+
+    @property
+    def waiting_tokens(self) -> int:
+        """What a newcomer would wait for; see the router above."""
+        return self.unread_tokens + self.expected_output_tokens * max(0, self.accepted - self.slots)
 
     def accept(self, passage: Passage) -> None:
         """Queue a request at its arrival, up to which the replica has been advanced."""
-        if not (self.stepping or self.waiting):
+        if not self.stepping:
             self.boundary_ps = passage.arrival_ps
         passage.replica = self.capacity.replica
         self.waiting.append(passage)
-        expected_tokens = passage.tokens + self.expected_output_tokens
-        self.waiting_tokens += expected_tokens
-        self.backlog_tokens += expected_tokens
+        self.accepted += 1
+        self.unread_tokens += passage.tokens
+        self.backlog_tokens += passage.tokens + self.expected_output_tokens
 
     def advance(self, now_ps: int) -> None:
         """End every step that ends up to and including `now_ps`; begin every step that begins before it.
@@ -210,11 +220,12 @@ class SteppedReplica:
         passage.produced_tokens += 1
         if passage.produced_tokens == 1:
             passage.first_token_ps = self.boundary_ps
-            self.waiting_tokens -= passage.request.prompt_tokens + self.expected_output_tokens
+            self.unread_tokens -= passage.request.prompt_tokens
             self.backlog_tokens -= passage.request.prompt_tokens
         if passage.produced_tokens == passage.request.output_tokens:
             passage.finish_ps = self.boundary_ps
             self.free_tokens += passage.tokens
+            self.accepted -= 1
             self.backlog_tokens -= self.expected_output_tokens
 
     def _under_way(self, prefill_tokens: int) -> Step:
@@ -231,7 +242,8 @@ class SteppedReplica:
 
 def shares_ps(step_ps: int, tokens: Sequence[int]) -> list[int]:
     """Share the time of a step among its requests by the tokens of each; the shares add up to it exactly."""
-    bounds = [step_ps * so_far // sum(tokens) for so_far in accumulate(tokens)]
+    all_tokens = sum(tokens)
+    bounds = [step_ps * so_far // all_tokens for so_far in accumulate(tokens)]
     return [bound - before for before, bound in zip([0, *bounds[:-1]], bounds, strict=True)]
 
 
@@ -291,4 +303,8 @@ def _dispatch(passage: Passage, replicas: Sequence[SteppedReplica], deadline_s: 
     if retry_s > ADMIT:
         passage.reason = f"would not start within {deadline_s:g} s; retry after {retry_s:.3g} s"
         return None
-    return candidates[least_loaded([replica.backlog_tokens for replica in candidates], tokens_per_s)]
+    chosen = least_loaded([replica.backlog_tokens for replica in candidates], tokens_per_s)
+    if chosen == NOBODY:
+        passage.reason = "no replica of the model is in service"
+        return None
+    return candidates[chosen]

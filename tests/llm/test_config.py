@@ -1,0 +1,195 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from waterline.errors import ModelFormatError
+from waterline.llm import PRECISIONS
+from waterline.llm.config import FAMILIES, read_config
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "torch_dtype": "bfloat16",
+}
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def test_a_small_llama_is_counted_weight_by_weight() -> None:
+    embedding = 2 * 100 * 64
+    attention = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 64  # queries, keys and values, output, norm
+    feed_forward = 3 * 64 * 128 + 64
+    llm = read_config(LLAMA, "small")
+    assert llm.parameters == llm.active_parameters == embedding + 2 * (attention + feed_forward) + 64
+    assert (llm.layers, llm.attention[0].head_dim, llm.precision) == (2, 16, "bf16")
+
+
+def test_tying_saves_one_embedding() -> None:
+    tied = read_config({**LLAMA, "tie_word_embeddings": True}, "small")
+    assert read_config(LLAMA, "small").parameters - tied.parameters == 100 * 64
+
+
+def test_only_the_chosen_experts_are_active() -> None:
+    llm = read_config(MIXTRAL, "small")
+    assert llm.parameters - llm.active_parameters == 2 * (4 - 2) * 3 * 64 * 128
+    assert llm.expert_parameters == 2 * 4 * 3 * 64 * 128
+
+
+def test_a_window_of_some_layers_is_a_group_of_its_own() -> None:
+    config = {**LLAMA, "model_type": "qwen3", "sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1}
+    groups = read_config(config, "small").attention
+    assert [(group.kind, group.layers, group.window_tokens) for group in groups] == [("full", 1, 0), ("window", 1, 32)]
+
+
+def test_the_language_model_of_a_vision_model_is_read_and_the_tower_mentioned() -> None:
+    config = {"model_type": "mistral3", "text_config": {**LLAMA, "model_type": "mistral"}, "vision_config": {}}
+    llm = read_config(config, "seeing")
+    assert llm.architecture == "mistral"
+    assert llm.notes["vision"] == "the vision tower is not counted"
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "precision"),
+    [
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "fbgemm_fp8"}, "fp8"),
+        ({"quant_method": "awq", "bits": 4}, "int4"),
+        ({"quant_method": "gptq", "bits": 4}, "int4"),
+        ({"quant_method": "gptq", "bits": 8}, "int8"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8"),
+        ({"quant_method": "modelopt", "quantization": {"quant_algo": "NVFP4"}}, "nvfp4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "nf4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}},
+            "int4",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}},
+            },
+            "fp8",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "nvfp4-pack-quantized",
+                "config_groups": {"g": {"weights": {"num_bits": 4, "type": "float"}}},
+            },
+            "nvfp4",
+        ),
+    ],
+)
+def test_the_quantisation_gives_the_precision(quantisation: dict[str, object], precision: str) -> None:
+    assert read_config({**LLAMA, "quantization_config": quantisation}, "small").precision == precision
+    assert precision in PRECISIONS
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "said"),
+    [
+        ({"quant_method": "hqq"}, r'quantization_config\.quant_method = "hqq"'),
+        ({}, r"no field 'quantization_config\.quant_method'"),
+        ({"quant_method": "awq", "bits": 3}, r"quantization_config\.bits = 3"),
+        ({"quant_method": "modelopt", "quant_algo": "W2"}, r'quant_algo = "W2"'),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "found none"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 2, "type": "int"}}}},
+            r"config_groups\.g\.weights\.num_bits = 2",
+        ),
+        ("fp8", 'quantization_config = "fp8", which must be an object'),
+    ],
+)
+def test_an_unknown_quantisation_is_refused_by_name(quantisation: object, said: str) -> None:
+    with pytest.raises(ModelFormatError, match=said):
+        read_config({**LLAMA, "quantization_config": quantisation}, "small")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "foo"}, 'model_type = "foo" is a family that is not known'),
+        ({"model_type": None}, "no field 'model_type'"),
+        ({"model_type": 7}, "model_type = 7, which must be a text"),
+        ({"hidden_size": None}, "no field 'hidden_size', which must be an integer"),
+        ({"hidden_size": "64"}, 'hidden_size = "64", which must be an integer'),
+        ({"hidden_size": True}, "hidden_size = true"),
+        ({"hidden_size": 64.0}, r"hidden_size = 64\.0"),
+        ({"hidden_size": -64}, "hidden_size = -64"),
+        ({"hidden_size": 66}, "num_attention_heads = 4, which must be a divisor of hidden_size = 66"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3, which must be a divisor of num_attention_heads = 4"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"torch_dtype": "int2"}, 'torch_dtype = "int2"'),
+        ({"tie_word_embeddings": "yes"}, 'tie_word_embeddings = "yes", which must be true or false'),
+        ({"layer_types": ["full_attention"]}, "layer_types = .* a list of 2 names"),
+        ({"layer_types": ["full_attention", "magic"]}, 'layer_types holds "magic"'),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "no field 'sliding_window'"),
+        ({"text_config": {"model_type": "llama"}}, 'model_type = "llama" is a family that is not known'),
+        ({"model_type": "gemma3", "text_config": 3}, "text_config = 3, which must be an object"),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mamba"}}, r'text_config\.model_type = "mamba"'),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(change: dict[str, object], said: str) -> None:
+    with pytest.raises(ModelFormatError, match=said):
+        read_config({**LLAMA, **change}, "bad")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[]", "holds a JSON list"),
+        (b"null", "holds a JSON NoneType"),
+        (b"{}", "no field 'model_type'"),
+    ],
+)
+def test_what_is_no_config_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelFormatError, match=said) as caught:
+        read_config(tmp_path, "bad")
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_folder_and_file_are_both_taken_and_must_be_there(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert read_config(tmp_path, "small").parameters == read_config(tmp_path / "config.json", "small").parameters
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    assert read_config(tmp_path, "small").precision == "fp8"
+    with pytest.raises(ModelFormatError, match="cannot be read"):
+        read_config(tmp_path / "missing", "small")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelFormatError, match=r"has no config\.json"):
+        read_config(tmp_path / "empty", "small")
+
+
+FIELDS = st.sampled_from([*LLAMA, "text_config", "quantization_config", "layer_types", "head_dim", "sliding_window"])
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(FIELDS, JSON_VALUES, max_size=4), st.sampled_from(sorted(FAMILIES)))
+def test_any_config_is_read_or_refused(change: dict[str, object], family: str) -> None:
+    try:
+        llm = read_config({**MIXTRAL, "model_type": family, **change}, "any")
+    except ModelFormatError as error:
+        assert "the config of 'any'" in str(error)
+    else:
+        assert llm.parameters >= llm.active_parameters > 0

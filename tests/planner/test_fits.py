@@ -1,0 +1,63 @@
+from waterline import catalog
+from waterline.planner.fits import Fit, default_fit_precisions, fits
+
+
+def fit(
+    model: str, gpu: str, *precisions: str, context_tokens: int = 4096, concurrency: int = 1, engine: str = "vllm"
+) -> Fit:
+    llm = catalog.find_model(model)
+    (found,) = fits(
+        llm,
+        [catalog.find_gpu(gpu)],
+        precisions or default_fit_precisions(llm, engine),
+        engine,
+        context_tokens,
+        concurrency,
+    )
+    return found
+
+
+def test_a_small_model_runs_on_one_gaming_card() -> None:
+    found = fit("deepseek-r1-distill-qwen-1.5b", "rtx-4090")
+    assert (found.runs, found.gpus, found.precision) == (True, 1, "bf16")
+
+
+def test_671_billion_parameters_in_sixteen_bits_do_not_fit_two_nodes_of_a100() -> None:
+    assert fit("deepseek-r1", "a100-sxm-80g", "bf16").gpus > 16
+    assert fit("deepseek-r1", "a100-sxm-80g", "int8").gpus == 16
+
+
+def test_a_card_without_fp8_units_says_so() -> None:
+    found = fit("deepseek-r1", "a100-sxm-80g", "fp8")
+    assert not found.runs
+    assert found.why_not == "fp8 tp1: a100-sxm-80g has no units for fp8"
+
+
+def test_what_is_missing_is_said_in_numbers() -> None:
+    found = fit("qwen3-32b", "l4", "bf16", context_tokens=131072 // 8, concurrency=1000)
+    assert not found.runs
+    assert found.why_not == "bf16 tp8 pp4: 32 l4 hold the model and 129 requests of 16384 tokens, not 1000"
+
+
+def test_seven_billion_parameters_on_eight_gibibytes_need_four_bits() -> None:
+    found = fit("llama-2-7b-hf", "rtx-4060ti-8g", engine="llamacpp")
+    assert (found.gpus, found.precision) == (1, "q4_k_m")
+    assert fit("llama-2-7b-hf", "rtx-4060ti-16g", "q8_0", engine="llamacpp").gpus == 1
+
+
+def test_more_requests_at_once_take_longer_a_token_and_yield_more() -> None:
+    one, many = fit("qwen3-32b", "h100-sxm-80g"), fit("qwen3-32b", "h100-sxm-80g", concurrency=8, context_tokens=512)
+    assert one.tpot_s is not None
+    assert many.tpot_s is not None
+    assert one.tpot_s < many.tpot_s
+    assert (one.output_tokens_per_s or 0) < (many.output_tokens_per_s or 0)
+
+
+def test_those_that_run_come_first_the_cheapest_on_top() -> None:
+    llm = catalog.find_model("qwen3-32b")
+    found = fits(llm, catalog.gpus().values(), ("bf16",), "vllm", 8192, 1)
+    runs = [one.runs for one in found]
+    assert runs == sorted(runs, reverse=True)
+    prices = [one.usd_per_hour for one in found if one.runs and one.usd_per_hour is not None]
+    assert prices == sorted(prices)
+    assert len(found) == len(catalog.gpus())

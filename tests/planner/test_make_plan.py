@@ -1,0 +1,176 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from waterline.errors import InfeasibleError
+from waterline.fleet import Demand, Fleet, Model, Pool, Tenant, load_fleet
+from waterline.planner import make_plan
+from waterline.workload import Slo
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LLAMA, R1 = "meta-llama/Llama-3.1-8B", "deepseek-ai/DeepSeek-R1"
+EASY = Slo(ttft_s=2.0, tpot_s=0.1)
+
+
+def fleet(requests_per_s: float = 1.0, limit: float = 1.0, **model: object) -> Fleet:
+    """Return two pools, of which the second costs half as much an hour, and one model."""
+    served = {
+        "name": "chat",
+        "weights": LLAMA,
+        "precisions": ("bf16",),
+        "max_context_tokens": 8192,
+        "slo": EASY,
+        "engine": "vllm",
+    }
+    return Fleet(
+        name="test",
+        pools=(
+            Pool(name="h100", gpu="h100-sxm-80g", nodes=1, gpus_per_node=8, usd_per_gpu_hour=2.0),
+            Pool(name="mi300x", gpu="mi300x", nodes=2, gpus_per_node=8, usd_per_gpu_hour=1.0),
+        ),
+        models=(Model(**(served | model)),),  # type: ignore[arg-type]
+        tenants=(Tenant(name="public", deserved=limit, limit=limit),),
+        demand=(Demand(tenant="public", model="chat", requests_per_s=requests_per_s),),
+    )
+
+
+def test_a_small_demand_gets_one_replica_on_the_cheapest_card() -> None:
+    plan = make_plan(fleet())
+    (replica,) = plan.replicas
+    assert (replica.id, replica.pool, replica.layout.gpus, plan.usd_per_hour) == ("chat/0", "mi300x", 1, 1.0)
+    assert replica.tpot_s <= EASY.tpot_s
+    assert replica.ttft_s <= EASY.ttft_s
+
+
+def test_enough_replicas_for_the_rate_with_room_to_breathe() -> None:
+    plan = make_plan(fleet(requests_per_s=60.0))
+    sustained = sum(replica.requests_per_s for replica in plan.replicas)
+    assert len(plan.replicas) > 1
+    assert sustained * 0.7 >= 60.0
+    assert (len(plan.replicas) - 1) / len(plan.replicas) * sustained * 0.7 < 60.0
+
+
+def test_a_model_without_demand_still_gets_a_replica() -> None:
+    plan = make_plan(replace(fleet(), demand=()))
+    assert len(plan.replicas) == 1
+    assert plan.models[0].usd_per_million_tokens is None
+
+
+def test_a_model_larger_than_a_node_spans_several() -> None:
+    small_nodes = replace(
+        fleet(), pools=(Pool(name="h100", gpu="h100-sxm-80g", nodes=4, gpus_per_node=8, usd_per_gpu_hour=2.0),)
+    )
+    r1 = Model(
+        name="chat",
+        weights=R1,
+        precisions=("fp8",),
+        max_context_tokens=8192,
+        slo=Slo(ttft_s=5, tpot_s=0.2),
+        engine="vllm",
+    )
+    (replica,) = make_plan(replace(small_nodes, models=(r1,))).replicas
+    assert (replica.layout.tp, replica.layout.pp) == (8, 2)
+    assert [place.node for place in replica.places] == [0, 1]
+
+
+def test_a_rate_beyond_the_cheapest_pool_spreads_over_several() -> None:
+    one_pool = make_plan(fleet(requests_per_s=1.0)).replicas[0].requests_per_s * 0.7
+    plan = make_plan(fleet(requests_per_s=one_pool * 17))
+    assert {replica.pool for replica in plan.replicas} == {"h100", "mi300x"}
+
+
+def test_what_fits_nowhere_is_answered_with_the_nearest_miss_and_a_remedy_that_works() -> None:
+    cards = (Pool(name="gaming", gpu="rtx-4090", nodes=1, gpus_per_node=1, usd_per_gpu_hour=0.4),)
+    wish = replace(fleet(weights="Qwen/Qwen3-14B", max_context_tokens=4096), pools=cards)
+    with pytest.raises(
+        InfeasibleError, match=r"on 'gaming' bf16 tp1: needs .* GiB .*one rtx-4090 offers 21.6 GiB.*add \"fp8\""
+    ):
+        make_plan(wish)
+    assert make_plan(replace(wish, models=(replace(wish.models[0], precisions=("bf16", "fp8")),))).replicas
+
+
+def test_an_slo_faster_than_physics_is_answered_with_one_that_holds() -> None:
+    hurried = fleet(slo=Slo(ttft_s=0.5, tpot_s=0.0005))
+    with pytest.raises(
+        InfeasibleError, match=r"TPOT is .* for a single request, the SLO allows 500 us.*loosen its slo to ttft_s = "
+    ) as caught:
+        make_plan(hurried)
+    told = dict(
+        part.split(" = ") for part in str(caught.value).split("loosen its slo to ")[1].split(" (")[0].split(", ")
+    )
+    assert make_plan(fleet(slo=Slo(ttft_s=float(told["ttft_s"]), tpot_s=float(told["tpot_s"])))).replicas
+
+
+def test_more_than_the_fleet_can_do_says_how_much_is_missing() -> None:
+    with pytest.raises(InfeasibleError, match="needs 1e\\+05 requests/s at its peak; .* falls short by "):
+        make_plan(fleet(requests_per_s=1e5))
+
+
+def test_more_than_a_tenant_may_use_is_refused() -> None:
+    with pytest.raises(InfeasibleError, match="tenant 'public' needs 1.0 GPUs at its peak, its limit is 0.0 of 24"):
+        make_plan(fleet(limit=0.001))
+
+
+def test_a_trace_is_planned_for_its_busiest_five_minutes(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = [
+        f"2026-11-23 10:{minute:02d}:{second:02d}.0000000,500,50" for minute in (0, 20, 21, 40) for second in range(60)
+    ]
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows) + "\n")
+    (model,) = make_plan(replace(fleet(), demand=(Demand(tenant="public", model="chat", trace=str(trace)),))).models
+    assert model.requests_per_s == 120 / 300
+    assert (model.prompt_tokens, model.output_tokens) == (500, 50)
+
+
+def test_the_mixed_example_uses_both_vendors_and_names_every_tenant() -> None:
+    mixed = load_fleet(EXAMPLES / "mixed.toml")
+    plan = make_plan(mixed)
+    vendors = {mixed.gpu_of(mixed.pool(replica.pool)).vendor for replica in plan.replicas}
+    assert vendors == {"nvidia", "amd"}
+    assert [tenant.tenant for tenant in plan.tenants] == ["public", "enterprise", "research"]
+    assert all(tenant.gpus > 0 for tenant in plan.tenants)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    nodes=st.integers(1, 3),
+    per_node=st.sampled_from([1, 2, 4, 8]),
+    rates=st.tuples(st.floats(0, 80), st.floats(0, 20)),
+)
+def test_no_gpu_is_given_twice_and_no_card_holds_more_than_it_can(
+    nodes: int, per_node: int, rates: tuple[float, float]
+) -> None:
+    base = fleet()
+    wish = replace(
+        base,
+        pools=(
+            replace(base.pools[0], nodes=nodes, gpus_per_node=per_node),
+            Pool(name="gaming", gpu="rtx-4090", nodes=nodes, gpus_per_node=4, usd_per_gpu_hour=0.4),
+        ),
+        models=(
+            base.models[0],
+            replace(base.models[0], name="coder", weights="Qwen/Qwen3-32B", precisions=("bf16", "fp8", "int4")),
+        ),
+        demand=tuple(
+            Demand(tenant="public", model=name, requests_per_s=rate)
+            for name, rate in zip(("chat", "coder"), rates, strict=True)
+        ),
+    )
+    try:
+        plan = make_plan(wish)
+    except InfeasibleError:
+        return
+    taken = [
+        (replica.pool, place.node, gpu) for replica in plan.replicas for place in replica.places for gpu in place.gpus
+    ]
+    assert len(taken) == len(set(taken)) == plan.gpus
+    for replica in plan.replicas:
+        pool = wish.pool(replica.pool)
+        assert all(place.node < pool.nodes and max(place.gpus) < pool.gpus_per_node for place in replica.places)
+        assert len(replica.places) == replica.layout.pp
+        assert replica.cache_tokens >= replica.max_context_tokens
+        assert replica.tpot_s <= EASY.tpot_s
+    assert {replica.model for replica in plan.replicas} == {"chat", "coder"}
