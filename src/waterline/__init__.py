@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+def __getattr__(name: str) -> Any:
     """Import a name when it is first used, so that `import waterline` and `waterline --help` stay quick."""
     if name not in _HOME:
         raise AttributeError(f"module 'waterline' has no attribute '{name}'")

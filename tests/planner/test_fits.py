@@ -58,6 +58,7 @@ def test_those_that_run_come_first_the_cheapest_on_top() -> None:
     found = fits(llm, catalog.gpus().values(), ("bf16",), "vllm", 8192, 1)
     runs = [one.runs for one in found]
     assert runs == sorted(runs, reverse=True)
-    prices = [one.usd_per_hour for one in found if one.runs and one.usd_per_hour is not None]
-    assert prices == sorted(prices)
+    for kinds in (("on_demand", "community", "own"), ("purchase",)):
+        prices = [one.usd_per_hour or 0 for one in found if one.runs and one.price_kind in kinds]
+        assert prices == sorted(prices)
     assert len(found) == len(catalog.gpus())

@@ -42,14 +42,14 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(waterline.__version__, prog_name="waterline")
 def waterline_command() -> None:
-    r"""Plan, rehearse and run LLM fleets on mixed GPUs with one file and one policy.
+    """Plan, rehearse and run LLM fleets on mixed GPUs with one file and one policy.
 
     \b
     waterline up                              a model answering on this machine
     waterline fit deepseek-r1                 what runs it
     waterline plan examples/mixed.toml        what goes where
     waterline rehearse examples/mixed.toml    what will happen
-    """
+    """  # noqa: D301 - click reads the backspace as: leave these lines alone
 
 
 def main() -> None:

@@ -32,14 +32,14 @@ def fit(
     *,
     as_json: bool,
 ) -> None:
-    r"""Show which cards run MODEL: how many, at which precision, how fast, at what price.
+    """Show which cards run MODEL: how many, at which precision, how fast, at what price.
 
     MODEL is an id of the catalogue, a Hugging Face id, a folder with config.json, or a .gguf file.
 
     \b
     waterline fit deepseek-r1
     waterline fit qwen3-32b --gpu 4090 --gpu mi300x --context 32768 --concurrency 8
-    """
+    """  # noqa: D301 - click reads the backspace as: leave these lines alone
     llm = catalog.load_model(model, Path())
     for precision in precisions:
         if precision not in PRECISIONS:
@@ -74,16 +74,11 @@ def show(found: Sequence[Fit], title: str) -> None:
                 one.precision,
                 str(one.layout),
                 str(one.max_concurrency),
-                *(
-                    f(value) if value is not None else "?"
-                    for f, value in (
-                        (seconds_text, one.ttft_s),
-                        (seconds_text, one.tpot_s),
-                        ("{:.0f}".format, one.output_tokens_per_s),
-                        (usd_text, one.usd_per_hour),
-                        (usd_text, one.usd_per_million_tokens),
-                    )
-                ),
+                seconds_text(one.ttft_s or 0.0),
+                seconds_text(one.tpot_s or 0.0),
+                f"{one.output_tokens_per_s:.0f}",
+                _price(one, one.usd_per_hour),
+                _price(one, one.usd_per_million_tokens),
             )
     console = Console(width=None if sys.stdout.isatty() else 130)
     if table.row_count:
@@ -92,7 +87,14 @@ def show(found: Sequence[Fit], title: str) -> None:
         if not one.runs:
             console.print(f"[bold]{one.gpu}[/] no: {one.why_not}", highlight=False)
     console.print(
+        "[dim]? no price known; + from its purchase price over four years, power and housing apart.[/]\n"
         f"[dim]Times are for a prompt of {PROMPT_TOKENS} tokens and {OUTPUT_TOKENS} back: the catalogue's peaks and "
         "assumed efficiencies, not yet calibrated.[/]",
         highlight=False,
     )
+
+
+def _price(fit: Fit, amount_usd: float | None) -> str:
+    if amount_usd is None:
+        return "?"
+    return usd_text(amount_usd) + ("+" if fit.price_kind == "purchase" else "")

@@ -17,12 +17,12 @@ from waterline.units import seconds_text, usd_text
 @click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE", help="Write plan.json here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(fleet: Path, output: Path | None, *, as_json: bool) -> None:
-    r"""Plan FLEET: for each model the cheapest layout that meets its SLO, and enough replicas.
+    """Plan FLEET: for each model the cheapest layout that meets its SLO, and enough replicas.
 
     \b
     waterline plan examples/mixed.toml
     waterline plan examples/mixed.toml -o plan.json && waterline rehearse plan.json
-    """
+    """  # noqa: D301 - click reads the backspace as: leave these lines alone
     made = make_plan(load_fleet(fleet))
     if output:
         write_plan(made, output)

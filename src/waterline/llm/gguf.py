@@ -283,7 +283,7 @@ def _llm(header: _Header) -> Llm:
     if isinstance(parts, int) and parts > 1:
         raise ModelFormatError(f"{header.path} is one of {parts} parts. Join them first: llama-gguf-split --merge.")
     embedding = header.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
+    if embedding is None or len(embedding.shape) != 2 or not embedding.parameters:
         raise ModelFormatError(
             f'{header.path} holds no language model: general.architecture = "{architecture}", and there is no table '
             "'token_embd.weight'. Give the file with the model's own weights."
@@ -347,7 +347,12 @@ def _attention(header: _Header, layers: int) -> tuple[tuple[AttentionLayers, ...
         elif "attn_kv_a_mqa.weight" in parts:
             groups[_latent(header, heads[layer])] += 1
         elif parts & {"attn_k.weight", "attn_qkv.weight"}:
-            head_dim = header.count("attention.key_length", max(1, hidden // max(1, heads[layer])))
+            if not 0 < kv_heads[layer] <= heads[layer]:
+                raise ModelFormatError(
+                    f"{header.path}: layer {layer} has {heads[layer]} heads and {kv_heads[layer]} key-value heads, "
+                    f"which must be at least 1 and at most as many. {AGAIN}"
+                )
+            head_dim = header.count("attention.key_length", max(1, hidden // heads[layer]))
             value_head_dim = header.count("attention.value_length", head_dim)
             kind: Literal["full", "window"] = "window" if pattern is not None and pattern(layer) else "full"
             groups[

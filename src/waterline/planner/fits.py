@@ -52,7 +52,10 @@ def default_fit_precisions(llm: Llm, engine: str) -> tuple[str, ...]:
 def fits(
     llm: Llm, gpus: Iterable[Gpu], precisions: tuple[str, ...], engine: str, context_tokens: int, concurrency: int
 ) -> list[Fit]:
-    """Return a fit for each card, those that run it first, the cheapest first."""
+    """Return a fit for each card, those that run it first, the cheapest first.
+
+    A price derived from what a card costs to buy leaves out power and housing, so those stand behind rented ones.
+    """
     work = Work(
         prompt_tokens=min(PROMPT_TOKENS, context_tokens * 5 // 6),
         output_tokens=min(OUTPUT_TOKENS, context_tokens // 6),
@@ -60,7 +63,11 @@ def fits(
         slo=ANY_TIME,
     )
     found = [_fit(llm, gpu, precisions, engine, work, concurrency) for gpu in gpus]
-    return sorted(found, key=lambda fit: (not fit.runs, fit.usd_per_hour is None, fit.usd_per_hour or 0.0, fit.gpus))
+    return sorted(found, key=_rank)
+
+
+def _rank(fit: Fit) -> tuple[bool, bool, bool, float, int]:
+    return (not fit.runs, fit.usd_per_hour is None, fit.price_kind == "purchase", fit.usd_per_hour or 0.0, fit.gpus)
 
 
 def _fit(llm: Llm, gpu: Gpu, precisions: tuple[str, ...], engine: str, work: Work, concurrency: int) -> Fit:

@@ -1,0 +1,164 @@
+"""`waterline rehearse`: what will happen."""
+
+import csv
+import re
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from waterline.errors import InputError
+from waterline.units import HOUR_S, seconds_text, usd_text
+
+if TYPE_CHECKING:
+    from waterline.outcome import Completion, Percentiles
+    from waterline.plan import Plan
+    from waterline.rehearsal import Rehearsal
+
+SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": HOUR_S}
+
+
+class Duration(click.ParamType[float]):
+    """A time like ``90``, ``90s``, ``15m`` or ``2h``, in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value))
+        if not found or found[2] not in SECONDS or float(found[1]) <= 0:
+            self.fail(f"{value!r} is not a duration. Write one like 90s, 15m or 2h.", param, ctx)
+        return float(found[1]) * SECONDS[found[2]]
+
+
+@click.command()
+@click.argument("fleet_or_plan", type=click.Path(path_type=Path))
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Replay this .csv or .csv.gz.")
+@click.option("--duration", type=Duration(), metavar="TIME", help="Only so much of the traffic: 90s, 15m, 2h.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of drawn arrivals.")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), metavar="FILE", help="Write every request as CSV here."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summaries as JSON.")
+def rehearse(
+    fleet_or_plan: Path, trace: Path | None, duration: float | None, seed: int, output: Path | None, *, as_json: bool
+) -> None:
+    """Replay traffic against FLEET_OR_PLAN (fleet.toml or plan.json): who waits, who is refused, what it costs.
+
+    The traffic is the trace, dealt to the fleet's demand; without one, each demand's own trace, or arrivals drawn at
+    its rate: 15 minutes of the busiest hour. Every replica runs continuous batching at the speed of the cost model.
+
+    \b
+    waterline rehearse examples/mixed.toml
+    waterline rehearse examples/mixed.toml --trace examples/traces/office-hour.csv
+    """  # noqa: D301 - click wants the character itself
+    from waterline import rehearsal
+    from waterline.workload import read_trace
+
+    plan = _plan_of(fleet_or_plan)
+    replayed = read_trace(trace) if trace else None
+    began_s = time.perf_counter()
+    happened = rehearsal.rehearse(plan, replayed, seed=seed, duration_s=duration)
+    took_s = time.perf_counter() - began_s
+    if output:
+        write_completions(happened.completions, output)
+    if as_json:
+        click.echo(to_json(plan, happened))
+    else:
+        show(plan, happened, took_s)
+
+
+def _plan_of(path: Path) -> "Plan":
+    if path.suffix == ".json":
+        from waterline.plan import read_plan
+
+        return read_plan(path)
+    from waterline.fleet import load_fleet
+    from waterline.planner import make_plan
+
+    return make_plan(load_fleet(path))
+
+
+def write_completions(completions: "tuple[Completion, ...]", path: Path) -> None:
+    """Write one row a request, in the order of arrival; what did not happen (a first token) is empty."""
+    from waterline.outcome import Completion
+
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Completion)], lineterminator="\n")
+            writer.writeheader()
+            for completion in completions:
+                row = asdict(completion)
+                writer.writerow({key: "" if value != value else value for key, value in row.items()})  # noqa: PLR0124 - NaN
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}. Choose another place with --output.") from error
+
+
+def to_json(plan: "Plan", rehearsal: "Rehearsal") -> str:
+    """Return one object, without the time it took: the same input gives the same text."""
+    data = {
+        "fleet": plan.fleet.name,
+        "replayed": rehearsal.notes,
+        "duration_s": rehearsal.duration_s,
+        "gpus": plan.gpus,
+        "usd_per_hour": plan.usd_per_hour,
+        "usd": rehearsal.usd,
+        "total": rehearsal.summaries[0],
+        "parts": rehearsal.summaries[1:],
+    }
+    return msgspec.json.format(msgspec.json.encode(data), indent=2).decode()
+
+
+def show(plan: "Plan", rehearsal: "Rehearsal", took_s: float) -> None:
+    """Draw who asked, who waited how long, and what it cost; then what was replayed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    total, *parts = rehearsal.summaries
+    table = Table(title=f"{plan.fleet.name}: {plan.gpus} of {plan.fleet.gpus} GPUs, rehearsed", title_justify="left")
+    for name in ("tenant", "model"):
+        table.add_column(name, no_wrap=True)
+    times = ("TTFT p50/p90/p99", "TPOT p50/p90/p99")
+    for name in ("requests", "done", "refused", *times, "goodput/s", "in SLO", "GPU-h", "cost"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for summary in [*parts, total]:
+        if summary is total:
+            table.add_section()
+        table.add_row(
+            summary.tenant or "all",
+            summary.model,
+            f"{summary.requests:,}",
+            f"{summary.completed:,}",
+            f"{summary.refused:,}",
+            _percentiles_text(summary.ttft_s),
+            _percentiles_text(summary.tpot_s),
+            f"{summary.goodput_per_s:.3g}",
+            f"{summary.slo_fraction:.1%}",
+            f"{summary.gpu_hours:.3g}",
+            usd_text(summary.usd),
+        )
+    console.print(table)
+    for note in rehearsal.notes:
+        console.print(note, highlight=False)
+    speed = total.requests / took_s if took_s > 0 else 0.0
+    preempted = sum(completion.preemptions > 0 for completion in rehearsal.completions)
+    console.print(
+        f"{rehearsal.duration_s / 60:,.1f} min from the first arrival to the last token, at "
+        f"{usd_text(plan.usd_per_hour)} per hour for the plan; {preempted:,} requests were preempted.",
+        highlight=False,
+    )
+    console.print(f"[dim]Rehearsed in {seconds_text(took_s)}, {speed:,.0f} requests per second.[/]", highlight=False)
+
+
+def _percentiles_text(times_s: "Percentiles | None") -> str:
+    """Say three times in one unit, that of the first: ``12/40/310 ms``, ``0.43/1.77/12.1 s``."""
+    if times_s is None:
+        return "-"
+    scale, unit = (1e3, "ms") if times_s.p50 < 0.1 else (1.0, "s")
+    values = [time_s * scale for time_s in (times_s.p50, times_s.p90, times_s.p99)]
+    digits = [max(0, (1 if unit == "ms" else 2) - (value >= 10) - (value >= 100)) for value in values]
+    return "/".join(f"{value:.{places}f}" for value, places in zip(values, digits, strict=True)) + f" {unit}"
