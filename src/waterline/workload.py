@@ -161,7 +161,8 @@ def _refuse(path: Path, line: int, column: int, value: str, expected: str) -> No
 
 
 def _shown(value: str) -> str:
-    return repr(value if len(value) <= 60 else value[:60] + "…")
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:80]}…"
 
 
 def _is_count(text: str) -> bool:

@@ -20,41 +20,35 @@ class ServingPoint:
 def serving_point(step: StepCost, batch: int, prompt_tokens: int, output_tokens: int) -> ServingPoint:
     """Return the closed-loop steady state at a batch, with chunked prefill.
 
-    Each request is in the batch for `output_tokens` steps, so `batch / output_tokens` requests finish and as many
-    prompts are read in a step. When that is more than the step has room for, prompts set the pace and decodes wait.
+    `batch / output_tokens` requests finish in a step, and as many prompts have to be read. An engine reads them in
+    chunks as large as a step has room for, so a share of the steps carries a full chunk and the others none; a token
+    takes the mean of the two. When there is more to read than all steps have room for, every step carries a chunk and
+    decodes wait for prompts.
     """
-    prompts_per_step = batch / output_tokens
-    prefill_tokens = prompts_per_step * prompt_tokens
     room = max(1, step.step_tokens - batch)
-    slower = max(1.0, prefill_tokens / room)
-    mean_context = prompt_tokens + output_tokens // 2
-    tokens = round(min(prefill_tokens, room))
-    step_s = (
-        step.step_ps(
-            tokens,
-            round(prefill_pairs(0, prompt_tokens) / prompt_tokens * tokens),
-            max(1, round(batch / slower)),
-            round(batch / slower) * mean_context,
-        )
-        / PICOSECONDS_PER_S
+    chunks_per_step = batch / output_tokens * prompt_tokens / room
+    decodes = max(1, round(batch / max(1.0, chunks_per_step)))  # the others wait for their prompt to be read
+    cached_tokens = decodes * (prompt_tokens + output_tokens // 2)
+    pairs = round(prefill_pairs(0, prompt_tokens) / prompt_tokens * room)
+    plain_s = step.step_ps(0, 0, decodes, cached_tokens) / PICOSECONDS_PER_S
+    chunk_s = step.step_ps(room, pairs, decodes, cached_tokens) / PICOSECONDS_PER_S
+    share = min(1.0, chunks_per_step)
+    mean_s = share * chunk_s + (1 - share) * plain_s
+    tpot_s = mean_s * max(1.0, chunks_per_step)
+    return ServingPoint(
+        batch=batch,
+        ttft_s=mean_s / 2 + _prefill_s(step, prompt_tokens, batch, prompt_tokens + output_tokens // 2),
+        tpot_s=tpot_s,
+        requests_per_s=batch / (output_tokens * tpot_s),
     )
-    tpot_s = step_s * slower
-    ttft_s = _prefill_s(step, room, prompt_tokens, batch, mean_context) + step_s / 2
-    return ServingPoint(batch=batch, ttft_s=ttft_s, tpot_s=tpot_s, requests_per_s=batch / (output_tokens * tpot_s))
 
 
-def _prefill_s(step: StepCost, room: int, prompt_tokens: int, batch: int, mean_context: int) -> float:
+def _prefill_s(step: StepCost, prompt_tokens: int, batch: int, context_tokens: int) -> float:
     """Return the time to read one prompt in chunks while the others of the batch decode along."""
-    chunks = math.ceil(prompt_tokens / room)
-    return (
-        sum(
-            step.step_ps(
-                min(room, prompt_tokens - chunk * room),
-                prefill_pairs(chunk * room, min(room, prompt_tokens - chunk * room)),
-                batch - 1,
-                (batch - 1) * mean_context,
-            )
-            for chunk in range(chunks)
-        )
-        / PICOSECONDS_PER_S
-    )
+    room = max(1, step.step_tokens - batch)
+    decodes = batch - 1
+    total_ps = 0
+    for first in range(0, prompt_tokens, room):
+        tokens = min(room, prompt_tokens - first)
+        total_ps += step.step_ps(tokens, prefill_pairs(first, tokens), decodes, decodes * context_tokens)
+    return total_ps / PICOSECONDS_PER_S

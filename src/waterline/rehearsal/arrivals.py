@@ -43,8 +43,10 @@ def traffic(plan: Plan, trace: Trace | None, *, seed: int, duration_s: float | N
 
     Raises:
         TraceError: a row's trace cannot be read.
-        InputError: nothing is asked in that time.
+        InputError: nothing is asked in that time, or it is no time.
     """
+    if duration_s is not None and duration_s <= 0:
+        raise InputError(f"a rehearsal of {duration_s:g} s is none. Ask for more than 0 s.")
     rows = _rows(plan)
     own_traces = {row.trace: read_trace(Path(row.trace)) for row in rows if row.trace}
     hour = busiest_hour(rows)
@@ -65,7 +67,7 @@ def traffic(plan: Plan, trace: Trace | None, *, seed: int, duration_s: float | N
             asked += of_row
             notes.append(f"{row.tenant}/{row.model}: {own.name}: {_span(of_row)}")
         asked.sort(key=lambda request: request.arrival_s)
-        if len(own_traces) < len(rows):
+        if not all(row.trace for row in rows):
             notes.append(f"drawn with seed {seed}, over {length_s / 60:.3g} min from {hour}:00, the busiest hour")
     if not asked:
         raise InputError(
@@ -78,17 +80,17 @@ def traffic(plan: Plan, trace: Trace | None, *, seed: int, duration_s: float | N
 def deal(requests: Iterable[Request], rows: Sequence[Demand], rates: Sequence[float]) -> list[Request]:
     """Give each request to a row of the demand, in proportion to the rows' rates; in equal parts when all are 0.
 
-    Deterministic and as even as can be (smooth weighted round robin): with every request each row earns its share, the
-    row with the largest credit takes it and pays one. Ties go to the first row.
+    Deterministic and as even as can be: each request goes to the row that lags furthest behind its share of all so far,
+    the first of equal ones.
     """
-    total = sum(rates)
-    shares = [rate / total if total > 0 else 1 / len(rates) for rate in rates]
-    earned = [0.0] * len(rows)
+    weights = rates if any(rates) else [1.0] * len(rates)
+    total = sum(weights)
+    taken = [0] * len(rows)
     dealt = []
-    for request in requests:
-        earned = [credit + share for credit, share in zip(earned, shares, strict=True)]
-        taker = earned.index(max(earned))
-        earned[taker] -= 1.0
+    for number, request in enumerate(requests, start=1):
+        lags = [weight * number - total * count for weight, count in zip(weights, taken, strict=True)]
+        taker = lags.index(max(lags))
+        taken[taker] += 1
         dealt.append(replace(request, tenant=rows[taker].tenant, model=rows[taker].model))
     return dealt
 

@@ -12,8 +12,8 @@ request that was given to the replica up to and including s. In this order it ta
    it has produced will be read again.
 2. *The prompt under way*, in a chunk as large as the step's token budget allows (`StepCost.step_tokens`, of which each
    decode has taken one).
-3. *Waiting requests*, first come, first served, while there are a slot (`max_batch`, at most the budget), budget, and
-   free cache for the whole of what is to be read plus one token. That cache is taken at once.
+3. *Waiting requests*, first come, first served, while there are a slot (`max_batch`), budget, and free cache for the
+   whole of what is to be read plus one token. That cache is taken at once.
 
 The step takes `StepCost.step_ps` and everything it does happens at its end: the step that reads the last of a prompt
 produces a token too, the first one; a request that has all its tokens leaves and frees its cache. The next step begins
@@ -23,10 +23,11 @@ that the shares add up to the step to the picosecond.
 
 **There is no livelock.** Prompts are read one after the other, so the running requests are, in the order of their
 admission, some that decode and at most one that reads. Room is made from the other end, and a single request always has
-it, because whoever could outgrow the cache or the context is refused on arrival. So the oldest running request moves
-in every step, by a token or by a chunk (slots never exceed the budget), and finishes; and when nobody runs, the cache
-is empty and the head of the queue is admitted. Nor can a preempted request come back in the step that took its cache:
-it needs one token more than it held, and somebody has claimed at least one of those.
+it, because whoever could outgrow the cache or the context is refused on arrival. Whoever is admitted takes budget, so
+there are never more running requests than budget. So the oldest running request moves in every step, by a token or by a
+chunk, and finishes; and when nobody runs, the cache is empty and the head of the queue is admitted. Nor can a preempted
+request come back in the step that took its cache: it needs one token more than it held, and somebody has claimed at
+least one of those.
 
 **The router** sees, at the arrival of a request at time t, every token produced up to and including t. It does not know
 how many tokens a request will ask for and expects the mean of the plan.
@@ -108,7 +109,6 @@ class SteppedReplica:
         self.expected_output_tokens = expected_output_tokens
         self.steps = steps
         self.longest_tokens = min(capacity.cache_tokens, capacity.max_context_tokens)  # prompt and output of a request
-        self.slots = min(capacity.max_batch, capacity.step.step_tokens)
         self.free_tokens = capacity.cache_tokens
         self.waiting: deque[Passage] = deque()
         self.decoding: list[Passage] = []  # in the order of their admission, as are those below, who came after them
@@ -124,7 +124,7 @@ class SteppedReplica:
     @property
     def waiting_tokens(self) -> int:
         """What a newcomer would wait for; see the router above."""
-        return self.unread_tokens + self.expected_output_tokens * max(0, self.accepted - self.slots)
+        return self.unread_tokens + self.expected_output_tokens * max(0, self.accepted - self.capacity.max_batch)
 
     def accept(self, passage: Passage) -> None:
         """Queue a request at its arrival, up to which the replica has been advanced."""
@@ -191,7 +191,7 @@ class SteppedReplica:
 
     def _admit_next(self) -> bool:
         """Admit the head of the queue, if there is one and a slot and cache for it."""
-        if not self.waiting or len(self.decoding) + len(self.reading) >= self.slots:
+        if not self.waiting or len(self.decoding) + len(self.reading) >= self.capacity.max_batch:
             return False
         needed_tokens = self.waiting[0].tokens + 1
         if needed_tokens > self.free_tokens:

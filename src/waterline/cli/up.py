@@ -1,0 +1,134 @@
+"""`waterline up`: start the engines and serve."""
+
+import json
+from collections import deque
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from waterline.outcome import Completion, Summary
+    from waterline.plan import Plan
+
+LAPTOP = Path(__file__).with_name("laptop.toml")
+SUMMARISED = 100_000  # latest requests that the last words are about
+ABACUS = "waterline/abacus"
+
+
+@click.command()
+@click.argument("fleet", required=False, type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--engine", default="", metavar="NAME", help="Use this engine for every replica, for example: fake.")
+@click.option("--json", "as_json", is_flag=True, help="Print what runs, and at the end the summary, as lines of JSON.")
+def up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool) -> None:
+    r"""Start the engines of FLEET and serve an OpenAI-compatible API until Ctrl-C.
+
+    FLEET is a fleet file or a plan.json. Without it, this machine's processor serves the small model in the package.
+
+    \b
+    waterline up
+    waterline up examples/mixed.toml --engine fake
+    waterline up plan.json --port 8001
+    """
+    from waterline.service.server import listen, log_to_stderr, serve
+
+    begun_s = monotonic()
+    plan = _plan(fleet or LAPTOP)
+    _check_engine(engine)
+    listening = listen(host, port)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
+    log_to_stderr()
+    completions: deque[Completion] = deque(maxlen=SUMMARISED)
+    if not as_json:
+        click.echo(_what_runs(plan, engine))
+
+    def on_ready() -> None:
+        click.echo(_ready_json(plan, url, engine) if as_json else _ready_text(plan, url, monotonic() - begun_s))
+
+    with listening:
+        serve(plan, listening, engine=engine, on_ready=on_ready, on_completion=completions.append)
+    if completions:
+        _say_goodbye(plan, completions, monotonic() - begun_s, as_json=as_json)
+
+
+def _plan(path: Path) -> "Plan":
+    from waterline.fleet import load_fleet
+    from waterline.plan import read_plan
+    from waterline.planner import make_plan
+
+    return read_plan(path) if path.suffix == ".json" else make_plan(load_fleet(path))
+
+
+def _check_engine(engine: str) -> None:
+    from waterline.errors import UnknownNameError, nearest
+    from waterline.fleet import ENGINES
+
+    if engine and engine not in ENGINES:
+        raise UnknownNameError(f"no engine is called '{engine}'. {nearest(engine, ENGINES)}")
+
+
+def _what_runs(plan: "Plan", engine: str) -> str:
+    lines = [f"{plan.fleet.name}: {plan.gpus} of {plan.fleet.gpus} GPUs"]
+    for model in plan.models:
+        alike: dict[str, int] = {}
+        for replica in plan.replicas_of(model.model):
+            kind = f"{engine or replica.engine}, {replica.precision} {replica.layout} on {replica.pool}"
+            alike[kind] = alike.get(kind, 0) + 1
+        lines += [f"  {model.model}: {count} x {kind}" for kind, count in alike.items()]
+    return "\n".join(lines)
+
+
+def _ready_text(plan: "Plan", url: str, took_s: float) -> str:
+    from waterline.units import seconds_text
+
+    model = plan.fleet.models[0]
+    multiplies = model.weights == ABACUS
+    request = {
+        "model": model.name,
+        "messages": [{"role": "user", "content": "What is 347 * 586?" if multiplies else "Hello!"}],
+        **({"temperature": 0} if multiplies else {}),
+    }
+    body = json.dumps(request).replace("'", r"'\''")
+    hint = " ('abacus' multiplies two numbers; it does not chat)" if multiplies else ""
+    return (
+        f"Ready after {seconds_text(took_s)}: {url}\n\nAsk it{hint}:\n\n"
+        f"curl {url}/chat/completions -H 'Content-Type: application/json' -d '{body}'\n\nCtrl-C stops it."
+    )
+
+
+def _ready_json(plan: "Plan", url: str, engine: str) -> str:
+    replicas = [{"id": one.id, "model": one.model, "engine": engine or one.engine} for one in plan.replicas]
+    return json.dumps({"url": url, "models": [model.model for model in plan.models], "replicas": replicas})
+
+
+def _say_goodbye(plan: "Plan", completions: "deque[Completion]", lasted_s: float, *, as_json: bool) -> None:
+    """Print what became of the requests, a line for each tenant and model."""
+    import msgspec
+
+    from waterline.fleet import default_slo
+    from waterline.outcome import summarize
+    from waterline.units import HOUR_S
+
+    fleet = plan.fleet
+    slos = {model.name: model.slo or default_slo(fleet.llm_of(model)) for model in fleet.models}
+    summaries = summarize(completions, slos, lasted_s, plan.usd_per_hour * lasted_s / HOUR_S)
+    if as_json:
+        click.echo(msgspec.json.encode({"summaries": summaries}))
+    else:
+        click.echo("\n" + "\n".join(_line(summary) for summary in summaries[1:]))
+
+
+def _line(summary: "Summary") -> str:
+    from waterline.units import seconds_text
+
+    ended = {"completed": summary.completed, "refused": summary.refused, "failed": summary.failed}
+    line = f"{summary.tenant}, {summary.model}: " + ", ".join(f"{count} {how}" for how, count in ended.items() if count)
+    line += f"; {summary.prompt_tokens} tokens in, {summary.output_tokens} out"
+    if summary.ttft_s:
+        line += f"; TTFT median {seconds_text(summary.ttft_s.p50)}"
+    if summary.tpot_s:
+        line += f", TPOT {seconds_text(summary.tpot_s.p50)}"
+    return f"{line}; {summary.slo_fraction:.0%} within the SLO."

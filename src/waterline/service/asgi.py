@@ -1,0 +1,125 @@
+"""The little of HTTP that the gateway and the fake engine share: a server, a body, a reply, a client that leaves."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import uvicorn
+
+from waterline.errors import WaterlineError
+from waterline.service.errors import LONGEST_BODY_BYTES, RejectedError, error_headers, error_json, http_status
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+Result = TypeVar("Result")
+
+JSON = (b"content-type", b"application/json")
+
+
+class ClientGoneError(Exception):
+    """The client has closed its connection: there is nobody left to answer."""
+
+
+class Reply:
+    """What goes back to one client, and how far it has got."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = False
+
+    async def begin(self, status: int, headers: Headers) -> None:
+        self.begun = True
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def chunk(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, data: bytes = b"") -> None:
+        await self._send({"type": "http.response.body", "body": data})
+
+    async def whole(self, status: int, data: bytes, headers: Headers) -> None:
+        await self.begin(status, [*headers, (b"content-length", b"%d" % len(data))])
+        await self.end(data)
+
+    async def error(self, error: WaterlineError) -> None:
+        """Answer with an error; in the middle of a stream, as its last event."""
+        if self.begun:
+            await self.end(b"data: " + error_json(error) + b"\n\n")
+        else:
+            await self.whole(http_status(error), error_json(error), [JSON, *error_headers(error)])
+
+
+async def read_body(scope: Scope, receive: Receive, longest_bytes: int = LONGEST_BODY_BYTES) -> bytes:
+    """Return the body of a request.
+
+    Raises RejectedError when it is longer than that, without keeping it; ClientGoneError when it does not end.
+    """
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    if declared.isdigit() and int(declared) > longest_bytes:
+        raise _too_long(longest_bytes)
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        part = message.get("body", b"")
+        size += len(part)
+        if size > longest_bytes:
+            raise _too_long(longest_bytes)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _too_long(longest_bytes: int) -> RejectedError:
+    return RejectedError(
+        f"The body is longer than {longest_bytes} bytes. Send a shorter prompt.", status=413, code="body_too_large"
+    )
+
+
+async def unless_disconnected(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
+    """Do the work; when the client goes away first, cancel it and raise ClientGoneError. The body has been read."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return working.result()
+    finally:
+        leaving.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class HttpServer(uvicorn.Server):
+    """A uvicorn that leaves signals to us and logs nothing."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], grace_s: int = 1) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,  # type: ignore[arg-type] # its own types name every kind of message
+                http="httptools",
+                lifespan="off",
+                ws="none",
+                access_log=False,
+                log_config=None,
+                log_level="critical",
+                server_header=False,
+                timeout_graceful_shutdown=grace_s,
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

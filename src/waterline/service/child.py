@@ -1,0 +1,114 @@
+"""One engine process, from its first line to its last."""
+
+import asyncio
+import os
+import signal
+from asyncio.subprocess import PIPE, Process
+from contextlib import suppress
+
+import orjson
+
+from waterline.errors import EngineError
+from waterline.service.engines import Engine
+
+GRACE_S = 1.0  # between asking a process to end and ending it
+LAST_LINES = 200  # of standard error are kept
+LAST_BYTES = 64 * 1024
+
+
+class Child:
+    """A running engine process in a process group of its own, so that a terminal's Ctrl-C does not reach it."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._errors = bytearray()
+        self._readers = [asyncio.ensure_future(self._keep_errors())]
+
+    @classmethod
+    async def start(cls, engine: Engine) -> "Child":
+        """Start the process. Raises EngineError when there is no such program."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *engine.command,
+                stdin=PIPE,  # never written to: it ends when we do, however we end
+                stdout=PIPE,
+                stderr=PIPE,
+                env={**os.environ, **engine.environment},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise EngineError(f"cannot start {engine.command[0]}: {error.strerror}.") from error
+        return cls(process)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.returncode is not None
+
+    async def announced_url(self) -> str:
+        """Return where it listens, as it says itself. Raises EngineError when it ends before."""
+        assert self._process.stdout is not None  # noqa: S101 - we asked for a pipe
+        line = await self._process.stdout.readline()
+        try:
+            url = str(orjson.loads(line)["url"])
+        except (orjson.JSONDecodeError, TypeError, KeyError) as error:
+            raise EngineError(await self.last_words()) from error
+        self._readers.append(asyncio.ensure_future(_discard(self._process.stdout)))
+        return url
+
+    async def ended(self) -> str:
+        """Wait for the process to end by itself, and say how it did."""
+        await self._process.wait()
+        return await self.last_words()
+
+    async def last_words(self) -> str:
+        """Say how the process has ended, or that it must, with what it left on standard error."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                await self._process.wait()
+                await self._readers[0]
+        code = self._process.returncode
+        how = (
+            "talked nonsense" if code is None else f"was ended by {_signal_name(-code)}" if code < 0 else f"exit {code}"
+        )
+        lines = self._errors.decode(errors="replace").strip().splitlines()[-LAST_LINES:]
+        return f"{how}. Its last words:\n" + "\n".join(f"  {line}" for line in lines) if lines else f"{how}."
+
+    async def stop(self) -> None:
+        """End the process and all it has started: politely, then not. Returns when it is gone."""
+        self.signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(GRACE_S):
+                await self._process.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self.signal(signal.SIGKILL)  # whoever is left of its group
+            await self._process.wait()
+            for reader in self._readers:
+                reader.cancel()
+
+    def signal(self, number: int) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    async def _keep_errors(self) -> None:
+        assert self._process.stderr is not None  # noqa: S101 - we asked for a pipe
+        while data := await self._process.stderr.read(LAST_BYTES):
+            self._errors += data
+            del self._errors[:-LAST_BYTES]
+
+
+async def _discard(stream: asyncio.StreamReader) -> None:
+    while await stream.read(LAST_BYTES):
+        pass
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,291 @@
+"""An engine without a model: it keeps the time the cost model predicts, and says words that mean nothing.
+
+It batches continuously as real engines do: every step decodes one token of each running request and reads a chunk of
+the next prompts, first come, first served. A step takes `StepCost.step_ps` of real time. Unlike `waterline.rehearsal`
+it never runs out of cache; there are `max_batch` places and that is all.
+"""
+
+import asyncio
+import hashlib
+import json
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import aiohttp
+import click
+import msgspec
+import orjson
+
+from waterline.cost import StepCost, replica_step_cost
+from waterline.cost.step import prefill_pairs
+from waterline.errors import WaterlineError
+from waterline.plan import Plan, Replica
+from waterline.service.asgi import (
+    JSON,
+    ClientGoneError,
+    HttpServer,
+    Receive,
+    Reply,
+    Scope,
+    Send,
+    read_body,
+    unless_disconnected,
+)
+from waterline.service.body import CHAT, COMPLETIONS, Asked, read_asked
+from waterline.service.engines import ask
+from waterline.service.engines.lifeline import announce, end_with_parent
+from waterline.service.errors import RejectedError
+from waterline.units import PICOSECONDS_PER_S
+
+WORDS = "and the water line drops when a surge comes so cards below are lent to those above it in time".split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fake:
+    """One process that pretends to be the engine of one replica."""
+
+    command: tuple[str, ...]
+    name: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    url: str = ""
+    start_within_s: float = 60.0
+
+    async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:
+        await ask(session, url.removesuffix("/v1") + "/health")
+        return self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What the process has to play."""
+
+    model: str
+    step: StepCost
+    max_batch: int
+    max_context_tokens: int
+    expected_output_tokens: int  # of a request without a limit
+
+
+def prepare(plan: Plan, replica: Replica) -> Fake:
+    expected = next(model.output_tokens for model in plan.models if model.model == replica.model)
+    part = Part(
+        model=replica.model,
+        step=replica_step_cost(plan.fleet, replica),
+        max_batch=replica.max_batch,
+        max_context_tokens=replica.max_context_tokens,
+        expected_output_tokens=expected,
+    )
+    command = (sys.executable, "-m", "waterline.service.engines.fake", json.dumps(asdict(part)))
+    return Fake(command=command, name=replica.model)
+
+
+# --- The steps ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Job:
+    """One request on its way through the batch."""
+
+    prompt_tokens: int
+    output_tokens: int
+    read_tokens: int = 0
+    produced_tokens: int = 0
+    produced: asyncio.Queue[int] = field(default_factory=asyncio.Queue)  # the number of each token, as it comes
+
+
+class Batch:
+    """The waiting and the running requests, and the loop that moves them."""
+
+    def __init__(self, step: StepCost, max_batch: int) -> None:
+        self.step = step
+        self.max_batch = max_batch
+        self.waiting: deque[Job] = deque()
+        self.running: list[Job] = []  # in the order they came
+        self._arrived = asyncio.Event()
+
+    def add(self, job: Job) -> None:
+        self.waiting.append(job)
+        self._arrived.set()
+
+    def drop(self, job: Job) -> None:
+        """Forget a request; one that has ended has been forgotten already."""
+        for jobs in (self.waiting, self.running):
+            if job in jobs:
+                jobs.remove(job)
+
+    async def run(self) -> None:
+        """Take one step after the other. Steps follow a time table, so that a late wake-up is made good by the next."""
+        boundary_s = 0.0
+        while True:
+            if not (self.running or self.waiting):
+                self._arrived.clear()
+                await self._arrived.wait()
+                boundary_s = time.monotonic()
+            decodes, chunks = self._compose()
+            boundary_s += self._step_ps(decodes, chunks) / PICOSECONDS_PER_S
+            await asyncio.sleep(max(0.0, boundary_s - time.monotonic()))
+            self._produce(decodes, chunks)
+
+    def _compose(self) -> tuple[list[Job], list[tuple[Job, int]]]:
+        """Return what the next step does: who decodes, and whose prompts are read, with how many tokens."""
+        while self.waiting and len(self.running) < self.max_batch:
+            self.running.append(self.waiting.popleft())
+        decodes = [job for job in self.running if job.read_tokens == job.prompt_tokens]
+        room = self.step.step_tokens - len(decodes)
+        chunks = []
+        for job in self.running:
+            chunk = min(room, job.prompt_tokens - job.read_tokens)
+            if chunk > 0:
+                chunks.append((job, chunk))
+                room -= chunk
+        return decodes, chunks
+
+    def _step_ps(self, decodes: list[Job], chunks: list[tuple[Job, int]]) -> int:
+        return self.step.step_ps(
+            sum(chunk for _, chunk in chunks),
+            sum(prefill_pairs(job.read_tokens, chunk) for job, chunk in chunks),
+            len(decodes),
+            sum(job.prompt_tokens + job.produced_tokens for job in decodes),
+        )
+
+    def _produce(self, decodes: list[Job], chunks: list[tuple[Job, int]]) -> None:
+        for job, chunk in chunks:
+            job.read_tokens += chunk
+        for job in [*decodes, *(job for job, _ in chunks if job.read_tokens == job.prompt_tokens)]:
+            job.produced.put_nowait(job.produced_tokens)
+            job.produced_tokens += 1
+            if job.produced_tokens == job.output_tokens:
+                self.drop(job)
+
+
+# --- OpenAI's API ---------------------------------------------------------------------------------------------------
+
+
+class FakeApp:
+    """Answers as an engine would: chat and completions, streamed or not, models and health."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.batch = Batch(part.step, part.max_batch)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply, path = Reply(send), scope["path"]
+        try:
+            if path == "/health":
+                running, waiting = len(self.batch.running), len(self.batch.waiting)
+                await reply.whole(200, orjson.dumps({"running": running, "waiting": waiting}), [JSON])
+            elif path == "/v1/models":
+                models = {"object": "list", "data": [{"id": self.part.model, "object": "model", "owned_by": "fake"}]}
+                await reply.whole(200, orjson.dumps(models), [JSON])
+            elif path in {f"/v1{CHAT}", f"/v1{COMPLETIONS}"}:
+                asked = read_asked(path.removeprefix("/v1"), await read_body(scope, receive))
+                await unless_disconnected(self._answer(asked, path == f"/v1{CHAT}", reply), receive)
+            else:
+                raise RejectedError(f"There is nothing at {path}.", status=404)
+        except WaterlineError as error:
+            await reply.error(error)
+        except ClientGoneError:
+            pass
+
+    async def _answer(self, asked: Asked, chat: bool, reply: Reply) -> None:  # noqa: FBT001 - chat, or completion
+        answer = Answer(asked, self.part, chat=chat)
+        job = Job(prompt_tokens=asked.prompt_tokens, output_tokens=answer.output_tokens)
+        try:
+            if answer.output_tokens:
+                self.batch.add(job)
+            if asked.stream:
+                await reply.begin(200, [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")])
+                async for event in answer.events(job):
+                    await reply.chunk(event)
+                await reply.end(b"data: [DONE]\n\n")
+            else:
+                for _ in range(job.output_tokens):
+                    await job.produced.get()
+                await reply.whole(200, orjson.dumps(answer.whole()), [JSON])
+        finally:
+            self.batch.drop(job)
+
+
+class Answer:
+    """What is said to one request: words that follow from its prompt, and nothing else."""
+
+    def __init__(self, asked: Asked, part: Part, *, chat: bool) -> None:
+        room = part.max_context_tokens - asked.prompt_tokens
+        if room <= 0:
+            raise RejectedError(
+                f"The prompt has about {asked.prompt_tokens} tokens; the context is {part.max_context_tokens}.",
+                code="context_length_exceeded",
+            )
+        most = room if asked.most_tokens is None else min(asked.most_tokens, room)
+        self.output_tokens = min(most, part.expected_output_tokens)
+        self.asked, self.chat = asked, chat
+        self.finish: Literal["stop", "length"] = "stop" if part.expected_output_tokens <= most else "length"
+        self.digest = hashlib.sha256(orjson.dumps([asked.fields.get(key) for key in ("messages", "prompt")])).digest()
+        self.stamp = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{self.digest.hex()[:24]}",
+            "created": int(time.time()),
+            "model": asked.model,
+        }
+        self.usage = {
+            "prompt_tokens": asked.prompt_tokens,
+            "completion_tokens": self.output_tokens,
+            "total_tokens": asked.prompt_tokens + self.output_tokens,
+        }
+
+    def word(self, number: int) -> str:
+        return (" " if number else "") + WORDS[(self.digest[number % 32] + number) % len(WORDS)]
+
+    def whole(self) -> dict[str, Any]:
+        text = "".join(map(self.word, range(self.output_tokens)))
+        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        kind = "chat.completion" if self.chat else "text_completion"
+        choice = {"index": 0, "finish_reason": self.finish, "logprobs": None, **said}
+        return {**self.stamp, "object": kind, "choices": [choice], "usage": self.usage}
+
+    async def events(self, job: Job) -> AsyncIterator[bytes]:
+        """Yield the events of a stream, each token as it is produced."""
+        for number in range(job.output_tokens):
+            await job.produced.get()
+            opening = self._event({"role": "assistant", "content": ""}) if self.chat and number == 0 else b""
+            said = {"content": self.word(number)} if self.chat else {"text": self.word(number)}
+            yield opening + self._event(said)
+        yield self._event({} if self.chat else {"text": ""}, finish=self.finish)
+        if self.asked.include_usage:
+            yield self._encoded({"choices": [], "usage": self.usage})
+
+    def _event(self, said: dict[str, str], finish: str | None = None) -> bytes:
+        said_so = {"delta": said} if self.chat else said
+        return self._encoded({"choices": [{"index": 0, "finish_reason": finish, "logprobs": None, **said_so}]})
+
+    def _encoded(self, event: dict[str, Any]) -> bytes:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return b"data: " + orjson.dumps({**self.stamp, "object": kind, **event}) + b"\n\n"
+
+
+# --- The process ----------------------------------------------------------------------------------------------------
+
+
+async def _serve(part: Part) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    app = FakeApp(part)
+    announce(f"http://127.0.0.1:{listening.getsockname()[1]}/v1")
+    steps = asyncio.create_task(app.batch.run())
+    await HttpServer(app).serve(sockets=[listening])
+    steps.cancel()
+
+
+@click.command()
+@click.argument("part")
+def main(part: str) -> None:
+    """Play PART, a JSON object, on a free port of this machine until standard input ends."""
+    end_with_parent()
+    asyncio.run(_serve(msgspec.json.decode(part, type=Part)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Somebody else's server that speaks OpenAI's API: attached by its URL, never started or stopped."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import aiohttp
+import orjson
+
+from waterline.plan import Plan, Replica
+from waterline.service.engines import NotReadyError, ask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attached:
+    """A running server."""
+
+    url: str
+    name: str
+    command: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    start_within_s: float = 5.0
+
+    async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:
+        """Return our name for the model when the server knows it; else the name of the only one it serves."""
+        names = _names(await ask(session, f"{url}/models"), url)
+        if self.name in names:
+            return self.name
+        if len(names) == 1:
+            return names[0]
+        raise NotReadyError(f"{url} serves {', '.join(names) or 'no model'}, none called '{self.name}'. Name it so.")
+
+
+def prepare(plan: Plan, replica: Replica) -> Attached:
+    return Attached(url=plan.fleet.model(replica.model).url.rstrip("/"), name=replica.model)
+
+
+def _names(data: bytes, url: str) -> list[str]:
+    try:
+        return [str(model["id"]) for model in orjson.loads(data)["data"]]
+    except (orjson.JSONDecodeError, TypeError, KeyError) as error:
+        raise NotReadyError(f"{url}/models does not list models as OpenAI does.") from error

@@ -1,0 +1,52 @@
+"""Errors as OpenAI's clients expect them: the one place where the tree of errors becomes JSON and a status."""
+
+import math
+from collections.abc import Mapping
+
+import orjson
+
+from waterline.errors import WaterlineError
+
+LONGEST_BODY_BYTES = 4 * 2**20
+
+TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class RejectedError(WaterlineError):
+    """A request that is answered with an error, and everything OpenAI's clients want to know about it."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers or {}
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """Say when to come back: HTTP wants whole seconds, and 0 would mean now."""
+    return {"retry-after": str(max(1, math.ceil(seconds)))}
+
+
+def http_status(error: WaterlineError) -> int:
+    return error.status if isinstance(error, RejectedError) else error.http_status
+
+
+def error_headers(error: WaterlineError) -> list[tuple[bytes, bytes]]:
+    headers = error.headers if isinstance(error, RejectedError) else {}
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
+
+
+def error_json(error: WaterlineError) -> bytes:
+    status = http_status(error)
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    param, code = (error.param, error.code) if isinstance(error, RejectedError) else (None, None)
+    return orjson.dumps({"error": {"message": str(error), "type": kind, "param": param, "code": code}})

@@ -1,0 +1,310 @@
+"""The OpenAI-compatible API, as a bare ASGI application: what is asked, whose turn it is, and what became of it."""
+
+import asyncio
+import time
+from asyncio import Future
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import orjson
+import structlog
+
+from waterline.errors import EngineBusyError, WaterlineError, nearest
+from waterline.fleet import default_slo
+from waterline.outcome import Completion, Status
+from waterline.plan import Plan
+from waterline.service.asgi import JSON, ClientGoneError, Receive, Reply, Scope, Send, read_body, unless_disconnected
+from waterline.service.body import CHAT, COMPLETIONS, Asked, read_asked
+from waterline.service.dispatcher import Dispatcher, Refusal, Ticket
+from waterline.service.errors import RejectedError, retry_after
+from waterline.service.metrics import Metrics
+from waterline.service.supervisor import ReplicaState
+from waterline.service.upstream import Progress, UnansweredError, relay
+
+ATTEMPTS = 2  # engines that may fail a request before its client is told
+LAST_WORD_S = 0.2  # for the last event of a stream that is cut
+NEVER_S = 1e6
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Passage:
+    """One request that was taken in, on its way."""
+
+    asked: Asked
+    body: bytes
+    scope: Scope
+    arrival_s: float
+    ticket: Ticket
+    turn: Future[bool]
+    progress: Progress = field(default_factory=Progress)
+
+
+class Gateway:
+    """Answers HTTP for the models of a plan.
+
+    Args:
+        plan: what is served.
+        states: of the replicas by id; somebody else keeps them up to date and calls `replica_changed`.
+        session: the client that talks to engines.
+        on_completion: told what became of each request to a served model.
+        clock: seconds, from any start.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        states: Mapping[str, ReplicaState],
+        session: aiohttp.ClientSession,
+        on_completion: Callable[[Completion], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.plan = plan
+        self.states = states
+        self.dispatchers = {model.model: _dispatcher(plan, model.model) for model in plan.models}
+        self.tenants = {model.model: _tenant(plan, model.model) for model in plan.models}
+        self.metrics = Metrics(self.dispatchers, states)
+        self._session = session
+        self._on_completion = on_completion
+        self._clock = clock
+        self._begun_s = clock()
+        self._created = int(time.time())  # the date OpenAI's model list asks for
+        self._open: set[asyncio.Task[Any]] = set()
+        self._stopping = False
+        self._routes: dict[str, tuple[str, Callable[[Scope, Receive, Reply], Any]]] = {
+            f"/v1{CHAT}": ("POST", self._complete),
+            f"/v1{COMPLETIONS}": ("POST", self._complete),
+            "/v1/models": ("GET", self._list_models),
+            "/health": ("GET", self._health),
+            "/metrics": ("GET", self._metrics),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = Reply(send)
+        try:
+            await self._route(scope, receive, reply)
+        except ClientGoneError:
+            pass
+        except WaterlineError as error:
+            await reply.error(error)
+        except Exception:
+            log.exception("a bug in the gateway")
+            await reply.error(WaterlineError("The gateway has a bug; its log says where."))
+
+    def now_s(self) -> float:
+        """Return the time since the service started."""
+        return self._clock() - self._begun_s
+
+    def replica_changed(self, replica_id: str, state: ReplicaState) -> None:
+        model = next(replica.model for replica in self.plan.replicas if replica.id == replica_id)
+        self.dispatchers[model].set_ready(replica_id, ready=state.status == "ready", now_s=self.now_s())
+
+    def cut(self) -> None:
+        """End every request that is under way, and refuse new ones: the service stops."""
+        self._stopping = True
+        for task in self._open:
+            task.cancel()
+
+    async def _route(self, scope: Scope, receive: Receive, reply: Reply) -> None:
+        path, method = scope["path"], scope["method"]
+        if path not in self._routes and path.startswith("/v1/models/"):
+            return await self._show_model(scope, reply)
+        if path not in self._routes:
+            known = ", ".join(self._routes)
+            raise RejectedError(f"There is nothing at {path}. Known: {known}.", status=404, code="unknown_path")
+        allowed, answer = self._routes[path]
+        if method != allowed:
+            raise RejectedError(
+                f"{path} takes {allowed}, not {method}.", status=405, code="wrong_method", headers={"allow": allowed}
+            )
+        return await answer(scope, receive, reply)
+
+    # --- Completions ------------------------------------------------------------------------------------------------
+
+    async def _complete(self, scope: Scope, receive: Receive, reply: Reply) -> None:
+        arrival_s = self.now_s()
+        try:
+            body = await read_body(scope, receive)
+            asked = read_asked(scope["path"].removeprefix("/v1"), body)
+            dispatcher = self._dispatcher_of(asked.model)
+        except RejectedError:
+            self.metrics.invalid.inc()
+            raise
+        turn: Future[bool] = asyncio.get_running_loop().create_future()
+        ticket = dispatcher.enter(asked.prompt_tokens, asked.most_tokens, _call(turn), arrival_s)
+        if isinstance(ticket, Refusal):
+            error = self._refused(asked, ticket)
+            self._record(asked, arrival_s, "refused", reason=str(error))
+            raise error
+        passage = Passage(asked=asked, body=body, scope=scope, arrival_s=arrival_s, ticket=ticket, turn=turn)
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in a task
+        self._open.add(task)
+        status: Status = "failed"
+        reason = "a bug in the gateway"
+        try:
+            await unless_disconnected(self._answer(passage, reply), receive)
+            status, reason = "ok", ""
+        except ClientGoneError:
+            status, reason = "cancelled", "the client went away"
+            raise
+        except WaterlineError as error:
+            reason = str(error)
+            raise
+        except asyncio.CancelledError:
+            reason = "the service stopped"
+            if not self._stopping:
+                raise
+            task.uncancel()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORD_S):
+                    await reply.error(EngineBusyError("The service is stopping."))
+        finally:
+            self._open.discard(task)
+            dispatcher.leave(ticket, self.now_s())
+            self._record(asked, arrival_s, status, reason=reason, passage=passage)
+
+    def _dispatcher_of(self, model: str) -> Dispatcher:
+        if self._stopping:
+            raise RejectedError("The service is stopping.", status=503, code="stopping", headers=retry_after(1))
+        try:
+            return self.dispatchers[model]
+        except KeyError:
+            raise RejectedError(
+                f"No model is called '{model}' here. {nearest(model, self.dispatchers)} Served: "
+                f"{', '.join(self.dispatchers)}.",
+                status=404,
+                param="model",
+                code="model_not_found",
+            ) from None
+
+    def _refused(self, asked: Asked, refusal: Refusal) -> RejectedError:
+        headers = retry_after(refusal.retry_after_s)
+        if refusal.replicas_ready:
+            return RejectedError(
+                f"'{asked.model}' has more work than it can begin in time. Come back in {headers['retry-after']} s.",
+                status=429,
+                code="rate_limit_exceeded",
+                headers=headers,
+            )
+        states = {replica.id: self.states[replica.id].status for replica in self.plan.replicas_of(asked.model)}
+        said = ", ".join(f"{replica} is {status}" for replica, status in states.items())
+        return RejectedError(
+            f"'{asked.model}' is not ready: {said}. Come back in {headers['retry-after']} s.",
+            status=503,
+            code="model_not_ready",
+            headers=headers,
+        )
+
+    async def _answer(self, passage: Passage, reply: Reply) -> None:
+        """Wait for a place and relay the answer; when an engine fails before the first byte, try another."""
+        dispatcher = self.dispatchers[passage.asked.model]
+        for attempt in range(1, ATTEMPTS + 1):
+            if not await passage.turn:
+                raise EngineBusyError(f"'{passage.asked.model}' has lost its last replica. Come back later.")
+            try:
+                return await self._relay(passage, reply)
+            except UnansweredError:
+                passage.turn = asyncio.get_running_loop().create_future()
+                if attempt == ATTEMPTS or not dispatcher.move(passage.ticket, _call(passage.turn), self.now_s()):
+                    raise
+        return None
+
+    async def _relay(self, passage: Passage, reply: Reply) -> None:
+        asked, ticket, progress = passage.asked, passage.ticket, passage.progress
+        dispatcher, replica = self.dispatchers[asked.model], ticket.lane.replica
+        state = self.states[replica.id]
+        body = passage.body
+        if state.served_name != asked.model:
+            body = orjson.dumps({**asked.fields, "model": state.served_name})
+
+        def on_first_token() -> None:
+            progress.first_token_s = self.now_s()
+            dispatcher.first_token(ticket)
+
+        # An answer that comes whole does not show when its prompt was read; the plan knows how long that takes.
+        reading = asyncio.get_running_loop().call_later(
+            NEVER_S if asked.stream else replica.ttft_s, dispatcher.first_token, ticket
+        )
+        try:
+            await relay(
+                self._session,
+                state.url + passage.scope["path"].removeprefix("/v1"),
+                body,
+                passage.scope["headers"],
+                stream=asked.stream,
+                reply=reply,
+                progress=progress,
+                on_first_token=on_first_token,
+            )
+        finally:
+            reading.cancel()
+
+    def _record(
+        self, asked: Asked, arrival_s: float, status: Status, *, reason: str, passage: Passage | None = None
+    ) -> None:
+        progress = passage.progress if passage else Progress()
+        completion = Completion(
+            tenant=self.tenants[asked.model],
+            model=asked.model,
+            replica=passage.ticket.lane.replica.id if passage else "",
+            status=status,
+            arrival_s=arrival_s,
+            first_token_s=progress.first_token_s,
+            finish_s=self.now_s(),
+            prompt_tokens=progress.prompt_tokens or asked.prompt_tokens,
+            output_tokens=progress.output_tokens,
+            gpu_s=passage.ticket.gpu_s if passage else 0.0,
+            reason=reason,
+        )
+        self.metrics.count(completion)
+        self._on_completion(completion)
+
+    # --- About the service ------------------------------------------------------------------------------------------
+
+    async def _list_models(self, _scope: Scope, _receive: Receive, reply: Reply) -> None:
+        models = [self._model(model) for model in self.dispatchers]
+        await reply.whole(200, orjson.dumps({"object": "list", "data": models}), [JSON])
+
+    async def _show_model(self, scope: Scope, reply: Reply) -> None:
+        model = scope["path"].removeprefix("/v1/models/")
+        self._dispatcher_of(model)
+        await reply.whole(200, orjson.dumps(self._model(model)), [JSON])
+
+    def _model(self, model: str) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": self._created, "owned_by": "waterline"}
+
+    async def _health(self, _scope: Scope, _receive: Receive, reply: Reply) -> None:
+        """Say 200 when each model has a replica that is ready, else 503."""
+        models = {
+            model: {"ready": sum(lane.ready for lane in dispatcher.lanes), "total": len(dispatcher.lanes)}
+            for model, dispatcher in self.dispatchers.items()
+        }
+        healthy = all(counts["ready"] for counts in models.values())
+        status = "ok" if healthy else "stopping" if self._stopping else "not ready"
+        body = {"status": status, "models": models, "replicas": {key: self.states[key].status for key in self.states}}
+        await reply.whole(200 if healthy else 503, orjson.dumps(body), [JSON])
+
+    async def _metrics(self, _scope: Scope, _receive: Receive, reply: Reply) -> None:
+        await reply.whole(200, self.metrics.text(), [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")])
+
+
+def _dispatcher(plan: Plan, model: str) -> Dispatcher:
+    served = plan.fleet.model(model)
+    slo = served.slo or default_slo(plan.fleet.llm_of(served))
+    expected = next(planned.output_tokens for planned in plan.models if planned.model == model)
+    return Dispatcher(plan.replicas_of(model), expected_output_tokens=expected, deadline_s=slo.ttft_s)
+
+
+def _tenant(plan: Plan, model: str) -> str:
+    """Return whose requests these are, while keys do not say: the first tenant that asks for the model."""
+    return next((demand.tenant for demand in plan.fleet.demand if demand.model == model), "public")
+
+
+def _call(turn: Future[bool]) -> Callable[[bool], None]:
+    """Return what ends the wait for a turn; nobody waits any more when the client has left."""
+    return lambda go: None if turn.done() else turn.set_result(go)

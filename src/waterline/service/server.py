@@ -1,0 +1,147 @@
+"""The whole service in one process: a socket, the engines, the gateway in front of them, and an orderly end."""
+
+import asyncio
+import errno
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import structlog
+import uvloop
+
+from waterline.errors import InputError, PortInUseError
+from waterline.outcome import Completion
+from waterline.plan import Plan
+from waterline.service.asgi import HttpServer
+from waterline.service.engines import prepare_engines
+from waterline.service.gateway import Gateway
+from waterline.service.supervisor import ReplicaState, Supervisor
+from waterline.service.upstream import new_session
+
+BACKLOG = 2048  # connections that may wait to be accepted
+
+log = structlog.get_logger()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take the port; 0 takes any. Raises PortInUseError, or InputError when that host is not ours to listen on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(BACKLOG)  # two who have only bound a port do not see each other
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUseError(
+                f"port {port} of {host} is in use: another program listens there. Stop it, or take another port: "
+                f"--port {port + 1 if port < 65535 else 8001}"
+            ) from error
+        raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}.") from error
+    return listening
+
+
+def serve(
+    plan: Plan,
+    listening: socket.socket,
+    *,
+    engine: str = "",
+    on_ready: Callable[[], None],
+    on_completion: Callable[[Completion], None],
+) -> None:
+    """Serve a plan until SIGINT or SIGTERM; a second one ends everything on the spot.
+
+    Args:
+        plan: what to serve.
+        listening: a socket from `listen`; closed at the end.
+        engine: used for every replica instead of the planned ones, if given.
+        on_ready: called once, when every replica has been ready.
+        on_completion: told what became of each request.
+
+    Raises:
+        EngineError: an engine cannot be started; the message holds its last words.
+        MissingExtraError: an engine is not installed.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(plan, listening, engine, on_ready, on_completion))
+
+
+async def _serve(
+    plan: Plan,
+    listening: socket.socket,
+    engine: str,
+    on_ready: Callable[[], None],
+    on_completion: Callable[[Completion], None],
+) -> None:
+    engines = prepare_engines(plan, engine)
+    async with new_session() as session:
+
+        def on_change(replica: str, state: ReplicaState) -> None:
+            _log_change(replica, state)
+            gateway.replica_changed(replica, state)
+
+        supervisor = Supervisor(engines, session, on_change)
+        gateway = Gateway(plan, supervisor.states, session, on_completion)
+        http = HttpServer(gateway)
+        stop = _stop_on_signals(supervisor)
+        serving = asyncio.create_task(http.serve(sockets=[listening]))
+        starting = asyncio.create_task(_start(supervisor, on_ready))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+            await stop.wait()
+        finally:
+            starting.cancel()
+            stopping.cancel()
+            http.should_exit = True
+            gateway.cut()
+            await supervisor.stop()
+            await asyncio.gather(serving, starting, stopping, return_exceptions=True)
+
+
+async def _start(supervisor: Supervisor, on_ready: Callable[[], None]) -> None:
+    await supervisor.start()
+    on_ready()
+
+
+def _stop_on_signals(supervisor: Supervisor) -> asyncio.Event:
+    """Return an event that the first signal sets."""
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            supervisor.signal_all(signal.SIGKILL)
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    return stop
+
+
+def _log_change(replica: str, state: ReplicaState) -> None:
+    if state.status == "backing off":
+        log.warning(
+            "replica failed", replica=replica, reason=state.reason, restart_in_s=state.delay_s, restarts=state.restarts
+        )
+    else:
+        log.info(f"replica {state.status}", replica=replica, pid=state.pid, restarts=state.restarts)
+
+
+def log_to_stderr() -> None:
+    """Send the service's log to standard error: one line for each change of a replica, none for a request."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )

@@ -1,0 +1,180 @@
+"""Keeps the engines of a plan alive: starts them, watches them, restarts what fails, and leaves nothing behind."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import aiohttp
+
+from waterline.errors import EngineError
+from waterline.service.child import Child
+from waterline.service.engines import Engine, NotReadyError
+
+FIRST_DELAY_S = 0.5
+LONGEST_DELAY_S = 30.0
+HEALTHY_S = 60.0  # after so long a failure is taken for a new one
+PROBE_STARTING_EVERY_S = 0.1
+PROBE_EVERY_S = 2.0
+PROBES_FAILED = 3  # in a row, until an engine that runs counts as hung
+START_ATTEMPTS = 2
+
+Status = Literal["starting", "ready", "backing off", "stopped"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaState:
+    """How a replica is; a new record for every change."""
+
+    status: Status
+    url: str = ""  # of its API when it is ready, with /v1
+    served_name: str = ""  # what its engine calls the model
+    pid: int | None = None  # of its process, if it is ours
+    restarts: int = 0
+    reason: str = ""  # why it is backing off
+    delay_s: float = 0.0  # how long
+
+
+def next_delay_s(delay_s: float, healthy_s: float) -> float:
+    """Return how long to wait before the next start, after the last wait and the time it was ready since."""
+    if delay_s == 0.0 or healthy_s >= HEALTHY_S:
+        return FIRST_DELAY_S
+    return min(2 * delay_s, LONGEST_DELAY_S)
+
+
+class Supervisor:
+    """The engines of a plan, by the id of their replica.
+
+    Args:
+        engines: what to run or reach.
+        session: the client its questions go through.
+        on_change: told the id of a replica and its new state.
+        clock, sleep: of the event loop, or of a test.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        session: aiohttp.ClientSession,
+        on_change: Callable[[str, ReplicaState], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.states = {replica: ReplicaState(status="stopped") for replica in engines}
+        self._engines = engines
+        self._session = session
+        self._on_change = on_change
+        self._clock = clock
+        self._sleep = sleep
+        self._children: dict[str, Child] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Start all engines; return when each has been ready once.
+
+        Raises EngineError with its last words when one fails its first start twice. The others keep running: the
+        caller stops them.
+        """
+        loop = asyncio.get_running_loop()
+        firsts = {replica: loop.create_future() for replica in self._engines}
+        self._keepers = [asyncio.create_task(self._keep(replica, first)) for replica, first in firsts.items()]
+        try:
+            await asyncio.gather(*firsts.values())
+        finally:
+            for first in firsts.values():
+                first.cancel()
+
+    async def stop(self) -> None:
+        """Stop all engines at once; return when every process is gone."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        for replica in self.states:
+            self._change(replica, ReplicaState(status="stopped"))
+
+    def signal_all(self, number: int) -> None:
+        """Send a signal to every engine process; for when there is no time to stop."""
+        for child in self._children.values():
+            child.signal(number)
+
+    async def _keep(self, replica: str, first: asyncio.Future[None]) -> None:
+        delay_s, restarts = 0.0, 0
+        while True:
+            self._change(replica, ReplicaState(status="starting", restarts=restarts))
+            healthy_s, problem = await self._run(replica, restarts, first)
+            reason = f"The engine of replica '{replica}' failed: {problem}"
+            if not first.done() and restarts + 1 == START_ATTEMPTS:
+                first.set_exception(EngineError(reason))
+                return
+            delay_s = next_delay_s(delay_s, healthy_s)
+            self._change(replica, ReplicaState(status="backing off", restarts=restarts, reason=reason, delay_s=delay_s))
+            await self._sleep(delay_s)
+            restarts += 1
+
+    async def _run(self, replica: str, restarts: int, first: asyncio.Future[None]) -> tuple[float, str]:
+        """Run an engine until it fails; return for how long it was ready, and what went wrong."""
+        engine, child, ready_s = self._engines[replica], None, float("inf")
+        try:
+            if engine.command:
+                child = self._children[replica] = await Child.start(engine)
+            url, name = await self._until_ready(engine, child)
+            ready_s = self._clock()
+            pid = child.pid if child else None
+            self._change(replica, ReplicaState(status="ready", url=url, served_name=name, pid=pid, restarts=restarts))
+            if not first.done():
+                first.set_result(None)
+            problem = await self._until_failed(engine, child, url)
+        except EngineError as error:
+            problem = str(error)
+        finally:
+            if child:
+                await child.stop()
+                del self._children[replica]
+        return max(0.0, self._clock() - ready_s), problem
+
+    async def _until_ready(self, engine: Engine, child: Child | None) -> tuple[str, str]:
+        """Return where the engine listens and what it calls the model. Raises EngineError when it fails before."""
+        deadline_s = self._clock() + engine.start_within_s
+        try:
+            async with asyncio.timeout(engine.start_within_s):
+                url = await child.announced_url() if child and not engine.url else engine.url
+        except TimeoutError:
+            raise EngineError(f"it did not say where it listens within {engine.start_within_s:g} s.") from None
+        while True:
+            try:
+                return url, await engine.served_name(self._session, url)
+            except NotReadyError as error:
+                if child and child.has_ended:
+                    raise EngineError(await child.last_words()) from error
+                if self._clock() >= deadline_s:
+                    raise EngineError(f"{error} (waited {engine.start_within_s:g} s)") from error
+            await self._sleep(PROBE_STARTING_EVERY_S)
+
+    async def _until_failed(self, engine: Engine, child: Child | None, url: str) -> str:
+        """Watch a ready engine; return why it is no longer."""
+        failed = 0
+        ended = asyncio.ensure_future(child.ended()) if child else asyncio.get_running_loop().create_future()
+        try:
+            while failed < PROBES_FAILED:
+                pause = asyncio.ensure_future(self._sleep(PROBE_EVERY_S))
+                await asyncio.wait((ended, pause), return_when=asyncio.FIRST_COMPLETED)
+                pause.cancel()
+                if ended.done():
+                    return ended.result()
+                try:
+                    await engine.served_name(self._session, url)
+                    failed = 0
+                except NotReadyError as error:
+                    failed += 1
+                    problem = f"it does not answer any more. {error}"
+            return problem
+        finally:
+            ended.cancel()
+
+    def _change(self, replica: str, state: ReplicaState) -> None:
+        if state != self.states[replica]:
+            self.states[replica] = state
+            self._on_change(replica, state)

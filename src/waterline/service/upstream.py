@@ -1,0 +1,167 @@
+"""One engine's answer, relayed: bytes pass untouched, a token is never parsed.
+
+What is learnt on the way costs a search in each chunk: events are counted, the first one is timed, and the usage is
+read from the last bytes. When the relay is cancelled it closes the connection, and the engine stops generating.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import aiohttp
+import orjson
+
+from waterline.errors import EngineError
+from waterline.service.asgi import Headers, Reply
+from waterline.service.errors import RejectedError
+
+TAIL_BYTES = 4096  # of the end of an answer, where the usage stands
+LONGEST_ERROR_BYTES = 65_536
+PASSED_ON = (b"content-type", b"authorization", b"user-agent")  # of the request; the rest is between others
+PASSED_BACK = ("content-type", "cache-control")
+COMPLETION_TOKENS = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
+PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
+EVENT = b"\ndata:"  # a line feed never stands inside JSON, so this is never part of a text
+DONE = b"data: [DONE]"
+
+
+class UnansweredError(EngineError):
+    """The engine failed before the client got a byte: somebody else may answer."""
+
+
+class BrokenStreamError(EngineError):
+    """The engine failed after the client got a part of the answer."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """What has come back so far."""
+
+    first_token_s: float = float("nan")
+    events: int = 0  # of a stream, [DONE] included
+    tail: bytes = b"\n"  # the last bytes
+
+    @property
+    def output_tokens(self) -> int:
+        """What the engine says, else the events of the stream: engines send one for each token.
+
+        A chat stream has three more: the role, the reason it ended, [DONE]. Those that never ended have the first only.
+        """
+        if said := COMPLETION_TOKENS.findall(self.tail):
+            return int(said[-1])
+        return max(0, self.events - (3 if DONE in self.tail else 1))
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        said = PROMPT_TOKENS.findall(self.tail)
+        return int(said[-1]) if said else None
+
+    def saw(self, chunk: bytes) -> None:
+        """Count the events in a chunk; one may be cut anywhere."""
+        overlap = self.tail[1 - len(EVENT) :]
+        self.events += (overlap + chunk).count(EVENT)
+        self.tail = (self.tail + chunk)[-TAIL_BYTES:] if len(chunk) < TAIL_BYTES else chunk[-TAIL_BYTES:]
+
+
+def new_session() -> aiohttp.ClientSession:
+    """Return the client of all engines: as many connections as there are requests, and no limit on an answer's time.
+
+    Idle connections are given up before servers do (5 s for most), so that none is found dead by the next request.
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=2.0),
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
+async def relay(
+    session: aiohttp.ClientSession,
+    url: str,
+    body: bytes,
+    headers: Headers,
+    *,
+    stream: bool,
+    reply: Reply,
+    progress: Progress,
+    on_first_token: Callable[[], None],
+) -> None:
+    """Ask the engine at `url` and pass its answer on, as it comes or, without `stream`, when it is whole.
+
+    Raises:
+        UnansweredError: it could not be reached, broke off or failed, and the client has no byte yet.
+        BrokenStreamError: it broke off after that.
+        RejectedError: it has refused the request (4xx); the client is told so in OpenAI's words.
+    """
+    passed_on = {name.decode(): value.decode("latin-1") for name, value in headers if name in PASSED_ON}
+    passed_on["content-type"] = "application/json"  # what the body has proved to be, whatever the client called it
+    try:
+        response = await session.post(url, data=body, headers=passed_on, allow_redirects=False)
+        try:
+            if response.status != 200:
+                await _raise_refusal(response)
+            if stream:
+                await _relay_stream(response, reply, progress, on_first_token)
+            else:
+                await _relay_whole(response, reply, progress, on_first_token)
+        finally:
+            response.close()  # a connection that was read to its end has gone back to the others before
+    except (aiohttp.ClientError, OSError) as error:
+        problem = f"The engine at {url} failed: {error or type(error).__name__}."
+        raise (BrokenStreamError if reply.begun else UnansweredError)(problem) from error
+
+
+async def _relay_stream(
+    response: aiohttp.ClientResponse, reply: Reply, progress: Progress, on_first_token: Callable[[], None]
+) -> None:
+    async for chunk in response.content.iter_any():
+        if not reply.begun:
+            on_first_token()
+            await reply.begin(200, _passed_back(response))
+        progress.saw(chunk)
+        await reply.chunk(chunk)
+    if not reply.begun:
+        raise UnansweredError(f"The engine at {response.url} sent an empty answer.")
+    if response.content_type == "text/event-stream" and DONE not in progress.tail:
+        raise BrokenStreamError(f"The engine at {response.url} broke off after {progress.output_tokens} tokens.")
+    await reply.end()
+
+
+async def _relay_whole(
+    response: aiohttp.ClientResponse, reply: Reply, progress: Progress, on_first_token: Callable[[], None]
+) -> None:
+    data = await response.read()
+    on_first_token()
+    progress.saw(data)
+    await reply.whole(200, data, _passed_back(response))
+
+
+def _passed_back(response: aiohttp.ClientResponse) -> Headers:
+    """Return the headers the client should see; names of engines and hop-by-hop headers stay here."""
+    return [
+        (name.encode(), response.headers[name].encode("latin-1")) for name in PASSED_BACK if name in response.headers
+    ]
+
+
+async def _raise_refusal(response: aiohttp.ClientResponse) -> None:
+    """Say what the engine said. 4xx is the client's own doing; everything else is a reason to try another engine."""
+    data = await response.content.read(LONGEST_ERROR_BYTES)
+    message, code, param = _engine_words(data)
+    if 400 <= response.status < 500:
+        again = {name: response.headers[name] for name in ("retry-after",) if name in response.headers}
+        raise RejectedError(message, status=response.status, param=param, code=code, headers=again)
+    raise UnansweredError(f"The engine answered {response.status}: {message}")
+
+
+def _engine_words(data: bytes) -> tuple[str, str | None, str | None]:
+    """Return message, code and parameter of an engine's error, however it is shaped."""
+    try:
+        said = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return data.decode(errors="replace").strip() or "no reason given", None, None
+    error = said.get("error", said) if isinstance(said, dict) else said
+    if not isinstance(error, dict):
+        return str(error), None, None
+    code, param = error.get("type"), error.get("param")
+    return str(error.get("message", said)), None if code is None else str(code), None if param is None else str(param)

@@ -1,0 +1,78 @@
+"""`waterline rehearse`, as a person meets it."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from examples import small_plan
+from waterline.cli.rehearse import rehearse
+from waterline.errors import FleetFileError, InputError, TraceError
+from waterline.plan import write_plan
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+OFFICE_HOUR = EXAMPLES / "traces" / "office-hour.csv"
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    write_plan(small_plan(), tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(rehearse, [str(argument) for argument in arguments])
+
+
+def test_a_fleet_file_is_planned_and_rehearsed() -> None:
+    result = run(EXAMPLES / "mixed.toml", "--duration", "60s")
+    assert result.exception is None
+    for word in ("enterprise", "coder", "TTFT p50/p90/p99", "in SLO", "GPU-h", "$", "drawn with seed 0, over 1 min"):
+        assert word in result.output
+    assert "requests per second" in result.output
+
+
+def test_a_trace_is_replayed_against_a_plan(plan_file: Path) -> None:
+    result = run(plan_file, "--trace", OFFICE_HOUR, "--duration", "10m")
+    assert result.exception is None
+    assert "office-hour.csv: " in result.output
+    assert "dealt in turn to public/chat" in result.output
+    assert "per hour for the plan" in result.output
+
+
+def test_json_says_the_same_every_time_with_units(plan_file: Path) -> None:
+    first, again = (run(plan_file, "--trace", OFFICE_HOUR, "--json") for _ in range(2))
+    assert first.exception is None
+    assert first.output == again.output
+    said = json.loads(first.output)
+    assert list(said) == ["fleet", "replayed", "duration_s", "gpus", "usd_per_hour", "usd", "total", "parts"]
+    assert said["total"]["requests"] == 1471
+    assert said["total"]["completed"] + said["total"]["refused"] == 1471
+    assert set(said["total"]["ttft_s"]) == {"mean", "p50", "p90", "p99"}
+    assert [(part["tenant"], part["model"]) for part in said["parts"]] == [("public", "chat")]
+
+
+def test_every_request_can_be_written_down(plan_file: Path, tmp_path: Path) -> None:
+    result = run(plan_file, "--trace", OFFICE_HOUR, "--output", tmp_path / "requests.csv", "--json")
+    assert result.exception is None
+    with (tmp_path / "requests.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 1471
+    assert {row["status"] for row in rows} <= {"ok", "refused"}
+    assert all((row["first_token_s"] == "") == (row["status"] == "refused") for row in rows)
+    refusal = run(plan_file, "--duration", "60s", "--output", tmp_path / "nowhere" / "requests.csv")
+    assert isinstance(refusal.exception, InputError)
+    assert "Choose another place with --output" in str(refusal.exception)
+
+
+def test_mistakes_are_named(plan_file: Path, tmp_path: Path) -> None:
+    result = run(plan_file, "--trace", tmp_path / "none.csv")
+    assert isinstance(result.exception, TraceError)
+    result = run(tmp_path / "none.toml")
+    assert isinstance(result.exception, FleetFileError)
+    for duration in ("0", "fast", "3d"):
+        result = run(plan_file, "--duration", duration)
+        assert result.exit_code == 2
+        assert "is not a duration. Write one like 90s, 15m or 2h." in result.output

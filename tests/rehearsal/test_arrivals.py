@@ -1,0 +1,176 @@
+"""Who asks what: dealing, drawing, and the sample trace."""
+
+import importlib.util
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from numpy.random import PCG64, Generator
+
+from examples import small_plan
+from waterline.errors import InputError, TraceError
+from waterline.fleet import HOURS, Demand, Model, Tenant
+from waterline.plan import Plan
+from waterline.rehearsal.arrivals import busiest_hour, deal, poisson_trace, traffic
+from waterline.workload import Request, Trace, read_trace, write_trace
+
+ROOT = Path(__file__).parents[2]
+
+
+def requests(count: int) -> list[Request]:
+    return [Request(arrival_s=float(index), prompt_tokens=10, output_tokens=5) for index in range(count)]
+
+
+def row(
+    tenant: str, requests_per_s: float | tuple[float, ...] | None = 1.0, model: str = "chat", trace: str = ""
+) -> Demand:
+    return Demand(tenant=tenant, model=model, requests_per_s=requests_per_s, trace=trace)
+
+
+def plan_with(*demand: Demand) -> Plan:
+    plan = small_plan()
+    tenants = tuple(Tenant(name=name) for name in dict.fromkeys(one.tenant for one in demand)) or plan.fleet.tenants
+    return replace(plan, fleet=replace(plan.fleet, tenants=tenants, demand=demand))
+
+
+def drawn(rates: list[float], duration_s: float, seed: int = 1, **changes: int) -> list[Request]:
+    lengths = {"prompt_tokens": 1000, "output_tokens": 200, "max_context_tokens": 100_000, "first_hour": 0} | changes
+    trace = poisson_trace("drawn", rates, duration_s=duration_s, generator=Generator(PCG64(seed)), **lengths)
+    return list(trace.requests)
+
+
+def test_requests_are_dealt_in_proportion_and_evenly_in_time() -> None:
+    dealt = deal(requests(8), [row("a"), row("b")], [3.0, 1.0])
+    assert "".join(request.tenant for request in dealt) == "aabaaaba"
+    assert {request.model for request in dealt} == {"chat"}
+
+
+def test_rows_without_rates_get_equal_parts() -> None:
+    dealt = deal(requests(7), [row("a"), row("b"), row("c")], [0.0, 0.0, 0.0])
+    assert "".join(request.tenant for request in dealt) == "abcabca"
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=6).filter(any), st.integers(1, 200))
+def test_no_row_is_ever_more_than_a_round_away_from_its_share(rates: list[int], count: int) -> None:
+    rows = [row(str(index)) for index in range(len(rates))]
+    taken = [0] * len(rates)
+    for number, request in enumerate(deal(requests(count), rows, [float(rate) for rate in rates]), start=1):
+        taken[int(request.tenant)] += 1
+        for got, rate in zip(taken, rates, strict=True):
+            assert abs(got - number * rate / sum(rates)) < max(2, len(rates))
+
+
+def test_a_drawn_hour_has_the_stated_rate_and_lengths() -> None:
+    asked = drawn([20.0] * HOURS, 3600.0)
+    assert len(asked) == pytest.approx(72_000, rel=0.015)  # 4 standard deviations
+    assert sum(request.prompt_tokens for request in asked) / len(asked) == pytest.approx(1000, rel=0.02)
+    assert sum(request.output_tokens for request in asked) / len(asked) == pytest.approx(200, rel=0.02)
+    gaps_s = [after.arrival_s - before.arrival_s for before, after in pairwise(asked)]
+    assert min(gaps_s) >= 0.0
+    assert sum(gap_s > 1 / 20 for gap_s in gaps_s) / len(gaps_s) == pytest.approx(0.3679, rel=0.02)  # 1/e
+
+
+def test_the_rate_follows_the_hours_and_wraps_at_midnight() -> None:
+    rates = [0.0] * HOURS
+    rates[23], rates[1] = 1.0, 2.0
+    hours = Counter(int(request.arrival_s // 3600) for request in drawn(rates, 4 * 3600.0, first_hour=22))
+    assert sorted(hours) == [1, 3]  # 23:00 and 01:00, from 22:00
+    assert hours[1] == pytest.approx(3600, rel=0.07)
+    assert hours[3] == pytest.approx(7200, rel=0.05)
+
+
+def test_lengths_stay_within_the_context() -> None:
+    asked = drawn([5.0] * HOURS, 600.0, prompt_tokens=900, output_tokens=900, max_context_tokens=1000)
+    assert all(request.prompt_tokens >= 1 and request.output_tokens >= 1 for request in asked)
+    assert max(request.prompt_tokens + request.output_tokens for request in asked) == 1000
+
+
+def test_a_drawn_trace_survives_its_file(tmp_path: Path) -> None:
+    asked = drawn([1.0] * HOURS, 600.0)
+    write_trace(Trace(name="drawn", requests=asked), tmp_path / "drawn.csv")
+    first_s = asked[0].arrival_s
+    read = read_trace(tmp_path / "drawn.csv").requests
+    assert [request.arrival_s for request in read] == pytest.approx([r.arrival_s - first_s for r in asked], abs=1e-9)
+    assert [request.prompt_tokens for request in read] == [request.prompt_tokens for request in asked]
+
+
+def test_the_sample_trace_is_what_its_tool_makes(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("make_sample_trace", ROOT / "tools" / "make_sample_trace.py")
+    assert spec
+    assert spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    write_trace(tool.office_hour(), tmp_path / "again.csv")
+    sample = ROOT / "examples" / "traces" / "office-hour.csv"
+    assert (tmp_path / "again.csv").read_bytes() == sample.read_bytes()
+    assert sample.stat().st_size < 100_000
+
+
+def test_without_a_trace_every_row_draws_from_its_own_stream() -> None:
+    one = traffic(plan_with(row("a", 2.0)), None, seed=3, duration_s=None)
+    two = traffic(plan_with(row("a", 2.0), row("b", 1.0)), None, seed=3, duration_s=None)
+    other = traffic(plan_with(row("a", 2.0)), None, seed=4, duration_s=None)
+    assert [request for request in two.requests if request.tenant == "a"] == list(one.requests)
+    assert one.requests != other.requests
+    assert one.requests[-1].arrival_s < 900
+    assert [request.arrival_s for request in two.requests] == sorted(request.arrival_s for request in two.requests)
+    assert one.notes[-1] == "drawn with seed 3, over 15 min from 0:00, the busiest hour"
+
+
+def test_drawing_starts_in_the_hour_that_is_busiest_for_all_rows_together() -> None:
+    morning = tuple(3.0 if hour == 9 else 1.0 for hour in range(HOURS))
+    evening = tuple(2.5 if hour in {9, 20} else 0.0 for hour in range(HOURS))
+    assert busiest_hour([row("a", morning), row("b", evening)]) == 9
+    assert busiest_hour([row("a", None, trace="x.csv")]) == 0
+
+
+def test_a_row_replays_its_own_trace_and_others_draw_as_long(tmp_path: Path) -> None:
+    write_trace(Trace(name="own", requests=requests(40)), tmp_path / "own.csv")
+    asked = traffic(
+        plan_with(row("a", None, trace=str(tmp_path / "own.csv")), row("b", 5.0)), None, seed=0, duration_s=None
+    )
+    assert sum(request.tenant == "a" for request in asked.requests) == 40
+    assert 30 < max(request.arrival_s for request in asked.requests if request.tenant == "b") < 39
+    cut = traffic(
+        plan_with(row("a", None, trace=str(tmp_path / "own.csv")), row("b", 5.0)), None, seed=0, duration_s=10
+    )
+    assert sum(request.tenant == "a" for request in cut.requests) == 10
+    assert max(request.arrival_s for request in cut.requests) < 10
+    with pytest.raises(TraceError, match=r"gone\.csv: No such file"):
+        traffic(plan_with(row("a", None, trace=str(tmp_path / "gone.csv"))), None, seed=0, duration_s=None)
+
+
+def test_a_given_trace_is_dealt_by_the_rates_of_the_busiest_hour(tmp_path: Path) -> None:
+    write_trace(Trace(name="own", requests=requests(31)), tmp_path / "own.csv")  # 31 in 30 s
+    late = tuple(62 / 30 if hour == 20 else 0.1 for hour in range(HOURS))
+    plan = plan_with(row("a", late), row("b", None, trace=str(tmp_path / "own.csv")))
+    asked = traffic(plan, Trace(name="given", requests=requests(300)), seed=0, duration_s=None)
+    assert Counter(request.tenant for request in asked.requests) == {"a": 200, "b": 100}
+    assert asked.notes == ("given: 300 requests in 4.98 min", "dealt in turn to a/chat 200, b/chat 100")
+    assert len(traffic(plan, Trace(name="given", requests=requests(300)), seed=0, duration_s=12.5).requests) == 13
+
+
+def test_without_demand_a_trace_goes_to_all_models_and_nothing_is_drawn() -> None:
+    plan = small_plan()
+    models = (*plan.fleet.models, Model(name="code", weights="x"))
+    plan = replace(
+        plan,
+        fleet=replace(plan.fleet, demand=(), models=models),
+        models=(*plan.models, replace(plan.models[0], model="code")),
+    )
+    asked = traffic(plan, Trace(name="given", requests=requests(10)), seed=0, duration_s=None)
+    assert Counter((request.tenant, request.model) for request in asked.requests) == {
+        ("public", "chat"): 5,
+        ("public", "code"): 5,
+    }
+    with pytest.raises(InputError, match="asks for nothing in that time. Give a"):
+        traffic(plan, None, seed=0, duration_s=None)
+
+
+def test_a_rehearsal_of_no_time_is_an_error() -> None:
+    with pytest.raises(InputError, match="a rehearsal of -1 s is none"):
+        traffic(small_plan(), None, seed=0, duration_s=-1.0)

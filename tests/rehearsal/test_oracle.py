@@ -1,0 +1,374 @@
+"""The oracle against steps worked out by hand, against queueing theory, and against what must always hold.
+
+A step of n tokens takes 1000 + n picoseconds here, so that every time can be added up in the head. Arrivals are whole
+nanoseconds, that is thousands of picoseconds.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from waterline.cost.step import AttentionCost, StepCost, prefill_pairs
+from waterline.rehearsal.oracle import NEVER, Capacity, Passage, Step, SteppedReplica, arrival_ps, serve, shares_ps
+from waterline.workload import Request
+
+ROUND = StepCost(
+    overhead_ps=1000,
+    weights_ps=0,
+    experts_ps=(0,),
+    state_ps_per_sequence=0,
+    attention=(),
+    multiply_ps_per_token=1,
+    head_ps_per_sequence=0,
+    exchange_ps=0,
+    exchange_ps_per_token=0,
+    step_tokens=8,
+)
+LENGTHY = replace(  # every term of a step counts
+    ROUND,
+    weights_ps=700,
+    experts_ps=(0, 10, 15, 20),
+    attention=(
+        AttentionCost(window_tokens=0, read_ps_per_token=3, multiply_ps_per_pair=2),
+        AttentionCost(window_tokens=5, read_ps_per_token=7, multiply_ps_per_pair=1),
+    ),
+    head_ps_per_sequence=11,
+    exchange_ps_per_token=2,
+)
+
+
+def capacity(name: str = "a/0", **changes: object) -> Capacity:
+    usual = Capacity(
+        replica=name, gpus=1, step=ROUND, max_batch=4, cache_tokens=100, max_context_tokens=100, tokens_per_s=1e9
+    )
+    return replace(usual, **changes)  # type: ignore[arg-type] # mypy does not know the names
+
+
+def request(arrival_ns: int, prompt_tokens: int, output_tokens: int) -> Request:
+    return Request(arrival_s=arrival_ns / 1e9, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+
+
+def served(
+    capacities: Sequence[Capacity], requests: Sequence[Request], *, deadline_s: float = math.inf
+) -> tuple[list[Passage], list[Step]]:
+    steps: list[Step] = []
+    return serve(capacities, requests, deadline_s=deadline_s, expected_output_tokens=10, steps=steps), steps
+
+
+# --- By hand --------------------------------------------------------------------------------------------------------
+
+
+def test_two_requests_share_steps_in_chunks() -> None:
+    (a, b), steps = served([capacity()], [request(0, 10, 3), request(0, 5, 2)])
+    # begins  ends   what
+    #      0  1008   8 of a's 10 prompt tokens
+    #   1008  2015   2 of a, 5 of b: both have their first token
+    #   2015  3017   a and b decode; b is done
+    #   3017  4018   a decodes and is done
+    assert [(step.begin_ps, step.end_ps, step.prefill_tokens, step.decodes) for step in steps] == [
+        (0, 1008, 8, 0),
+        (1008, 2015, 7, 0),
+        (2015, 3017, 0, 2),
+        (3017, 4018, 0, 1),
+    ]
+    assert (a.first_token_ps, a.finish_ps) == (2015, 4018)
+    assert (b.first_token_ps, b.finish_ps) == (2015, 3017)
+    # a: all of step 1, ⌊1007 x 2/7⌋ = 287 of step 2, half of step 3, all of step 4
+    assert a.busy_ps == 1008 + 287 + 501 + 1001
+    assert b.busy_ps == 720 + 501
+
+
+def test_decodes_come_before_the_prompts_of_others() -> None:
+    (a, b), steps = served([capacity()], [request(0, 4, 3), request(1, 16, 1)])
+    # a is read from 0 to 1004; b arrives at 1000 and gets the 7 tokens a's decode leaves, twice, then its last 2
+    assert [(step.end_ps, step.prefill_tokens, step.decodes) for step in steps] == [
+        (1004, 4, 0),
+        (2012, 7, 1),
+        (3020, 7, 1),
+        (4022, 2, 0),
+    ]
+    assert (a.finish_ps, b.first_token_ps, b.finish_ps) == (3020, 4022, 4022)
+
+
+def test_a_preemption_by_hand() -> None:
+    (a, b), steps = served([capacity(cache_tokens=12)], [request(0, 4, 5), request(0, 4, 4)])
+    # begins  ends   what                                                                   cache occupied
+    #      0  1008   both prompts are read, with room for the first token of each            5 + 5
+    #   1008  2010   both decode                                                            6 + 6
+    #   2010  3011   2 decodes, no cache: b goes; it would need 7 tokens to come back       7
+    #   3011  4012   a decodes, 4 tokens are free                                           8
+    #   4012  5013   a decodes and is done                                                  9
+    #   5013  6019   b's prompt and 2 tokens are read again, which makes its third          7
+    #   6019  7020   b decodes its fourth token and is done                                 8
+    assert [(step.end_ps, step.prefill_tokens, step.decodes, step.occupied_tokens) for step in steps] == [
+        (1008, 8, 0, 10),
+        (2010, 0, 2, 12),
+        (3011, 0, 1, 7),
+        (4012, 0, 1, 8),
+        (5013, 0, 1, 9),
+        (6019, 6, 0, 7),
+        (7020, 0, 1, 8),
+    ]
+    assert (a.first_token_ps, a.finish_ps, a.preemptions) == (1008, 5013, 0)
+    assert (b.first_token_ps, b.finish_ps, b.preemptions) == (1008, 7020, 1)
+
+
+def test_a_prompt_under_way_is_the_first_to_be_preempted() -> None:
+    (a, b), steps = served([capacity(cache_tokens=24)], [request(0, 4, 20), request(0, 18, 1)])
+    # a needs 5 of the cache and b 19: full. a's first decode takes the cache of b, of which 4 tokens have been read.
+    # a ends at 24 tokens, and b is read from the beginning: 8, 8, 2.
+    assert steps[0].occupied_tokens == 24
+    assert [step.prefill_tokens for step in steps] == [8, *[0] * 19, 8, 8, 2]
+    assert (a.preemptions, b.preemptions) == (0, 1)
+    assert a.finish_ps == 1008 + 19 * 1001
+    assert b.finish_ps == a.finish_ps + 1008 + 1008 + 1002
+
+
+def test_the_latest_of_three_goes_first_and_comes_back_behind_the_other() -> None:
+    passages, steps = served(
+        [capacity(cache_tokens=9)], [request(0, 2, 7), request(0, 2, 6), request(0, 2, 5), request(0, 1, 1)]
+    )
+    # All three prompts fill the cache (3 each). The first decodes cost c its place, the next ones b. When a is done, b
+    # and c return in this order and fill the cache (5 + 4), so b's next decode takes c's once more. When b is done, c
+    # returns, and d after it, who has waited since the start.
+    assert [passage.preemptions for passage in passages] == [0, 1, 2, 0]
+    assert [(step.prefill_tokens, step.decodes) for step in steps] == [
+        (6, 0),
+        (0, 2),
+        *[(0, 1)] * 5,
+        (4 + 3, 0),
+        *[(0, 1)] * 3,
+        (4 + 1, 0),
+        *[(0, 1)] * 2,
+    ]
+    assert passages[3].finish_ps == steps[-3].end_ps
+    assert max(step.occupied_tokens for step in steps) == 9
+
+
+def test_a_step_knows_who_arrives_at_the_instant_it_begins() -> None:
+    wide = capacity(step=replace(ROUND, step_tokens=2000), cache_tokens=5000, max_context_tokens=5000)
+    (a, b, c), steps = served([wide], [request(0, 1000, 1), request(2, 5, 1), request(2, 6, 1)])
+    # a's step ends at 2000, exactly when b and c arrive: one step of 11 tokens for both
+    assert a.finish_ps == 2000
+    assert [(step.begin_ps, step.end_ps) for step in steps] == [(0, 2000), (2000, 3011)]
+    assert b.finish_ps == c.finish_ps == 3011
+
+
+def test_the_router_sees_what_is_finished_at_the_arrival() -> None:
+    wide = replace(ROUND, step_tokens=2000)
+    pair = [capacity("a/0", step=wide, cache_tokens=5000, max_context_tokens=5000)]
+    pair.append(replace(pair[0], replica="a/1"))
+    passages, _ = served(pair, [request(0, 1000, 1), request(1, 10, 1), request(2, 10, 1)])
+    # at 1000 the first replica is busy; at 2000 its step has just ended, and of two idle ones the first is taken
+    assert [passage.replica for passage in passages] == ["a/0", "a/1", "a/0"]
+
+
+def test_a_replica_twice_as_fast_takes_twice_the_backlog() -> None:
+    pair = [capacity("slow", tokens_per_s=1e6), capacity("fast", tokens_per_s=2e6)]
+    passages, _ = served(pair, [request(0, 10, 10)] * 6)
+    # waits in units of 20 tokens over the slow rate, before each choice: 0 0, 1 0, 1 ½, 1 1, 2 1, 2 3/2
+    assert [passage.replica for passage in passages] == ["slow", "fast", "fast", "slow", "fast", "fast"]
+
+
+def test_a_request_that_can_never_fit_is_refused_with_a_reason() -> None:
+    small, large = capacity("small", cache_tokens=20), capacity("large", cache_tokens=50, max_context_tokens=40)
+    passages, _ = served([small, large], [request(0, 30, 11), request(0, 30, 10), request(0, 1, 1)])
+    assert passages[0].reason == "41 tokens, of which no replica of the model holds more than 40"
+    assert (passages[0].finish_ps, passages[0].produced_tokens) == (0, 0)
+    assert [passage.replica for passage in passages] == ["", "large", "small"]
+
+
+def test_without_a_replica_everybody_is_refused() -> None:
+    passages, _ = served([], [request(0, 1, 1)])
+    assert passages[0].reason == "2 tokens, of which no replica of the model holds more than 0"
+    passages, _ = served([capacity(tokens_per_s=0.0)], [request(0, 1, 1)], deadline_s=2.0)
+    assert passages[0].reason == "would not start within 2 s; retry after 2 s"
+    passages, _ = served([capacity(tokens_per_s=0.0)], [request(0, 1, 1)], deadline_s=0.0)
+    assert passages[0].reason == "no replica of the model is in service"
+
+
+def test_admission_counts_unread_prompts_and_requests_beyond_the_slots() -> None:
+    # 10 tokens/s and a deadline of 6 s: 60 tokens may be before a newcomer. Prompts have 5 tokens and 4 slots are free,
+    # so the first four count 5 each; the others 5 + 10 (the expected output) each.
+    # waiting before each: 0 5 10 15 20 35 50, then 65 > 60
+    passages, _ = served([capacity(tokens_per_s=10.0)], [request(0, 5, 50)] * 9, deadline_s=6.0)
+    assert [bool(passage.reason) for passage in passages] == [False] * 7 + [True, True]
+    assert passages[7].reason == "would not start within 6 s; retry after 0.5 s"
+
+
+def test_requests_that_are_being_decoded_hold_nobody_up() -> None:
+    busy = [request(arrival_ns, 1, 90) for arrival_ns in (0, 2, 4)]
+    passages, _ = served([capacity(tokens_per_s=1.0)], [*busy, request(6, 1, 1)], deadline_s=0.5)
+    assert not any(passage.reason for passage in passages)
+
+
+def test_the_router_does_not_know_how_long_an_answer_will_be() -> None:
+    pair = [capacity("a/0", tokens_per_s=1e3), capacity("a/1", tokens_per_s=1e3)]
+    short, _ = served(pair, [request(0, 5, 1)] * 12, deadline_s=0.05)
+    long, _ = served(pair, [request(0, 5, 90)] * 12, deadline_s=0.05)
+    assert [(one.replica, one.reason) for one in short] == [(one.replica, one.reason) for one in long]
+
+
+# --- Closed forms ---------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 80), st.integers(1, 30), st.integers(1, 20), st.sampled_from([ROUND, LENGTHY]))
+def test_a_single_request_takes_the_sum_of_its_steps(prompt: int, output: int, budget: int, step: StepCost) -> None:
+    step = replace(step, step_tokens=budget)
+    (passage,), _ = served(
+        [capacity(step=step, cache_tokens=200, max_context_tokens=200)], [request(7, prompt, output)]
+    )
+    chunks = [(first, min(budget, prompt - first)) for first in range(0, prompt, budget)]
+    read_ps = sum(step.step_ps(chunk, prefill_pairs(first, chunk), 0, 0) for first, chunk in chunks)
+    decode_ps = sum(step.step_ps(0, 0, 1, prompt + produced) for produced in range(1, output))
+    assert passage.first_token_ps == 7000 + read_ps
+    assert passage.finish_ps == 7000 + read_ps + decode_ps
+    assert passage.busy_ps == read_ps + decode_ps
+
+
+def test_a_full_batch_sustains_batch_over_step_time() -> None:
+    passages, steps = served([capacity(cache_tokens=1000)], [request(0, 1, 50)] * 200)
+    # 4 slots, always full; each request takes 50 steps of 1004 ps
+    assert {step.decodes + step.prefill_tokens for step in steps} == {4}
+    assert max(passage.finish_ps for passage in passages) == 200 // 4 * 50 * 1004
+
+
+def test_one_slot_waits_as_queueing_theory_says() -> None:
+    """M/D/1 at load ρ: the mean wait is ρ / (2 (1 - ρ)) services (Pollaczek and Khinchine)."""
+    generator = np.random.Generator(np.random.PCG64(7))
+    alone = capacity(max_batch=1, step=replace(ROUND, overhead_ps=10**9 - 5))  # 5 prompt tokens: exactly 1 ms
+    arrivals_s = np.cumsum(generator.exponential(2e-3, 40_000)).tolist()  # ρ = 1/2
+    passages, _ = served([alone], [Request(arrival_s=at, prompt_tokens=5, output_tokens=1) for at in arrivals_s])
+    waits_ms = [(passage.finish_ps - passage.arrival_ps) / 1e9 - 1 for passage in passages]
+    assert sum(waits_ms) / len(waits_ms) == pytest.approx(0.5, rel=0.05)
+
+
+def test_littles_law_holds_for_a_poisson_run() -> None:
+    """Requests inside, seen from outside at regular times = arrival rate x mean time inside."""
+    generator = np.random.Generator(np.random.PCG64(11))
+    replica = SteppedReplica(capacity(cache_tokens=30), expected_output_tokens=5)
+    arrivals_ps = np.cumsum(generator.exponential(4000.0, 5000)).astype(int).tolist()
+    lengths = generator.integers(1, 10, (5000, 2)).tolist()
+    passages, seen, look_ps = [], [], 0
+    for at_ps, (prompt, output) in zip(arrivals_ps, lengths, strict=True):
+        while look_ps < at_ps:
+            replica.advance(look_ps)
+            seen.append(replica.accepted)
+            look_ps += 1017
+        replica.advance(at_ps)
+        passages.append(Passage(request=request(0, prompt, output), arrival_ps=at_ps, tokens=prompt))
+        replica.accept(passages[-1])
+    replica.advance(NEVER)
+    assert (replica.accepted, replica.unread_tokens, replica.backlog_tokens, replica.free_tokens) == (0, 0, 0, 30)
+    inside_ps = sum(passage.finish_ps - passage.arrival_ps for passage in passages)
+    assert sum(seen) / len(seen) == pytest.approx(inside_ps / arrivals_ps[-1], rel=0.02)
+    assert sum(passage.preemptions for passage in passages) > 0
+
+
+# --- Always ---------------------------------------------------------------------------------------------------------
+
+capacities = st.lists(
+    st.builds(
+        capacity,
+        step=st.builds(replace, st.sampled_from([ROUND, LENGTHY]), step_tokens=st.integers(1, 12)),
+        max_batch=st.integers(1, 6),
+        cache_tokens=st.integers(16, 40),
+        max_context_tokens=st.integers(16, 60),
+        tokens_per_s=st.sampled_from([1e6, 2e6, 5e6]),
+    ),
+    min_size=1,
+    max_size=3,
+).map(lambda made: [replace(one, replica=f"a/{index}") for index, one in enumerate(made)])
+
+workloads = st.lists(
+    st.builds(request, st.integers(0, 20), st.integers(1, 12), st.integers(1, 14)), min_size=5, max_size=30
+).map(lambda made: sorted(made, key=arrival_ps))
+
+
+@settings(max_examples=300, deadline=None)
+@given(capacities, workloads, st.sampled_from([math.inf, 2e-5]))
+def test_what_always_holds(fleet: list[Capacity], requests: list[Request], deadline_s: float) -> None:
+    passages, steps = served(fleet, requests, deadline_s=deadline_s)
+
+    # every request ends once: refused on arrival, or with every token it asked for
+    assert [passage.request for passage in passages] == requests
+    for passage in passages:
+        if passage.reason:
+            assert (passage.replica, passage.produced_tokens, passage.busy_ps) == ("", 0, 0)
+            assert passage.finish_ps == passage.arrival_ps
+        else:
+            assert passage.produced_tokens == passage.request.output_tokens
+            assert passage.arrival_ps < passage.first_token_ps <= passage.finish_ps < NEVER
+
+    for one in fleet:
+        own_steps = [step for step in steps if step.replica == one.replica]
+        own = [passage for passage in passages if passage.replica == one.replica]
+        # limits, and time never runs backwards
+        for step in own_steps:
+            assert step.occupied_tokens <= one.cache_tokens
+            assert 1 <= step.running <= one.max_batch
+            assert 1 <= step.decodes + step.prefill_tokens <= one.step.step_tokens
+            assert step.begin_ps < step.end_ps
+        assert all(before.end_ps <= after.begin_ps for before, after in pairwise(own_steps))
+        # busy time is shared to the picosecond
+        busy_ps = sum(step.end_ps - step.begin_ps for step in own_steps)
+        assert sum(passage.busy_ps for passage in own) == busy_ps
+        # a step computes each token once, and again after a preemption
+        computed = sum(step.decodes + step.prefill_tokens for step in own_steps)
+        asked = sum(passage.request.prompt_tokens + passage.request.output_tokens - 1 for passage in own)
+        assert computed >= asked
+        if not any(passage.preemptions for passage in own):
+            assert computed == asked
+            first_tokens = [passage.first_token_ps for passage in own]
+            assert first_tokens == sorted(first_tokens)
+
+    # without a deadline only those are refused who fit nowhere
+    if deadline_s == math.inf:
+        longest = max(min(one.cache_tokens, one.max_context_tokens) for one in fleet)
+        for passage in passages:
+            too_long = passage.request.prompt_tokens + passage.request.output_tokens > longest
+            assert bool(passage.reason) == too_long
+
+    # and the same input gives the same output
+    again, _ = served(fleet, requests, deadline_s=deadline_s)
+    assert [asdict(passage) for passage in again] == [asdict(passage) for passage in passages]
+
+
+@settings(deadline=None)
+@given(st.integers(2, 40), st.integers(1, 8), st.lists(st.integers(1, 39), min_size=1, max_size=40))
+def test_no_livelock_when_every_request_could_fill_the_cache(cache: int, batch: int, prompts: list[int]) -> None:
+    """The oldest running request moves in every step, so the steps are bounded by the tokens of all requests."""
+    requests = [request(0, min(prompt, cache - 1), cache - min(prompt, cache - 1)) for prompt in prompts]
+    passages, steps = served([capacity(cache_tokens=cache, max_batch=batch)], requests)
+    assert not any(passage.reason for passage in passages)
+    # all but preempted work is useful, and each step does some for the oldest: a request holds at most `cache` tokens,
+    # is read in at most that many steps, and becomes the oldest once
+    assert len(steps) <= len(requests) * cache * 2
+
+
+def test_under_heavy_cache_pressure_everybody_finishes() -> None:
+    requests = [request(10 * index, 20 + index % 17, 30 + index % 23) for index in range(1000)]
+    passages, _ = served([capacity(cache_tokens=100, max_batch=64)], requests)
+    assert all(passage.produced_tokens == passage.request.output_tokens for passage in passages)
+    assert sum(passage.preemptions for passage in passages) > 500
+
+
+@given(st.integers(0, 10**12), st.lists(st.integers(1, 10**4), min_size=1, max_size=300))
+def test_shares_add_up_and_are_fair_to_the_picosecond(step_ps: int, tokens: list[int]) -> None:
+    shares = shares_ps(step_ps, tokens)
+    assert sum(shares) == step_ps
+    for share, part in zip(shares, tokens, strict=True):
+        assert abs(share * sum(tokens) - step_ps * part) < sum(tokens)
+
+
+def test_arrivals_keep_the_digits_of_a_trace() -> None:
+    assert arrival_ps(Request(arrival_s=3435.948056, prompt_tokens=1, output_tokens=1)) == 3_435_948_056_000_000
+    assert (
+        arrival_ps(Request(arrival_s=1_209_600.0000001, prompt_tokens=1, output_tokens=1)) == 1_209_600_000_000_100_000
+    )
