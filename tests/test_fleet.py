@@ -45,7 +45,7 @@ def test_ten_lines_are_a_fleet(tmp_path: Path) -> None:
     assert pool.usd_per_gpu_hour > 0
     assert (model.precisions, model.engine, model.max_context_tokens) == (("bf16",), "vllm", 32_768)
     assert model.slo is not None
-    assert model.slo.ttft_s == 1.0
+    assert model.slo.ttft_s == 2.0
     assert (tenant.name, tenant.deserved, tenant.limit) == ("public", 1.0, 1.0)
     assert (demand.tenant, demand.model) == ("public", "chat")
 

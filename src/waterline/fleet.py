@@ -133,9 +133,9 @@ def default_slo(llm: Llm) -> Slo:
     Reading speed is about 5 words a second (0.15 s a token); everything here is faster than that.
     """
     if llm.active_parameters < 15 * GIGA:
-        return Slo(ttft_s=1.0, tpot_s=0.05)
+        return Slo(ttft_s=2.0, tpot_s=0.05)
     if llm.active_parameters < 80 * GIGA and llm.parameters < 300 * GIGA:
-        return Slo(ttft_s=2.0, tpot_s=0.075)
+        return Slo(ttft_s=3.0, tpot_s=0.075)
     return Slo(ttft_s=5.0, tpot_s=0.1)
 
 

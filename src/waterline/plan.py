@@ -49,11 +49,11 @@ class Replica(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     layout: Layout
     engine: str
     max_context_tokens: int
-    max_batch: int  # requests decoded together, at most
+    max_batch: int  # requests decoded together, at most: as many as its SLO's time per token allows
     cache_tokens: int  # tokens the KV cache holds, over all requests
-    requests_per_s: float  # it sustains at its SLO
-    tokens_per_s: float  # prompt and output together, at that rate
-    ttft_s: float  # expected at that rate
+    requests_per_s: float  # the most at which its SLO holds
+    tokens_per_s: float  # prompt and output together, with `max_batch` requests all the time
+    ttft_s: float  # what the SLO's fraction of the requests is expected to see at most, at the planned rate
     tpot_s: float
     usd_per_hour: float
 
@@ -69,7 +69,7 @@ class ModelPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     gpus: int
     usd_per_hour: float
     usd_per_million_tokens: float | None  # input and output together, at the planned demand; None without demand
-    limited_by: Limit  # what keeps its batches from growing
+    limited_by: Limit  # what keeps a replica from taking more
     reason: str
 
 

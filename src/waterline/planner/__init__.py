@@ -12,7 +12,7 @@ from waterline.errors import InfeasibleError
 from waterline.fleet import Fleet, Pool
 from waterline.hardware import Node
 from waterline.plan import ModelPlan, Plan, Replica, TenantPlan
-from waterline.planner.candidates import Candidate, Rejection, layouts, point_at, price
+from waterline.planner.candidates import Candidate, Rejection, expected_times_s, layouts, pace_of, price
 from waterline.planner.explain import why, why_not, why_not_enough, why_over_limit
 from waterline.planner.needs import Need, needs
 from waterline.planner.packing import FreeGpus
@@ -110,9 +110,9 @@ def _replicas(need: Need, chosen: Sequence[tuple[Option, int]], free: FreeGpus) 
     capacity = sum(option.candidate.requests_per_s * replicas for option, replicas in chosen)
     replicas: list[Replica] = []
     for option, count in chosen:
-        candidate = option.candidate
-        work = need.work
-        point = point_at(candidate, candidate.requests_per_s * min(1.0, need.requests_per_s / capacity), work)
+        candidate, work = option.candidate, need.work
+        requests_per_s = candidate.requests_per_s * min(1.0, need.requests_per_s / capacity)
+        ttft_s, tpot_s = expected_times_s(pace_of(candidate.step, requests_per_s, work), work.slo)
         replicas.extend(
             Replica(
                 id=f"{need.model.name}/{len(replicas) + index}",
@@ -123,12 +123,12 @@ def _replicas(need: Need, chosen: Sequence[tuple[Option, int]], free: FreeGpus) 
                 layout=candidate.layout,
                 engine=candidate.engine.name,
                 max_context_tokens=work.max_context_tokens,
-                max_batch=candidate.point.batch,
+                max_batch=candidate.full.batch,
                 cache_tokens=candidate.cache_tokens,
-                requests_per_s=candidate.point.requests_per_s,
-                tokens_per_s=candidate.point.requests_per_s * (work.prompt_tokens + work.output_tokens),
-                ttft_s=point.ttft_s,
-                tpot_s=point.tpot_s,
+                requests_per_s=candidate.requests_per_s,
+                tokens_per_s=candidate.full.requests_per_s * (work.prompt_tokens + work.output_tokens),
+                ttft_s=ttft_s,
+                tpot_s=tpot_s,
                 usd_per_hour=option.usd_per_hour,
             )
             for index in range(count)

@@ -18,12 +18,9 @@ from waterline.cost import (
 from waterline.hardware import Node
 from waterline.llm import PRECISIONS, Llm
 from waterline.plan import Layout, Limit
+from waterline.planner.queueing import Pace, context_under_way, pace_at, quantile_s, sustained_requests_per_s
 from waterline.units import gib_text, seconds_text
 from waterline.workload import Slo
-
-# Of what a replica sustains at its SLO. The rest absorbs the ups and downs of arrivals, so that the SLO holds for
-# nearly every request and not only for the mean one. The rehearsal shows whether it was enough.
-PLANNED_UTILIZATION = 0.7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +44,9 @@ class Candidate:
     memory: MemoryUse
     step: StepCost
     cache_tokens: int
-    point: ServingPoint  # at the largest batch that meets the SLO
-    limited_by: Limit  # what keeps the batch from growing
-
-    @property
-    def requests_per_s(self) -> float:
-        """What to plan with."""
-        return self.point.requests_per_s * PLANNED_UTILIZATION
+    requests_per_s: float  # the most at which the SLO holds for its fraction of the requests
+    full: ServingPoint  # with as many requests as the SLO's time per token allows, always
+    limited_by: Limit  # what keeps `requests_per_s` from growing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +77,7 @@ def layouts(node: Node, nodes: int) -> Iterator[Layout]:
 
 
 def price(llm: Llm, node: Node, layout: Layout, precision: str, engine: str, work: Work) -> Candidate | Rejection:
-    """Price one replica, at the largest batch at which the work meets its SLO."""
+    """Price one replica, at the largest rate at which the work meets its SLO."""
 
     def reject(binding: str, shortfall: float, reason: str) -> Rejection:
         return Rejection(
@@ -100,19 +93,10 @@ def price(llm: Llm, node: Node, layout: Layout, precision: str, engine: str, wor
     if tokens == 0:
         return reject("memory", *_memory_shortfall(llm, node, layout, memory, work))
     step = step_cost(llm, gpu, layout, precision, profile)
-    most = min(profile.max_batch, max(1, tokens // (work.prompt_tokens + work.output_tokens)))
-    best, failed = _largest_batch(step, most, work)
-    if best is None:
-        binding = "tpot" if failed.tpot_s > work.slo.tpot_s else "ttft"
-        got, goal = (failed.tpot_s, work.slo.tpot_s) if binding == "tpot" else (failed.ttft_s, work.slo.ttft_s)
-        return reject(
-            binding,
-            got - goal,
-            f"{binding.upper()} is {seconds_text(got)} for a single request, the SLO allows {seconds_text(goal)}",
-        )
-    limited_by: Limit = "engine" if most == profile.max_batch else "memory"
-    if best.batch < most:
-        limited_by = "tpot" if failed.tpot_s > work.slo.tpot_s else "ttft"
+    most = min(profile.max_batch, max(1, tokens // context_under_way(work.prompt_tokens, work.output_tokens)))
+    requests_per_s = sustained_requests_per_s(step, work.prompt_tokens, work.output_tokens, most, work.slo)
+    if requests_per_s == 0.0:
+        return reject(*_slo_shortfall(pace_of(step, 0.0, work), work.slo))
     return Candidate(
         node=node,
         layout=layout,
@@ -121,19 +105,37 @@ def price(llm: Llm, node: Node, layout: Layout, precision: str, engine: str, wor
         memory=memory,
         step=step,
         cache_tokens=tokens,
-        point=best,
-        limited_by=limited_by,
+        requests_per_s=requests_per_s,
+        full=_full(step, most, work),
+        limited_by=_limit(pace_of(step, requests_per_s, work), work.slo, profile.max_batch > most),
     )
 
 
-def point_at(candidate: Candidate, requests_per_s: float, work: Work) -> ServingPoint:
-    """Return the smallest batch that keeps up with a rate: where the replica runs when the rate is steady."""
-    low, high = 1, candidate.point.batch
-    while low < high:
-        middle = (low + high) // 2
-        point = serving_point(candidate.step, middle, work.prompt_tokens, work.output_tokens)
-        low, high = (low, middle) if point.requests_per_s >= requests_per_s else (middle + 1, high)
-    return serving_point(candidate.step, low, work.prompt_tokens, work.output_tokens)
+def pace_of(step: StepCost, requests_per_s: float, work: Work) -> Pace:
+    """Return the pace at a rate that is known to be sustained."""
+    pace = pace_at(step, requests_per_s, work.prompt_tokens, work.output_tokens)
+    assert pace is not None  # noqa: S101 - what was sustained does not fall behind
+    return pace
+
+
+def expected_times_s(pace: Pace, slo: Slo) -> tuple[float, float]:
+    """Return the TTFT and TPOT that the SLO's fraction of the requests keep to."""
+    return quantile_s(pace.late_first_fraction, slo.fraction), quantile_s(pace.late_tokens_fraction, slo.fraction)
+
+
+def _limit(pace: Pace, slo: Slo, fewer_than_the_engine_allows: bool) -> Limit:  # noqa: FBT001 - read at its one call
+    """Say what breaks just beyond the sustained rate: the times, or else the room for requests."""
+    late_first, late_tokens = pace.late_first_fraction(slo.ttft_s), pace.late_tokens_fraction(slo.tpot_s)
+    if late_first + late_tokens > 0.9 * (1 - slo.fraction):
+        return "ttft" if late_first > late_tokens else "tpot"
+    return "memory" if fewer_than_the_engine_allows else "engine"
+
+
+def _slo_shortfall(alone: Pace, slo: Slo) -> tuple[str, float, str]:
+    ttft_s, tpot_s = expected_times_s(alone, slo)
+    binding, got_s, goal_s = ("tpot", tpot_s, slo.tpot_s) if tpot_s > slo.tpot_s else ("ttft", ttft_s, slo.ttft_s)
+    reason = f"{binding.upper()} is {seconds_text(got_s)} for {slo.fraction:.4g} of the requests, even one at a time"
+    return binding, got_s - goal_s, f"{reason}; the SLO allows {seconds_text(goal_s)}"
 
 
 def _memory_shortfall(llm: Llm, node: Node, layout: Layout, memory: MemoryUse, work: Work) -> tuple[float, str]:
@@ -152,25 +154,11 @@ def _memory_shortfall(llm: Llm, node: Node, layout: Layout, memory: MemoryUse, w
     )
 
 
-def _largest_batch(step: StepCost, most: int, work: Work) -> tuple[ServingPoint | None, ServingPoint]:
-    """Return the point of the largest batch within the SLO, and the first one outside it (or the last one tried).
-
-    Both times grow with the batch, so bisection finds it.
-    """
-
-    def at(batch: int) -> ServingPoint:
-        return serving_point(step, batch, work.prompt_tokens, work.output_tokens)
-
-    def meets(point: ServingPoint) -> bool:
-        return point.tpot_s <= work.slo.tpot_s and point.ttft_s <= work.slo.ttft_s
-
-    first = at(1)
-    if not meets(first):
-        return None, first
-    best, failed = first, at(most)
-    if meets(failed):
-        return failed, failed
-    while failed.batch - best.batch > 1:
-        point = at((best.batch + failed.batch) // 2)
-        best, failed = (point, failed) if meets(point) else (best, point)
-    return best, failed
+def _full(step: StepCost, most: int, work: Work) -> ServingPoint:
+    """Return the point of the largest batch whose time per token is within the SLO; that time grows with the batch."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        point = serving_point(step, middle, work.prompt_tokens, work.output_tokens)
+        low, high = (middle, high) if point.tpot_s <= work.slo.tpot_s else (low, middle - 1)
+    return serving_point(step, low, work.prompt_tokens, work.output_tokens)

@@ -3,17 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from waterline.cost import serving_point
 from waterline.fleet import Fleet
 from waterline.hardware import Node
 from waterline.llm import PRECISIONS
 from waterline.plan import TenantPlan
-from waterline.planner.candidates import Candidate, Rejection, Work, layouts, price
+from waterline.planner.candidates import Candidate, Rejection, Work, expected_times_s, layouts, pace_of, price
 from waterline.planner.needs import Need
 from waterline.units import usd_text
 from waterline.workload import Slo
-
-ANY_TIME = Slo(ttft_s=1e9, tpot_s=1e9)
 
 
 def why(options: Sequence[tuple[float, str]], chosen: Sequence[tuple[int, int]]) -> str:
@@ -69,10 +66,10 @@ def _remedies(need: Need, fleet: Fleet) -> list[str]:
         if runs := _first(need, fleet, need.work, (precision,)):
             found.append(f"add \"{precision}\" to its precisions ({runs[1].layout} on '{runs[0]}')")
             break
-    patient = replace(need.work, slo=ANY_TIME)
+    patient = replace(need.work, slo=Slo(ttft_s=1e9, tpot_s=1e9, fraction=need.work.slo.fraction))
     if runs := _first(need, fleet, patient, need.model.precisions):
-        alone = serving_point(runs[1].step, 1, patient.prompt_tokens, patient.output_tokens)
-        slo = f"ttft_s = {alone.ttft_s * 1.05:.2g}, tpot_s = {alone.tpot_s * 1.05:.2g}"
+        ttft_s, tpot_s = expected_times_s(pace_of(runs[1].step, 0.0, patient), patient.slo)
+        slo = f"ttft_s = {ttft_s * 1.2:.2g}, tpot_s = {tpot_s * 1.2:.2g}"
         found.append(f"loosen its slo to {slo} ({runs[1].layout} on '{runs[0]}')")
     return found
 

@@ -99,7 +99,7 @@ def _runs(llm: Llm, candidate: Candidate, work: Work, concurrency: int) -> Fit:
     now = serving_point(candidate.step, concurrency, work.prompt_tokens, work.output_tokens)
     price_per_gpu = catalog.usd_per_gpu_hour(candidate.node.gpu.id)
     usd_per_hour = price_per_gpu.usd_per_gpu_hour * candidate.layout.gpus if price_per_gpu else None
-    tokens_per_hour = candidate.point.requests_per_s * (work.prompt_tokens + work.output_tokens) * HOUR_S
+    tokens_per_hour = candidate.full.requests_per_s * (work.prompt_tokens + work.output_tokens) * HOUR_S
     return Fit(
         gpu=candidate.node.gpu.id,
         vendor=candidate.node.gpu.vendor,

@@ -15,12 +15,9 @@ from waterline.errors import InputError
 from waterline.fleet import DEFAULT_CONTEXT_TOKENS, HOURS, Demand
 from waterline.plan import Plan
 from waterline.units import HOUR_S
-from waterline.workload import TICKS_PER_S, Request, Trace, read_trace
+from waterline.workload import LENGTH_SIGMA, TICKS_PER_S, Request, Trace, read_trace
 
 DEFAULT_DURATION_S = 15 * 60.0
-# Of the logarithm of a length. The traces we have measured vary like a lognormal of 0.8 to 1.0 in their prompts and of
-# 0.65 to 1.3 in their answers (Azure code 2023, Mooncake conversation; from mean and standard deviation).
-LENGTH_SIGMA = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,251 @@
+"""`waterline up` as a person meets it: what it prints, how it fails, how it ends. Real processes and signals."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+import waterline
+
+ROOT = Path(waterline.__file__).parent
+WEIGHTS = ROOT / "catalog" / "weights" / "abacus-q8_0.gguf"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ENDLESS = {
+    "model": "abacus",
+    "prompt": "1",
+    "stream": True,
+    "logit_bias": [[256, False]],
+    "n": 8,
+}  # until no room is left
+
+
+@dataclass(frozen=True, kw_only=True)
+class Up:
+    """A running `waterline up --json`."""
+
+    process: subprocess.Popen[str]
+    url: str
+    children: list[int]
+
+
+@contextmanager
+def up(*arguments: str | Path) -> Iterator[Up]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "waterline", "up", "--port", "0", "--json", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdout
+            said = process.stdout.readline()
+            assert said, process.communicate()[1]
+            yield Up(process=process, url=json.loads(said)["url"], children=children_of(process.pid))
+        finally:
+            process.kill()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone_within(pids: list[int], seconds: float) -> bool:
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        if not any(map(alive, pids)):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def fails(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "waterline", "up", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+async def end_during_a_stream(service: Up, number: int) -> tuple[float, bytes]:
+    """Send a signal while a stream runs; return how long the end took, and the end of the stream."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{service.url}/completions", json=ENDLESS) as reply,
+    ):
+        await reply.content.readany()
+        begun_s = time.monotonic()
+        service.process.send_signal(number)
+        end = b""
+        with suppress(aiohttp.ClientError):
+            end = await reply.read()
+        await asyncio.to_thread(service.process.wait, 5)
+        return time.monotonic() - begun_s, end
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_within_two_seconds_even_during_a_stream(number: int) -> None:
+    with up() as service:
+        assert len(service.children) == 1
+        took_s, end = asyncio.run(end_during_a_stream(service, number))
+        assert took_s < 2
+        assert gone_within(service.children, 0.1)
+        assert b"The service is stopping." in end
+        assert service.process.returncode == 0
+        assert service.process.stdout
+        [total, abacus] = json.loads(service.process.stdout.read())["summaries"]
+        assert (total["requests"], abacus["failed"]) == (1, 1)
+
+
+def test_killing_the_parent_leaves_no_orphan() -> None:
+    for arguments in ([], ["--engine", "fake"]):
+        with up(*arguments) as service:
+            assert service.children
+            service.process.kill()
+            assert gone_within(service.children, 2)
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    code = 'import signal, time; signal.signal(15, signal.SIG_IGN); print(\'{"url": "http://x/v1"}\', flush=True); time.sleep(60)'
+    script = f"""
+import sys
+from waterline.service.engines import fake
+from waterline.service.engines.fake import Fake
+async def ready(self, session, url): return self.name
+Fake.served_name = ready
+fake.prepare = lambda plan, replica: Fake(command=(sys.executable, "-c", {code!r}), name=replica.model)
+sys.argv = ["waterline", "up", "--engine", "fake", "--port", "0", "--json"]
+from waterline.cli import main
+main()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline()
+            children = children_of(process.pid)
+            begun_s = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(2) == 130
+            assert time.monotonic() - begun_s < 0.6, "without the second it waits a second for its child"
+            assert gone_within(children, 0.2)
+        finally:
+            process.kill()
+
+
+def test_it_says_what_runs_and_how_to_ask_it() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "waterline", "up", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout
+            lines: list[str] = []
+            while not (lines and lines[-1].startswith("Ctrl-C")):
+                lines.append(process.stdout.readline())
+                assert lines[-1]
+            text = "".join(lines)
+            assert "abacus: 1 x llamacpp, q8_0" in text
+            assert "it does not chat" in text
+            curl = next(line for line in lines if line.startswith("curl "))
+            answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True).stdout
+            assert json.loads(answer)["choices"][0]["message"]["content"] == "203342"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5) == 0
+            assert "public, abacus: 1 completed; " in process.stdout.read()
+        finally:
+            process.kill()
+
+
+def test_a_plan_of_big_cards_runs_in_the_time_of_the_cost_model(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    subprocess.run(
+        [sys.executable, "-m", "waterline", "plan", EXAMPLES / "mixed.toml", "-o", plan],
+        check=True,
+        capture_output=True,
+    )
+    with up(plan, "--engine", "fake") as service:
+        assert len(service.children) == len(json.loads(plan.read_text())["replicas"])
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(3) == 0
+        assert service.process.stdout
+        assert service.process.stdout.read() == "", "nothing was asked, so there is nothing to sum up"
+
+
+def test_a_port_in_use_is_found_before_anything_is_started() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = fails("--port", str(port))
+    assert done.returncode == 6
+    assert f"port {port} of 127.0.0.1 is in use" in done.stderr
+    assert f"--port {port + 1}" in done.stderr
+    assert "starting" not in done.stderr
+
+
+def test_a_truncated_file_shows_the_words_of_llama_cpp(tmp_path: Path) -> None:
+    weights = tmp_path / "cut.gguf"
+    weights.write_bytes(WEIGHTS.read_bytes()[: WEIGHTS.stat().st_size // 2])
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(
+        'name = "cut"\n[[pools]]\nname = "here"\ngpu = "cpu"\nusd_per_gpu_hour = 0.0\n'
+        '[[models]]\nname = "cut"\nweights = "cut.gguf"\n'
+        "[[demand]]\nrequests_per_s = 0.1\nprompt_tokens = 30\noutput_tokens = 100\n"
+    )
+    begun_s = time.monotonic()
+    done = fails(fleet, "--port", "0")
+    assert done.returncode in {2, 5}, done.stderr
+    if done.returncode == 5:
+        assert "corrupted or incomplete" in done.stderr
+    assert time.monotonic() - begun_s < 10
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['xllamacpp'] = None; sys.argv = ['waterline', 'up', '--port', '0']; "
+        "from waterline.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 4
+    assert "pip install 'waterline-llm[embedded]'" in done.stderr
+
+
+def test_engines_that_cannot_be_started_yet_are_named_with_what_to_do() -> None:
+    done = fails(EXAMPLES / "mixed.toml", "--port", "0")
+    assert done.returncode == 5
+    for part in ("'r1' (", "'coder' (", "'small' (", 'engine = "openai"', "--engine fake"):
+        assert part in done.stderr
+    assert fails("--engine", "fakee", "--port", "0").returncode == 2
+
+
+def test_a_host_that_is_not_ours_is_refused() -> None:
+    done = fails("--host", "192.0.2.1", "--port", "0")
+    assert done.returncode == 2
+    assert "cannot listen on 192.0.2.1" in done.stderr
+
+
+def test_nothing_of_these_tests_is_left() -> None:
+    assert not [pid for pid in children_of(os.getpid()) if alive(pid)]
