@@ -1,6 +1,6 @@
 """Run the console blocks of the documentation again and write what they print into the pages.
 
-Blocks with a wildcard (a line ``...``, a ``…``) are somebody's choice of what to show, and are left alone.
+Blocks with a line ``...`` or with the server's address are somebody's choice of what to show, and are left alone.
 Read the difference before you commit it: the page says what the reader will see.
 
     .venv/bin/python tools/refresh_docs.py [PAGE ...]
@@ -16,15 +16,17 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from conftest import ADDRESS, COMMAND, run_command  # noqa: E402 - beside this folder, not installed
 
+MACHINE = re.compile(r"^(Rehearsed in ).*$", re.MULTILINE)  # what depends on the machine
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 
 
 def refresh(page: Path, folder: Path) -> None:
     def fresh(block: re.Match[str]) -> str:
-        if "\n...\n" in block[0] or "…" in block[0] or ADDRESS in block[0]:
+        if "\n...\n" in block[0] or ADDRESS in block[0]:
             return block[0]
         commands = [command for command, _ in COMMAND.findall(block[0])]
-        return "\n".join(f"$ {command}\n{run_command(command, folder, str)}" for command in commands)
+        shown = "\n".join(f"$ {command}\n{run_command(command, folder, str)}" for command in commands)
+        return MACHINE.sub(r"\1…", shown)
 
     page.write_text(BLOCK.sub(fresh, page.read_text()))
 

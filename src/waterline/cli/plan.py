@@ -11,6 +11,8 @@ from waterline.plan import Plan, write_plan
 from waterline.planner import make_plan
 from waterline.units import seconds_text, usd_text
 
+PUBLIC = "public"  # the tenant whose GPUs are the waterline
+
 
 @click.command()
 @click.argument("fleet", type=click.Path(path_type=Path))
@@ -67,6 +69,8 @@ def show(plan: Plan) -> None:
                 usd_text(sum(replica.usd_per_hour for replica in alike)),
                 per_million if index == 0 else "",
             )
+    models.caption = "TTFT and TPOT: what the SLO's fraction of the requests is expected to keep to."
+    models.caption_justify = "left"
     console.print(models)
 
     tenants = Table(title="GPUs by tenant at the peak", title_justify="left")
@@ -84,6 +88,11 @@ def show(plan: Plan) -> None:
     console.print(tenants)
     for model in plan.models:
         console.print(
-            f"[bold]{model.model}[/]: {model.reason}; batches limited by {model.limited_by}.", highlight=False
+            f"[bold]{model.model}[/]: {model.reason}; a replica's load is limited by {model.limited_by}.",
+            highlight=False,
         )
+    for tenant in plan.tenants:
+        if tenant.tenant == PUBLIC:
+            share = tenant.gpus / plan.fleet.gpus
+            console.print(f"Waterline: {tenant.gpus:.1f} of {plan.fleet.gpus} GPUs serve the public ({share:.0%}).")
     console.print(f"In all {usd_text(plan.usd_per_hour)} per hour, {usd_text(plan.usd_per_hour * 24 * 30)} in 30 days.")

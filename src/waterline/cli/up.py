@@ -129,6 +129,6 @@ def _line(summary: "Summary") -> str:
     line += f"; {summary.prompt_tokens} tokens in, {summary.output_tokens} out"
     if summary.ttft_s:
         line += f"; TTFT median {seconds_text(summary.ttft_s.p50)}"
-    if summary.tpot_s:
+    if summary.tpot_s and summary.tpot_s.p50 > 0:  # 0: answers that came whole
         line += f", TPOT {seconds_text(summary.tpot_s.p50)}"
     return f"{line}; {summary.slo_fraction:.0%} within the SLO."
