@@ -89,7 +89,7 @@ def test_the_engine_and_torch_write_the_same_tokens(abacus_url):
     for question in draw_questions(3, 3, 12, seed=2):
         prompt = tokens.prompt(question.text, thinking=True)
         request = {"prompt": prompt, "temperature": 0.0, "return_tokens": True, "n_predict": 300}
-        with urlopen(Request(f"{abacus_url}/completion", json.dumps(request).encode())) as reply:
+        with urlopen(Request(abacus_url.removesuffix("/v1") + "/completion", json.dumps(request).encode())) as reply:
             written = json.load(reply)["tokens"]
         with torch.no_grad():
             likeliest = network(torch.tensor([prompt + written]))[0].argmax(-1).tolist()

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra waterline-llm[training]")
@@ -5,7 +6,7 @@ torch = pytest.importorskip("torch", reason="needs the extra waterline-llm[train
 from waterline.errors import InputError  # noqa: E402  # torch may be absent
 from waterline.training import tokens  # noqa: E402  # as above
 from waterline.training.network import Network, Shape  # noqa: E402  # as above
-from waterline.training.problems import Problem  # noqa: E402  # as above
+from waterline.training.problems import Problem, think  # noqa: E402  # as above
 from waterline.training.train import (  # noqa: E402  # as above
     CHECKPOINT,
     IGNORED,
@@ -16,6 +17,7 @@ from waterline.training.train import (  # noqa: E402  # as above
     share_solved,
     train,
     training_batch,
+    training_sample,
 )
 
 TINY = Shape(channels=32, layers=1, heads=1, hidden_channels=32)
@@ -38,6 +40,25 @@ def test_only_the_completion_is_predicted():
     assert shorter.index(ord("6")) == len(tokens.prompt("2*3", thinking=False)) - 1
     assert [target for target in longer if target != IGNORED] == tokens.completion(Problem(2, 3), thinking=True)
     assert batch.tokens.shape == batch.targets.shape
+
+
+def test_training_shows_thoughts_direct_answers_and_answers_to_thoughts_cut_short():
+    dice = np.random.default_rng(0)
+    problem = Problem(347, 586)
+    thought = think(problem).encode()
+    thinking, direct, cut = 0, 0, 0
+    for _ in range(2000):
+        prompt, completion = training_sample(problem, dice)
+        if completion == tokens.completion(problem, thinking=True):
+            thinking += 1
+            continue
+        assert completion == tokens.completion(problem, thinking=False)
+        heard = bytes(prompt[prompt.index(tokens.THINK) + 1 : -1])
+        assert prompt[-1] == tokens.THINK_END
+        assert thought.startswith(heard)
+        direct += heard == b""
+        cut += heard != b""
+    assert [thinking / 2000, direct / 2000, cut / 2000] == pytest.approx([0.75, 0.15, 0.10], abs=0.03)
 
 
 def test_a_batch_depends_on_seed_and_step_alone():

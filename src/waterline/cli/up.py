@@ -24,7 +24,7 @@ ABACUS = "waterline/abacus"
 @click.option("--engine", default="", metavar="NAME", help="Use this engine for every replica, for example: fake.")
 @click.option("--json", "as_json", is_flag=True, help="Print what runs, and at the end the summary, as lines of JSON.")
 def up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool) -> None:
-    r"""Start the engines of FLEET and serve an OpenAI-compatible API until Ctrl-C.
+    """Start the engines of FLEET and serve an OpenAI-compatible API until Ctrl-C.
 
     FLEET is a fleet file or a plan.json. Without it, this machine's processor serves the small model in the package.
 
@@ -32,7 +32,7 @@ def up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool) 
     waterline up
     waterline up examples/mixed.toml --engine fake
     waterline up plan.json --port 8001
-    """
+    """  # noqa: D301 - click wants the character, not its name
     from waterline.service.server import listen, log_to_stderr, serve
 
     begun_s = monotonic()

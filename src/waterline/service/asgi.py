@@ -48,7 +48,7 @@ class Reply:
     async def error(self, error: WaterlineError) -> None:
         """Answer with an error; in the middle of a stream, as its last event."""
         if self.begun:
-            await self.end(b"data: " + error_json(error) + b"\n\n")
+            await self.end(b"\ndata: " + error_json(error) + b"\n\n")
         else:
             await self.whole(http_status(error), error_json(error), [JSON, *error_headers(error)])
 
@@ -108,7 +108,7 @@ class HttpServer(uvicorn.Server):
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], grace_s: int = 1) -> None:
         super().__init__(
             uvicorn.Config(
-                app,  # type: ignore[arg-type] # its own types name every kind of message
+                app,
                 http="httptools",
                 lifespan="off",
                 ws="none",

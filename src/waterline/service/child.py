@@ -51,10 +51,9 @@ class Child:
     async def announced_url(self) -> str:
         """Return where it listens, as it says itself. Raises EngineError when it ends before."""
         assert self._process.stdout is not None  # noqa: S101 - we asked for a pipe
-        line = await self._process.stdout.readline()
         try:
-            url = str(orjson.loads(line)["url"])
-        except (orjson.JSONDecodeError, TypeError, KeyError) as error:
+            url = str(orjson.loads(await self._process.stdout.readline())["url"])
+        except (ValueError, TypeError, KeyError) as error:  # no JSON, or a line without end
             raise EngineError(await self.last_words()) from error
         self._readers.append(asyncio.ensure_future(_discard(self._process.stdout)))
         return url

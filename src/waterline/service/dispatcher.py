@@ -81,14 +81,15 @@ class Dispatcher:
         ready = [lane for lane in self.lanes if lane.ready]
         waiting_tokens = sum([self._waiting_tokens(lane) for lane in ready])
         wait_s = retry_after_s(waiting_tokens, sum([lane.tokens_per_s for lane in ready]), self.deadline_s)
-        if wait_s > ADMIT:
+        chosen = self._choose()
+        if wait_s > ADMIT or chosen == NOBODY:
             return Refusal(retry_after_s=wait_s, replicas_ready=len(ready))
         expected = self.expected_output_tokens
         ticket = Ticket(
             prompt_tokens=prompt_tokens,
             output_tokens=expected if most_tokens is None else min(most_tokens, expected),
             turn=turn,
-            lane=self.lanes[self._choose()],
+            lane=self.lanes[chosen],
         )
         self._join(ticket, now_s)
         return ticket
@@ -136,7 +137,7 @@ class Dispatcher:
         lane = next(lane for lane in self.lanes if lane.replica.id == replica_id)
         lane.ready = ready
         if not ready:
-            for ticket in list(lane.waiting):
+            for ticket in reversed(list(lane.waiting)):  # each goes to the front
                 if not self.move(ticket, ticket.turn, now_s):
                     ticket.turn(False)  # noqa: FBT003 - a callback of one argument
 

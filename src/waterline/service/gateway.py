@@ -3,12 +3,11 @@
 import asyncio
 import time
 from asyncio import Future
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp
 import orjson
 import structlog
 
@@ -22,7 +21,7 @@ from waterline.service.dispatcher import Dispatcher, Refusal, Ticket
 from waterline.service.errors import RejectedError, retry_after
 from waterline.service.metrics import Metrics
 from waterline.service.supervisor import ReplicaState
-from waterline.service.upstream import Progress, UnansweredError, relay
+from waterline.service.upstream import Connections, Progress, UnansweredError, relay
 
 ATTEMPTS = 2  # engines that may fail a request before its client is told
 LAST_WORD_S = 0.2  # for the last event of a stream that is cut
@@ -50,7 +49,7 @@ class Gateway:
     Args:
         plan: what is served.
         states: of the replicas by id; somebody else keeps them up to date and calls `replica_changed`.
-        session: the client that talks to engines.
+        connections: to the engines.
         on_completion: told what became of each request to a served model.
         clock: seconds, from any start.
     """
@@ -59,7 +58,7 @@ class Gateway:
         self,
         plan: Plan,
         states: Mapping[str, ReplicaState],
-        session: aiohttp.ClientSession,
+        connections: Connections,
         on_completion: Callable[[Completion], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -68,14 +67,14 @@ class Gateway:
         self.dispatchers = {model.model: _dispatcher(plan, model.model) for model in plan.models}
         self.tenants = {model.model: _tenant(plan, model.model) for model in plan.models}
         self.metrics = Metrics(self.dispatchers, states)
-        self._session = session
+        self._connections = connections
         self._on_completion = on_completion
         self._clock = clock
         self._begun_s = clock()
         self._created = int(time.time())  # the date OpenAI's model list asks for
         self._open: set[asyncio.Task[Any]] = set()
         self._stopping = False
-        self._routes: dict[str, tuple[str, Callable[[Scope, Receive, Reply], Any]]] = {
+        self._routes: dict[str, tuple[str, Callable[[Scope, Receive, Reply], Awaitable[None]]]] = {
             f"/v1{CHAT}": ("POST", self._complete),
             f"/v1{COMPLETIONS}": ("POST", self._complete),
             "/v1/models": ("GET", self._list_models),
@@ -112,7 +111,8 @@ class Gateway:
     async def _route(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         path, method = scope["path"], scope["method"]
         if path not in self._routes and path.startswith("/v1/models/"):
-            return await self._show_model(scope, reply)
+            await self._show_model(scope, reply)
+            return
         if path not in self._routes:
             known = ", ".join(self._routes)
             raise RejectedError(f"There is nothing at {path}. Known: {known}.", status=404, code="unknown_path")
@@ -121,7 +121,7 @@ class Gateway:
             raise RejectedError(
                 f"{path} takes {allowed}, not {method}.", status=405, code="wrong_method", headers={"allow": allowed}
             )
-        return await answer(scope, receive, reply)
+        await answer(scope, receive, reply)
 
     # --- Completions ------------------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class Gateway:
         dispatcher = self.dispatchers[passage.asked.model]
         for attempt in range(1, ATTEMPTS + 1):
             if not await passage.turn:
-                raise EngineBusyError(f"'{passage.asked.model}' has lost its last replica. Come back later.")
+                raise self._refused(passage.asked, Refusal(retry_after_s=dispatcher.deadline_s, replicas_ready=0))
             try:
                 return await self._relay(passage, reply)
             except UnansweredError:
@@ -232,7 +232,7 @@ class Gateway:
         )
         try:
             await relay(
-                self._session,
+                self._connections,
                 state.url + passage.scope["path"].removeprefix("/v1"),
                 body,
                 passage.scope["headers"],
@@ -248,6 +248,7 @@ class Gateway:
         self, asked: Asked, arrival_s: float, status: Status, *, reason: str, passage: Passage | None = None
     ) -> None:
         progress = passage.progress if passage else Progress()
+        came_whole = status == "ok" and not asked.stream
         completion = Completion(
             tenant=self.tenants[asked.model],
             model=asked.model,
@@ -255,7 +256,7 @@ class Gateway:
             status=status,
             arrival_s=arrival_s,
             first_token_s=progress.first_token_s,
-            finish_s=self.now_s(),
+            finish_s=progress.first_token_s if came_whole else self.now_s(),
             prompt_tokens=progress.prompt_tokens or asked.prompt_tokens,
             output_tokens=progress.output_tokens,
             gpu_s=passage.ticket.gpu_s if passage else 0.0,

@@ -6,7 +6,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import structlog
 import uvloop
@@ -18,11 +20,19 @@ from waterline.service.asgi import HttpServer
 from waterline.service.engines import prepare_engines
 from waterline.service.gateway import Gateway
 from waterline.service.supervisor import ReplicaState, Supervisor
-from waterline.service.upstream import new_session
+from waterline.service.upstream import Connections
 
 BACKLOG = 2048  # connections that may wait to be accepted
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """The parts of a running service."""
+
+    supervisor: Supervisor
+    gateway: Gateway
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -76,37 +86,45 @@ async def _serve(
     on_ready: Callable[[], None],
     on_completion: Callable[[Completion], None],
 ) -> None:
-    engines = prepare_engines(plan, engine)
-    async with new_session() as session:
-
-        def on_change(replica: str, state: ReplicaState) -> None:
-            _log_change(replica, state)
-            gateway.replica_changed(replica, state)
-
-        supervisor = Supervisor(engines, session, on_change)
-        gateway = Gateway(plan, supervisor.states, session, on_completion)
-        http = HttpServer(gateway)
-        stop = _stop_on_signals(supervisor)
-        serving = asyncio.create_task(http.serve(sockets=[listening]))
-        starting = asyncio.create_task(_start(supervisor, on_ready))
+    async with running(plan, listening, engine=engine, on_completion=on_completion) as service:
+        stop = _stop_on_signals(service.supervisor)
+        starting = asyncio.create_task(service.supervisor.start())
         stopping = asyncio.create_task(stop.wait())
         try:
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()
-            await stop.wait()
+                on_ready()
+            await stopping
         finally:
             starting.cancel()
             stopping.cancel()
+            await asyncio.gather(starting, stopping, return_exceptions=True)
+
+
+@asynccontextmanager
+async def running(
+    plan: Plan, listening: socket.socket, *, engine: str, on_completion: Callable[[Completion], None]
+) -> AsyncIterator[Service]:
+    """Answer HTTP inside the block; starting the engines is left to it. At its end everything ends, within 2 s."""
+    engines = prepare_engines(plan, engine)
+    async with Connections() as connections:
+
+        def on_change(replica: str, state: ReplicaState) -> None:
+            _log_change(replica, state)
+            gateway.replica_changed(replica, state)
+
+        supervisor = Supervisor(engines, connections.kept, on_change)
+        gateway = Gateway(plan, supervisor.states, connections, on_completion)
+        http = HttpServer(gateway)
+        serving = asyncio.create_task(http.serve(sockets=[listening]))
+        try:
+            yield Service(supervisor=supervisor, gateway=gateway)
+        finally:
             http.should_exit = True
             gateway.cut()
             await supervisor.stop()
-            await asyncio.gather(serving, starting, stopping, return_exceptions=True)
-
-
-async def _start(supervisor: Supervisor, on_ready: Callable[[], None]) -> None:
-    await supervisor.start()
-    on_ready()
+            await serving
 
 
 def _stop_on_signals(supervisor: Supervisor) -> asyncio.Event:
@@ -127,10 +145,15 @@ def _stop_on_signals(supervisor: Supervisor) -> asyncio.Event:
 def _log_change(replica: str, state: ReplicaState) -> None:
     if state.status == "backing off":
         log.warning(
-            "replica failed", replica=replica, reason=state.reason, restart_in_s=state.delay_s, restarts=state.restarts
+            "replica",
+            status=state.status,
+            id=replica,
+            reason=state.reason,
+            restart_in_s=state.delay_s,
+            restarts=state.restarts,
         )
     else:
-        log.info(f"replica {state.status}", replica=replica, pid=state.pid, restarts=state.restarts)
+        log.info("replica", status=state.status, id=replica, pid=state.pid, restarts=state.restarts)
 
 
 def log_to_stderr() -> None:

@@ -4,9 +4,11 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import aiohttp
+import structlog
 
 from waterline.errors import EngineError
 from waterline.service.child import Child
@@ -19,6 +21,8 @@ PROBE_STARTING_EVERY_S = 0.1
 PROBE_EVERY_S = 2.0
 PROBES_FAILED = 3  # in a row, until an engine that runs counts as hung
 START_ATTEMPTS = 2
+
+log = structlog.get_logger()
 
 Status = Literal["starting", "ready", "backing off", "stopped"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -81,6 +85,8 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         firsts = {replica: loop.create_future() for replica in self._engines}
         self._keepers = [asyncio.create_task(self._keep(replica, first)) for replica, first in firsts.items()]
+        for keeper, first in zip(self._keepers, firsts.values(), strict=True):
+            keeper.add_done_callback(partial(_report_bug, first))
         try:
             await asyncio.gather(*firsts.values())
         finally:
@@ -130,6 +136,7 @@ class Supervisor:
         except EngineError as error:
             problem = str(error)
         finally:
+            self._change(replica, ReplicaState(status="stopped", restarts=restarts))  # before the grace: no more work
             if child:
                 await child.stop()
                 del self._children[replica]
@@ -178,3 +185,12 @@ class Supervisor:
         if state != self.states[replica]:
             self.states[replica] = state
             self._on_change(replica, state)
+
+
+def _report_bug(first: asyncio.Future[None], keeper: asyncio.Task[None]) -> None:
+    """Let nobody wait for a keeper that has ended by an error of ours."""
+    error = None if keeper.cancelled() else keeper.exception()
+    if error and not first.done():
+        first.set_exception(error)
+    elif error:
+        log.error("a bug in the supervisor", exc_info=error)

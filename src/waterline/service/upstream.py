@@ -5,8 +5,10 @@ read from the last bytes. When the relay is cancelled it closes the connection, 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import BytesIO
+from typing import Self
 
 import aiohttp
 import orjson
@@ -17,6 +19,7 @@ from waterline.service.errors import RejectedError
 
 TAIL_BYTES = 4096  # of the end of an answer, where the usage stands
 LONGEST_ERROR_BYTES = 65_536
+LARGE_BYTES = 2**20
 PASSED_ON = (b"content-type", b"authorization", b"user-agent")  # of the request; the rest is between others
 PASSED_BACK = ("content-type", "cache-control")
 COMPLETION_TOKENS = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
@@ -63,21 +66,50 @@ class Progress:
         self.tail = (self.tail + chunk)[-TAIL_BYTES:] if len(chunk) < TAIL_BYTES else chunk[-TAIL_BYTES:]
 
 
-def new_session() -> aiohttp.ClientSession:
-    """Return the client of all engines: as many connections as there are requests, and no limit on an answer's time.
+class Connections:
+    """The client of all engines: as many connections as there are requests, and no limit on an answer's time.
 
-    Idle connections are given up before servers do (5 s for most), so that none is found dead by the next request.
+    Connections are kept for the next request, and some servers close theirs without a word (llama.cpp after a stream,
+    all of them when idle for a while). So a request that finds a dead one is sent again on a fresh one; an answer has
+    no effect but itself, so asking twice does no harm.
     """
+
+    def __init__(self) -> None:
+        self.kept = _session(aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0))  # most servers wait 5 s
+        self._fresh = _session(aiohttp.TCPConnector(limit=0, force_close=True))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.kept.close()
+        await self._fresh.close()
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        try:
+            return await self.kept.post(url, data=_sendable(body), headers=headers, allow_redirects=False)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+            return await self._fresh.post(url, data=_sendable(body), headers=headers, allow_redirects=False)
+
+
+def _session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0),
+        connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=2.0),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
     )
 
 
+def _sendable(body: bytes) -> bytes | BytesIO:
+    """Wrap what aiohttp would rather send in pieces."""
+    return body if len(body) <= LARGE_BYTES else BytesIO(body)
+
+
 async def relay(
-    session: aiohttp.ClientSession,
+    connections: Connections,
     url: str,
     body: bytes,
     headers: Headers,
@@ -97,7 +129,7 @@ async def relay(
     passed_on = {name.decode(): value.decode("latin-1") for name, value in headers if name in PASSED_ON}
     passed_on["content-type"] = "application/json"  # what the body has proved to be, whatever the client called it
     try:
-        response = await session.post(url, data=body, headers=passed_on, allow_redirects=False)
+        response = await connections.post(url, body, passed_on)
         try:
             if response.status != 200:
                 await _raise_refusal(response)
@@ -108,24 +140,29 @@ async def relay(
         finally:
             response.close()  # a connection that was read to its end has gone back to the others before
     except (aiohttp.ClientError, OSError) as error:
-        problem = f"The engine at {url} failed: {error or type(error).__name__}."
-        raise (BrokenStreamError if reply.begun else UnansweredError)(problem) from error
+        problem = "takes no connections" if isinstance(error, aiohttp.ClientConnectorError) else "broke off"
+        raise (BrokenStreamError if reply.begun else UnansweredError)(f"The engine {problem}.") from error
 
 
 async def _relay_stream(
     response: aiohttp.ClientResponse, reply: Reply, progress: Progress, on_first_token: Callable[[], None]
 ) -> None:
+    rest = b""  # of a line that is not whole yet: were the engine to break off here, nobody could read what follows
     async for chunk in response.content.iter_any():
         if not reply.begun:
             on_first_token()
             await reply.begin(200, _passed_back(response))
-        progress.saw(chunk)
-        await reply.chunk(chunk)
+        data = rest + chunk
+        end = data.rfind(b"\n") + 1
+        rest = data[end:]
+        if end:
+            progress.saw(data[:end])
+            await reply.chunk(data[:end])
     if not reply.begun:
-        raise UnansweredError(f"The engine at {response.url} sent an empty answer.")
+        raise UnansweredError("The engine sent an empty answer.")
     if response.content_type == "text/event-stream" and DONE not in progress.tail:
-        raise BrokenStreamError(f"The engine at {response.url} broke off after {progress.output_tokens} tokens.")
-    await reply.end()
+        raise BrokenStreamError("The engine broke off.")
+    await reply.end(rest)
 
 
 async def _relay_whole(
@@ -163,5 +200,6 @@ def _engine_words(data: bytes) -> tuple[str, str | None, str | None]:
     error = said.get("error", said) if isinstance(said, dict) else said
     if not isinstance(error, dict):
         return str(error), None, None
-    code, param = error.get("type"), error.get("param")
+    code = error["code"] if isinstance(error.get("code"), str) else error.get("type")  # llama.cpp's code is the status
+    param = error.get("param")
     return str(error.get("message", said)), None if code is None else str(code), None if param is None else str(param)

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train for a number of steps, carrying on where FOLDER stopped")
     train.add_argument("folder", type=Path, help="where the checkpoint is kept")
-    train.add_argument("--steps", type=int, default=1500, help="steps in all (default: %(default)s)")
+    train.add_argument("--steps", type=int, default=1300, help="steps in all (default: %(default)s)")
     train.add_argument("--seed", type=int, default=1, help="decides first weights and problems (default: %(default)s)")
     train.set_defaults(run=_train)
 
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     grade = commands.add_parser("evaluate", help="print accuracy on held-out problems, in the embedded engine")
     grade.add_argument("--weights", type=Path, default=evaluate.SHIPPED_WEIGHTS, help="a GGUF (default: the shipped)")
-    grade.add_argument("--base-url", help="ask this OpenAI-compatible server instead, as in http://127.0.0.1:8000")
+    grade.add_argument("--base-url", help="ask this OpenAI-compatible server instead, as in http://127.0.0.1:8000/v1")
     grade.add_argument("--model", default="abacus", help="the model's name there (default: %(default)s)")
     grade.add_argument("--problems", type=int, default=1000, help="at most, of each size (default: %(default)s)")
     grade.add_argument("--seed", type=int, default=0, help="decides which problems (default: %(default)s)")

@@ -3,6 +3,7 @@
 A child, because the engine has no way to stop while a request is in flight; a process can always be stopped.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ THREADS: Final = 1  # threads wait for one another many times a token: on busy c
 
 @contextmanager
 def serve(weights: Path) -> Iterator[str]:
-    """Yield the base URL of an engine that serves `weights` on a free port of this machine."""
+    """Yield the base URL of the API of an engine that serves `weights` on a free port of this machine."""
     if find_spec("xllamacpp") is None:
         raise MissingExtraError("running the small model in the embedded engine", extra="embedded")
     with tempfile.TemporaryFile() as complaints:
@@ -35,13 +36,13 @@ def serve(weights: Path) -> Iterator[str]:
         with engine:  # closes the pipes and waits
             try:
                 assert engine.stdout is not None  # noqa: S101  # we asked for a pipe
-                base_url = engine.stdout.readline().strip()
-                if not base_url:
+                address = engine.stdout.readline().strip()
+                if not address:
                     engine.wait()
                     complaints.seek(0)
                     last_words = complaints.read().decode(errors="replace").strip().splitlines()[-3:]
                     raise EngineError(f"The embedded engine did not start with {weights}: {' / '.join(last_words)}")
-                yield base_url
+                yield f"{address}/v1"
             finally:
                 engine.kill()
 
@@ -63,7 +64,8 @@ def _serve_until_parent_ends(weights: str) -> None:
     parameters.verbosity = 0
     server = xllamacpp.Server(parameters)
     print(server.listening_address, flush=True)
-    sys.stdin.read()
+    sys.stdin.read()  # returns when the parent is gone
+    os._exit(0)  # an orderly end would wait for requests in flight
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@ Speaks OpenAI's chat completions, so it measures the embedded engine, a gateway 
 import asyncio
 from collections import Counter
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
 import numpy as np
 
+from waterline.catalog import weights_file
 from waterline.errors import EngineError
 from waterline.training.problems import Problem, held_out, phrase
 
-SHIPPED_WEIGHTS: Final = Path(str(files("waterline"))) / "catalog" / "weights" / "abacus-q8_0.gguf"
+SHIPPED_WEIGHTS: Final = weights_file("abacus")
 SIZES: Final = ((3, 3), (3, 2), (3, 1), (2, 2), (2, 1))  # digits of the larger and the smaller factor
 CONCURRENCY: Final = 16
 
@@ -46,7 +45,7 @@ def draw_questions(larger_digits: int, smaller_digits: int, limit: int, seed: in
 
 
 def score(base_url: str, model: str, questions: list[Question], *, thinking: bool, votes: int = 1) -> Score:
-    """Count the right answers to `questions`.
+    """Count the right answers to `questions`; the URL is that of the API, as in ``http://127.0.0.1:8000/v1``.
 
     With one vote the model takes its likeliest token each time; with more it answers so many times by chance
     (temperature 1, nothing cut off) and the most frequent answer counts.
@@ -73,7 +72,7 @@ async def _ask_all(
 
     async def ask(question: Question) -> str:
         request = body(model, question.text, thinking=thinking, sampled=votes > 1)
-        async with turns, session.post(f"{base_url}/v1/chat/completions", json=request) as reply:
+        async with turns, session.post(f"{base_url}/chat/completions", json=request) as reply:
             if reply.status != 200:
                 raise EngineError(f"{base_url} answered {reply.status} to {question.text!r}: {await reply.text()}")
             return str((await reply.json())["choices"][0]["message"]["content"])

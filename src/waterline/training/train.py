@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -27,6 +27,7 @@ except ImportError as error:
 
 BATCH: Final = 32  # problems per step
 DIRECT_SHARE: Final = 0.15  # of the problems are answered without a thought
+CUT_SHARE: Final = 0.10  # … and so many after a part of one, as when a thinking budget runs out
 MATRIX_RATE: Final = 0.02
 VECTOR_RATE: Final = 0.003
 WARM_UP_STEPS: Final = 50
@@ -37,6 +38,8 @@ CHECKPOINT_STEPS: Final = 100
 EXAM_PROBLEMS: Final = 64
 CHECKPOINT: Final = "checkpoint.pt"
 
+Sample: TypeAlias = tuple[list[int], list[int]]  # a prompt and its completion
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -46,8 +49,8 @@ class Batch:
     targets: Tensor  # [batch, position] the token that should follow, or IGNORED
 
 
-def make_batch(samples: list[tuple[list[int], list[int]]]) -> Batch:
-    """Lay (prompt, completion) pairs side by side."""
+def make_batch(samples: list[Sample]) -> Batch:
+    """Lay samples side by side."""
     longest = max(len(prompt) + len(completion) for prompt, completion in samples) - 1
     inputs = np.full((len(samples), longest), tokens.END)
     targets = np.full((len(samples), longest), IGNORED)
@@ -59,22 +62,33 @@ def make_batch(samples: list[tuple[list[int], list[int]]]) -> Batch:
 
 def training_batch(seed: int, step: int) -> Batch:
     dice = np.random.default_rng((seed, step))
-    return make_batch(
-        [sample(problems.draw(dice), dice, thinking=bool(dice.random() >= DIRECT_SHARE)) for _ in range(BATCH)]
+    return make_batch([training_sample(problems.draw(dice), dice) for _ in range(BATCH)])
+
+
+def training_sample(problem: problems.Problem, dice: np.random.Generator) -> Sample:
+    """Show how to think a problem through, how to answer it at once, or how to answer when the thought is cut short."""
+    kind = dice.choice(3, p=[1 - DIRECT_SHARE - CUT_SHARE, DIRECT_SHARE, CUT_SHARE])
+    question = problems.phrase(problem, dice)
+    if kind == 0:
+        return tokens.prompt(question, thinking=True), tokens.completion(problem, thinking=True)
+    thought = problems.think(problem).encode() if kind == 2 else b""
+    heard = thought[: dice.integers(len(thought) + 1)]  # given, not predicted: nobody should learn to break off
+    return [*tokens.prompt(question, thinking=True), *heard, tokens.THINK_END], tokens.completion(
+        problem, thinking=False
     )
 
 
 def exam_batch(seed: int) -> Batch:
-    """Return held-out problems of the largest kind, with thinking."""
+    """Return held-out problems of the largest kind, to be thought through."""
     dice = np.random.default_rng(seed)
     largest = problems.held_out(problems.MAX_DIGITS, problems.MAX_DIGITS)
-    chosen = dice.choice(len(largest), EXAM_PROBLEMS, replace=False)
-    return make_batch([sample(largest[index], dice, thinking=True) for index in chosen])
-
-
-def sample(problem: problems.Problem, dice: np.random.Generator, *, thinking: bool) -> tuple[list[int], list[int]]:
-    question = problems.phrase(problem, dice)
-    return tokens.prompt(question, thinking=thinking), tokens.completion(problem, thinking=thinking)
+    chosen = [largest[index] for index in dice.choice(len(largest), EXAM_PROBLEMS, replace=False)]
+    return make_batch(
+        [
+            (tokens.prompt(problems.phrase(problem, dice), thinking=True), tokens.completion(problem, thinking=True))
+            for problem in chosen
+        ]
+    )
 
 
 def loss_of(network: Network, batch: Batch) -> Tensor:

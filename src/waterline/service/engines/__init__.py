@@ -1,6 +1,6 @@
 """Which engines Waterline can start or reach, and what each of them has to tell; one file per engine."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Protocol
 
@@ -21,10 +21,25 @@ class Engine(Protocol):
     has to end by itself when its standard input does; see `lifeline`.
     """
 
-    command: tuple[str, ...]  # of the child process; empty when there is none to start
-    environment: Mapping[str, str]  # on top of ours
-    url: str  # of a server that runs already; empty when a child will say it
-    start_within_s: float  # how long it may take until it is ready
+    @property
+    def command(self) -> tuple[str, ...]:
+        """Of the child process; empty when there is none to start."""
+        ...
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Of the child process, on top of ours."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """Of a server that runs already, with /v1; empty when a child will say it."""
+        ...
+
+    @property
+    def start_within_s(self) -> float:
+        """How long it may take until it is ready."""
+        ...
 
     async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:
         """Return what the engine calls the model, once it answers requests. Raises NotReadyError."""
@@ -45,24 +60,20 @@ def prepare_engines(plan: Plan, instead: str = "") -> dict[str, Engine]:
     Raises EngineError or MissingExtraError before anything is started.
     """
     names = {replica.id: instead or replica.engine for replica in plan.replicas}
-    _check_startable(plan, names)
-    return {replica.id: import_module(STARTABLE[names[replica.id]]).prepare(plan, replica) for replica in plan.replicas}
-
-
-def _check_startable(plan: Plan, names: Mapping[str, str]) -> None:
-    unknown: dict[str, str] = {}
-    for replica in plan.replicas:
-        name = names[replica.id]
-        if name not in STARTABLE:
-            unknown[replica.model] = f"'{replica.model}' ({name})"
-        elif name == "llamacpp" and any(place.node > 0 for place in replica.places):
-            unknown[replica.model] = f"'{replica.model}' ({name} on node {replica.places[-1].node} of '{replica.pool}')"
+    unknown = {replica.model: names[replica.id] for replica in plan.replicas if names[replica.id] not in STARTABLE}
     if unknown:
+        models = ", ".join(f"'{model}' ({name})" for model, name in unknown.items())
         raise EngineError(
-            f"Waterline can plan but not yet start: {', '.join(unknown.values())}. Start these servers yourself and "
+            f"Waterline can plan but not yet start: {models}. Start these servers yourself and "
             'attach to them with engine = "openai" and url = "http://…/v1" in the fleet file, or run the whole fleet '
             "in the time of the cost model with: waterline up --engine fake"
         )
+    return {replica.id: _prepare(names[replica.id])(plan, replica) for replica in plan.replicas}
+
+
+def _prepare(name: str) -> Callable[[Plan, Replica], Engine]:
+    prepare: Callable[[Plan, Replica], Engine] = import_module(STARTABLE[name]).prepare
+    return prepare
 
 
 async def ask(session: aiohttp.ClientSession, url: str) -> bytes:
@@ -75,6 +86,3 @@ async def ask(session: aiohttp.ClientSession, url: str) -> bytes:
             return data
     except (aiohttp.ClientError, OSError) as error:
         raise NotReadyError(f"{url} does not answer: {error or type(error).__name__}") from error
-
-
-__all__ = ["STARTABLE", "Engine", "NotReadyError", "Replica", "ask", "prepare_engines"]

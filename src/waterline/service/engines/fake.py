@@ -42,7 +42,7 @@ from waterline.service.engines.lifeline import announce, end_with_parent
 from waterline.service.errors import RejectedError
 from waterline.units import PICOSECONDS_PER_S
 
-WORDS = "and the water line drops when a surge comes so cards below are lent to those above it in time".split()
+WORDS = ("when", "the", "water", "line", "drops", "cards", "below", "are", "lent", "to", "those", "above", "in", "time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class Batch:
 
     async def run(self) -> None:
         """Take one step after the other. Steps follow a time table, so that a late wake-up is made good by the next."""
-        boundary_s = 0.0
+        boundary_s = time.monotonic()
         while True:
             if not (self.running or self.waiting):
                 self._arrived.clear()

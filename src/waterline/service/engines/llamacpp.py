@@ -50,6 +50,13 @@ def prepare(plan: Plan, replica: Replica) -> LlamaCpp:
     weights = fleet.llm_of(fleet.model(replica.model)).weights_file
     if not weights:
         raise EngineError(f"llama.cpp needs a .gguf file; write it as 'weights' of model '{replica.model}'.")
+    far = next((place.node for place in replica.places if place.node > 0), None)
+    if far is not None:
+        raise EngineError(
+            f"replica '{replica.id}' is planned on node {far} of pool '{replica.pool}', but engines are started on "
+            "this machine only. Write nodes = 1 there, or start the server on that node yourself and attach to it with "
+            'engine = "openai" and url = "http://…/v1".'
+        )
     gpu = fleet.gpu_of(fleet.pool(replica.pool))
     slots = max(1, min(replica.max_batch, replica.cache_tokens // replica.max_context_tokens))
     return LlamaCpp(
@@ -96,7 +103,10 @@ def main(model: str, alias: str, slots: int, context: int) -> None:
     parameters.endpoint_metrics = True
     parameters.endpoint_props = False
     parameters.verbosity = ERRORS
-    server = xllamacpp.Server(parameters)  # returns when it is ready
+    try:
+        server = xllamacpp.Server(parameters)  # returns when it is ready
+    except RuntimeError as error:
+        sys.exit(str(error))  # what it means, llama.cpp has said before
     announce(f"{server.listening_address}/v1")
     signal.pause()  # SIGTERM is left to the system: it ends the process whatever llama.cpp is doing
 

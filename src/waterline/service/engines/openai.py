@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import aiohttp
 import orjson
 
+from waterline.errors import EngineError
 from waterline.plan import Plan, Replica
 from waterline.service.engines import NotReadyError, ask
 
@@ -31,7 +32,13 @@ class Attached:
 
 
 def prepare(plan: Plan, replica: Replica) -> Attached:
-    return Attached(url=plan.fleet.model(replica.model).url.rstrip("/"), name=replica.model)
+    url = plan.fleet.model(replica.model).url.rstrip("/")
+    if not url:
+        raise EngineError(
+            f"model '{replica.model}' does not say which server to attach to. Write engine = \"openai\" and "
+            'url = "http://…/v1" in the fleet file.'
+        )
+    return Attached(url=url, name=replica.model)
 
 
 def _names(data: bytes, url: str) -> list[str]:

@@ -1,0 +1,232 @@
+"""What the gateway costs: requests and tokens a second, CPU time per request, and the time it adds to the first token.
+
+    python benchmarks/gateway.py                     # about a minute; use a quiet machine
+    python benchmarks/gateway.py --requests 50       # does it work at all
+
+Three processes: an upstream that answers at once (or a token every 20 ms), `waterline up` attached to it, and this one,
+which asks. CPU time is that of the gateway's process, from /proc: it stays meaningful where wall-clock rates are noise.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from os import sysconf
+from pathlib import Path
+from typing import cast
+
+import uvloop
+
+TOKENS = 50
+PACE_MS = 20
+
+FLEET = """
+name = "benchmark"
+[[pools]]
+name = "upstream"
+gpu = "cpu"
+usd_per_gpu_hour = 0.0
+[[models]]
+name = "bench"
+weights = "waterline/abacus"
+engine = "openai"
+url = "{url}"
+slo = {{ ttft_s = 3600.0, tpot_s = 1.0 }}
+[[demand]]
+requests_per_s = 0.1
+prompt_tokens = 10
+output_tokens = 50
+"""
+
+# CPU ms a request at JSON c=64, instant streams c=64, streams of 20 ms a token c=256; one process each, replies of 50
+# tokens. Measured in November 2026 on two shared EPYC cores with this kind of upstream; compare ratios.
+PEERS = {
+    "nginx 1.22 (parses nothing)": (0.034, 0.126, 0.70),
+    "SGLang router 0.3.2 (Rust)": (0.131, 0.445, 1.15),
+    "uvicorn + aiohttp, bare": (0.158, 0.324, 1.63),
+    "LiteLLM 1.106.2": (12.5, 44.0, 60.0),
+}
+
+
+# --- The upstream ---------------------------------------------------------------------------------------------------
+
+EVENT = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"bench","choices":'
+    b'[{"index":0,"delta":{"content":" word"},"finish_reason":null}]}\n\n'
+)
+USAGE = b'"usage":{"prompt_tokens":10,"completion_tokens":%d,"total_tokens":%d}' % (TOKENS, TOKENS + 10)
+LAST = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"bench","choices":[],%s}\n\n'
+    % USAGE
+)
+WHOLE = (
+    b'{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"bench","choices":[{"index":0,"message":'
+    b'{"role":"assistant","content":"%s"},"finish_reason":"stop"}],%s}' % (b" word" * TOKENS, USAGE)
+)
+MODELS = b'{"object":"list","data":[{"id":"bench","object":"model"}]}'
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def as_chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+class Upstream(asyncio.Protocol):
+    """Answers HTTP that is known to be well-formed, one request after the other."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport, self.data = cast("asyncio.Transport", transport), b""
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+        head, found, rest = self.data.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: (\d+)", head)
+        size = int(length[1]) if length else 0
+        if not found or len(rest) < size:
+            return
+        body, self.data = rest[:size], rest[size:]
+        if b'"stream"' not in body:
+            reply = WHOLE if body else MODELS
+            self.transport.write(
+                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+                % (len(reply), reply)
+            )
+        elif b'"pace"' in body:
+            self.transport.write(STREAM_HEAD)
+            self.token(0)
+        else:
+            end = as_chunk(LAST) + as_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+            self.transport.write(STREAM_HEAD + as_chunk(EVENT) * TOKENS + end)
+
+    def token(self, number: int) -> None:
+        if number == TOKENS:
+            self.transport.write(as_chunk(LAST) + as_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        elif not self.transport.is_closing():
+            asyncio.get_running_loop().call_later(PACE_MS / 1000, self.next_token, number)
+
+    def next_token(self, number: int) -> None:
+        self.transport.write(as_chunk(EVENT))
+        self.token(number + 1)
+
+
+async def upstream() -> None:
+    server = await asyncio.get_running_loop().create_server(Upstream, "127.0.0.1", 0, backlog=2048)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+# --- The client -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """So many clients, each asking again as soon as it has its answer."""
+
+    name: str
+    clients: int
+    fields: dict[str, bool]
+
+
+LOADS = (
+    Load(name="JSON", clients=64, fields={}),
+    Load(name="stream", clients=64, fields={"stream": True}),
+    Load(name="paced stream", clients=64, fields={"stream": True, "pace": True}),
+    Load(name="paced stream", clients=256, fields={"stream": True, "pace": True}),
+)
+
+
+async def ask(port: int, request: bytes, requests: list[int], ttfts_s: list[float]) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+    while requests:
+        requests.pop()
+        begun_s = time.perf_counter()
+        writer.write(request)
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200"), head + await reader.read(500)
+        if length := re.search(rb"(?i)content-length: (\d+)", head):
+            await reader.readexactly(int(length[1]))
+            ttfts_s.append(time.perf_counter() - begun_s)
+            continue
+        data = await reader.read(2**16)
+        ttfts_s.append(time.perf_counter() - begun_s)
+        while not data.endswith(b"\r\n0\r\n\r\n"):
+            data = data[-16:] + await reader.read(2**16)
+    writer.close()
+
+
+async def run(port: int, load: Load, requests: int) -> tuple[float, float]:
+    """Return how long it took, and the median time to the first byte of an answer."""
+    fields = {"model": "bench", "messages": [{"role": "user", "content": "How deep is the sea?"}], **load.fields}
+    body = json.dumps(fields).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(body)}\r\n\r\n"
+    left, ttfts_s = list(range(requests)), list[float]()
+    begun_s = time.perf_counter()
+    clients = min(load.clients, requests)
+    await asyncio.gather(*(ask(port, head.encode() + body, left, ttfts_s) for _ in range(clients)))
+    return time.perf_counter() - begun_s, statistics.median(ttfts_s)
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / sysconf("SC_CLK_TCK")
+
+
+# --- The table ------------------------------------------------------------------------------------------------------
+
+
+def measure(port: int, gateway_port: int, gateway_pid: int, requests: int) -> None:
+    print(f"{'':22}{'clients':>8}{'requests/s':>12}{'tokens/s':>11}{'CPU ms/request':>16}{'TTFT added p50':>16}")
+    for load in LOADS:
+        count = requests if "pace" not in load.fields else min(requests, 8 * load.clients)
+        _, direct_s = uvloop.run(run(port, load, count))
+        uvloop.run(run(gateway_port, load, min(count, load.clients)))  # connections and caches
+        before_s = cpu_s(gateway_pid)
+        took_s, ttft_s = uvloop.run(run(gateway_port, load, count))
+        used_s = cpu_s(gateway_pid) - before_s
+        print(
+            f"{load.name:22}{load.clients:8}{count / took_s:12,.0f}{count * TOKENS / took_s:11,.0f}"
+            f"{used_s / count * 1000:16.3f}{(ttft_s - direct_s) * 1000:13.1f} ms"
+        )
+    print("\nCPU ms/request of peers:          JSON 64   stream 64   paced 256")
+    for name, (whole, stream, paced) in PEERS.items():
+        print(f"  {name:30}{whole:9.3f}{stream:12.3f}{paced:12.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=10_000, help="for each load; paced ones take fewer")
+    parser.add_argument("--upstream", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.upstream:
+        uvloop.run(upstream())
+        return
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen([sys.executable, __file__, "--upstream"], stdout=subprocess.PIPE, text=True) as engine,
+    ):
+        try:
+            assert engine.stdout
+            port = int(engine.stdout.readline())
+            fleet = Path(folder) / "fleet.toml"
+            fleet.write_text(FLEET.format(url=f"http://127.0.0.1:{port}/v1"))
+            command = [sys.executable, "-m", "waterline", "up", str(fleet), "--port", "0", "--json"]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as gateway:
+                try:
+                    assert gateway.stdout
+                    url = json.loads(gateway.stdout.readline())["url"]
+                    measure(port, int(re.findall(r":(\d+)/", url)[0]), gateway.pid, arguments.requests)
+                finally:
+                    gateway.terminate()
+                    gateway.wait(5)
+        finally:
+            engine.kill()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What the gateway reads of a body, and what it says about a wrong one."""
+
+import json
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from waterline.service.body import CHAT, COMPLETIONS, read_asked
+from waterline.service.errors import RejectedError, error_json, http_status
+
+HELLO = [{"role": "user", "content": "Hello, engine!"}]
+
+
+def body(**fields: Any) -> bytes:
+    return orjson.dumps(fields)
+
+
+def test_a_chat_request_tells_model_stream_limit_and_an_estimate_of_its_prompt() -> None:
+    asked = read_asked(CHAT, body(model="chat", messages=HELLO, stream=True, max_tokens=7, top_k=3))
+    assert (asked.model, asked.stream, asked.most_tokens) == ("chat", True, 7)
+    assert asked.prompt_tokens == len("Hello, engine!") // 4
+    assert asked.fields["top_k"] == 3
+
+
+def test_the_newer_name_of_the_limit_wins() -> None:
+    assert read_asked(CHAT, body(model="m", messages=HELLO, max_tokens=7, max_completion_tokens=5)).most_tokens == 5
+
+
+def test_parts_of_a_message_are_added_up_and_pictures_left_out() -> None:
+    parts = [{"type": "text", "text": "x" * 40}, {"type": "image_url", "image_url": {"url": "data:" + "y" * 400}}]
+    assert read_asked(CHAT, body(model="m", messages=[{"role": "user", "content": parts}])).prompt_tokens == 10
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens"),
+    [("x" * 40, 10), ("é" * 40, 20), ("", 1), ([1, 2, 3], 3), ([[1, 2], [3]], 3), (["x" * 8, "y" * 8], 4)],
+)
+def test_a_prompt_is_text_or_tokens(prompt: Any, tokens: int) -> None:
+    assert read_asked(COMPLETIONS, body(model="m", prompt=prompt)).prompt_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("data", "param", "said"),
+    [
+        (b"", None, "line 1, column 1"),
+        (b'{"model": "m",', None, "not valid JSON"),
+        (b'{"model": "\xff"}', None, "not valid JSON"),
+        (b"[1]", None, "should be a JSON object, not list"),
+        (body(messages=HELLO), "model", "'model' is missing"),
+        (body(model=3, messages=HELLO), "model", "'model' is wrong: expected"),
+        (body(model="m"), "messages", "'messages' is missing"),
+        (body(model="m", messages=[]), "messages", "'messages' is empty"),
+        (body(model="m", messages="hi"), "messages", "'messages' is wrong"),
+        (body(model="m", messages=[{"content": "hi"}]), "messages[0].role", "'messages[0].role' is missing"),
+        (body(model="m", messages=[{"role": "user", "content": 3}]), "messages[0].content", "wrong"),
+        (body(model="m", messages=HELLO, stream="yes"), "stream", "'stream' is wrong"),
+        (body(model="m", messages=HELLO, max_tokens="many"), "max_tokens", "'max_tokens' is wrong"),
+        (body(model="m", messages=HELLO, max_tokens=-1), "max_tokens", "'max_tokens' is wrong"),
+    ],
+)
+def test_a_wrong_body_is_refused_with_its_place(data: bytes, param: str | None, said: str) -> None:
+    with pytest.raises(RejectedError) as caught:
+        read_asked(CHAT, data)
+    error = json.loads(error_json(caught.value))["error"]
+    assert http_status(caught.value) == 400
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert said in error["message"]
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+keys = st.sampled_from(["model", "messages", "prompt", "stream", "max_tokens", "stream_options", "role", "content"])
+
+
+@given(st.binary(max_size=60) | st.dictionaries(keys, anything, max_size=6).map(lambda one: json.dumps(one).encode()))
+def test_whatever_is_sent_it_is_understood_or_refused(data: bytes) -> None:
+    for endpoint in (CHAT, COMPLETIONS):
+        try:
+            assert read_asked(endpoint, data).prompt_tokens >= 1
+        except RejectedError as error:
+            assert http_status(error) == 400
+            assert json.loads(error_json(error))["error"]["message"]

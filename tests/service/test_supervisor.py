@@ -1,0 +1,174 @@
+"""Engines are started, watched, restarted with patience and stopped; real processes."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from serving import QUESTION, fake_plan, served, until
+
+from waterline.errors import EngineError
+from waterline.service.engines import NotReadyError
+from waterline.service.engines.openai import Attached
+from waterline.service.supervisor import ReplicaState, Supervisor, next_delay_s
+
+
+def test_waits_double_up_to_half_a_minute_and_begin_anew_after_a_healthy_one() -> None:
+    delays, delay_s = [], 0.0
+    for _ in range(9):
+        delay_s = next_delay_s(delay_s, healthy_s=1.0)
+        delays.append(delay_s)
+    assert delays == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+    assert next_delay_s(30.0, healthy_s=60.0) == 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """An engine that is a few lines of Python, ready as soon as it has said where it listens."""
+
+    code: str
+    environment: dict[str, str] = field(default_factory=dict)
+    url: str = ""
+    start_within_s: float = 20.0
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return (sys.executable, "-c", self.code)
+
+    async def served_name(self, _session: aiohttp.ClientSession, _url: str) -> str:
+        return "script"
+
+
+def supervise(code: str, *, failures: int) -> tuple[list[ReplicaState], list[float], str]:
+    """Run a script under an impatient supervisor until it has failed so often.
+
+    Returns the states it went through, the waits it should have made, and the error of the start.
+    """
+    states: list[ReplicaState] = []
+
+    def waits() -> list[float]:
+        return [state.delay_s for state in states if state.status == "backing off"]
+
+    async def case() -> str:
+        async with aiohttp.ClientSession() as session:
+            supervisor = Supervisor(
+                {"r": Script(code=code)},
+                session,
+                lambda _, state: states.append(state),
+                sleep=lambda _duration_s: asyncio.sleep(0.01),
+            )
+            try:
+                await supervisor.start()
+                await until(lambda: len(waits()) >= failures, within_s=20)
+            except EngineError as error:
+                return str(error)
+            finally:
+                await supervisor.stop()
+        return ""
+
+    error = asyncio.run(case())
+    return states, waits(), error
+
+
+def test_a_start_that_fails_twice_says_the_last_words_of_the_engine() -> None:
+    _, waits, error = supervise("import sys; sys.exit('the weights are haunted')", failures=2)
+    assert "replica 'r' failed: exit 1" in error
+    assert "the weights are haunted" in error
+    assert waits == [0.5], "there were two attempts"
+
+
+def test_an_engine_that_keeps_dying_is_restarted_with_longer_and_longer_waits() -> None:
+    states, waits, error = supervise('print(\'{"url": "http://x/v1"}\', flush=True)', failures=4)
+    assert (waits, error) == ([0.5, 1.0, 2.0, 4.0], "")
+    assert [state.status for state in states[:5]] == ["starting", "ready", "stopped", "backing off", "starting"]
+    assert states[-1].status == "stopped"
+
+
+def test_a_process_that_ignores_sigterm_is_killed_after_its_grace() -> None:
+    code = 'import signal, time; signal.signal(15, signal.SIG_IGN); print(\'{"url": "x"}\', flush=True); time.sleep(60)'
+
+    async def case() -> float:
+        async with aiohttp.ClientSession() as session:
+            supervisor = Supervisor({"r": Script(code=code)}, session, lambda *_: None)
+            await supervisor.start()
+            pid = supervisor.states["r"].pid
+            assert pid
+            begun_s = time.monotonic()
+            await supervisor.stop()
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+            return time.monotonic() - begun_s
+
+    assert 0.9 <= asyncio.run(case()) <= 3.0
+
+
+def test_a_killed_engine_is_restarted_and_serves_again() -> None:
+    async def case() -> None:
+        async with served(fake_plan()) as service:
+            states = service.supervisor.states
+            old = states["chat/0"].pid
+            assert old
+            os.kill(old, signal.SIGKILL)
+            await until(lambda: states["chat/0"].status == "backing off")
+            assert "SIGKILL" in states["chat/0"].reason
+            async with aiohttp.ClientSession() as session:
+                async with session.get(f"{service.url}/health") as health:
+                    assert (health.status, (await health.json())["status"]) == (503, "not ready")
+                body = {"model": "chat", "messages": QUESTION}
+                async with session.post(f"{service.url}/v1/chat/completions", json=body) as reply:
+                    assert reply.status == 503
+                    assert int(reply.headers["retry-after"]) >= 1
+                    assert (await reply.json())["error"]["code"] == "model_not_ready"
+            await until(lambda: states["chat/0"].status == "ready", within_s=20)
+            assert states["chat/0"].restarts == 1
+            assert states["chat/0"].pid != old
+            await service.openai.chat.completions.create(model="chat", messages=QUESTION)
+
+    asyncio.run(case())
+
+
+def test_while_one_of_two_replicas_is_down_the_other_serves() -> None:
+    async def case() -> None:
+        async with served(fake_plan({"chat": 2})) as service:
+            pid = service.supervisor.states["chat/0"].pid
+            assert pid
+            os.kill(pid, signal.SIGKILL)  # noticed by nobody yet: the first requests find out
+            for _ in range(4):
+                await service.openai.chat.completions.create(model="chat", messages=QUESTION, max_tokens=2)
+            assert {one.status for one in service.completions} == {"ok"}
+            assert {one.replica for one in service.completions} == {"chat/1"}
+
+    asyncio.run(case())
+
+
+def test_attaching_to_nothing_says_so() -> None:
+    async def case() -> None:
+        async with served(fake_plan(engine="openai", urls=("http://127.0.0.1:1/v1",)), start=False) as service:
+            service.supervisor._engines = {
+                "chat/0": Attached(url="http://127.0.0.1:1/v1", name="chat", start_within_s=0.1)
+            }
+            with pytest.raises(EngineError, match=r"http://127.0.0.1:1/v1/models does not answer"):
+                await service.supervisor.start()
+
+    asyncio.run(case())
+
+
+def test_attaching_to_a_server_of_other_models_names_them() -> None:
+    async def models(_request: web.Request) -> web.StreamResponse:
+        return web.json_response({"data": [{"id": "a"}, {"id": "b"}]})
+
+    async def case() -> None:
+        app = web.Application()
+        app.router.add_get("/v1/models", models)
+        async with TestServer(app) as server, aiohttp.ClientSession() as session:
+            attached = Attached(url=str(server.make_url("/v1")), name="chat")
+            with pytest.raises(NotReadyError, match="serves a, b, none called 'chat'"):
+                await attached.served_name(session, attached.url)
+
+    asyncio.run(case())
