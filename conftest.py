@@ -35,7 +35,7 @@ def run_console(example: Example) -> None:
 
 def run_command(command: str, folder: Path, at_server: Callable[[str], str]) -> str:
     done = subprocess.run(
-        at_server(command.replace("\n> ", " ")),
+        at_server(command.replace("\\\n> ", "")),
         shell=True,
         cwd=folder,
         env=ENVIRONMENT,

@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/commands.py [RUNS]
 
-The peer's figures are aiconfigurator 0.12's for the nearest question, measured on 2 vCPU EPYC (Zen 4), 2026-11-23, median
-of 3: they are printed, not run.
+The peer's figures are aiconfigurator 0.12's for the nearest question, measured on 2 vCPU EPYC (Zen 4), 2026-11-23,
+median of 3: they are printed, not run.
 """
 
 import os

@@ -100,17 +100,18 @@ def test_a_summary_by_hand() -> None:
         done(tenant="public", ttft_s=0.5, gpu_s=3600.0),  # within
         done(tenant="public", ttft_s=2.0, gpu_s=1800.0),  # too late
         refused(tenant="public"),
-        done(tenant="research", model="large", ttft_s=2.0, output_tokens=1, gpu_s=5400.0),  # within
+        done(tenant="research", model="large", ttft_s=2.0, output_tokens=1, gpu_s=5400.0),  # within, on a dearer card
         done(tenant="research", model="large", status="failed", output_tokens=3),
     ]
-    total, public, research = summarize(completions, SLOS, duration_s=10.0, usd=6.0)
+    usd_per_hour = {"small/0": 360.0, "small/1": 360.0, "large/0": 1440.0}
+    total, public, research = summarize(completions, SLOS, 10.0, usd_per_hour)
 
     assert (total.tenant, total.model, total.requests) == ("", "", 5)
     assert (total.completed, total.refused, total.failed, total.within_slo) == (3, 1, 1, 2)
     assert total.goodput_per_s == 0.2
     assert total.slo_fraction == 0.4
     assert total.gpu_hours == 3.0
-    assert total.usd == 6.0
+    assert total.usd == pytest.approx(6.0)
     assert (total.prompt_tokens, total.output_tokens) == (500, 11 + 11 + 0 + 1 + 3)
 
     assert (public.tenant, public.model) == ("public", "small")
@@ -118,16 +119,16 @@ def test_a_summary_by_hand() -> None:
     assert public.ttft_s is not None
     assert (public.ttft_s.mean, public.ttft_s.p50, public.ttft_s.p99) == (1.25, 0.5, 2.0)
     assert public.slo_fraction == pytest.approx(1 / 3)
-    assert public.usd == 3.0  # half of the GPU time
+    assert public.usd == pytest.approx(1.0)  # all of small/0; nobody used small/1
 
     assert (research.tenant, research.model) == ("research", "large")
     assert research.tpot_s is None  # its only completion had a single token
     assert research.failed == 1
-    assert research.usd == 3.0
+    assert research.usd == pytest.approx(4.0)
 
 
 def test_without_gpu_time_the_bill_stays_in_the_total() -> None:
-    total, part = summarize([refused()], SLOS, duration_s=0.0, usd=5.0)
+    total, part = summarize([refused()], SLOS, 3600.0, {"small/0": 5.0})
     assert (total.usd, part.usd) == (5.0, 0.0)
     assert (total.ttft_s, total.goodput_per_s, total.slo_fraction) == (None, 0.0, 0.0)
 
@@ -144,20 +145,22 @@ def test_a_completion_without_tokens_does_not_spoil_the_percentiles() -> None:
         prompt_tokens=1,
         output_tokens=0,
     )
-    total = summarize([nothing, done(ttft_s=0.5)], SLOS, duration_s=1.0, usd=0.0)[0]
+    total = summarize([nothing, done(ttft_s=0.5)], SLOS, 1.0, {"small/0": 0.0})[0]
     assert total.ttft_s is not None
     assert total.ttft_s.mean == 0.5
     assert (total.completed, total.within_slo) == (2, 1)
 
 
 def test_nothing_at_all_is_a_summary_too() -> None:
-    (total,) = summarize([], SLOS, duration_s=0.0, usd=0.0)
+    (total,) = summarize([], SLOS, 0.0, {})
     assert (total.requests, total.ttft_s, total.usd) == (0, None, 0.0)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 1e5)), min_size=1), st.floats(0, 1e6))
 def test_the_parts_add_up_to_the_bill(shares: list[tuple[str, float]], usd: float) -> None:
-    total, *parts = summarize([done(tenant=name, gpu_s=gpu_s) for name, gpu_s in shares], SLOS, 1.0, usd)
-    used = any(gpu_s > 1e-300 for _, gpu_s in shares)
+    total, *parts = summarize(
+        [done(tenant=name, gpu_s=gpu_s) for name, gpu_s in shares], SLOS, 3600.0, {"small/0": usd}
+    )
+    used = any(gpu_s > 1e-9 for _, gpu_s in shares)
     if used:
         assert sum(part.usd for part in parts) == pytest.approx(total.usd)

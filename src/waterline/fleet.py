@@ -109,6 +109,11 @@ class Fleet(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def tenant(self, name: str) -> Tenant:
         return _named("tenant", name, self.tenants)
 
+    @property
+    def slos(self) -> dict[str, Slo]:
+        """By the name of the model."""
+        return {model.name: model.slo or default_slo(self.llm_of(model)) for model in self.models}
+
     def llm_of(self, model: Model) -> Llm:
         return catalog.load_model(model.weights, Path())
 

@@ -96,7 +96,7 @@ def percentiles(values: Sequence[float]) -> Percentiles | None:
 
 
 def summarize(
-    completions: Iterable[Completion], slos: Mapping[str, Slo], duration_s: float, usd: float
+    completions: Iterable[Completion], slos: Mapping[str, Slo], duration_s: float, usd_per_hour: Mapping[str, float]
 ) -> tuple[Summary, ...]:
     """Summarise by tenant and model, sorted by name, with the total first.
 
@@ -105,19 +105,23 @@ def summarize(
         slos: by model; every model of the completions is there.
         duration_s: what goodput is divided by: of a rehearsal the time from the first arrival to the last finish, so
             that the time it takes to drain counts; of a service the length of the stretch.
-        usd: what the whole fleet cost over that time. It is divided by GPU time used, so that the parts add up to the
-            bill and idle cards are paid by those who made the fleet that large; without any use, it stays in the total.
+        usd_per_hour: of each replica by its id. A replica's cost over that time is divided among those who used it, by
+            the GPU time they used; that of a replica nobody used stays in the total.
     """
     everything = list(completions)
     groups: dict[tuple[str, str], list[Completion]] = {}
     for completion in everything:
         groups.setdefault((completion.tenant, completion.model), []).append(completion)
-    gpu_s = math.fsum(completion.gpu_s for completion in everything)
+    used_gpu_s: dict[str, float] = {}
+    for completion in everything:
+        used_gpu_s[completion.replica] = used_gpu_s.get(completion.replica, 0.0) + completion.gpu_s
+    usd_per_gpu_s = {
+        replica: usd_per_hour[replica] * duration_s / HOUR_S / gpu_s for replica, gpu_s in used_gpu_s.items() if gpu_s
+    }
 
     def summary(tenant: str, model: str, group: Sequence[Completion]) -> Summary:
         done = [completion for completion in group if completion.status == "ok"]
         within_slo = sum(completion.meets(slos[completion.model]) for completion in done)
-        group_gpu_s = math.fsum(completion.gpu_s for completion in group)
         return Summary(
             tenant=tenant,
             model=model,
@@ -132,9 +136,9 @@ def summarize(
             slo_fraction=within_slo / len(group) if group else 0.0,
             prompt_tokens=sum(completion.prompt_tokens for completion in group),
             output_tokens=sum(completion.output_tokens for completion in group),
-            gpu_hours=group_gpu_s / HOUR_S,
-            usd=usd * group_gpu_s / gpu_s if gpu_s > 0 else 0.0,
+            gpu_hours=math.fsum(completion.gpu_s for completion in group) / HOUR_S,
+            usd=math.fsum(one.gpu_s * usd_per_gpu_s[one.replica] for one in group if one.gpu_s),
         )
 
-    total = replace(summary("", "", everything), usd=usd)
+    total = replace(summary("", "", everything), usd=sum(usd_per_hour.values()) * duration_s / HOUR_S)
     return (total, *(summary(tenant, model, group) for (tenant, model), group in sorted(groups.items())))

@@ -104,6 +104,11 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def gpus(self) -> int:
         return sum(replica.layout.gpus for replica in self.replicas)
 
+    @property
+    def replica_usd_per_hour(self) -> dict[str, float]:
+        """By the id of the replica."""
+        return {replica.id: replica.usd_per_hour for replica in self.replicas}
+
     def replicas_of(self, model: str) -> tuple[Replica, ...]:
         return tuple(replica for replica in self.replicas if replica.model == model)
 

@@ -26,9 +26,9 @@ HEADER = ",".join(COLUMNS)
 TICKS_PER_S = 10**7  # of 100 ns, the last digit of a timestamp
 FIRST_DAY = date(2025, 1, 1)  # of a trace we write: ours have no date of their own
 
-# Of the logarithm of a length, where only its mean is known. The traces we have measured vary like a lognormal of 0.8 to
-# 1.0 in their prompts and of 0.65 to 1.3 in their answers (Azure code 2023, Mooncake conversation; from mean and standard
-# deviation).
+# Of the logarithm of a length, where only its mean is known. The traces we have measured vary like a lognormal of 0.8
+# to 1.0 in their prompts and of 0.65 to 1.3 in their answers (Azure code 2023, Mooncake conversation; from mean and
+# standard deviation).
 LENGTH_SIGMA = 1.0
 
 

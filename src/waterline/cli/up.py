@@ -108,13 +108,9 @@ def _say_goodbye(plan: "Plan", completions: "deque[Completion]", lasted_s: float
     """Print what became of the requests, a line for each tenant and model."""
     import msgspec
 
-    from waterline.fleet import default_slo
     from waterline.outcome import summarize
-    from waterline.units import HOUR_S
 
-    fleet = plan.fleet
-    slos = {model.name: model.slo or default_slo(fleet.llm_of(model)) for model in fleet.models}
-    summaries = summarize(completions, slos, lasted_s, plan.usd_per_hour * lasted_s / HOUR_S)
+    summaries = summarize(completions, plan.fleet.slos, lasted_s, plan.replica_usd_per_hour)
     if as_json:
         click.echo(msgspec.json.encode({"summaries": summaries}))
     else:

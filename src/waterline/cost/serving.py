@@ -1,6 +1,5 @@
 """What a replica does in steady state, from the time of its steps."""
 
-import math
 from dataclasses import dataclass
 
 from waterline.cost.step import StepCost, prefill_pairs

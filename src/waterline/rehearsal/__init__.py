@@ -6,7 +6,6 @@
 from dataclasses import dataclass
 
 from waterline.cost import replica_step_cost
-from waterline.fleet import default_slo
 from waterline.outcome import Completion, Summary, summarize
 from waterline.plan import Plan
 from waterline.rehearsal.arrivals import traffic
@@ -42,18 +41,17 @@ def rehearse(plan: Plan, trace: Trace | None = None, *, seed: int = 0, duration_
         InputError: nothing is asked in that time.
     """
     asked = traffic(plan, trace, seed=seed, duration_s=duration_s)
-    slos = {model.name: model.slo or default_slo(plan.fleet.llm_of(model)) for model in plan.fleet.models}
+    slos = plan.fleet.slos
     passages = _serve_all(plan, asked.requests, slos)
     lasted_ps = max(passage.finish_ps for passage in passages) - passages[0].arrival_ps
     lasted_s = lasted_ps / PICOSECONDS_PER_S
-    usd = plan.usd_per_hour * lasted_s / HOUR_S
     gpus = {replica.id: replica.layout.gpus for replica in plan.replicas}
     completions = tuple(completion(passage, gpus.get(passage.replica, 0)) for passage in passages)
     return Rehearsal(
         completions=completions,
-        summaries=summarize(completions, slos, lasted_s, usd),
+        summaries=summarize(completions, slos, lasted_s, plan.replica_usd_per_hour),
         duration_s=lasted_s,
-        usd=usd,
+        usd=plan.usd_per_hour * lasted_s / HOUR_S,
         notes=asked.notes,
     )
 

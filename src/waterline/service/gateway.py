@@ -12,7 +12,6 @@ import orjson
 import structlog
 
 from waterline.errors import EngineBusyError, WaterlineError, nearest
-from waterline.fleet import default_slo
 from waterline.outcome import Completion, Status
 from waterline.plan import Plan
 from waterline.service.asgi import JSON, ClientGoneError, Receive, Reply, Scope, Send, read_body, unless_disconnected
@@ -295,10 +294,9 @@ class Gateway:
 
 
 def _dispatcher(plan: Plan, model: str) -> Dispatcher:
-    served = plan.fleet.model(model)
-    slo = served.slo or default_slo(plan.fleet.llm_of(served))
     expected = next(planned.output_tokens for planned in plan.models if planned.model == model)
-    return Dispatcher(plan.replicas_of(model), expected_output_tokens=expected, deadline_s=slo.ttft_s)
+    deadline_s = plan.fleet.slos[model].ttft_s
+    return Dispatcher(plan.replicas_of(model), expected_output_tokens=expected, deadline_s=deadline_s)
 
 
 def _tenant(plan: Plan, model: str) -> str:

@@ -73,9 +73,8 @@ def training_sample(problem: problems.Problem, dice: np.random.Generator) -> Sam
         return tokens.prompt(question, thinking=True), tokens.completion(problem, thinking=True)
     thought = problems.think(problem).encode() if kind == 2 else b""
     heard = thought[: dice.integers(len(thought) + 1)]  # given, not predicted: nobody should learn to break off
-    return [*tokens.prompt(question, thinking=True), *heard, tokens.THINK_END], tokens.completion(
-        problem, thinking=False
-    )
+    prompt = [*tokens.prompt(question, thinking=True), *heard, tokens.THINK_END]
+    return prompt, tokens.completion(problem, thinking=False)
 
 
 def exam_batch(seed: int) -> Batch:
