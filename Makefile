@@ -4,7 +4,7 @@ PYTHON ?= python3
 FLEET ?=
 BIN := .venv/bin
 
-.PHONY: up check clean
+.PHONY: up check check-training clean
 
 up: .venv/.up
 	@exec $(BIN)/waterline up $(FLEET)
@@ -16,9 +16,14 @@ check: .venv/.check
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 
+# The recipe of the small model needs torch, which on Linux brings gigabytes of CUDA unless a CPU build is at hand.
+check-training: .venv/.check-training
+	$(BIN)/pytest tests/training
+
+.venv/.check-training: EXTRAS = dev,training
 .venv/.up: EXTRAS = embedded,rehearse
 .venv/.check: EXTRAS = dev
-.venv/.up .venv/.check: pyproject.toml
+.venv/.up .venv/.check .venv/.check-training: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Waterline needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 $(patsubst .%,%,$(@F))")'
 	@if command -v uv >/dev/null; then \
 	  { [ -x $(BIN)/python ] || uv venv --quiet --python "$$(command -v $(PYTHON))" .venv; } && \
