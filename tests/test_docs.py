@@ -1,0 +1,46 @@
+"""The pages say what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from waterline.cli import COMMANDS
+from waterline.errors import WaterlineError
+from waterline.fleet import ENGINES, Demand, Fleet, Model, Pool, Tenant
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.parametrize(
+    ("heading", "table"),
+    [
+        ("Top level", Fleet),
+        ("`[[pools]]`", Pool),
+        ("`[[models]]`", Model),
+        ("`[[tenants]]`", Tenant),
+        ("`[[demand]]`", Demand),
+    ],
+)
+def test_the_reference_lists_every_key_of_the_fleet_file_and_no_other(heading: str, table: type) -> None:
+    page = (DOCS / "fleet-file.md").read_text()
+    section = page.split(f"## {heading}", 1)[1].split("\n## ", 1)[0]
+    keys = re.findall(r"(?m)^\| `(\w+)` \|", section.split("\n\n| model |")[0])
+    assert sorted(keys) == sorted(table.__struct_fields__)
+
+
+def test_the_reference_names_every_engine() -> None:
+    page = (DOCS / "fleet-file.md").read_text()
+    assert all(f"`{engine}`" in page for engine in ENGINES)
+
+
+def test_the_readme_names_every_command() -> None:
+    readme = (DOCS.parent / "README.md").read_text()
+    assert all(f"waterline {command}" in readme or f"**{command}**" in readme for command in COMMANDS)
+
+
+def test_no_class_of_errors_is_without_use() -> None:
+    sources = "\n".join(path.read_text() for path in (DOCS.parent / "src").rglob("*.py") if path.name != "errors.py")
+    for kind in WaterlineError.__subclasses__():
+        for leaf in (kind, *kind.__subclasses__()):
+            assert leaf.__name__ in sources, f"nothing raises or catches {leaf.__name__}"
