@@ -51,6 +51,7 @@ def capacity(index: int) -> Capacity:
         max_batch=256,
         cache_tokens=400_000,
         max_context_tokens=16_384,
+        prefill_tokens_per_s=1e4,
         tokens_per_s=1e4,
     )
 
@@ -62,10 +63,10 @@ def requests_per_cpu_s(requests: list[Request], replicas: int) -> tuple[float, i
     times_s = []
     for _ in range(RUNS):
         began_s = time.process_time()
-        serve(capacities, faster, deadline_s=1e9, expected_output_tokens=28)
+        serve(capacities, faster, deadline_s=1e9, expected_prompt_tokens=2000, expected_output_tokens=28)
         times_s.append(time.process_time() - began_s)
     steps: list[Step] = []
-    serve(capacities, faster, deadline_s=1e9, expected_output_tokens=28, steps=steps)
+    serve(capacities, faster, deadline_s=1e9, expected_prompt_tokens=2000, expected_output_tokens=28, steps=steps)
     return len(requests) / median(times_s), len(steps)
 
 

@@ -120,6 +120,7 @@ def small_plan() -> Plan:
                 max_batch=8,
                 cache_tokens=30_000,
                 requests_per_s=1.5,
+                prefill_tokens_per_s=9000.0,
                 tokens_per_s=1800.0,
                 ttft_s=0.3,
                 tpot_s=0.03,

@@ -52,6 +52,7 @@ class Replica(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_batch: int  # requests decoded together, at most: as many as its SLO's time per token allows
     cache_tokens: int  # tokens the KV cache holds, over all requests
     requests_per_s: float  # the most at which its SLO holds
+    prefill_tokens_per_s: float  # the rate at which it reads prompts while others decode
     tokens_per_s: float  # prompt and output together, with `max_batch` requests all the time
     ttft_s: float  # what the SLO's fraction of the requests is expected to see at most, at the planned rate
     tpot_s: float

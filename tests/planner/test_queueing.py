@@ -85,6 +85,8 @@ def share_within(step: StepCost, requests_per_s: float, slo: Slo) -> float:
         first_hour=0,
         generator=Generator(PCG64(7)),
     )
+    reading = pace_at(step, requests_per_s, PROMPT, OUTPUT)
+    assert reading is not None
     replica = Capacity(
         replica="chat/0",
         gpus=1,
@@ -92,7 +94,10 @@ def share_within(step: StepCost, requests_per_s: float, slo: Slo) -> float:
         max_batch=64,
         cache_tokens=1_000_000,
         max_context_tokens=16_384,
+        prefill_tokens_per_s=PROMPT / reading.read_s,
         tokens_per_s=serving_point(step, 64, PROMPT, OUTPUT).requests_per_s * (PROMPT + OUTPUT),
     )
-    passages = serve([replica], trace.requests, deadline_s=slo.ttft_s, expected_output_tokens=OUTPUT)
+    passages = serve(
+        [replica], trace.requests, deadline_s=slo.ttft_s, expected_prompt_tokens=PROMPT, expected_output_tokens=OUTPUT
+    )
     return sum(completion(passage, gpus=1).meets(slo) for passage in passages) / len(passages)

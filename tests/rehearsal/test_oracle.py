@@ -45,8 +45,17 @@ LENGTHY = replace(  # every term of a step counts
 
 def capacity(name: str = "a/0", **changes: object) -> Capacity:
     usual = Capacity(
-        replica=name, gpus=1, step=ROUND, max_batch=4, cache_tokens=100, max_context_tokens=100, tokens_per_s=1e9
+        replica=name,
+        gpus=1,
+        step=ROUND,
+        max_batch=4,
+        cache_tokens=100,
+        max_context_tokens=100,
+        prefill_tokens_per_s=1e9,
+        tokens_per_s=1e9,
     )
+    if "tokens_per_s" in changes:  # one rate for both, unless a case tells them apart
+        changes.setdefault("prefill_tokens_per_s", changes["tokens_per_s"])
     return replace(usual, **changes)  # type: ignore[arg-type] # mypy does not know the names
 
 
@@ -58,7 +67,15 @@ def served(
     capacities: Sequence[Capacity], requests: Sequence[Request], *, deadline_s: float = math.inf
 ) -> tuple[list[Passage], list[Step]]:
     steps: list[Step] = []
-    return serve(capacities, requests, deadline_s=deadline_s, expected_output_tokens=10, steps=steps), steps
+    passages = serve(
+        capacities,
+        requests,
+        deadline_s=deadline_s,
+        expected_prompt_tokens=0,
+        expected_output_tokens=10,
+        steps=steps,
+    )
+    return passages, steps
 
 
 # --- By hand --------------------------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ def fake_plan(
                 max_batch=max_batch,
                 cache_tokens=512 * max_batch,
                 requests_per_s=10.0,
+                prefill_tokens_per_s=tokens_per_s,
                 tokens_per_s=tokens_per_s,
                 ttft_s=0.01,
                 tpot_s=0.002,

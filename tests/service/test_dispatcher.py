@@ -11,7 +11,7 @@ def dispatcher(
     replicas: int = 1, *, max_batch: int = 2, deadline_s: float = 60.0, tokens_per_s: float = 100.0
 ) -> Dispatcher:
     plan = fake_plan({"chat": replicas}, max_batch=max_batch, tokens_per_s=tokens_per_s)
-    made = Dispatcher(plan.replicas, expected_output_tokens=10, deadline_s=deadline_s)
+    made = Dispatcher(plan.replicas, expected_prompt_tokens=0, expected_output_tokens=10, deadline_s=deadline_s)
     for replica in plan.replicas:
         made.set_ready(replica.id, ready=True, now_s=0.0)
     return made

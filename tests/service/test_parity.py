@@ -13,7 +13,8 @@ ARRIVAL, FIRST_TOKEN, END = 2, 0, 1  # of one instant, what has been produced is
 
 
 def test_a_trace_is_dealt_alike_by_the_gateway_and_by_the_rehearsal() -> None:
-    expected_output_tokens, deadline_s = 40, 0.6
+    expected = {"expected_prompt_tokens": 100, "expected_output_tokens": 40}
+    deadline_s = 0.6
     plan = fake_plan({"chat": 3}, max_batch=4, tokens_per_s=600.0)
     dice = random.Random(7)
     requests, now_s = [], 0.0
@@ -30,18 +31,19 @@ def test_a_trace_is_dealt_alike_by_the_gateway_and_by_the_rehearsal() -> None:
             max_batch=replica.max_batch,
             cache_tokens=100_000,
             max_context_tokens=1000,
+            prefill_tokens_per_s=replica.prefill_tokens_per_s,
             tokens_per_s=replica.tokens_per_s,
         )
         for replica in plan.replicas
     ]
-    rehearsed = serve(capacities, requests, deadline_s=deadline_s, expected_output_tokens=expected_output_tokens)
+    rehearsed = serve(capacities, requests, deadline_s=deadline_s, **expected)
 
     events = []
     for number, passage in enumerate(rehearsed):
         events.append((passage.arrival_ps, ARRIVAL, number))
         if passage.first_token_ps != NEVER:
             events += [(passage.first_token_ps, FIRST_TOKEN, number), (passage.finish_ps, END, number)]
-    desk = Dispatcher(plan.replicas, expected_output_tokens=expected_output_tokens, deadline_s=deadline_s)
+    desk = Dispatcher(plan.replicas, deadline_s=deadline_s, **expected)
     for replica in plan.replicas:
         desk.set_ready(replica.id, ready=True, now_s=0.0)
     decided: dict[int, Ticket | Refusal] = {}

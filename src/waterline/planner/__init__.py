@@ -112,7 +112,8 @@ def _replicas(need: Need, chosen: Sequence[tuple[Option, int]], free: FreeGpus) 
     for option, count in chosen:
         candidate, work = option.candidate, need.work
         requests_per_s = candidate.requests_per_s * min(1.0, need.requests_per_s / capacity)
-        ttft_s, tpot_s = expected_times_s(pace_of(candidate.step, requests_per_s, work), work.slo)
+        pace = pace_of(candidate.step, requests_per_s, work)
+        ttft_s, tpot_s = expected_times_s(pace, work.slo)
         replicas.extend(
             Replica(
                 id=f"{need.model.name}/{len(replicas) + index}",
@@ -126,6 +127,7 @@ def _replicas(need: Need, chosen: Sequence[tuple[Option, int]], free: FreeGpus) 
                 max_batch=candidate.full.batch,
                 cache_tokens=candidate.cache_tokens,
                 requests_per_s=candidate.requests_per_s,
+                prefill_tokens_per_s=work.prompt_tokens / pace.read_s,
                 tokens_per_s=candidate.full.requests_per_s * (work.prompt_tokens + work.output_tokens),
                 ttft_s=ttft_s,
                 tpot_s=tpot_s,

@@ -88,6 +88,7 @@ def _serve_all(plan: Plan, requests: tuple[Request, ...], slos: dict[str, Slo]) 
                 max_batch=replica.max_batch,
                 cache_tokens=replica.cache_tokens,
                 max_context_tokens=replica.max_context_tokens,
+                prefill_tokens_per_s=replica.prefill_tokens_per_s,
                 tokens_per_s=replica.tokens_per_s,
             )
             for replica in plan.replicas_of(model.model)
@@ -96,6 +97,7 @@ def _serve_all(plan: Plan, requests: tuple[Request, ...], slos: dict[str, Slo]) 
             capacities,
             [requests[index] for index in indices],
             deadline_s=slos[model.model].ttft_s,
+            expected_prompt_tokens=model.prompt_tokens,
             expected_output_tokens=model.output_tokens,
         )
         passages.update(zip(indices, served, strict=True))

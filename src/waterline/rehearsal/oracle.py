@@ -35,9 +35,8 @@ how many tokens a request will ask for and expects the mean of the plan.
 - `policy.routing` is shown the *backlog* of each replica: of a request its prompt and that mean, until its first token;
   then that mean, until it ends.
 - `policy.admission` is shown the work *before the first token* of a newcomer, on all replicas of the model together:
-  prompts that have not been read, and that mean for every request beyond the slots, because a slot must come free for
-  it. Requests that are being decoded hold nobody up while there are slots; counted in full they would look like a wait
-  as long as their answers. The deadline is the TTFT of the SLO.
+  prompts that have not been read, and a mean request for each one beyond the slots, because a slot must come free for
+  it. The deadline is the TTFT of the SLO.
 
 Replicas on which the request can never fit are not shown; the output that a trace records stands for the limit a
 client would have sent along.
@@ -68,7 +67,8 @@ class Capacity:
     max_batch: int  # requests running together, at most
     cache_tokens: int
     max_context_tokens: int
-    tokens_per_s: float  # prompt and output, planned; 0 takes it out of routing
+    prefill_tokens_per_s: float  # at which it reads prompts, planned
+    tokens_per_s: float  # prompt and output with all slots taken, planned; 0 takes it out of routing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,9 +122,9 @@ class SteppedReplica:
         self.backlog_tokens = 0  # expected, accepted and not yet produced
 
     @property
-    def waiting_tokens(self) -> int:
-        """What a newcomer would wait for; see the router above."""
-        return self.unread_tokens + self.expected_output_tokens * max(0, self.accepted - self.capacity.max_batch)
+    def queued(self) -> int:
+        """Requests accepted beyond the slots."""
+        return max(0, self.accepted - self.capacity.max_batch)
 
     def accept(self, passage: Passage) -> None:
         """Queue a request at its arrival, up to which the replica has been advanced."""
@@ -257,6 +257,7 @@ def serve(
     requests: Iterable[Request],
     *,
     deadline_s: float,
+    expected_prompt_tokens: int,
     expected_output_tokens: int,
     steps: list[Step] | None = None,
 ) -> list[Passage]:
@@ -266,7 +267,8 @@ def serve(
         capacities: the replicas; ties in routing go to the first.
         requests: in the order of their arrival.
         deadline_s: longest expected wait with which a request is still taken in: the TTFT of the model's SLO.
-        expected_output_tokens: the mean of the plan, which stands for what no request tells.
+        expected_prompt_tokens: the mean of the plan.
+        expected_output_tokens: likewise; it stands for what no request tells.
         steps: a list that gets every step, in the order they begin on each replica.
 
     Returns:
@@ -279,7 +281,7 @@ def serve(
         passages.append(passage)
         for replica in replicas:
             replica.advance(passage.arrival_ps)
-        chosen = _dispatch(passage, replicas, deadline_s)
+        chosen = _dispatch(passage, replicas, deadline_s, expected_prompt_tokens + expected_output_tokens)
         if chosen:
             chosen.accept(passage)
         else:
@@ -289,7 +291,9 @@ def serve(
     return passages
 
 
-def _dispatch(passage: Passage, replicas: Sequence[SteppedReplica], deadline_s: float) -> SteppedReplica | None:
+def _dispatch(
+    passage: Passage, replicas: Sequence[SteppedReplica], deadline_s: float, expected_tokens: int
+) -> SteppedReplica | None:
     """Return the replica for a request, or None and the reason with the request."""
     request_tokens = passage.request.prompt_tokens + passage.request.output_tokens
     candidates = [replica for replica in replicas if request_tokens <= replica.longest_tokens]
@@ -298,8 +302,14 @@ def _dispatch(passage: Passage, replicas: Sequence[SteppedReplica], deadline_s: 
         passage.reason = f"{request_tokens} tokens, of which no replica of the model holds more than {longest_tokens}"
         return None
     tokens_per_s = [replica.capacity.tokens_per_s for replica in candidates]
-    waiting_tokens = sum([replica.waiting_tokens for replica in candidates])
-    retry_s = retry_after_s(waiting_tokens, sum(tokens_per_s), deadline_s)
+    ready = [replica for replica in candidates if replica.capacity.tokens_per_s > 0]
+    retry_s = retry_after_s(
+        sum([replica.unread_tokens for replica in ready]),
+        sum([replica.capacity.prefill_tokens_per_s for replica in ready]),
+        expected_tokens * sum([replica.queued for replica in ready]),
+        sum(tokens_per_s),
+        deadline_s,
+    )
     if retry_s > ADMIT:
         passage.reason = f"would not start within {deadline_s:g} s; retry after {retry_s:.3g} s"
         return None

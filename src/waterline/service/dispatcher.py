@@ -5,8 +5,8 @@ of a request's `turn`. So a rehearsal can be fed the same events and must decide
 
 - *backlog* of a replica: of each request its prompt and the expected output, until its first token; then the expected
   output, until it leaves.
-- *work before the first token* of a newcomer, over all ready replicas: prompts not yet read, and an expected output for
-  every request beyond the slots, because a slot must come free for it.
+- *work before the first token* of a newcomer, over all ready replicas: prompts not yet read, and an expected request
+  for each one beyond the slots, because a slot must come free for it.
 
 Engines are kept shallow: a replica gets `max_batch` requests at a time, the others wait here, first come, first served.
 """
@@ -38,6 +38,11 @@ class Lane:
     @property
     def tokens_per_s(self) -> float:
         return self.replica.tokens_per_s if self.ready else 0.0
+
+    @property
+    def queued(self) -> int:
+        """Requests accepted beyond the slots."""
+        return max(0, self.running + len(self.waiting) - self.replica.max_batch)
 
     def settle(self, now_s: float) -> None:
         """Count the time up to now; call it before `running` changes."""
@@ -71,16 +76,29 @@ class Refusal:
 class Dispatcher:
     """The replicas of one model, and the one place where their queues change."""
 
-    def __init__(self, replicas: Sequence[Replica], *, expected_output_tokens: int, deadline_s: float) -> None:
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        *,
+        expected_prompt_tokens: int,
+        expected_output_tokens: int,
+        deadline_s: float,
+    ) -> None:
         self.lanes = [Lane(replica=replica) for replica in replicas]
+        self.expected_tokens = expected_prompt_tokens + expected_output_tokens
         self.expected_output_tokens = expected_output_tokens
         self.deadline_s = deadline_s
 
     def enter(self, prompt_tokens: int, most_tokens: int | None, turn: Turn, now_s: float) -> Ticket | Refusal:
         """Decide about a newcomer. `most_tokens` is the limit it came with, if any."""
         ready = [lane for lane in self.lanes if lane.ready]
-        waiting_tokens = sum([self._waiting_tokens(lane) for lane in ready])
-        wait_s = retry_after_s(waiting_tokens, sum([lane.tokens_per_s for lane in ready]), self.deadline_s)
+        wait_s = retry_after_s(
+            sum([lane.unread_tokens for lane in ready]),
+            sum([lane.replica.prefill_tokens_per_s for lane in ready]),
+            self.expected_tokens * sum([lane.queued for lane in ready]),
+            sum([lane.tokens_per_s for lane in ready]),
+            self.deadline_s,
+        )
         chosen = self._choose()
         if wait_s > ADMIT or chosen == NOBODY:
             return Refusal(retry_after_s=wait_s, replicas_ready=len(ready))
@@ -140,10 +158,6 @@ class Dispatcher:
             for ticket in reversed(list(lane.waiting)):  # each goes to the front
                 if not self.move(ticket, ticket.turn, now_s):
                     ticket.turn(False)  # noqa: FBT003 - a callback of one argument
-
-    def _waiting_tokens(self, lane: Lane) -> int:
-        beyond = max(0, lane.running + len(lane.waiting) - lane.replica.max_batch)
-        return lane.unread_tokens + self.expected_output_tokens * beyond
 
     def _choose(self, but: Lane | None = None) -> int:
         return least_loaded(

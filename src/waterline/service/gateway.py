@@ -294,9 +294,13 @@ class Gateway:
 
 
 def _dispatcher(plan: Plan, model: str) -> Dispatcher:
-    expected = next(planned.output_tokens for planned in plan.models if planned.model == model)
-    deadline_s = plan.fleet.slos[model].ttft_s
-    return Dispatcher(plan.replicas_of(model), expected_output_tokens=expected, deadline_s=deadline_s)
+    planned = next(planned for planned in plan.models if planned.model == model)
+    return Dispatcher(
+        plan.replicas_of(model),
+        expected_prompt_tokens=planned.prompt_tokens,
+        expected_output_tokens=planned.output_tokens,
+        deadline_s=plan.fleet.slos[model].ttft_s,
+    )
 
 
 def _tenant(plan: Plan, model: str) -> str:
