@@ -308,7 +308,7 @@ workloads = st.lists(
 ).map(lambda made: sorted(made, key=arrival_ps))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(capacities, workloads, st.sampled_from([math.inf, 2e-5]))
 def test_what_always_holds(fleet: list[Capacity], requests: list[Request], deadline_s: float) -> None:
     passages, steps = served(fleet, requests, deadline_s=deadline_s)
@@ -357,7 +357,6 @@ def test_what_always_holds(fleet: list[Capacity], requests: list[Request], deadl
     assert [asdict(passage) for passage in again] == [asdict(passage) for passage in passages]
 
 
-@settings(deadline=None)
 @given(st.integers(2, 40), st.integers(1, 8), st.lists(st.integers(1, 39), min_size=1, max_size=40))
 def test_no_livelock_when_every_request_could_fill_the_cache(cache: int, batch: int, prompts: list[int]) -> None:
     """The oldest running request moves in every step, so the steps are bounded by the tokens of all requests."""

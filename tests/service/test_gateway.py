@@ -11,7 +11,7 @@ import aiohttp
 import openai
 import orjson
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -226,7 +226,7 @@ def test_whatever_is_posted_it_is_answered_in_openais_words_and_never_with_a_5xx
                 if reply.status != 200:
                     assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
 
-        @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+        @settings(max_examples=150)
         @given(bodies)
         def fuzz(data: bytes) -> None:
             runner.run(ask(data))
