@@ -24,7 +24,8 @@ check-training: .venv/.check-training
 .venv/.up: EXTRAS = embedded,rehearse
 .venv/.check: EXTRAS = dev
 .venv/.up .venv/.check .venv/.check-training: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Waterline needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 $(patsubst .%,%,$(@F))")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Waterline runs on Python 3.11 to 3.13, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 $(patsubst .%,%,$(@F))")'
+	@echo "Installing Waterline into .venv …"
 	@if command -v uv >/dev/null; then \
 	  { [ -x $(BIN)/python ] || uv venv --quiet --python "$$(command -v $(PYTHON))" .venv; } && \
 	  uv pip install --quiet --python $(BIN)/python --editable '.[$(EXTRAS)]'; \

@@ -164,3 +164,11 @@ def test_the_parts_add_up_to_the_bill(shares: list[tuple[str, float]], usd: floa
     used = any(gpu_s > 1e-9 for _, gpu_s in shares)
     if used:
         assert sum(part.usd for part in parts) == pytest.approx(total.usd)
+
+
+def test_who_cancelled_counts_neither_for_nor_against_the_slo() -> None:
+    total = summarize([done(ttft_s=0.5), done(status="cancelled"), done(status="failed")], SLOS, 1.0, {"small/0": 0.0})[
+        0
+    ]
+    assert (total.requests, total.completed, total.failed, total.cancelled) == (3, 1, 1, 1)
+    assert total.slo_fraction == 0.5

@@ -56,6 +56,7 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     slo: Slo | None = None  # None: by the size of the model
     engine: str = ""  # "": llama.cpp for a .gguf, else vLLM
     url: str = ""  # of a running OpenAI-compatible server, for the engine "openai"
+    api_key_env: str = ""  # the environment variable that holds that server's key
 
 
 class Tenant(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

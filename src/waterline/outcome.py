@@ -66,12 +66,13 @@ class Summary(Struct, frozen=True, kw_only=True):
     requests: int
     completed: int
     refused: int
-    failed: int  # cancelled ones included
+    failed: int
+    cancelled: int  # by the client; they count neither for nor against the SLO
     ttft_s: Percentiles | None  # of the completed that produced a token; None when there are none
     tpot_s: Percentiles | None  # of the completed that produced two tokens or more
     within_slo: int
     goodput_per_s: float  # requests within their SLO, per second of the time summarised
-    slo_fraction: float  # of all requests; who was refused did not get what was promised
+    slo_fraction: float  # of all but the cancelled; who was refused did not get what was promised
     prompt_tokens: int
     output_tokens: int
     gpu_hours: float
@@ -121,6 +122,7 @@ def summarize(
 
     def summary(tenant: str, model: str, group: Sequence[Completion]) -> Summary:
         done = [completion for completion in group if completion.status == "ok"]
+        cancelled = sum(completion.status == "cancelled" for completion in group)
         within_slo = sum(completion.meets(slos[completion.model]) for completion in done)
         return Summary(
             tenant=tenant,
@@ -128,12 +130,13 @@ def summarize(
             requests=len(group),
             completed=len(done),
             refused=sum(completion.status == "refused" for completion in group),
-            failed=sum(completion.status in {"failed", "cancelled"} for completion in group),
+            failed=sum(completion.status == "failed" for completion in group),
+            cancelled=cancelled,
             ttft_s=percentiles([completion.ttft_s for completion in done if completion.output_tokens > 0]),
             tpot_s=percentiles([completion.tpot_s for completion in done if completion.output_tokens > 1]),
             within_slo=within_slo,
             goodput_per_s=within_slo / duration_s if duration_s > 0 else 0.0,
-            slo_fraction=within_slo / len(group) if group else 0.0,
+            slo_fraction=within_slo / (len(group) - cancelled) if len(group) > cancelled else 0.0,
             prompt_tokens=sum(completion.prompt_tokens for completion in group),
             output_tokens=sum(completion.output_tokens for completion in group),
             gpu_hours=math.fsum(completion.gpu_s for completion in group) / HOUR_S,
