@@ -72,9 +72,9 @@ def test_an_fp8_model_may_also_run_in_int8(tmp_path: Path) -> None:
         (
             'gpu = "RTX 4090"',
             'gpu = "RTX 4090"\nnodes = "two"',
-            r"'nodes' of \[\[pools\]\] number 1 \('box'\): expected 'int', got 'text'",
+            r"'nodes' of \[\[pools\]\] number 1 \('box'\): expected a whole number, got text",
         ),
-        ('gpu = "RTX 4090"', 'gpu = "RTX 4090"\nnodes = 0', r"'nodes' of .*: expected 'int' >= 1"),
+        ('gpu = "RTX 4090"', 'gpu = "RTX 4090"\nnodes = 0', r"'nodes' of .*: expected a whole number >= 1"),
         (
             'weights = "meta-llama/Llama-3.1-8B"',
             'weights = "llama-3.1-9b"',

@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -19,16 +20,18 @@ from waterline import catalog
 from waterline.errors import FleetFileError, UnknownNameError, WaterlineError, nearest
 from waterline.hardware import Gpu
 from waterline.llm import PRECISIONS, Llm
-from waterline.units import GIGA
+from waterline.units import DAY_S, GIGA
 from waterline.workload import Slo
 
 HOURS = 24
 DEFAULT_CONTEXT_TOKENS = 32_768
 ENGINES = ("vllm", "sglang", "llamacpp", "openai", "fake")
 
-Count = Annotated[int, Meta(ge=1)]
-Positive = Annotated[float, Meta(gt=0)]
-Rate = Annotated[float, Meta(ge=0)]
+MOST = 10**7  # of anything that is counted here; a slip of the finger, not a fleet, is larger
+Count = Annotated[int, Meta(ge=1, le=MOST)]
+Positive = Annotated[float, Meta(gt=0, le=MOST)]
+Rate = Annotated[float, Meta(ge=0, le=MOST)]
+Usd = Annotated[float, Meta(ge=0, le=MOST)]
 Name = Annotated[str, Meta(min_length=1)]
 
 
@@ -38,8 +41,8 @@ class Pool(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: Name
     gpu: Name  # an id of the catalogue, or a name people type
     nodes: Count = 1
-    gpus_per_node: Annotated[int, Meta(ge=0)] = 0  # 0: what the catalogue says is usually in one node
-    usd_per_gpu_hour: Annotated[float, Meta(ge=0)] | None = None  # None: the catalogue's price
+    gpus_per_node: Annotated[int, Meta(ge=0, le=1024)] = 0  # 0: what the catalogue says is usually in one node
+    usd_per_gpu_hour: Usd | None = None  # None: the catalogue's price
 
     @property
     def gpus(self) -> int:
@@ -150,25 +153,37 @@ def default_precisions(llm: Llm) -> tuple[str, ...]:
     return (llm.precision, "int8") if llm.precision == "fp8" else (llm.precision,)
 
 
-def load_fleet(path: Path) -> Fleet:
+def load_fleet(path: str | PathLike[str]) -> Fleet:
     """Read, check and complete a fleet file. Raises FleetFileError, UnknownNameError or ModelFormatError."""
+    path = Path(path)
     try:
-        data = tomllib.loads(path.read_bytes().decode())
+        data = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise FleetFileError(f"cannot read the fleet file {path}: {error.strerror}. Check the path.") from error
     except UnicodeDecodeError as error:
         raise FleetFileError(f"{path} is not text in UTF-8: byte {error.start} is not. Is it a fleet file?") from error
     except tomllib.TOMLDecodeError as error:
-        raise FleetFileError(f"{path} is not valid TOML: {error}.") from error
+        raise FleetFileError(f"{path} is not valid TOML: {error}. Mend that line.") from error
+    if not data:
+        raise FleetFileError(f"{path} is empty. A fleet needs at least name, [[pools]] and [[models]].")
     try:
         fleet = msgspec.convert(data, Fleet)
     except msgspec.ValidationError as error:
         raise FleetFileError(f"{path}: {_explain(str(error), data)}") from error
-    return _complete(fleet, path)
+    return check_fleet(fleet, path)
 
 
 # --- What msgspec says, in the words of the file --------------------------------------------------------------------
 
+IN_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a table",
+    "null": "nothing",
+}
 TABLES: dict[str, type[Struct]] = {"pools": Pool, "models": Model, "tenants": Tenant, "demand": Demand, "slo": Slo}
 
 
@@ -182,7 +197,9 @@ def _explain(message: str, data: dict[str, Any]) -> str:
         return f"{place}unknown key '{unknown[1]}'. {nearest(unknown[1], table.__struct_fields__)}"
     if missing := re.search(r"missing required field `(.+)`", problem):
         return f"{place}the key '{missing[1]}' is missing. Add it: {missing[1]} = …"
-    problem = problem.replace("`", "'").replace("str", "text").replace("object", "table").replace("array", "list")
+    problem = re.sub(
+        r"`([^`]+)`", lambda types: " or ".join(IN_WORDS.get(t, t) for t in types[1].split(" | ")), problem
+    )
     return f"{place}{problem[0].lower()}{problem[1:]}."
 
 
@@ -201,7 +218,11 @@ def _place(where: str, data: dict[str, Any]) -> str:
 # --- Checks and defaults --------------------------------------------------------------------------------------------
 
 
-def _complete(fleet: Fleet, path: Path) -> Fleet:
+def check_fleet(fleet: Fleet, path: Path) -> Fleet:
+    """Check what a file cannot say by its form, and fill in every default; `path` is where the fleet was read.
+
+    Checking twice changes nothing. Raises as `load_fleet` does.
+    """
     for kind, parts in (("pool", fleet.pools), ("model", fleet.models), ("tenant", fleet.tenants)):
         _check_unique(path, kind, [part.name for part in parts])
     pools = tuple(_complete_pool(pool, path) for pool in fleet.pools)
@@ -211,12 +232,17 @@ def _complete(fleet: Fleet, path: Path) -> Fleet:
     tenants = tuple(_complete_tenant(tenant, gpus, path) for tenant in tenants)
     _check_shares(tenants, gpus, path)
     complete = replace(fleet, pools=pools, models=models, tenants=tenants)
-    return replace(complete, demand=tuple(_complete_demand(demand, complete, path) for demand in fleet.demand))
+    demands = enumerate(fleet.demand, start=1)
+    return replace(complete, demand=tuple(_complete_demand(one, number, complete, path) for number, one in demands))
 
 
 def _check_unique(path: Path, kind: str, names: Iterable[str]) -> None:
     seen: set[str] = set()
     for name in names:
+        if not name.isprintable() or name != name.strip():
+            raise FleetFileError(
+                f"{path}: the name {name!r} of a {kind} has blanks around it, or what cannot be printed."
+            )
         if name in seen:
             raise FleetFileError(f"{path}: two {kind}s are called '{name}'. Give each its own name.")
         seen.add(name)
@@ -246,16 +272,36 @@ def _complete_model(model: Model, path: Path) -> Model:
         llm = catalog.load_model(model.weights, path.parent)
     if model.engine and model.engine not in ENGINES:
         raise FleetFileError(f"{path}: no engine is called '{model.engine}'. {nearest(model.engine, ENGINES)}")
+    if model.url and not model.url.startswith(("http://", "https://")):
+        raise FleetFileError(
+            f"{path}: url = '{model.url}' of model '{model.name}' must begin with http:// or https://."
+        )
     if (model.engine == "openai") != bool(model.url):
         raise FleetFileError(
             f'{path}: model \'{model.name}\' needs both engine = "openai" and url = "http://…/v1" to attach to a '
             "running server, or neither."
         )
+    engine = model.engine or ("llamacpp" if llm.weights_file else "vllm")
     for precision in model.precisions:
         if precision not in PRECISIONS:
             raise FleetFileError(
                 f"{path}: '{precision}' in precisions of model '{model.name}' is not known. "
                 f"{nearest(precision, PRECISIONS)}"
+            )
+        if PRECISIONS[precision].gguf and engine in {"vllm", "sglang"}:
+            raise FleetFileError(
+                f"{path}: '{precision}' in precisions of model '{model.name}' is a format of llama.cpp, and its engine "
+                f'is {engine}. Write engine = "llamacpp" there, or another precision.'
+            )
+    slo = model.slo or default_slo(llm)
+    for key, value, most in (
+        ("ttft_s", slo.ttft_s, DAY_S),
+        ("tpot_s", slo.tpot_s, DAY_S),
+        ("fraction", slo.fraction, 1),
+    ):
+        if not 0 < value < most:
+            raise FleetFileError(
+                f"{path}: {key} = {value:g} in slo of model '{model.name}' must lie between 0 and {most}."
             )
     if model.max_context_tokens > llm.max_context_tokens:
         raise FleetFileError(
@@ -266,10 +312,10 @@ def _complete_model(model: Model, path: Path) -> Model:
     return replace(
         model,
         weights=str(local.resolve()) if local.exists() else model.weights,
-        precisions=model.precisions or default_precisions(llm),
+        precisions=tuple(dict.fromkeys(model.precisions)) or default_precisions(llm),
         max_context_tokens=model.max_context_tokens or min(llm.max_context_tokens, DEFAULT_CONTEXT_TOKENS),
-        slo=model.slo or default_slo(llm),
-        engine=model.engine or ("llamacpp" if llm.weights_file else "vllm"),
+        slo=slo,
+        engine=engine,
     )
 
 
@@ -304,8 +350,8 @@ def _check_shares(tenants: tuple[Tenant, ...], gpus: int, path: Path) -> None:
             )
 
 
-def _complete_demand(demand: Demand, fleet: Fleet, path: Path) -> Demand:
-    where = f"[[demand]] of tenant '{demand.tenant or '?'}'"
+def _complete_demand(demand: Demand, number: int, fleet: Fleet, path: Path) -> Demand:
+    where = f"[[demand]] number {number}"
     for kind, name, parts in (("tenant", demand.tenant, fleet.tenants), ("model", demand.model, fleet.models)):
         if not name and len(parts) > 1:
             names = ", ".join(part.name for part in parts)
@@ -315,7 +361,10 @@ def _complete_demand(demand: Demand, fleet: Fleet, path: Path) -> Demand:
         fleet.tenant(tenant)
         fleet.model(model)
     if (demand.requests_per_s is None) == (not demand.trace):
-        raise FleetFileError(f"{path}: {where} needs either requests_per_s or a trace, not both. Write one of them.")
+        has = "both" if demand.trace else "neither"
+        raise FleetFileError(
+            f"{path}: {where} needs either requests_per_s or a trace; it has {has}. Write one of them."
+        )
     if isinstance(demand.requests_per_s, tuple) and len(demand.requests_per_s) != HOURS:
         raise FleetFileError(
             f"{path}: requests_per_s of {where} lists {len(demand.requests_per_s)} rates. Write one number, or "

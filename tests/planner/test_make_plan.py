@@ -6,9 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from waterline import catalog
 from waterline.errors import InfeasibleError
 from waterline.fleet import Demand, Fleet, Model, Pool, Tenant, load_fleet
+from waterline.hardware import Node
 from waterline.planner import make_plan
+from waterline.planner.candidates import layouts
 from waterline.workload import Slo
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -109,7 +112,7 @@ def test_more_than_the_fleet_can_do_says_how_much_is_missing() -> None:
 
 
 def test_more_than_a_tenant_may_use_is_refused() -> None:
-    with pytest.raises(InfeasibleError, match="tenant 'public' needs 1.0 GPUs at its peak, its limit is 0.0 of 24"):
+    with pytest.raises(InfeasibleError, match="tenant 'public' needs 1.0 GPUs at its peak, its limit is 0.024 of 24"):
         make_plan(fleet(limit=0.001))
 
 
@@ -173,3 +176,67 @@ def test_no_gpu_is_given_twice_and_no_card_holds_more_than_it_can(
         assert replica.cache_tokens >= replica.max_context_tokens
         assert replica.tpot_s <= EASY.tpot_s
     assert {replica.model for replica in plan.replicas} == {"chat", "coder"}
+
+
+def day_and_night(day: float, night: float) -> Fleet:
+    """Return many short requests by day and few long ones by night."""
+    base = fleet()
+    return replace(
+        base,
+        tenants=(Tenant(name="day", deserved=0.5), Tenant(name="night", deserved=0.5)),
+        demand=(
+            Demand(
+                tenant="day", model="chat", requests_per_s=(0.0,) * 9 + (day,) * 15, prompt_tokens=200, output_tokens=50
+            ),
+            Demand(
+                tenant="night",
+                model="chat",
+                requests_per_s=(night,) * 6 + (0.0,) * 18,
+                prompt_tokens=4000,
+                output_tokens=1000,
+            ),
+        ),
+    )
+
+
+def test_the_hardest_hour_is_planned_for_not_the_one_with_most_requests() -> None:
+    both = make_plan(day_and_night(day=6.0, night=5.0))
+    night = make_plan(day_and_night(day=0.0, night=5.0))
+    assert both.gpus == night.gpus > make_plan(day_and_night(day=6.0, night=0.0)).gpus
+
+
+def test_gpus_are_shared_by_gpu_time_not_by_requests() -> None:
+    base = fleet()
+    wish = replace(
+        base,
+        tenants=(Tenant(name="light", deserved=0.5), Tenant(name="heavy", deserved=0.5)),
+        demand=(
+            Demand(tenant="light", model="chat", requests_per_s=10.0, prompt_tokens=50, output_tokens=10),
+            Demand(tenant="heavy", model="chat", requests_per_s=2.0, prompt_tokens=3000, output_tokens=400),
+        ),
+    )
+    plan = make_plan(wish)
+    light, heavy = plan.tenants
+    assert heavy.gpus > 5 * light.gpus  # a fifth of the requests, and more than forty times the tokens
+    assert light.gpus + heavy.gpus == pytest.approx(plan.gpus)
+
+
+def test_replicas_are_numbered_without_a_gap_or_a_double() -> None:
+    one_pool = make_plan(fleet(requests_per_s=1.0)).replicas[0].requests_per_s
+    plan = make_plan(fleet(requests_per_s=one_pool * 17))
+    assert [replica.id for replica in plan.replicas] == [f"chat/{number}" for number in range(len(plan.replicas))]
+
+
+def test_short_answers_are_not_dearer_than_long_ones() -> None:
+    def gpus(output_tokens: int) -> int:
+        demand = Demand(tenant="public", model="chat", requests_per_s=20.0, output_tokens=output_tokens)
+        return make_plan(replace(fleet(), demand=(demand,))).gpus
+
+    assert gpus(1) <= gpus(2) <= gpus(200)
+
+
+def test_layouts_divide_heads_and_layers() -> None:
+    node = Node(gpu=catalog.find_gpu("l4"), gpus=8)
+    qwen = catalog.find_model("qwen2.5-7b-instruct")  # 28 heads
+    assert [str(layout) for layout in layouts(qwen, node, 1)] == ["tp1", "tp2", "tp4", "tp4 pp2"]
+    assert max(layout.pp for layout in layouts(qwen, node, 1000)) == 8

@@ -8,18 +8,19 @@ from numpy.random import PCG64, Generator
 from examples import CARD, DENSE, ENGINE
 from waterline.cost import StepCost, serving_point, step_cost
 from waterline.plan import Layout
-from waterline.planner.queueing import pace_at, quantile_s, sustained_requests_per_s
+from waterline.planner.queueing import pace_at, quantile_s, sustained_requests_per_s, usual_lengths
 from waterline.rehearsal import completion
 from waterline.rehearsal.arrivals import poisson_trace
 from waterline.rehearsal.oracle import Capacity, serve
 from waterline.workload import Slo
 
 PROMPT, OUTPUT = 400, 80
+LENGTHS = usual_lengths(PROMPT, OUTPUT)
 STEP = step_cost(DENSE, CARD, Layout(), "bf16", ENGINE)
 
 
 def test_a_lone_request_is_never_interrupted() -> None:
-    alone = pace_at(STEP, 0.0, PROMPT, OUTPUT)
+    alone = pace_at(STEP, 0.0, LENGTHS)
     assert alone is not None
     assert alone.batch == 0
     assert alone.late_tokens_fraction(alone.plain_s * 1.001) == 0.0
@@ -29,7 +30,7 @@ def test_a_lone_request_is_never_interrupted() -> None:
 
 @given(st.floats(0.1, 100), st.floats(1.0, 1.5), st.floats(1e-3, 1))
 def test_a_higher_rate_is_never_in_better_time(requests_per_s: float, more: float, time_s: float) -> None:
-    slower, faster = (pace_at(STEP, rate, PROMPT, OUTPUT) for rate in (requests_per_s * more, requests_per_s))
+    slower, faster = (pace_at(STEP, rate, LENGTHS) for rate in (requests_per_s * more, requests_per_s))
     assert faster is not None
     if slower is not None:
         assert slower.late_first_fraction(time_s) >= faster.late_first_fraction(time_s) - 1e-9
@@ -37,20 +38,20 @@ def test_a_higher_rate_is_never_in_better_time(requests_per_s: float, more: floa
 
 
 def test_more_than_it_can_read_falls_behind() -> None:
-    assert pace_at(STEP, 1e4, PROMPT, OUTPUT) is None
+    assert pace_at(STEP, 1e4, LENGTHS) is None
 
 
 def test_an_slo_below_a_lone_request_sustains_nothing() -> None:
-    assert sustained_requests_per_s(STEP, PROMPT, OUTPUT, 64, Slo(ttft_s=1.0, tpot_s=0.001)) == 0.0
+    assert sustained_requests_per_s(STEP, LENGTHS, 64, Slo(ttft_s=1.0, tpot_s=0.001)) == 0.0
 
 
 def test_full_all_the_time_is_an_upper_bound() -> None:
-    sustained = sustained_requests_per_s(STEP, PROMPT, OUTPUT, 64, Slo(ttft_s=10.0, tpot_s=10.0))
+    sustained = sustained_requests_per_s(STEP, LENGTHS, 64, Slo(ttft_s=10.0, tpot_s=10.0))
     assert 0 < sustained < serving_point(STEP, 64, PROMPT, OUTPUT).requests_per_s
 
 
 def test_a_quantile_is_where_the_late_fraction_says() -> None:
-    pace = pace_at(STEP, 20.0, PROMPT, OUTPUT)
+    pace = pace_at(STEP, 20.0, LENGTHS)
     assert pace is not None
     ttft_s = quantile_s(pace.late_first_fraction, 0.95)
     assert pace.late_first_fraction(ttft_s) <= 0.05 < pace.late_first_fraction(ttft_s * 0.98)
@@ -66,7 +67,7 @@ def test_a_quantile_is_where_the_late_fraction_says() -> None:
     ],
 )
 def test_at_the_sustained_rate_the_rehearsal_sees_no_more_than_half_as_many_late_again(slo: Slo) -> None:
-    rate = sustained_requests_per_s(STEP, PROMPT, OUTPUT, 64, slo)
+    rate = sustained_requests_per_s(STEP, LENGTHS, 64, slo)
     late = 1 - share_within(STEP, rate, slo)
     assert late <= 1.5 * (1 - slo.fraction), (
         f"{late:.4f} late at {rate:.2f} requests/s, {1 - slo.fraction:.4f} promised"
@@ -85,7 +86,7 @@ def share_within(step: StepCost, requests_per_s: float, slo: Slo) -> float:
         first_hour=0,
         generator=Generator(PCG64(7)),
     )
-    reading = pace_at(step, requests_per_s, PROMPT, OUTPUT)
+    reading = pace_at(step, requests_per_s, LENGTHS)
     assert reading is not None
     replica = Capacity(
         replica="chat/0",

@@ -16,8 +16,12 @@ class ServingPoint:
     requests_per_s: float
 
 
-def serving_point(step: StepCost, batch: int, prompt_tokens: int, output_tokens: int) -> ServingPoint:
+def serving_point(
+    step: StepCost, batch: int, prompt_tokens: int, output_tokens: int, context_tokens: int = 0
+) -> ServingPoint:
     """Return the closed-loop steady state at a batch, with chunked prefill.
+
+    `context_tokens` is the mean context of the answers under way; 0 takes it from requests that are all alike.
 
     `batch / output_tokens` requests finish in a step, and as many prompts have to be read. An engine reads them in
     chunks as large as a step has room for, so a share of the steps carries a full chunk and the others none; a token
@@ -26,8 +30,9 @@ def serving_point(step: StepCost, batch: int, prompt_tokens: int, output_tokens:
     """
     room = max(1, step.step_tokens - batch)
     chunks_per_step = batch / output_tokens * prompt_tokens / room
+    context_tokens = context_tokens or prompt_tokens + output_tokens // 2
     decodes = max(1, round(batch / max(1.0, chunks_per_step)))  # the others wait for their prompt to be read
-    cached_tokens = decodes * (prompt_tokens + output_tokens // 2)
+    cached_tokens = decodes * context_tokens
     pairs = round(prefill_pairs(0, prompt_tokens) / prompt_tokens * room)
     plain_s = step.step_ps(0, 0, decodes, cached_tokens) / PICOSECONDS_PER_S
     chunk_s = step.step_ps(room, pairs, decodes, cached_tokens) / PICOSECONDS_PER_S
@@ -36,7 +41,7 @@ def serving_point(step: StepCost, batch: int, prompt_tokens: int, output_tokens:
     tpot_s = mean_s * max(1.0, chunks_per_step)
     return ServingPoint(
         batch=batch,
-        ttft_s=mean_s / 2 + _prefill_s(step, prompt_tokens, batch, prompt_tokens + output_tokens // 2),
+        ttft_s=mean_s / 2 + _prefill_s(step, prompt_tokens, batch, context_tokens),
         tpot_s=tpot_s,
         requests_per_s=batch / (output_tokens * tpot_s),
     )

@@ -5,7 +5,7 @@ layout can serve whole is spread over several, the cheapest first: a mixed fleet
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from waterline.errors import InfeasibleError
@@ -16,6 +16,7 @@ from waterline.planner.candidates import Candidate, Rejection, expected_times_s,
 from waterline.planner.explain import why, why_not, why_not_enough, why_over_limit
 from waterline.planner.needs import Need, needs
 from waterline.planner.packing import FreeGpus
+from waterline.planner.queueing import Pace
 from waterline.units import HOUR_S, MEGA
 
 __all__ = ["make_plan"]
@@ -48,20 +49,22 @@ class Option:
 def make_plan(fleet: Fleet) -> Plan:
     """Plan a fleet. Raises InfeasibleError naming what is short, by how much, and what would help."""
     free = FreeGpus(fleet)
-    asked = needs(fleet)
-    placed: dict[str, tuple[ModelPlan, list[Replica]]] = {}
-    for need in sorted(asked, key=lambda need: -fleet.llm_of(need.model).parameters):
-        options = _options(fleet, need)
+    models: dict[str, ModelPlan] = {}
+    replicas: dict[str, list[Replica]] = {}
+    used = dict.fromkeys((tenant.name for tenant in fleet.tenants), 0.0)
+    for model in sorted(fleet.models, key=lambda model: -fleet.llm_of(model).parameters):
+        hours = [(need, _options(fleet, need)) for need in needs(fleet, model)]
+        need, options = max(hours, key=lambda hour: hour[1][0].total(hour[0].requests_per_s))
         chosen = _choose(need, options, free)
-        replicas = _replicas(need, chosen, free)
-        placed[need.model.name] = (_model_plan(need, options, chosen, replicas), replicas)
-    models = tuple(placed[model.name][0] for model in fleet.models)
-    tenants = _tenant_plans(fleet, asked, models)
+        replicas[model.name] = _replicas(need, chosen, free)
+        models[model.name] = _model_plan(need, options, chosen, replicas[model.name])
+        for tenant, gpus in _gpus_by_tenant(need, chosen, models[model.name].gpus).items():
+            used[tenant] += gpus
     return Plan(
         fleet=fleet,
-        models=models,
-        tenants=tenants,
-        replicas=tuple(replica for model in fleet.models for replica in placed[model.name][1]),
+        models=tuple(models[model.name] for model in fleet.models),
+        tenants=_tenant_plans(fleet, used),
+        replicas=tuple(replica for model in fleet.models for replica in replicas[model.name]),
     )
 
 
@@ -72,7 +75,7 @@ def _options(fleet: Fleet, need: Need) -> list[Option]:
     for pool in fleet.pools:
         node = Node(gpu=fleet.gpu_of(pool), gpus=pool.gpus_per_node)
         for precision in need.model.precisions:
-            for layout in layouts(node, pool.nodes):
+            for layout in layouts(llm, node, pool.nodes):
                 priced = price(llm, node, layout, precision, need.model.engine, need.work)
                 if isinstance(priced, Rejection):
                     rejections.append((pool.name, priced))
@@ -111,12 +114,12 @@ def _replicas(need: Need, chosen: Sequence[tuple[Option, int]], free: FreeGpus) 
     replicas: list[Replica] = []
     for option, count in chosen:
         candidate, work = option.candidate, need.work
-        requests_per_s = candidate.requests_per_s * min(1.0, need.requests_per_s / capacity)
-        pace = pace_of(candidate.step, requests_per_s, work)
+        pace = _pace(need, option, capacity)
         ttft_s, tpot_s = expected_times_s(pace, work.slo)
-        replicas.extend(
+        first = len(replicas)
+        replicas += [
             Replica(
-                id=f"{need.model.name}/{len(replicas) + index}",
+                id=f"{need.model.name}/{first + index}",
                 model=need.model.name,
                 pool=option.pool.name,
                 places=free.take(option.pool.name, candidate.layout),
@@ -127,28 +130,35 @@ def _replicas(need: Need, chosen: Sequence[tuple[Option, int]], free: FreeGpus) 
                 max_batch=candidate.full.batch,
                 cache_tokens=candidate.cache_tokens,
                 requests_per_s=candidate.requests_per_s,
-                prefill_tokens_per_s=work.prompt_tokens / pace.read_s,
-                tokens_per_s=candidate.full.requests_per_s * (work.prompt_tokens + work.output_tokens),
+                prefill_tokens_per_s=work.lengths.prompt_tokens / pace.read_s,
+                tokens_per_s=candidate.full.requests_per_s * (work.lengths.prompt_tokens + work.lengths.output_tokens),
                 ttft_s=ttft_s,
                 tpot_s=tpot_s,
                 usd_per_hour=option.usd_per_hour,
             )
             for index in range(count)
-        )
+        ]
     return replicas
+
+
+def _pace(need: Need, option: Option, capacity_requests_per_s: float) -> Pace:
+    """Return the pace of a replica that gets its part of the rate."""
+    part = min(1.0, need.requests_per_s / capacity_requests_per_s)
+    return pace_of(option.candidate.step, option.candidate.requests_per_s * part, need.work)
 
 
 def _model_plan(
     need: Need, options: Sequence[Option], chosen: Sequence[tuple[Option, int]], replicas: Sequence[Replica]
 ) -> ModelPlan:
     usd_per_hour = sum(replica.usd_per_hour for replica in replicas)
-    tokens_per_hour = need.requests_per_s * (need.work.prompt_tokens + need.work.output_tokens) * HOUR_S
+    lengths = need.work.lengths
+    tokens_per_hour = need.requests_per_s * (lengths.prompt_tokens + lengths.output_tokens) * HOUR_S
     priced = [(option.total(need.requests_per_s)[0], str(option)) for option in options]
     return ModelPlan(
         model=need.model.name,
         requests_per_s=need.requests_per_s,
-        prompt_tokens=need.work.prompt_tokens,
-        output_tokens=need.work.output_tokens,
+        prompt_tokens=lengths.prompt_tokens,
+        output_tokens=lengths.output_tokens,
         replicas=len(replicas),
         gpus=sum(replica.layout.gpus for replica in replicas),
         usd_per_hour=usd_per_hour,
@@ -158,13 +168,22 @@ def _model_plan(
     )
 
 
-def _tenant_plans(fleet: Fleet, asked: Sequence[Need], models: Sequence[ModelPlan]) -> tuple[TenantPlan, ...]:
-    """Share each model's GPUs among its tenants by their requests, and hold the sum against their limits."""
-    used = dict.fromkeys((tenant.name for tenant in fleet.tenants), 0.0)
-    for need, model in zip(asked, models, strict=True):
-        for tenant, requests_per_s in need.tenants.items():
-            if need.requests_per_s > 0:
-                used[tenant] += model.gpus * requests_per_s / need.requests_per_s
+def _gpus_by_tenant(need: Need, chosen: Sequence[tuple[Option, int]], gpus: int) -> dict[str, float]:
+    """Share a model's GPUs among its tenants by the GPU time of their requests: reading, and writing in a batch."""
+    option = chosen[0][0]
+    capacity = sum(option.candidate.requests_per_s * count for option, count in chosen)
+    pace = _pace(need, option, capacity)
+    per_prompt_token_s = pace.read_s / need.work.lengths.prompt_tokens
+    per_output_token_s = pace.plain_s / max(1.0, pace.batch)
+    times: dict[str, float] = {}
+    for one in need.asked:
+        time = one.prompt_tokens * per_prompt_token_s + one.output_tokens * per_output_token_s
+        times[one.tenant] = times.get(one.tenant, 0.0) + one.requests_per_s * time
+    return {tenant: gpus * time / sum(times.values()) for tenant, time in times.items()}
+
+
+def _tenant_plans(fleet: Fleet, used: Mapping[str, float]) -> tuple[TenantPlan, ...]:
+    """Hold what each tenant uses against its limit."""
     plans = tuple(
         TenantPlan(
             tenant=tenant.name,

@@ -18,17 +18,18 @@ from waterline.cost import (
 from waterline.hardware import Node
 from waterline.llm import PRECISIONS, Llm
 from waterline.plan import Layout, Limit
-from waterline.planner.queueing import Pace, context_under_way, pace_at, quantile_s, sustained_requests_per_s
+from waterline.planner.queueing import Lengths, Pace, pace_at, quantile_s, sustained_requests_per_s
 from waterline.units import gib_text, seconds_text
 from waterline.workload import Slo
+
+MOST_STAGES = 8  # of a pipeline: each adds its latency to every token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What one replica has to do: requests of these mean lengths, in at most this context, within this SLO."""
+    """What one replica has to do: requests of these lengths, in at most this context, within this SLO."""
 
-    prompt_tokens: int
-    output_tokens: int
+    lengths: Lengths
     max_context_tokens: int
     slo: Slo
 
@@ -61,19 +62,20 @@ class Rejection:
     reason: str
 
 
-def layouts(node: Node, nodes: int) -> Iterator[Layout]:
+def layouts(llm: Llm, node: Node, nodes: int) -> Iterator[Layout]:
     """Yield tensor parallel degrees inside a node, then pipelines of such groups over several nodes.
 
-    Tensor parallelism never leaves a node: its all-reduces need the fast link. Without a PCIe bus there is no network
-    to span nodes with.
+    Tensor parallelism never leaves a node, because its all-reduces need the fast link, and divides the heads evenly,
+    because engines ask for that. A stage has at least a layer. Without a PCIe bus there is no network to span nodes
+    with.
     """
-    degree = 1
-    while degree <= node.gpus:
+    degree = whole_node = 1
+    while degree <= node.gpus and all(group.query_heads % degree == 0 for group in llm.attention):
         yield Layout(tp=degree)
-        degree *= 2
-    whole_node = degree // 2
-    for stages in range(2, (nodes if node.gpu.pcie_bytes_per_s else 1) + 1):
-        yield Layout(tp=whole_node, pp=stages)
+        whole_node, degree = degree, 2 * degree
+    stages = min(nodes * (node.gpus // whole_node), llm.layers, MOST_STAGES) if node.gpu.pcie_bytes_per_s else 1
+    for count in range(2, stages + 1):
+        yield Layout(tp=whole_node, pp=count)
 
 
 def price(llm: Llm, node: Node, layout: Layout, precision: str, engine: str, work: Work) -> Candidate | Rejection:
@@ -93,8 +95,8 @@ def price(llm: Llm, node: Node, layout: Layout, precision: str, engine: str, wor
     if tokens == 0:
         return reject("memory", *_memory_shortfall(llm, node, layout, memory, work))
     step = step_cost(llm, gpu, layout, precision, profile)
-    most = min(profile.max_batch, max(1, tokens // context_under_way(work.prompt_tokens, work.output_tokens)))
-    requests_per_s = sustained_requests_per_s(step, work.prompt_tokens, work.output_tokens, most, work.slo)
+    most = min(profile.max_batch, max(1, tokens // work.lengths.context_tokens))
+    requests_per_s = sustained_requests_per_s(step, work.lengths, most, work.slo)
     if requests_per_s == 0.0:
         return reject(*_slo_shortfall(pace_of(step, 0.0, work), work.slo))
     return Candidate(
@@ -113,7 +115,7 @@ def price(llm: Llm, node: Node, layout: Layout, precision: str, engine: str, wor
 
 def pace_of(step: StepCost, requests_per_s: float, work: Work) -> Pace:
     """Return the pace at a rate that is known to be sustained."""
-    pace = pace_at(step, requests_per_s, work.prompt_tokens, work.output_tokens)
+    pace = pace_at(step, requests_per_s, work.lengths)
     assert pace is not None  # noqa: S101 - what was sustained does not fall behind
     return pace
 
@@ -156,9 +158,13 @@ def _memory_shortfall(llm: Llm, node: Node, layout: Layout, memory: MemoryUse, w
 
 def _full(step: StepCost, most: int, work: Work) -> ServingPoint:
     """Return the point of the largest batch whose time per token is within the SLO; that time grows with the batch."""
+
+    def at(batch: int) -> ServingPoint:
+        lengths = work.lengths
+        return serving_point(step, batch, lengths.prompt_tokens, lengths.output_tokens, lengths.context_tokens)
+
     low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2
-        point = serving_point(step, middle, work.prompt_tokens, work.output_tokens)
-        low, high = (middle, high) if point.tpot_s <= work.slo.tpot_s else (low, middle - 1)
-    return serving_point(step, low, work.prompt_tokens, work.output_tokens)
+        low, high = (middle, high) if at(middle).tpot_s <= work.slo.tpot_s else (low, middle - 1)
+    return at(low)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import ceil
 
 from waterline.fleet import Fleet
 from waterline.hardware import Node
@@ -53,8 +54,8 @@ def why_not_enough(need: Need, chosen: Sequence[tuple[str, int]], missing_reques
 
 def why_over_limit(plan: TenantPlan, fleet_gpus: int) -> str:
     return (
-        f"tenant '{plan.tenant}' needs {plan.gpus:.1f} GPUs at its peak, its limit is {plan.limit_gpus:.1f} of "
-        f"{fleet_gpus}. Raise its limit to {plan.gpus / fleet_gpus:.2f} or more, or lower its demand."
+        f"tenant '{plan.tenant}' needs {plan.gpus:.1f} GPUs at its peak, its limit is {plan.limit_gpus:.3g} of "
+        f"{fleet_gpus}. Raise its limit to {ceil(100 * plan.gpus / fleet_gpus) / 100:.2f} or more, or lower its demand."
     )
 
 
@@ -82,7 +83,7 @@ def _first(need: Need, fleet: Fleet, work: Work, precisions: Sequence[str]) -> t
         for pool in fleet.pools
         for node in [Node(gpu=fleet.gpu_of(pool), gpus=pool.gpus_per_node)]
         for precision in precisions
-        for layout in layouts(node, pool.nodes)
+        for layout in layouts(llm, node, pool.nodes)
         if isinstance(priced := price(llm, node, layout, precision, need.model.engine, work), Candidate)
     ]
     return min(runs, key=lambda run: run[1].step.weights_ps, default=None)

@@ -7,10 +7,12 @@ from msgspec import Struct
 
 from waterline import catalog
 from waterline.cost import serving_point
+from waterline.errors import InputError
 from waterline.hardware import Gpu, Node
 from waterline.llm import PRECISIONS, Llm
 from waterline.plan import Layout
 from waterline.planner.candidates import Candidate, Work, layouts, price
+from waterline.planner.queueing import usual_lengths
 from waterline.units import HOUR_S, MEGA
 from waterline.workload import Slo
 
@@ -56,14 +58,22 @@ def fits(
 
     A price derived from what a card costs to buy leaves out power and housing, so those stand behind rented ones.
     """
+    llamacpp_only = [precision for precision in precisions if PRECISIONS[precision].gguf]
+    if llamacpp_only and engine in {"vllm", "sglang"}:
+        raise InputError(
+            f"{llamacpp_only[0]} is a format of llama.cpp, {engine} does not run it. Add --engine llamacpp, or take "
+            "another --precision."
+        )
     work = Work(
-        prompt_tokens=min(PROMPT_TOKENS, context_tokens * 5 // 6),
-        output_tokens=min(OUTPUT_TOKENS, context_tokens // 6),
-        max_context_tokens=context_tokens,
-        slo=ANY_TIME,
+        lengths=usual_lengths(*example_lengths(context_tokens)), max_context_tokens=context_tokens, slo=ANY_TIME
     )
     found = [_fit(llm, gpu, precisions, engine, work, concurrency) for gpu in gpus]
     return sorted(found, key=_rank)
+
+
+def example_lengths(context_tokens: int) -> tuple[int, int]:
+    """Return the prompt and output tokens of the requests that times are given for."""
+    return max(1, min(PROMPT_TOKENS, context_tokens * 5 // 6)), max(1, min(OUTPUT_TOKENS, context_tokens // 6))
 
 
 def _rank(fit: Fit) -> tuple[bool, bool, bool, float, int]:
@@ -73,10 +83,10 @@ def _rank(fit: Fit) -> tuple[bool, bool, bool, float, int]:
 def _fit(llm: Llm, gpu: Gpu, precisions: tuple[str, ...], engine: str, work: Work, concurrency: int) -> Fit:
     node = Node(gpu=gpu, gpus=gpu.gpus_per_node)
     why_not, nearest = "", math.inf
-    for precision, layout in _smallest_first(node, precisions):
+    for precision, layout in _smallest_first(llm, node, precisions):
         priced = price(llm, node, layout, precision, engine, work)
         if isinstance(priced, Candidate):
-            most = priced.cache_tokens // work.max_context_tokens
+            most = min(priced.cache_tokens // work.max_context_tokens, priced.engine.max_batch)
             if most >= concurrency:
                 return _runs(llm, priced, work, concurrency)
             cards = f"{layout.gpus} {gpu.id} hold" if layout.gpus > 1 else f"one {gpu.id} holds"
@@ -87,19 +97,20 @@ def _fit(llm: Llm, gpu: Gpu, precisions: tuple[str, ...], engine: str, work: Wor
     return Fit(gpu=gpu.id, vendor=gpu.vendor, runs=False, why_not=why_not)
 
 
-def _smallest_first(node: Node, precisions: tuple[str, ...]) -> Iterator[tuple[str, Layout]]:
+def _smallest_first(llm: Llm, node: Node, precisions: tuple[str, ...]) -> Iterator[tuple[str, Layout]]:
     """Fewer cards before more, and on the same cards the precision with more bits first."""
     best_first = sorted(precisions, key=lambda name: -PRECISIONS[name].bits)
-    for layout in layouts(node, MOST_NODES):
+    for layout in layouts(llm, node, MOST_NODES):
         for precision in best_first:
             yield precision, layout
 
 
 def _runs(llm: Llm, candidate: Candidate, work: Work, concurrency: int) -> Fit:
-    now = serving_point(candidate.step, concurrency, work.prompt_tokens, work.output_tokens)
+    prompt_tokens, output_tokens = work.lengths.prompt_tokens, work.lengths.output_tokens
+    now = serving_point(candidate.step, concurrency, prompt_tokens, output_tokens)
     price_per_gpu = catalog.usd_per_gpu_hour(candidate.node.gpu.id)
     usd_per_hour = price_per_gpu.usd_per_gpu_hour * candidate.layout.gpus if price_per_gpu else None
-    tokens_per_hour = candidate.full.requests_per_s * (work.prompt_tokens + work.output_tokens) * HOUR_S
+    tokens_per_hour = candidate.full.requests_per_s * (prompt_tokens + output_tokens) * HOUR_S
     return Fit(
         gpu=candidate.node.gpu.id,
         vendor=candidate.node.gpu.vendor,
