@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waterline.errors import FleetFileError, UnknownNameError, WaterlineError
-from waterline.fleet import load_fleet
+from waterline.fleet import check_fleet, load_fleet
 
 TEN_LINES = """
 name = "box"
@@ -177,3 +177,57 @@ def test_whatever_is_written_the_answer_is_a_fleet_or_one_of_our_errors(
         load_fleet(write(tmp_path_factory.mktemp("fleets"), text))
     except WaterlineError as error:
         assert str(error).endswith((".", "?", "…", "'")), str(error)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            'name = "chat"',
+            'name = "chat"\nslo = { ttft_s = 0.0, tpot_s = 0.1 }',
+            "ttft_s = 0 in slo of model 'chat' must lie between 0 and 86400",
+        ),
+        ('name = "chat"', 'name = "chat"\nslo = { ttft_s = 1.0, tpot_s = inf }', "tpot_s = inf in slo"),
+        (
+            'name = "chat"',
+            'name = "chat"\nslo = { ttft_s = 1.0, tpot_s = 0.1, fraction = 1.0 }',
+            "fraction = 1 in slo .* between 0 and 1",
+        ),
+        ('name = "chat"', 'name = "chat"\nslo = { ttft_s = 1.0, tpot_s = 0.1, fraction = nan }', "fraction = nan"),
+        ("requests_per_s = 1.0", "requests_per_s = inf", "'requests_per_s' of .*number 1: expected"),
+        ("requests_per_s = 1.0", "requests_per_s = -1.0", "'requests_per_s' of .*number 1: expected"),
+        ('gpu = "RTX 4090"', 'gpu = "RTX 4090"\nusd_per_gpu_hour = inf', "'usd_per_gpu_hour' of .*: expected a number"),
+        (
+            'gpu = "RTX 4090"',
+            'gpu = "RTX 4090"\nnodes = 100_000_000',
+            "'nodes' of .*: expected a whole number <= 10000000",
+        ),
+        ('name = "chat"', 'name = " chat"', "the name ' chat' of a model has blanks around it"),
+        ('name = "chat"', r'name = "chat\u001b[31m"', "what cannot be printed"),
+        (
+            'name = "chat"',
+            'name = "chat"\nprecisions = ["q4_k_m"]',
+            "'q4_k_m' .* is a format of llama.cpp, and its engine is vllm",
+        ),
+        (
+            'name = "chat"',
+            'name = "chat"\nengine = "openai"\nurl = "nonsense"',
+            "url = 'nonsense' of model 'chat' must begin with http",
+        ),
+    ],
+)
+def test_numbers_and_names_that_mean_nothing_are_refused(tmp_path: Path, before: str, after: str, message: str) -> None:
+    with pytest.raises(FleetFileError, match=message):
+        load_fleet(write(tmp_path, TEN_LINES.replace(before, after, 1)))
+
+
+def test_an_empty_file_and_a_byte_order_mark(tmp_path: Path) -> None:
+    with pytest.raises(FleetFileError, match="is empty. A fleet needs at least name"):
+        load_fleet(write(tmp_path, "\n"))
+    assert load_fleet(write(tmp_path, "\ufeff" + TEN_LINES)).name == "box"
+
+
+def test_checking_a_fleet_twice_changes_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path, WHOLE)
+    fleet = load_fleet(path)
+    assert check_fleet(fleet, path) == fleet

@@ -117,3 +117,9 @@ def test_a_model_the_hub_hides_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     fake_library(monkeypatch, tmp_path, 200)
     with pytest.raises(UnknownNameError, match="not a JSON object"):
         catalog.load_model("some/list", tmp_path)
+
+
+def test_a_model_whose_id_on_the_hub_has_changed_is_still_known() -> None:
+    assert catalog.load_model("meta-llama/Llama-3.1-70B", Path()).name == "meta-llama/Meta-Llama-3.1-70B"
+    with pytest.raises(UnknownNameError):
+        catalog.load_model("somebody/Llama-3.1-70B", Path())

@@ -76,9 +76,16 @@ def load_model(weights: str, folder: Path) -> Llm:
         raise UnknownNameError(
             f"there is no file {path}. Give a .gguf file, a folder with config.json, or a model's name."
         )
-    if not hub.is_hub_id(weights) or naming.called(weights, llms.names()):
-        return find_model(weights)
+    if not hub.is_hub_id(weights) or naming.called(weights, llms.names()) or _renamed(weights):
+        return find_model(_renamed(weights) or weights)
     return read_config(hub.fetch_config(weights), name=weights)
+
+
+def _renamed(hub_id: str) -> str:
+    """Return the one model of the same organisation that goes by that name: its id on the Hub has changed."""
+    organisation, _, name = hub_id.partition("/")
+    ids = [found for found in naming.called(name, llms.names()) if found.partition("/")[0] == organisation]
+    return ids[0] if len(ids) == 1 else ""
 
 
 def _exists(path: Path) -> bool:

@@ -102,12 +102,14 @@ def step_cost(llm: Llm, gpu: Gpu, layout: Layout, precision: str, engine: Engine
 
     all_bytes = weights_bytes(llm, precision)
     expert_bytes = llm.expert_parameters * form.bits / 8
-    embedding_lookup = 0 if llm.tied_embeddings else llm.vocabulary * llm.hidden * 2  # a row a token: not read whole
+    unread_bytes = 2.0 * llm.vision_parameters
+    if not llm.tied_embeddings:  # the input embedding: a row for each token
+        unread_bytes += llm.vocabulary * llm.hidden * (16 if form.keeps_embeddings else form.bits) / 8
     body = llm.active_parameters - embedding_parameters(llm)
     state_elements = sum(g.layers * g.state_elements for g in llm.attention if g.kind == "state")
     return StepCost(
         overhead_ps=engine.step_overhead_ps,
-        weights_ps=_ps(max(0.0, all_bytes - expert_bytes - embedding_lookup) * read_s),
+        weights_ps=_ps(max(0.0, all_bytes - expert_bytes - unread_bytes) * read_s),
         experts_ps=tuple(_ps(expert_bytes * share * read_s) for share in _expert_shares(llm)),
         state_ps_per_sequence=_ps(2 * state_elements * CACHE_ELEMENT_BYTES * read_s),
         attention=tuple(
