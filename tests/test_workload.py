@@ -106,6 +106,35 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         write_trace(Trace(name="any", requests=[]), tmp_path / "trace.csv" / "t.csv")
 
 
+def test_a_trace_is_sorted_and_every_request_asks_for_something() -> None:
+    def trace(*arrivals_s: float, output_tokens: int = 5) -> Trace:
+        return Trace(
+            name="mine",
+            requests=[Request(arrival_s=one, prompt_tokens=9, output_tokens=output_tokens) for one in arrivals_s],
+        )
+
+    assert trace(0.0, 0.0, 3.0).duration_s == 3.0
+    for arrivals_s in ([1.0, 0.5], [-1.0], [0.0, float("nan")], [float("inf")]):
+        with pytest.raises(TraceError, match=rf"request {len(arrivals_s)} of the trace 'mine' arrives at .*Sort"):
+            trace(*arrivals_s)
+    with pytest.raises(TraceError, match=r"request 1 of the trace 'mine' has 9 \+ 0 tokens"):
+        trace(0.0, output_tokens=0)
+
+
+def test_a_trace_is_written_through_links_and_to_a_path_that_is_text(tmp_path: Path) -> None:
+    trace = Trace(name="any", requests=[Request(arrival_s=0.0, prompt_tokens=1, output_tokens=2)])
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    write_trace(trace, str(tmp_path / "link.csv"))
+    assert (tmp_path / "link.csv").is_symlink()
+    assert read_trace(str(tmp_path / "real.csv")).requests == trace.requests
+
+
+def test_an_arrival_beyond_the_calendar_cannot_be_written(tmp_path: Path) -> None:
+    late = Trace(name="late", requests=[Request(arrival_s=1e12, prompt_tokens=1, output_tokens=1)])
+    with pytest.raises(TraceError, match=r"cannot write the trace .*t\.csv"):
+        write_trace(late, tmp_path / "t.csv")
+
+
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [

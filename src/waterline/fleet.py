@@ -170,7 +170,11 @@ def load_fleet(path: str | PathLike[str]) -> Fleet:
         fleet = msgspec.convert(data, Fleet)
     except msgspec.ValidationError as error:
         raise FleetFileError(f"{path}: {_explain(str(error), data)}") from error
-    return check_fleet(fleet, path)
+    checked = check_fleet(fleet, path)
+    for demand in checked.demand:
+        if demand.trace and not Path(demand.trace).is_file():  # a plan that was moved can do without
+            raise FleetFileError(f"{path}: there is no trace {demand.trace}. Mend the 'trace' of that [[demand]].")
+    return checked
 
 
 # --- What msgspec says, in the words of the file --------------------------------------------------------------------
@@ -370,12 +374,7 @@ def _complete_demand(demand: Demand, number: int, fleet: Fleet, path: Path) -> D
             f"{path}: requests_per_s of {where} lists {len(demand.requests_per_s)} rates. Write one number, or "
             f"{HOURS} of them, from midnight on."
         )
-    trace = ""
-    if demand.trace:
-        trace_path = path.parent / Path(demand.trace).expanduser()
-        if not trace_path.is_file():
-            raise FleetFileError(f"{path}: the trace '{demand.trace}' of {where} is not there: no file {trace_path}.")
-        trace = str(trace_path.resolve())
+    trace = str((path.parent / Path(demand.trace).expanduser()).resolve()) if demand.trace else ""
     context = fleet.model(model).max_context_tokens
     if demand.prompt_tokens + demand.output_tokens > context:
         raise FleetFileError(

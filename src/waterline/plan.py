@@ -1,25 +1,38 @@
 """The file the planner writes and the other two jobs read: which replica runs where."""
 
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
+from msgspec.structs import replace
 
-from waterline.errors import PlanFileError
-from waterline.fleet import Fleet
+from waterline.errors import InputError, PlanFileError, nearest
+from waterline.fleet import ENGINES, Count, Fleet, Name, Pool, check_fleet
+from waterline.llm import PRECISIONS
+from waterline.workload import write_whole
 
 VERSION = 1
+WRITE_AGAIN = "Write it again with: waterline plan FLEET"
 Limit = Literal["memory", "ttft", "tpot", "engine"]
+Index = Annotated[int, Meta(ge=0)]
+Tokens = Annotated[int, Meta(ge=1)]  # worked out, not typed: a cache may hold more than any Count
+Figure = Annotated[float, Meta(ge=0)]  # likewise
 
 
 class Layout(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one copy of a model is spread over GPUs: tensor, pipeline, expert and data parallel degrees."""
 
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-    dp: int = 1
+    tp: Count = 1
+    pp: Count = 1
+    ep: Count = 1
+    dp: Count = 1
 
     @property
     def gpus(self) -> int:
@@ -34,42 +47,42 @@ class Layout(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Place(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Some GPUs of one node; nodes and GPUs count from 0 within the pool and the node."""
 
-    node: int
-    gpus: tuple[int, ...]
+    node: Index
+    gpus: tuple[Index, ...]
 
 
 class Replica(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One running engine for one model in one layout, with what the cost model expects of it."""
 
-    id: str  # "r1/0": the model and a counter
-    model: str
-    pool: str
+    id: Name  # "r1/0": the model and a counter
+    model: Name
+    pool: Name
     places: tuple[Place, ...]
     precision: str
     layout: Layout
     engine: str
-    max_context_tokens: int
-    max_batch: int  # requests decoded together, at most: as many as its SLO's time per token allows
-    cache_tokens: int  # tokens the KV cache holds, over all requests
-    requests_per_s: float  # the most at which its SLO holds
-    prefill_tokens_per_s: float  # the rate at which it reads prompts while others decode
-    tokens_per_s: float  # prompt and output together, with `max_batch` requests all the time
-    ttft_s: float  # what the SLO's fraction of the requests is expected to see at most, at the planned rate
-    tpot_s: float
-    usd_per_hour: float
+    max_context_tokens: Tokens
+    max_batch: Count  # requests decoded together, at most: as many as its SLO's time per token allows
+    cache_tokens: Tokens  # tokens the KV cache holds, over all requests
+    requests_per_s: Figure  # the most at which its SLO holds
+    prefill_tokens_per_s: Figure  # the rate at which it reads prompts while others decode
+    tokens_per_s: Figure  # prompt and output together, with `max_batch` requests all the time
+    ttft_s: Figure  # what the SLO's fraction of the requests is expected to see at most, at the planned rate
+    tpot_s: Figure
+    usd_per_hour: Figure
 
 
 class ModelPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why a model's replicas are what they are."""
 
-    model: str
-    requests_per_s: float  # the demand planned for: the peak hour, over all tenants
-    prompt_tokens: int  # mean of that demand: what a request is expected to be before it has told
-    output_tokens: int
-    replicas: int
-    gpus: int
-    usd_per_hour: float
-    usd_per_million_tokens: float | None  # input and output together, at the planned demand; None without demand
+    model: Name
+    requests_per_s: Figure  # the demand planned for: the peak hour, over all tenants
+    prompt_tokens: Count  # mean of that demand: what a request is expected to be before it has told
+    output_tokens: Count
+    replicas: Count
+    gpus: Count
+    usd_per_hour: Figure
+    usd_per_million_tokens: Figure | None  # input and output together, at the planned demand; None without demand
     limited_by: Limit  # what keeps a replica from taking more
     reason: str
 
@@ -77,11 +90,11 @@ class ModelPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class TenantPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a tenant's demand takes at its peak, beside what it is entitled to, in GPUs."""
 
-    tenant: str
-    gpus: float  # a tenant's part of a shared replica is a fraction
-    guarantee_gpus: float
-    deserved_gpus: float
-    limit_gpus: float
+    tenant: Name
+    gpus: Figure  # a tenant's part of a shared replica is a fraction
+    guarantee_gpus: Figure
+    deserved_gpus: Figure
+    limit_gpus: Figure
 
     @property
     def borrowed_gpus(self) -> float:
@@ -99,7 +112,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def usd_per_hour(self) -> float:
-        return sum(replica.usd_per_hour for replica in self.replicas)
+        return math.fsum(replica.usd_per_hour for replica in self.replicas)
 
     @property
     def gpus(self) -> int:
@@ -114,27 +127,116 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return tuple(replica for replica in self.replicas if replica.model == model)
 
 
-def write_plan(plan: Plan, path: Path) -> None:
+def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write the plan as JSON, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    if not isinstance(plan, Plan):
+        raise TypeError(f"write_plan writes a Plan, as make_plan returns it, not a {type(plan).__name__}.")
     try:
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
-        partial.replace(path)
+        write_whole(path, msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise PlanFileError(f"cannot write {path}: {error.strerror}. Choose another place with --output.") from error
 
 
-def read_plan(path: Path) -> Plan:
+def is_plan(path: str | os.PathLike[str]) -> bool:
+    """Tell a plan from a fleet file by its first character, whatever its name.
+
+    False for what cannot be read, and for a pipe, which can be read only once.
+    """
+    path = Path(path)
     try:
-        plan = msgspec.json.decode(path.read_bytes(), type=Plan)
+        return path.is_file() and path.read_bytes().lstrip().startswith(b"{")
+    except OSError:
+        return False
+
+
+def read_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read a plan and check that it makes sense: people edit it. Raises PlanFileError naming the place."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
     except OSError as error:
         raise PlanFileError(f"cannot read {path}: {error.strerror}.") from error
-    except msgspec.MsgspecError as error:
-        raise PlanFileError(f"{path} is not a plan: {error}. Write it again with: waterline plan FLEET") from error
+    try:
+        plan = msgspec.json.decode(data, type=Plan)
+    except msgspec.ValidationError as error:
+        raise PlanFileError(f"{path} is not a plan: {_explain(str(error), data)}. {WRITE_AGAIN}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PlanFileError(f"{path} is not a plan: {error}. {WRITE_AGAIN}") from error
     if plan.version != VERSION:
-        raise PlanFileError(
-            f"{path} is a plan of version {plan.version}, this program reads {VERSION}. "
-            "Write it again with: waterline plan FLEET"
-        )
+        raise PlanFileError(f"{path} is a plan of version {plan.version}, this program reads {VERSION}. {WRITE_AGAIN}")
+    try:
+        plan = replace(plan, fleet=check_fleet(plan.fleet, path))
+    except InputError as error:
+        raise PlanFileError(f"{path}: fleet: {str(error).removeprefix(f'{path}: ')} {WRITE_AGAIN}") from error
+    for problem in _problems(plan):
+        raise PlanFileError(f"{path}: {problem} {WRITE_AGAIN}")
     return plan
+
+
+# --- What can be wrong with a plan ----------------------------------------------------------------------------------
+
+
+def _explain(message: str, data: bytes) -> str:
+    """Put the place in front of what msgspec says, as people find it: ``replica 'r1/0': layout.tp = 0``."""
+    problem, _, where = message.partition(" - at `$")
+    if not where:
+        return problem
+    where = where.rstrip("`")
+    found = re.fullmatch(r"\.replicas\[(\d+)\]\.?(.*)", where)
+    value: Any = json.loads(data)  # which reads 1e999 too
+    named = f"${where}"
+    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", where):
+        value = value[key] if key else value[int(index)]
+        if found and index == found[1] and isinstance(value, dict) and "id" in value:
+            named = f"replica '{value['id']}'" + (f": {found[2]}" if found[2] else "")
+    shown = f" = {value!r}" if isinstance(value, int | float | str) else ""
+    return f"{named}{shown}: {problem[0].lower()}{problem[1:]}"
+
+
+def _problems(plan: Plan) -> Iterator[str]:
+    """Hold the plan against its own fleet."""
+    models = [model.name for model in plan.fleet.models]
+    planned = [model.model for model in plan.models]
+    for name in planned:
+        yield from _unknown("models: model", name, models)
+    for name in models:
+        if planned.count(name) != 1:
+            yield f"models: '{name}' is there {planned.count(name)} times, not once."
+        if not plan.replicas_of(name):
+            yield f"replicas: model '{name}' has none."
+    for tenant in plan.tenants:
+        yield from _unknown("tenants: tenant", tenant.tenant, [known.name for known in plan.fleet.tenants])
+    for id_, count in Counter(replica.id for replica in plan.replicas).items():
+        if count > 1:
+            yield f"replica '{id_}': {count} replicas have this id."
+    pools = {pool.name: pool for pool in plan.fleet.pools}
+    for replica in plan.replicas:
+        where = f"replica '{replica.id}'"
+        yield from _unknown(f"{where}: model", replica.model, models)
+        yield from _unknown(f"{where}: pool", replica.pool, pools)
+        yield from _unknown(f"{where}: precision", replica.precision, PRECISIONS)
+        yield from _unknown(f"{where}: engine", replica.engine, ENGINES)
+    yield from _misplaced(plan.replicas, pools)
+
+
+def _unknown(where: str, name: str, known: Iterable[str]) -> Iterator[str]:
+    if name not in (names := list(known)):
+        yield f"{where} = '{name}' is not known. {nearest(name, names)}"
+
+
+def _misplaced(replicas: Iterable[Replica], pools: Mapping[str, Pool]) -> Iterator[str]:
+    taken: dict[tuple[str, int, int], str] = {}  # (pool, node, GPU) -> replica
+    for replica in replicas:
+        where, pool = f"replica '{replica.id}': places", pools[replica.pool]
+        places = [(place.node, gpu) for place in replica.places for gpu in place.gpus]
+        if len(places) != replica.layout.gpus:
+            yield f"{where}: {len(places)} GPUs, but layout {replica.layout} takes {replica.layout.gpus}."
+        for node, gpu in places:
+            if node >= pool.nodes or gpu >= pool.gpus_per_node:
+                yield (
+                    f"{where}: GPU {gpu} of node {node} is not in pool '{pool.name}', which has {pool.nodes} x "
+                    f"{pool.gpus_per_node} GPUs, counted from 0."
+                )
+            if other := taken.get((pool.name, node, gpu)):
+                yield f"{where}: GPU {gpu} of node {node} in pool '{pool.name}' is taken by '{other}' already."
+            taken[pool.name, node, gpu] = replica.id

@@ -5,7 +5,10 @@ clock of the arrival, the tokens of the prompt and those of the answer. It is CS
 its name ends in ``.gz``.
 """
 
+import errno
 import gzip
+import math
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -56,10 +59,26 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """Requests in the order of their arrival."""
+    """Requests in the order of their arrival. Raises TraceError when they are not, or one asks for nothing."""
 
     name: str
     requests: Sequence[Request]
+
+    def __post_init__(self) -> None:
+        before_s = 0.0
+        for number, request in enumerate(self.requests, start=1):
+            where = f"request {number} of the trace '{self.name}'"
+            if not before_s <= request.arrival_s < math.inf:
+                raise TraceError(
+                    f"{where} arrives at {request.arrival_s} s, after one at {before_s} s. Sort the requests by "
+                    "arrival_s, which begins at 0."
+                )
+            if request.prompt_tokens < 1 or request.output_tokens < 1:
+                raise TraceError(
+                    f"{where} has {request.prompt_tokens} + {request.output_tokens} tokens. A request has at least 1 "
+                    "token of prompt and 1 of output."
+                )
+            before_s = request.arrival_s
 
     @property
     def duration_s(self) -> float:
@@ -67,7 +86,7 @@ class Trace:
         return self.requests[-1].arrival_s - self.requests[0].arrival_s if self.requests else 0.0
 
 
-def read_trace(path: Path) -> Trace:
+def read_trace(path: str | os.PathLike[str]) -> Trace:
     """Read a trace file; the first arrival is second 0.
 
     Arrivals are exact: the digits of the timestamps are subtracted as whole nanoseconds, and only the difference
@@ -78,6 +97,7 @@ def read_trace(path: Path) -> Trace:
         TraceError: the file is not there or not readable, is no such CSV, or holds a wrong row; the message names the
             line (the header is line 1), the column, what stands there and what is expected.
     """
+    path = Path(path)
     try:
         packed = path.suffix == ".gz"
         with gzip.open(path, "rt", encoding="utf-8-sig") if packed else path.open(encoding="utf-8-sig") as file:
@@ -103,24 +123,49 @@ def read_trace(path: Path) -> Trace:
     )
 
 
-def write_trace(trace: Trace, path: Path) -> None:
+def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write a trace file, whole or not at all; arrivals are rounded to 100 ns and counted from an arbitrary midnight.
 
     Who asked and of which model is not written: the format has no column for it. Raises TraceError.
     """
+    path = Path(path)
     lines = [HEADER]
-    for request in trace.requests:
-        timestamp = _timestamp(round(request.arrival_s * TICKS_PER_S))
-        lines.append(f"{timestamp},{request.prompt_tokens},{request.output_tokens}")
-    data = "\n".join([*lines, ""]).encode()
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-        partial.replace(path)
+        for request in trace.requests:
+            timestamp = _timestamp(round(request.arrival_s * TICKS_PER_S))
+            lines.append(f"{timestamp},{request.prompt_tokens},{request.output_tokens}")
+    except (ValueError, OverflowError) as error:
+        raise TraceError(
+            f"cannot write the trace {path}: an arrival after {request.arrival_s:g} s is beyond the calendar."
+        ) from error
+    data = "\n".join([*lines, ""]).encode()
+    try:
+        write_whole(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise TraceError(f"cannot write the trace {path}: {error.strerror or error}. Choose another place.") from error
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all: under another name first, beside what a link leads to. Raises OSError.
+
+    What is there and no regular file, like ``/dev/stdout``, stays what it is and is written straight through.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        target = Path(os.path.realpath(path))
+        partial = target.with_name(f".waterline-{os.getpid()}.partial")
+        try:
+            partial.write_bytes(data)
+            partial.replace(target)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, str(error)) from error
 
 
 # --- Rows -----------------------------------------------------------------------------------------------------------

@@ -67,6 +67,27 @@ def test_every_request_can_be_written_down(plan_file: Path, tmp_path: Path) -> N
     assert "Choose another place with --output" in str(refusal.exception)
 
 
+def test_a_plan_is_known_by_its_content_not_its_name(plan_file: Path, tmp_path: Path) -> None:
+    result = run(plan_file.rename(tmp_path / "plan.txt"), "--trace", OFFICE_HOUR, "--json")
+    assert result.exception is None
+    (tmp_path / "fleet.json").write_text((EXAMPLES / "mixed.toml").read_text())
+    assert run(tmp_path / "fleet.json", "--duration", "5s", "--json").exception is None
+
+
+def test_requests_are_not_written_to_a_dash(plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(plan_file, "--output", "-")
+    assert isinstance(result.exception, InputError)
+    assert "--output /dev/stdout" in str(result.exception)
+    assert not (tmp_path / "-").exists()
+
+
+def test_a_duration_without_bounds_is_refused_with_numbers(plan_file: Path) -> None:
+    result = run(plan_file, "--duration", "99999999999h")
+    assert isinstance(result.exception, InputError)
+    assert "would draw up to 1.8e+14 requests, more than 50,000,000" in str(result.exception)
+
+
 def test_mistakes_are_named(plan_file: Path, tmp_path: Path) -> None:
     result = run(plan_file, "--trace", tmp_path / "none.csv")
     assert isinstance(result.exception, TraceError)

@@ -171,6 +171,35 @@ def test_without_demand_a_trace_goes_to_all_models_and_nothing_is_drawn() -> Non
         traffic(plan, None, seed=0, duration_s=None)
 
 
-def test_a_rehearsal_of_no_time_is_an_error() -> None:
-    with pytest.raises(InputError, match="a rehearsal of -1 s is none"):
-        traffic(small_plan(), None, seed=0, duration_s=-1.0)
+@pytest.mark.parametrize("duration_s", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_rehearsal_of_no_time_is_an_error(duration_s: float) -> None:
+    with pytest.raises(InputError, match=f"a rehearsal of {duration_s:g} s is none"):
+        traffic(small_plan(), None, seed=0, duration_s=duration_s)
+
+
+def test_a_rehearsal_too_long_to_draw_says_how_long_it_may_be() -> None:
+    message = (
+        r"a rehearsal of 100,000,001 s would draw up to 2e\+08 requests, more than 50,000,000. Ask for 25,000,000 s"
+    )
+    with pytest.raises(InputError, match=message):
+        traffic(plan_with(row("a", 1.5), row("b", 0.5)), None, seed=0, duration_s=100_000_001)
+    with pytest.raises(InputError, match=r"would draw up to 1.5e\+300 requests"):
+        traffic(plan_with(row("a", 1.5)), None, seed=0, duration_s=1e300)
+
+
+def test_a_negative_seed_is_an_error() -> None:
+    with pytest.raises(InputError, match="seed = -1 is negative"):
+        traffic(small_plan(), None, seed=-1, duration_s=None)
+
+
+def test_one_request_is_said_in_the_singular() -> None:
+    asked = traffic(small_plan(), Trace(name="given", requests=requests(1)), seed=0, duration_s=None)
+    assert asked.notes[0] == "given: 1 request"
+
+
+def test_few_long_requests_make_an_hour_busier_than_many_short_ones() -> None:
+    day = Demand(
+        tenant="a", model="chat", requests_per_s=(0.0,) * 12 + (5.0,) * 12, prompt_tokens=100, output_tokens=20
+    )
+    night = Demand(tenant="b", model="chat", requests_per_s=(2.0,) * 6 + (0.0,) * 18, prompt_tokens=4000)
+    assert busiest_hour([day, night]) == 0

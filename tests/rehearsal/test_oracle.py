@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waterline.cost.step import AttentionCost, StepCost, prefill_pairs
-from waterline.rehearsal.oracle import NEVER, Capacity, Passage, Step, SteppedReplica, arrival_ps, serve, shares_ps
+from waterline.rehearsal.oracle import Capacity, Passage, Step, SteppedReplica, arrival_ps, serve, shares_ps
 from waterline.workload import Request
 
 ROUND = StepCost(
@@ -79,6 +79,13 @@ def served(
 
 
 # --- By hand --------------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_may_be_longer_than_64_bits_of_picoseconds() -> None:
+    days_107_ns = 107 * 86_400 * 10**9
+    (first, last), _ = served([capacity()], [request(0, 1, 1), request(days_107_ns, 1, 2)])
+    assert first.finish_ps == 1001
+    assert last.finish_ps == last.arrival_ps + 2 * 1001 > 2**63
 
 
 def test_two_requests_share_steps_in_chunks() -> None:
@@ -281,7 +288,7 @@ def test_littles_law_holds_for_a_poisson_run() -> None:
         replica.advance(at_ps)
         passages.append(Passage(request=request(0, prompt, output), arrival_ps=at_ps, tokens=prompt))
         replica.accept(passages[-1])
-    replica.advance(NEVER)
+    replica.advance(math.inf)
     assert (replica.accepted, replica.unread_tokens, replica.backlog_tokens, replica.free_tokens) == (0, 0, 0, 30)
     inside_ps = sum(passage.finish_ps - passage.arrival_ps for passage in passages)
     assert sum(seen) / len(seen) == pytest.approx(inside_ps / arrivals_ps[-1], rel=0.02)
@@ -321,7 +328,7 @@ def test_what_always_holds(fleet: list[Capacity], requests: list[Request], deadl
             assert passage.finish_ps == passage.arrival_ps
         else:
             assert passage.produced_tokens == passage.request.output_tokens
-            assert passage.arrival_ps < passage.first_token_ps <= passage.finish_ps < NEVER
+            assert passage.arrival_ps < passage.first_token_ps <= passage.finish_ps
 
     for one in fleet:
         own_steps = [step for step in steps if step.replica == one.replica]

@@ -1,6 +1,5 @@
 """`waterline fit`: which cards run a model."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,9 +7,10 @@ import click
 import msgspec
 
 from waterline import catalog
+from waterline.cli.tables import console, draw
 from waterline.errors import InputError, UnknownNameError, nearest
 from waterline.llm import PRECISIONS
-from waterline.planner.fits import OUTPUT_TOKENS, PROMPT_TOKENS, Fit, default_fit_precisions, fits
+from waterline.planner.fits import Fit, default_fit_precisions, example_lengths, fits
 from waterline.units import parameters_text, seconds_text, usd_text
 
 
@@ -53,44 +53,43 @@ def fit(
         click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
     else:
         title = f"{llm.name}: {parameters_text(llm.parameters)} parameters"
-        show(found, f"{title}; {concurrency} at once, {context_tokens} tokens of context, {engine}")
+        show(found, f"{title}; {concurrency} at once, {context_tokens} tokens of context, {engine}", context_tokens)
 
 
-def show(found: Sequence[Fit], title: str) -> None:
+def show(found: Sequence[Fit], title: str, context_tokens: int) -> None:
     """Draw the cards that run the model as a table, then a line for each that does not."""
-    from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
-    for name in ("card", "cards", "precision", "layout"):
-        table.add_column(name, no_wrap=True)
-    for name in ("most at once", "TTFT", "TPOT", "tokens/s", "per hour", "per M tokens"):
-        table.add_column(name, justify="right")
-    for one in found:
-        if one.runs:
-            table.add_row(
-                one.gpu,
-                str(one.gpus),
-                one.precision,
-                str(one.layout),
-                str(one.max_concurrency),
-                seconds_text(one.ttft_s or 0.0),
-                seconds_text(one.tpot_s or 0.0),
-                f"{one.output_tokens_per_s:.0f}",
-                _price(one, one.usd_per_hour),
-                _price(one, one.usd_per_million_tokens),
-            )
-    console = Console(width=None if sys.stdout.isatty() else 130)
-    if table.row_count:
-        console.print(table)
+    rows = [
+        (
+            one.gpu,
+            str(one.gpus),
+            one.precision,
+            str(one.layout),
+            str(one.max_concurrency),
+            seconds_text(one.ttft_s or 0.0),
+            seconds_text(one.tpot_s or 0.0),
+            f"{one.output_tokens_per_s:.0f}",
+            _price(one, one.usd_per_hour),
+            _price(one, one.usd_per_million_tokens),
+        )
+        for one in found
+        if one.runs
+    ]
+    screen = console()
+    if rows:
+        columns = ("card", "cards", "precision", "layout", "most at once", "TTFT", "TPOT", "tokens/s", "per hour")
+        spare = ("most at once", "per M tokens", "layout", "TPOT", "TTFT", "tokens/s", "precision")
+        draw(screen, title, (*columns, "per M tokens"), rows, text_columns=4, spare=spare)
     for one in found:
         if not one.runs:
-            console.print(f"[bold]{one.gpu}[/] no: {one.why_not}", highlight=False)
-    console.print(
-        "[dim]? no price known; + from its purchase price over four years, power and housing apart.[/]\n"
-        f"[dim]Times are for a prompt of {PROMPT_TOKENS} tokens and {OUTPUT_TOKENS} back: the catalogue's peaks and "
-        "assumed efficiencies, not yet calibrated.[/]",
-        highlight=False,
+            screen.print(Text.assemble((one.gpu, "bold"), f" no: {one.why_not}"))
+    prompt_tokens, output_tokens = example_lengths(context_tokens)
+    screen.print(
+        "? no price known; + from its purchase price over four years, power and housing apart.\n"
+        f"Times are for a prompt of {prompt_tokens} tokens and {output_tokens} back: the catalogue's peaks and "
+        "assumed efficiencies, not yet calibrated.",
+        style="dim",
     )
 
 

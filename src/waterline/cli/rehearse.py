@@ -1,8 +1,8 @@
 """`waterline rehearse`: what will happen."""
 
 import csv
+import io
 import re
-import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from waterline.cli.tables import console, draw
 from waterline.errors import InputError
 from waterline.units import HOUR_S, seconds_text, usd_text
 
@@ -58,6 +59,8 @@ def rehearse(
     from waterline import rehearsal
     from waterline.workload import read_trace
 
+    if output == Path("-"):
+        raise InputError("--output names a file, and '-' is none. To print the requests: --output /dev/stdout --json")
     plan = _plan_of(fleet_or_plan)
     replayed = read_trace(trace) if trace else None
     began_s = time.perf_counter()
@@ -72,9 +75,9 @@ def rehearse(
 
 
 def _plan_of(path: Path) -> "Plan":
-    if path.suffix == ".json":
-        from waterline.plan import read_plan
+    from waterline.plan import is_plan, read_plan
 
+    if is_plan(path):
         return read_plan(path)
     from waterline.fleet import load_fleet
     from waterline.planner import make_plan
@@ -85,14 +88,16 @@ def _plan_of(path: Path) -> "Plan":
 def write_completions(completions: "tuple[Completion, ...]", path: Path) -> None:
     """Write one row a request, in the order of arrival; what did not happen (a first token) is empty."""
     from waterline.outcome import Completion
+    from waterline.workload import write_whole
 
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [field.name for field in fields(Completion)], lineterminator="\n")
+    writer.writeheader()
+    for completion in completions:
+        row = asdict(completion)
+        writer.writerow({key: "" if value != value else value for key, value in row.items()})  # noqa: PLR0124 - NaN
     try:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Completion)], lineterminator="\n")
-            writer.writeheader()
-            for completion in completions:
-                row = asdict(completion)
-                writer.writerow({key: "" if value != value else value for key, value in row.items()})  # noqa: PLR0124 - NaN
+        write_whole(path, file.getvalue().encode())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}. Choose another place with --output.") from error
 
@@ -114,21 +119,9 @@ def to_json(plan: "Plan", rehearsal: "Rehearsal") -> str:
 
 def show(plan: "Plan", rehearsal: "Rehearsal", took_s: float) -> None:
     """Draw who asked, who waited how long, and what it cost; then what was replayed."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 130)
     total, *parts = rehearsal.summaries
-    table = Table(title=f"{plan.fleet.name}: {plan.gpus} of {plan.fleet.gpus} GPUs, rehearsed", title_justify="left")
-    for name in ("tenant", "model"):
-        table.add_column(name, no_wrap=True)
-    times = ("TTFT p50/p90/p99", "TPOT p50/p90/p99")
-    for name in ("requests", "done", "refused", *times, "goodput/s", "in SLO", "GPU-h", "cost"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for summary in [*parts, total]:
-        if summary is total:
-            table.add_section()
-        table.add_row(
+    rows = [
+        (
             summary.tenant or "all",
             summary.model,
             f"{summary.requests:,}",
@@ -141,17 +134,29 @@ def show(plan: "Plan", rehearsal: "Rehearsal", took_s: float) -> None:
             f"{summary.gpu_hours:.3g}",
             usd_text(summary.usd),
         )
-    console.print(table)
+        for summary in (*parts, total)
+    ]
+    ttft, tpot = "TTFT p50/p90/p99", "TPOT p50/p90/p99"
+    screen = console()
+    draw(
+        screen,
+        f"{plan.fleet.name}: {plan.gpus} of {plan.fleet.gpus} GPUs, rehearsed",
+        ("tenant", "model", "requests", "done", "refused", ttft, tpot, "goodput/s", "in SLO", "GPU-h", "cost"),
+        rows,
+        text_columns=2,
+        spare=("GPU-h", "goodput/s", "done", tpot, "cost", "refused", ttft),
+        last_apart=True,
+    )
     for note in rehearsal.notes:
-        console.print(note, highlight=False)
+        screen.print(note)
     speed = total.requests / took_s if took_s > 0 else 0.0
     preempted = sum(completion.preemptions > 0 for completion in rehearsal.completions)
-    console.print(
+    screen.print(
         f"{rehearsal.duration_s / 60:,.1f} min from the first arrival to the last token, at "
-        f"{usd_text(plan.usd_per_hour)} per hour for the plan; {preempted:,} requests were preempted.",
-        highlight=False,
+        f"{usd_text(plan.usd_per_hour)} per hour for the plan; {preempted:,} "
+        f"{'request was' if preempted == 1 else 'requests were'} preempted.",
     )
-    console.print(f"[dim]Rehearsed in {seconds_text(took_s)}, {speed:,.0f} requests per second.[/]", highlight=False)
+    screen.print(f"Rehearsed in {seconds_text(took_s)}, {speed:,.0f} requests per second.", style="dim")
 
 
 def _percentiles_text(times_s: "Percentiles | None") -> str:

@@ -4,6 +4,7 @@ Nothing here is random without a seed, and each row of the demand draws from its
 the others ask as it was.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from waterline.units import HOUR_S
 from waterline.workload import LENGTH_SIGMA, TICKS_PER_S, Request, Trace, read_trace
 
 DEFAULT_DURATION_S = 15 * 60.0
+MOST_DRAWN = 50_000_000  # requests; they are held in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +42,12 @@ def traffic(plan: Plan, trace: Trace | None, *, seed: int, duration_s: float | N
 
     Raises:
         TraceError: a row's trace cannot be read.
-        InputError: nothing is asked in that time, or it is no time.
+        InputError: nothing is asked in that time, or too much, or it is no time; or the seed is negative.
     """
-    if duration_s is not None and duration_s <= 0:
-        raise InputError(f"a rehearsal of {duration_s:g} s is none. Ask for more than 0 s.")
+    if duration_s is not None and not 0 < duration_s < math.inf:
+        raise InputError(f"a rehearsal of {duration_s:g} s is none. Ask for more than 0 s, and an end.")
+    if seed < 0:
+        raise InputError(f"seed = {seed} is negative. Give one from 0 on.")
     rows = _rows(plan)
     own_traces = {row.trace: read_trace(Path(row.trace)) for row in rows if row.trace}
     hour = busiest_hour(rows)
@@ -53,6 +57,7 @@ def traffic(plan: Plan, trace: Trace | None, *, seed: int, duration_s: float | N
         notes = [f"{trace.name}: {_span(asked)}", f"dealt in turn to {_dealt(asked, rows)}"]
     else:
         length_s = duration_s or max((own.duration_s for own in own_traces.values()), default=DEFAULT_DURATION_S)
+        _check_drawn(sum(max(row.hourly_requests_per_s, default=0.0) for row in rows) * length_s, length_s)
         asked, notes = [], []
         for index, row in enumerate(rows):
             own = own_traces.get(row.trace) or _drawn(plan, row, Generator(PCG64([seed, index])), hour, length_s)
@@ -127,9 +132,13 @@ def poisson_trace(
 
 
 def busiest_hour(rows: Iterable[Demand]) -> int:
-    """Return the hour of the day, from 0, with the largest rate over all rows; the first of equal ones."""
-    hourly = [row.hourly_requests_per_s for row in rows if row.hourly_requests_per_s]
-    totals = [sum(rates) for rates in zip(*hourly, strict=True)]
+    """Return the hour of the day, from 0, with the most tokens asked for over all rows; the first of equal ones."""
+    hourly = [
+        [rate * (row.prompt_tokens + row.output_tokens) for rate in row.hourly_requests_per_s]
+        for row in rows
+        if row.hourly_requests_per_s
+    ]
+    totals = [sum(tokens) for tokens in zip(*hourly, strict=True)]
     return totals.index(max(totals)) if totals else 0
 
 
@@ -159,6 +168,14 @@ def _drawn(plan: Plan, row: Demand, generator: Generator, hour: int, duration_s:
     )
 
 
+def _check_drawn(requests: float, length_s: float) -> None:
+    if requests > MOST_DRAWN:
+        raise InputError(
+            f"a rehearsal of {length_s:,.10g} s would draw up to {requests:.3g} requests, more than {MOST_DRAWN:,}. "
+            f"Ask for {length_s * MOST_DRAWN / requests:,.0f} s at most."
+        )
+
+
 def _within(request: Request, duration_s: float | None) -> bool:
     return duration_s is None or request.arrival_s < duration_s
 
@@ -168,6 +185,8 @@ def _mean_rate(trace: Trace) -> float:
 
 
 def _span(requests: Sequence[Request]) -> str:
+    if len(requests) == 1:
+        return "1 request"
     span_s = requests[-1].arrival_s - requests[0].arrival_s if requests else 0.0
     return f"{len(requests):,} requests in {span_s / 60:.3g} min"
 

@@ -1,0 +1,133 @@
+"""What the commands draw: whole cells at any width, and names as they are."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from examples import small_plan
+from waterline.cli import plan as plan_command
+from waterline.cli import rehearse as rehearse_command
+from waterline.cli.fit import fit
+from waterline.cli.plan import plan
+from waterline.cli.tables import console, draw, fitting
+from waterline.errors import InputError
+from waterline.fleet import Tenant
+from waterline.plan import Plan
+from waterline.rehearsal import rehearse
+
+MIXED = Path(__file__).parents[2] / "examples" / "mixed.toml"
+ODD = "[bold]x[/nope] :smile:"
+COLUMNS = ("name", "peak req/s", "cost")
+ROWS = [("chat", "3.2", "$1.00"), ("code", "12", "$123.45")]
+
+
+def named(name: str) -> Plan:
+    """Return the small plan with that name for its model, its tenant and its fleet."""
+    small = small_plan()
+    fleet = small.fleet
+    return replace(
+        small,
+        fleet=replace(
+            fleet,
+            name=name,
+            models=tuple(replace(one, name=name) for one in fleet.models),
+            tenants=tuple(replace(one, name=name) for one in fleet.tenants),
+            demand=tuple(replace(one, tenant=name, model=name) for one in fleet.demand),
+        ),
+        models=tuple(replace(one, model=name) for one in small.models),
+        tenants=tuple(replace(one, tenant=name) for one in small.tenants),
+        replicas=tuple(replace(one, model=name, id=f"{name}/0") for one in small.replicas),
+    )
+
+
+def test_a_wide_console_shows_every_column_on_one_line() -> None:
+    # 4 + 10 + 7 of text, 3 for each cell's blanks and line, 1 for the last line: 31
+    assert fitting(COLUMNS, ROWS, ("peak req/s",), 31) == ([0, 1, 2], [4, 10, 7])
+
+
+def test_headers_fold_before_columns_are_left_out() -> None:
+    assert fitting(COLUMNS, ROWS, ("peak req/s",), 30) == ([0, 1, 2], [4, 5, 7])
+    assert fitting(COLUMNS, ROWS, ("peak req/s",), 25) == ([0, 2], [4, 7])
+
+
+def test_the_most_needed_columns_are_taken_first_and_cheaper_ones_fill_the_room() -> None:
+    columns, rows = ("a", "b", "c", "d"), [("1", "22", "333333", "4")]
+    assert fitting(columns, rows, ("b", "c", "d"), 15) == ([0, 1, 3], [1, 2, 1])
+
+
+@given(st.integers(20, 100), st.lists(st.text("abc", max_size=40), min_size=3, max_size=3))
+def test_a_table_is_never_wider_than_its_room(room: int, row: list[str]) -> None:
+    shown, widths = fitting(COLUMNS, [row], ("cost",), room)
+    assert sum(width + 3 for width in widths) + 1 <= room
+    assert {0, 1} <= set(shown)
+
+
+def test_a_name_too_long_for_the_console_is_folded_not_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    draw(console(), "title", COLUMNS, [("x" * 60, "1", "2")], text_columns=1, spare=("peak req/s",))
+    drawn = capsys.readouterr().out
+    assert drawn.count("x") == 60
+    assert "…" not in drawn
+    assert drawn.startswith("title\n")  # without blanks behind it
+    assert max(len(line) for line in drawn.splitlines()) <= 40
+    assert "Left out to fit 40 columns: peak req/s." in drawn
+
+
+@pytest.mark.parametrize(("columns", "width"), [("", 130), ("80", 80), ("wide", 130), ("3", 40)])
+def test_a_pipe_is_as_wide_as_columns_says(monkeypatch: pytest.MonkeyPatch, columns: str, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert console().width == width
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = named(ODD)
+    plan_command.show(odd)
+    assert capsys.readouterr().out.count(ODD) == 4  # title, model, tenant, reason
+    rehearse_command.show(odd, rehearse(odd), took_s=1.0)
+    assert capsys.readouterr().out.count(ODD) == 5  # title, tenant and model, twice in the note
+
+
+@pytest.mark.parametrize("width", ["60", "80", "130"])
+def test_no_cell_of_a_plan_is_cut(monkeypatch: pytest.MonkeyPatch, width: str) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    result = CliRunner().invoke(plan, [str(MIXED)])
+    assert result.exception is None
+    assert "…" not in result.output
+    assert max(len(line.rstrip()) for line in result.output.splitlines()) <= int(width)
+    for cell in ("replicas", "coder", "mi300x", "enterprise"):
+        assert cell in result.output
+
+
+def test_a_dash_is_no_file_to_write_a_plan_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(plan, [str(MIXED), "--output", "-"])
+    assert isinstance(result.exception, InputError)
+    assert "To print the plan: waterline plan FLEET --json" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_without_a_public_says_so_when_there_are_several_tenants(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_command.show(named("acme"))
+    assert "aterline" not in capsys.readouterr().out
+    one = named("acme")
+    two = replace(
+        one,
+        fleet=replace(one.fleet, tenants=(*one.fleet.tenants, Tenant(name="labs"))),
+        tenants=(*one.tenants, replace(one.tenants[0], tenant="labs")),
+    )
+    plan_command.show(two)
+    said = "No waterline: it is drawn for a tenant named 'public', here are acme, labs."
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("context", "prompt", "output"), [("600", 500, 100), ("8192", 1000, 200)])
+def test_fit_says_the_lengths_its_times_are_for(context: str, prompt: int, output: int) -> None:
+    result = CliRunner().invoke(fit, ["qwen3-32b", "--gpu", "mi300x", "--context", context])
+    assert result.exception is None
+    assert f"Times are for a prompt of {prompt} tokens and {output} back" in result.output
