@@ -1,7 +1,7 @@
 """A service on loopback for the length of a block, plans for it, and engines that fail as they are told."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from waterline.fleet import Demand, Fleet, Model, Pool, Tenant, load_fleet
 from waterline.outcome import Completion
 from waterline.plan import Layout, ModelPlan, Place, Plan, Replica, TenantPlan
 from waterline.planner import make_plan
+from waterline.service.engines import Engine, prepare_engines
 from waterline.service.gateway import Gateway
 from waterline.service.server import listen, running
 from waterline.service.supervisor import Supervisor
@@ -113,13 +114,15 @@ class Served:
 
 
 @asynccontextmanager
-async def served(plan: Plan, *, start: bool = True) -> AsyncIterator[Served]:
+async def served(
+    plan: Plan, *, start: bool = True, engines: Mapping[str, Engine] | None = None
+) -> AsyncIterator[Served]:
     """Serve a plan on a free port, with its engines started unless a test does that itself."""
     listening = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     completions: list[Completion] = []
     async with (
-        running(plan, listening, engine="", on_completion=completions.append) as service,
+        running(plan, engines or prepare_engines(plan), listening, completions.append) as service,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as openai,
     ):
         if start:

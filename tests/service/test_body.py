@@ -21,7 +21,7 @@ def body(**fields: Any) -> bytes:
 def test_a_chat_request_tells_model_stream_limit_and_an_estimate_of_its_prompt() -> None:
     asked = read_asked(CHAT, body(model="chat", messages=HELLO, stream=True, max_tokens=7, top_k=3))
     assert (asked.model, asked.stream, asked.most_tokens) == ("chat", True, 7)
-    assert asked.prompt_tokens == len("Hello, engine!") // 4
+    assert asked.prompt_tokens == len("Hello, engine!") // 4 + 4, "a message has marks around it"
     assert asked.fields["top_k"] == 3
 
 
@@ -31,7 +31,7 @@ def test_the_newer_name_of_the_limit_wins() -> None:
 
 def test_parts_of_a_message_are_added_up_and_pictures_left_out() -> None:
     parts = [{"type": "text", "text": "x" * 40}, {"type": "image_url", "image_url": {"url": "data:" + "y" * 400}}]
-    assert read_asked(CHAT, body(model="m", messages=[{"role": "user", "content": parts}])).prompt_tokens == 10
+    assert read_asked(CHAT, body(model="m", messages=[{"role": "user", "content": parts}])).prompt_tokens == 14
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,27 @@ def test_parts_of_a_message_are_added_up_and_pictures_left_out() -> None:
 )
 def test_a_prompt_is_text_or_tokens(prompt: Any, tokens: int) -> None:
     assert read_asked(COMPLETIONS, body(model="m", prompt=prompt)).prompt_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n", "answers", "fewest_tokens"),
+    [("x" * 1280, None, 1, 10), (["a", "b"], 3, 6, 0), ([1, 2, 3], 2, 2, 3), ([[1, 2], [3]], None, 2, 2)],
+)
+def test_each_prompt_of_a_batch_gets_n_answers(prompt: Any, n: int | None, answers: int, fewest_tokens: int) -> None:
+    asked = read_asked(COMPLETIONS, body(model="m", prompt=prompt, n=n))
+    assert (asked.answers, asked.fewest_tokens) == (answers, fewest_tokens)
+
+
+def test_what_no_tokenizer_could_fit_into_the_context_is_refused() -> None:
+    asked = read_asked(COMPLETIONS, body(model="m", prompt=[7] * 512))
+    asked.check_context(513)
+    with pytest.raises(RejectedError, match="at least 512 tokens; 'm' has a context of 512"):
+        asked.check_context(512)
+
+
+def test_a_body_nested_without_end_is_refused() -> None:
+    with pytest.raises(RejectedError):
+        read_asked(CHAT, b'{"model": "m", "x": ' + b"[" * 500_000)
 
 
 @pytest.mark.parametrize(

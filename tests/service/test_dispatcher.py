@@ -95,6 +95,25 @@ def test_who_waits_for_a_replica_that_fails_moves_to_the_others() -> None:
     assert turns.lost == ["d"]
 
 
+def test_who_waits_for_a_replica_in_doubt_moves_or_waits_on() -> None:
+    desk, turns = dispatcher(2, max_batch=1), Turns()
+    a, b, c, _ = [enter(desk, turns, name) for name in "abcd"]  # a, c on the first; b, d on the second
+    desk.hold("chat/0", 1.0)
+    assert c.lane.replica.id == "chat/1"
+    desk.hold("chat/1", 2.0)
+    desk.leave(a, 3.0)
+    desk.leave(b, 3.0)
+    assert (turns.begun, turns.lost) == (["a", "b"], []), "there is no other"
+    desk.set_ready("chat/1", ready=True, now_s=4.0)
+    assert turns.begun == ["a", "b", "c"]
+
+
+def test_a_request_for_several_answers_is_expected_to_produce_them_all() -> None:
+    desk = dispatcher()
+    desk.enter(5, 4, lambda _go: None, 0.0, answers=6)
+    assert desk.lanes[0].backlog_tokens == 5 + 6 * 4
+
+
 def test_a_failed_request_goes_to_another_replica_or_back_to_the_only_one() -> None:
     desk, turns = dispatcher(2), Turns()
     ticket = enter(desk, turns, "a")
@@ -117,7 +136,8 @@ def test_requests_that_share_a_replica_share_its_time() -> None:
 
 
 events = st.lists(
-    st.tuples(st.sampled_from(["enter", "first", "leave", "move", "fail", "recover"]), st.integers(0, 7)), max_size=60
+    st.tuples(st.sampled_from(["enter", "first", "leave", "move", "fail", "hold", "recover"]), st.integers(0, 7)),
+    max_size=60,
 )
 
 
@@ -132,6 +152,8 @@ def test_when_all_have_left_nothing_is_left(happened: list[tuple[str, int]]) -> 
             inside += [entered] if isinstance(entered, Ticket) else []
         elif event in {"fail", "recover"}:
             desk.set_ready(f"chat/{number % 2}", ready=event == "recover", now_s=now_s)
+        elif event == "hold":
+            desk.hold(f"chat/{number % 2}", now_s)
         elif ticket and event == "first":
             desk.first_token(ticket)
         elif ticket and event == "move":

@@ -17,7 +17,8 @@ from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from serving import QUESTION, Served, fake_plan, laptop_plan, served, until
 
-from waterline.service.errors import LONGEST_BODY_BYTES
+from waterline.service.asgi import read_body
+from waterline.service.errors import LONGEST_BODY_BYTES, RejectedError
 
 CHAT = "/v1/chat/completions"
 TOO_LONG = "context_length_exceeded"
@@ -65,6 +66,7 @@ def test_abacus_multiplies_through_llama_cpp() -> None:
             assert text.choices[0].finish_reason == "length"
             whole, streamed, _ = service.completions
             assert whole.output_tokens == tokens
+            assert streamed.prompt_tokens == whole.prompt_tokens == reply.usage.prompt_tokens
             assert abs(streamed.output_tokens - tokens) <= 3, "events were counted, and marks have none"
             assert {one.status for one in service.completions} == {"ok"}
             with pytest.raises(openai.BadRequestError, match="context"):
@@ -166,7 +168,7 @@ def test_each_wrong_request_gets_its_status_and_openais_error() -> None:
     hello = {"model": "chat", "messages": QUESTION}
     cases = [
         (CHAT, b"{", 400, None, "bad_json"),
-        (CHAT, orjson.dumps({**hello, "messages": []}), 400, "messages", None),
+        (CHAT, orjson.dumps({**hello, "messages": []}), 400, "messages", "empty_array"),
         (CHAT, orjson.dumps({"messages": QUESTION}), 400, "model", "missing_parameter"),
         (CHAT, orjson.dumps({**hello, "stream": 1}), 400, "stream", "wrong_type"),
         (CHAT, orjson.dumps({**hello, "model": "chatt"}), 404, "model", "model_not_found"),
@@ -183,7 +185,7 @@ def test_each_wrong_request_gets_its_status_and_openais_error() -> None:
                 assert (status, reply["error"]["param"], reply["error"]["code"]) == (expected, param, code), reply
                 assert reply["error"]["type"] == "invalid_request_error"
                 if status == 405:
-                    assert headers["allow"] == "GET"
+                    assert headers["allow"] == "GET, HEAD"
             with pytest.raises(openai.NotFoundError, match="Did you mean 'chat'"):
                 await service.openai.chat.completions.create(model="chatt", messages=QUESTION)
             with pytest.raises(openai.BadRequestError, match="'messages' is empty"):
@@ -235,6 +237,46 @@ def test_whatever_is_posted_it_is_answered_in_openais_words_and_never_with_a_5xx
             fuzz()
         finally:
             runner.run(context.__aexit__(None, None, None))
+
+
+def test_each_path_takes_its_methods_and_no_other() -> None:
+    cases = [
+        ("DELETE", "/v1/models/chat", 405),
+        ("HEAD", "/v1/models/chat", 200),
+        ("HEAD", "/health", 503),
+        ("GET", "/v1/models/", 200),
+        ("GET", CHAT, 405),
+    ]
+
+    async def case() -> None:
+        async with served(fake_plan(), start=False) as service, aiohttp.ClientSession() as session:
+            for method, path, status in cases:
+                async with session.request(method, service.url + path) as reply:
+                    assert (reply.status, method, path) == (status, method, path)
+
+    asyncio.run(case())
+
+
+def test_a_name_without_end_is_not_said_back() -> None:
+    async def case() -> None:
+        async with served(fake_plan(), start=False) as service:
+            status, reply, _ = await post(service, CHAT, orjson.dumps({"model": "a" * 2**20, "messages": QUESTION}))
+            message = reply["error"]["message"]
+            assert status == 404
+            assert message.endswith("aaa…' here. Known: chat.")
+            assert len(message) < 120
+
+    asyncio.run(case())
+
+
+def test_a_body_that_does_not_come_is_waited_for_no_longer_than_a_while() -> None:
+    async def never() -> dict[str, Any]:
+        await asyncio.sleep(60)
+        return {}
+
+    with pytest.raises(RejectedError, match=r"within 0\.01 s") as caught:
+        asyncio.run(read_body({"headers": []}, never, within_s=0.01))
+    assert caught.value.status == 408
 
 
 def test_before_its_engine_is_ready_a_model_asks_for_patience() -> None:
@@ -297,9 +339,9 @@ def test_who_cannot_be_served_in_time_is_refused_with_an_honest_time() -> None:
                 for _ in range(2)
             ]
             await until(lambda: len(lane.waiting) == 1)
-            with pytest.raises(openai.RateLimitError) as caught:  # 200 and 4 or 8 of prompts, at 20 a second
+            with pytest.raises(openai.RateLimitError) as caught:  # 200 and 8 or 16 of prompts, at 20 a second
                 await service.openai.chat.completions.create(model="chat", messages=QUESTION)
-            assert caught.value.response.headers["retry-after"] == "10"
+            assert caught.value.response.headers["retry-after"] in {"10", "11"}
             assert caught.value.code == "rate_limit_exceeded"
             await asyncio.gather(*first)
             assert sorted(one.status for one in service.completions) == ["ok", "ok", "refused"]

@@ -8,13 +8,15 @@ import time
 from dataclasses import dataclass, field
 
 import aiohttp
+import openai
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from msgspec.structs import replace
 from serving import QUESTION, fake_plan, served, until
 
 from waterline.errors import EngineError
-from waterline.service.engines import NotReadyError
+from waterline.service.engines import NotReadyError, prepare_engines
 from waterline.service.engines.openai import Attached
 from waterline.service.supervisor import ReplicaState, Supervisor, next_delay_s
 
@@ -35,6 +37,8 @@ class Script:
     code: str
     environment: dict[str, str] = field(default_factory=dict)
     url: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
     start_within_s: float = 20.0
 
     @property
@@ -76,17 +80,78 @@ def supervise(code: str, *, failures: int) -> tuple[list[ReplicaState], list[flo
     return states, waits(), error
 
 
-def test_a_start_that_fails_twice_says_the_last_words_of_the_engine() -> None:
-    _, waits, error = supervise("import sys; sys.exit('the weights are haunted')", failures=2)
+def test_an_engine_that_refuses_to_start_says_its_last_words_once() -> None:
+    states, waits, error = supervise("import sys; sys.exit('the weights are haunted')", failures=2)
     assert "replica 'r' failed: exit 1" in error
     assert "the weights are haunted" in error
+    assert waits == [], "it would refuse again"
+    assert not any(state.reason for state in states)
+
+
+def test_an_engine_that_is_killed_at_its_start_gets_a_second_chance() -> None:
+    _, waits, error = supervise("import os; os.kill(os.getpid(), 9)", failures=2)
+    assert "was ended by SIGKILL" in error
     assert waits == [0.5], "there were two attempts"
+
+
+def test_a_bug_is_a_failure_of_the_engine_that_is_restarted() -> None:
+    told: list[str] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Buggy(Script):
+        async def served_name(self, _session: aiohttp.ClientSession, _url: str) -> str:
+            if len(told) == 2:  # starting, ready
+                raise RuntimeError("a bug")
+            return "script"
+
+    def follow(_replica: str, state: ReplicaState) -> None:
+        told.append(state.status)
+        raise OSError("nobody reads the log")
+
+    async def case() -> None:
+        code = 'import time; print(\'{"url": "x"}\', flush=True); time.sleep(60)'
+        async with aiohttp.ClientSession() as session:
+            supervisor = Supervisor({"r": Buggy(code=code)}, session, follow, sleep=lambda _s: asyncio.sleep(0.01))
+            await supervisor.start()
+            await until(lambda: len(told) >= 5)
+            await supervisor.stop()
+
+    asyncio.run(case())
+    assert told[:5] == ["starting", "ready", "backing off", "starting", "ready"]
+
+
+def test_an_engine_that_hangs_gets_no_work_after_a_miss_and_is_replaced_after_three() -> None:
+    async def case() -> tuple[float, float, float]:
+        async with served(fake_plan({"chat": 2}, output_tokens=100)) as service:
+            states = service.supervisor.states
+            chat = service.openai.chat.completions
+            pid = states["chat/0"].pid
+            assert pid
+            os.kill(pid, signal.SIGSTOP)
+            begun_s = time.monotonic()
+            caught = asyncio.create_task(chat.create(model="chat", messages=QUESTION, max_tokens=2))
+            await until(lambda: states["chat/0"].status == "suspect")
+            suspect_s = time.monotonic() - begun_s
+            for _ in range(3):
+                await chat.create(model="chat", messages=QUESTION, max_tokens=2)
+            assert {one.replica for one in service.completions} == {"chat/1"}
+            async with aiohttp.ClientSession() as session, session.get(f"{service.url}/health") as health:
+                assert (await health.json())["models"]["chat"] == {"ready": 1, "total": 2}
+            await until(lambda: states["chat/0"].status == "backing off", within_s=10)
+            gone_s = time.monotonic() - begun_s
+            await caught
+            assert service.completions[-1].replica == "chat/1", "it was cut, and moved"
+            return suspect_s, gone_s, time.monotonic() - begun_s
+
+    suspect_s, gone_s, moved_s = asyncio.run(case())
+    print(f"suspect after {suspect_s:.2f} s, gone after {gone_s:.2f} s, served after {moved_s:.2f} s")
+    assert suspect_s < gone_s <= moved_s
 
 
 def test_an_engine_that_keeps_dying_is_restarted_with_longer_and_longer_waits() -> None:
     states, waits, error = supervise('print(\'{"url": "http://x/v1"}\', flush=True)', failures=4)
     assert (waits, error) == ([0.5, 1.0, 2.0, 4.0], "")
-    assert [state.status for state in states[:5]] == ["starting", "ready", "stopped", "backing off", "starting"]
+    assert [state.status for state in states[:5]] == ["starting", "ready", "backing off", "starting", "ready"]
     assert states[-1].status == "stopped"
 
 
@@ -115,6 +180,10 @@ def test_a_killed_engine_is_restarted_and_serves_again() -> None:
             old = states["chat/0"].pid
             assert old
             os.kill(old, signal.SIGKILL)
+            with pytest.raises(openai.InternalServerError) as caught:  # whether the death has been noticed or not
+                await service.openai.chat.completions.create(model="chat", messages=QUESTION)
+            assert caught.value.status_code == 503
+            assert int(caught.value.response.headers["retry-after"]) >= 1
             await until(lambda: states["chat/0"].status == "backing off")
             assert "SIGKILL" in states["chat/0"].reason
             async with aiohttp.ClientSession() as session:
@@ -147,16 +216,48 @@ def test_while_one_of_two_replicas_is_down_the_other_serves() -> None:
     asyncio.run(case())
 
 
-def test_attaching_to_nothing_says_so() -> None:
+def test_an_attached_server_that_is_down_is_waited_for_and_holds_nobody_up() -> None:
+    plan = fake_plan(engine="openai", urls=("http://127.0.0.1:1/v1",))
+
     async def case() -> None:
-        async with served(fake_plan(engine="openai", urls=("http://127.0.0.1:1/v1",)), start=False) as service:
-            service.supervisor._engines = {
-                "chat/0": Attached(url="http://127.0.0.1:1/v1", name="chat", start_within_s=0.1)
-            }
-            with pytest.raises(EngineError, match=r"http://127.0.0.1:1/v1/models does not answer"):
-                await service.supervisor.start()
+        async with served(plan) as service:  # which starts
+            state = service.supervisor.states["chat/0"]
+            assert state.status == "backing off"
+            assert state.reason == "http://127.0.0.1:1/v1 does not answer: connection refused."
+            await until(lambda: service.supervisor.states["chat/0"].restarts == 2)
 
     asyncio.run(case())
+
+
+def test_an_attached_server_gets_its_own_key_and_never_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str | None] = []
+
+    async def models(request: web.Request) -> web.StreamResponse:
+        keys.append(request.headers.get("authorization"))
+        return web.json_response({"data": [{"id": "chat"}]})
+
+    async def answers(request: web.Request) -> web.StreamResponse:
+        keys.append(request.headers.get("authorization"))
+        return web.json_response({})
+
+    async def case() -> None:
+        app = web.Application()
+        app.router.add_get("/v1/models", models)
+        app.router.add_post("/v1/chat/completions", answers)
+        async with TestServer(app) as server:
+            plan = fake_plan(engine="openai", urls=(str(server.make_url("/v1")),))
+            for variable in ("", "THE_KEY"):
+                model = replace(plan.fleet.models[0], api_key_env=variable)
+                keyed = replace(plan, fleet=replace(plan.fleet, models=(model,)))
+                if variable:
+                    with pytest.raises(EngineError, match="export THE_KEY="):
+                        prepare_engines(keyed)
+                    monkeypatch.setenv("THE_KEY", "secret")
+                async with served(keyed) as service:
+                    await service.openai.chat.completions.create(model="chat", messages=QUESTION)
+
+    asyncio.run(case())
+    assert keys == [None, None, "Bearer secret", "Bearer secret"]
 
 
 def test_attaching_to_a_server_of_other_models_names_them() -> None:

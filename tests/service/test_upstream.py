@@ -9,6 +9,9 @@ import pytest
 from aiohttp import web
 from serving import QUESTION, Answer, engine_that, fake_plan, served
 
+from waterline.service.engines.llamacpp import FAULTS
+from waterline.service.engines.openai import Attached
+from waterline.service.supervisor import ReplicaState
 from waterline.service.upstream import Progress
 
 EVENT = b'data: {"id":"1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
@@ -177,6 +180,7 @@ def test_what_an_engine_refuses_is_the_clients_own_doing() -> None:
             with pytest.raises(openai.BadRequestError, match="too long") as caught:
                 await service.openai.chat.completions.create(model="chat", messages=QUESTION)
             assert (caught.value.param, caught.value.code) == ("messages", "context")
+            assert [(one.status, one.reason) for one in service.completions] == [("cancelled", "invalid request")]
             assert service.supervisor.states["chat/0"].status == "ready"
 
     asyncio.run(case())
@@ -184,7 +188,7 @@ def test_what_an_engine_refuses_is_the_clients_own_doing() -> None:
 
 def test_an_attached_server_may_call_the_model_by_another_name() -> None:
     async def echo(request: web.Request) -> web.StreamResponse:
-        assert request.headers["authorization"] == "Bearer none", "the key is for the attached server"
+        assert "authorization" not in request.headers, "the client's key is not for the attached server"
         return web.json_response(await request.json())
 
     async def case() -> None:
@@ -192,8 +196,127 @@ def test_an_attached_server_may_call_the_model_by_another_name() -> None:
             plan = fake_plan(engine="openai", urls=(url,))
             async with served(plan) as service, aiohttp.ClientSession() as session:
                 body = {"model": "chat", "messages": QUESTION, "custom": {"kept": [1, None]}}
-                headers = {"authorization": "Bearer none"}
+                headers = {"authorization": "Bearer its-own"}
                 async with session.post(f"{service.url}/v1/chat/completions", json=body, headers=headers) as reply:
                     assert await reply.json() == {**body, "model": "Qwen/Qwen3-32B"}
 
     asyncio.run(case())
+
+
+async def asked_of(
+    answer: Answer, *, stream: bool = False, faults: tuple[str, ...] = ()
+) -> tuple[int, str, str | None]:
+    """Return status, body and Retry-After of a request to the only replica, whose engine answers so."""
+    async with engine_that(answer) as url:
+        plan = fake_plan(engine="openai", urls=(url,))
+        engines = {"chat/0": Attached(url=url, name="chat", faults=faults)}
+        async with served(plan, engines=engines) as service, aiohttp.ClientSession() as session:
+            body = {"model": "chat", "messages": QUESTION, "stream": stream}
+            async with session.post(f"{service.url}/v1/chat/completions", json=body) as reply:
+                return reply.status, await reply.text(), reply.headers.get("retry-after")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_200_that_is_no_answer_is_a_failure_of_the_engine(stream: bool) -> None:
+    async def login(_request: web.Request) -> web.StreamResponse:
+        return web.Response(text="<html>Log in</html>", content_type="text/html")
+
+    status, text, _ = asyncio.run(asked_of(login, stream=stream))
+    assert status == 502
+    assert "text/html" in text
+
+
+def test_an_engine_that_is_busy_stays_so_and_its_time_to_come_back_is_kept() -> None:
+    async def loading(_request: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "Loading"}}, status=503, headers={"retry-after": "7"})
+
+    status, text, again = asyncio.run(asked_of(loading))
+    assert (status, again) == (503, "7")
+    assert "Loading" in text
+
+
+def test_a_500_that_is_the_requests_fault_is_a_400_where_the_engine_says_so() -> None:
+    async def parses(_request: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "Failed to parse grammar", "code": 500}}, status=500)
+
+    assert asyncio.run(asked_of(parses))[0] == 502
+    assert asyncio.run(asked_of(parses, faults=FAULTS))[0] == 400
+
+
+def test_a_key_that_is_refused_is_not_the_clients_doing() -> None:
+    async def refuses_key(_request: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "who are you?"}}, status=401)
+
+    assert asyncio.run(asked_of(refuses_key))[0] == 502
+
+
+def test_an_error_that_comes_in_pieces_is_read_to_its_end() -> None:
+    async def in_pieces(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(status=400, headers={"content-type": "application/json"})
+        await response.prepare(request)
+        await response.write(b'{"error": {"message": "far ')
+        await asyncio.sleep(0.05)
+        await response.write(b'too long"}}')
+        return response
+
+    status, text, _ = asyncio.run(asked_of(in_pieces))
+    assert status == 400
+    assert "far too long" in text
+
+
+def test_done_needs_no_blank_and_timings_stand_in_for_usage() -> None:
+    progress = Progress()
+    progress.saw(EVENT * 4 + b'data: {"choices":[],"timings":{"cache_n":30,"prompt_n":12,"predicted_n":3}}\n\n')
+    progress.saw(b"data:[DONE]\n\n")
+    assert (progress.prompt_tokens, progress.output_tokens) == (42, 3)
+
+
+def test_what_hangs_on_a_server_that_no_longer_answers_is_cut_and_moved() -> None:
+    hung = asyncio.Event()
+
+    async def hangs(request: web.Request) -> web.StreamResponse:
+        if not hung.is_set():
+            hung.set()
+            await asyncio.sleep(60)
+        return await streams(request)
+
+    async def case() -> float:
+        async with (
+            engine_that(hangs) as url,
+            served(fake_plan({"chat": 2}, engine="openai", urls=(url,))) as service,
+        ):
+            chat = service.openai.chat.completions
+            asking = asyncio.create_task(chat.create(model="chat", messages=QUESTION, stream=True))
+            await hung.wait()
+            begun_s = time.monotonic()
+            service.supervisor._change("chat/0", ReplicaState(status="backing off"))
+            stream = await asking
+            assert [chunk.choices[0].delta.content async for chunk in stream] == ["a"] * 3
+            assert [(one.status, one.replica) for one in service.completions] == [("ok", "chat/1")]
+            return time.monotonic() - begun_s
+
+    print(f"cut and moved within {asyncio.run(case()):.3f} s")
+
+
+def test_a_stream_under_way_ends_with_an_error_when_its_replica_goes() -> None:
+    async def stalls(request: web.Request) -> web.StreamResponse:
+        response = await begin(request)
+        await response.write(EVENT)
+        await asyncio.sleep(60)
+        return response
+
+    async def case() -> bytes:
+        async with (
+            engine_that(stalls) as url,
+            served(fake_plan(engine="openai", urls=(url,))) as service,
+            aiohttp.ClientSession() as session,
+        ):
+            body = {"model": "chat", "messages": QUESTION, "stream": True}
+            async with session.post(f"{service.url}/v1/chat/completions", json=body) as reply:
+                await reply.content.readany()
+                service.supervisor._change("chat/0", ReplicaState(status="backing off"))
+                return await reply.read()
+
+    end = asyncio.run(case())
+    assert end.startswith(b'data: {"error":{"message":"The engine broke off."'), "no empty lines before it"
+    assert b'"code":"server_error"' in end

@@ -1,6 +1,8 @@
 """`waterline up`: start the engines and serve."""
 
 import json
+import signal
+import sys
 from collections import deque
 from pathlib import Path
 from time import monotonic
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 LAPTOP = Path(__file__).with_name("laptop.toml")
 SUMMARISED = 100_000  # latest requests that the last words are about
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to be told apart from one's own machine
 ABACUS = "waterline/abacus"
 
 
@@ -33,25 +36,38 @@ def up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool) 
     waterline up examples/mixed.toml --engine fake
     waterline up plan.json --port 8001
     """  # noqa: D301 - click wants the character, not its name
-    from waterline.service.server import listen, log_to_stderr, serve
+    try:
+        _up(fleet, host, port, engine, as_json=as_json)
+    except KeyboardInterrupt:  # before the service listens to signals
+        sys.exit(128 + signal.SIGINT)
+
+
+def _up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool) -> None:
+    from waterline.service.engines import prepare_engines
+    from waterline.service.server import Outlet, listen, log_to_stderr, serve
 
     begun_s = monotonic()
     plan = _plan(fleet or LAPTOP)
     _check_engine(engine)
+    engines = prepare_engines(plan, engine, fleet=str(fleet or "FLEET"))
     listening = listen(host, port)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
+    url = f"http://{_reachable(host)}:{listening.getsockname()[1]}/v1"
     log_to_stderr()
     completions: deque[Completion] = deque(maxlen=SUMMARISED)
+    say = Outlet(sys.stdout).say
+
+    def on_ready(missing: list[str]) -> None:
+        took_s = monotonic() - begun_s
+        say(_ready_json(plan, url, engine) if as_json else _ready_text(plan, url, took_s, missing))
+
     if not as_json:
-        click.echo(_what_runs(plan, engine))
-
-    def on_ready() -> None:
-        click.echo(_ready_json(plan, url, engine) if as_json else _ready_text(plan, url, monotonic() - begun_s))
-
+        say(_what_runs(plan, engine))
+    if host in EVERYWHERE:
+        Outlet(sys.stderr).say(f"Anybody who reaches this machine can use it at {host}: there is no key.")
     with listening:
-        serve(plan, listening, engine=engine, on_ready=on_ready, on_completion=completions.append)
+        serve(plan, engines, listening, on_ready=on_ready, on_completion=completions.append)
     if completions:
-        _say_goodbye(plan, completions, monotonic() - begun_s, as_json=as_json)
+        say(_goodbye(plan, completions, monotonic() - begun_s, as_json=as_json))
 
 
 def _plan(path: Path) -> "Plan":
@@ -63,11 +79,17 @@ def _plan(path: Path) -> "Plan":
 
 
 def _check_engine(engine: str) -> None:
-    from waterline.errors import UnknownNameError, nearest
+    from waterline.errors import UnknownNameError
     from waterline.fleet import ENGINES
 
     if engine and engine not in ENGINES:
-        raise UnknownNameError(f"no engine is called '{engine}'. {nearest(engine, ENGINES)}")
+        raise UnknownNameError(f"no engine is called '{engine}'. Known: {', '.join(ENGINES)}.")
+
+
+def _reachable(host: str) -> str:
+    """Return what a URL on this machine calls that address."""
+    host = EVERYWHERE.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 def _what_runs(plan: "Plan", engine: str) -> str:
@@ -81,7 +103,7 @@ def _what_runs(plan: "Plan", engine: str) -> str:
     return "\n".join(lines)
 
 
-def _ready_text(plan: "Plan", url: str, took_s: float) -> str:
+def _ready_text(plan: "Plan", url: str, took_s: float, missing: list[str]) -> str:
     from waterline.units import seconds_text
 
     model = plan.fleet.models[0]
@@ -93,8 +115,9 @@ def _ready_text(plan: "Plan", url: str, took_s: float) -> str:
     }
     body = json.dumps(request).replace("'", r"'\''")
     hint = " ('abacus' multiplies two numbers; it does not chat)" if multiplies else ""
+    later = f"Not reachable yet, and asked again and again: {', '.join(missing)}.\n" if missing else ""
     return (
-        f"Ready after {seconds_text(took_s)}: {url}\n\nAsk it{hint}:\n\n"
+        f"{later}Ready after {seconds_text(took_s)}: {url}\n\nAsk it{hint}:\n\n"
         f"curl {url}/chat/completions -H 'Content-Type: application/json' -d '{body}'\n\nCtrl-C stops it."
     )
 
@@ -104,23 +127,22 @@ def _ready_json(plan: "Plan", url: str, engine: str) -> str:
     return json.dumps({"url": url, "models": [model.model for model in plan.models], "replicas": replicas})
 
 
-def _say_goodbye(plan: "Plan", completions: "deque[Completion]", lasted_s: float, *, as_json: bool) -> None:
-    """Print what became of the requests, a line for each tenant and model."""
+def _goodbye(plan: "Plan", completions: "deque[Completion]", lasted_s: float, *, as_json: bool) -> str:
+    """Return what became of the requests, a line for each tenant and model."""
     import msgspec
 
     from waterline.outcome import summarize
 
     summaries = summarize(completions, plan.fleet.slos, lasted_s, plan.replica_usd_per_hour)
     if as_json:
-        click.echo(msgspec.json.encode({"summaries": summaries}))
-    else:
-        click.echo("\n" + "\n".join(_line(summary) for summary in summaries[1:]))
+        return msgspec.json.encode({"summaries": summaries}).decode()
+    return "\n" + "\n".join(_line(summary) for summary in summaries[1:])
 
 
 def _line(summary: "Summary") -> str:
     from waterline.units import seconds_text
 
-    ended = {"completed": summary.completed, "refused": summary.refused, "failed": summary.failed}
+    ended = {name: getattr(summary, name) for name in ("completed", "refused", "failed", "cancelled")}
     line = f"{summary.tenant}, {summary.model}: " + ", ".join(f"{count} {how}" for how, count in ended.items() if count)
     line += f"; {summary.prompt_tokens} tokens in, {summary.output_tokens} out"
     if summary.ttft_s:

@@ -18,6 +18,7 @@ Headers = list[tuple[bytes, bytes]]
 Result = TypeVar("Result")
 
 JSON = (b"content-type", b"application/json")
+BODY_WITHIN_S = 30.0
 
 
 class ClientGoneError(Exception):
@@ -30,12 +31,14 @@ class Reply:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.begun = False
+        self._within_event = False
 
     async def begin(self, status: int, headers: Headers) -> None:
         self.begun = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def chunk(self, data: bytes) -> None:
+        self._within_event = not data.endswith(b"\n\n")
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self, data: bytes = b"") -> None:
@@ -48,16 +51,29 @@ class Reply:
     async def error(self, error: WaterlineError) -> None:
         """Answer with an error; in the middle of a stream, as its last event."""
         if self.begun:
-            await self.end(b"\ndata: " + error_json(error) + b"\n\n")
+            await self.end(b"\n" * self._within_event + b"data: " + error_json(error) + b"\n\n")
         else:
             await self.whole(http_status(error), error_json(error), [JSON, *error_headers(error)])
 
 
-async def read_body(scope: Scope, receive: Receive, longest_bytes: int = LONGEST_BODY_BYTES) -> bytes:
+async def read_body(
+    scope: Scope, receive: Receive, longest_bytes: int = LONGEST_BODY_BYTES, within_s: float = BODY_WITHIN_S
+) -> bytes:
     """Return the body of a request.
 
-    Raises RejectedError when it is longer than that, without keeping it; ClientGoneError when it does not end.
+    Raises RejectedError when it is longer than that, without keeping it, or takes longer; ClientGoneError when the
+    client leaves before its end.
     """
+    try:
+        async with asyncio.timeout(within_s):
+            return await _read_body(scope, receive, longest_bytes)
+    except TimeoutError:
+        raise RejectedError(
+            f"The body did not come within {within_s:g} s.", status=408, code="request_timeout"
+        ) from None
+
+
+async def _read_body(scope: Scope, receive: Receive, longest_bytes: int) -> bytes:
     declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     if declared.isdigit() and int(declared) > longest_bytes:
         raise _too_long(longest_bytes)

@@ -1,8 +1,8 @@
 """What a request asks: only what the gateway decides by. Everything else in a body is the engine's business."""
 
 import re
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, cast
 
 import msgspec
 import orjson
@@ -13,6 +13,8 @@ from waterline.service.errors import RejectedError
 CHAT = "/chat/completions"
 COMPLETIONS = "/completions"
 BYTES_PER_TOKEN = 4  # of text, before an engine has counted: what tokenizers make of English
+TOKENS_PER_MESSAGE = 4  # its role, and the marks where it begins and ends
+LONGEST_TOKEN_BYTES = 128  # vocabularies hold runs of that many blanks or dashes; words are much shorter
 
 Tokens = Annotated[int, Meta(ge=0, lt=2**31)]
 
@@ -36,6 +38,7 @@ class _Body(Struct):
     stream: bool | None = None
     max_tokens: Tokens | None = None
     stream_options: _StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None  # OpenAI's limit
 
 
 class _ChatBody(_Body, kw_only=True):
@@ -54,58 +57,87 @@ class Asked:
     model: str
     stream: bool
     include_usage: bool  # at the end of the stream
-    most_tokens: int | None  # the limit the client has set
-    prompt_tokens: int  # estimated; at least 1
-    fields: dict[str, Any]  # the whole body
+    most_tokens: int | None  # the limit the client has set, of each answer
+    answers: int  # how many it wants: `n` for each of its prompts
+    prompt_tokens: int  # estimated, of all its prompts; at least 1
+    fewest_tokens: int  # its longest prompt has no fewer, whatever the tokenizer
+    body: bytes = field(repr=False)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The whole body, decoded again: few need it. Raises RejectedError for JSON that only we could read."""
+        try:
+            return cast("dict[str, Any]", orjson.loads(self.body))
+        except orjson.JSONDecodeError as error:
+            raise _no_json(error) from error
+
+    def check_context(self, max_context_tokens: int) -> None:
+        """Raise RejectedError when no engine could hold the prompt and a token of an answer."""
+        if self.fewest_tokens >= max_context_tokens:
+            raise RejectedError(
+                f"The prompt has at least {self.fewest_tokens} tokens; '{self.model}' has a context of "
+                f"{max_context_tokens}, for prompt and answer. Send a shorter prompt.",
+                code="context_length_exceeded",
+            )
 
 
 def read_asked(endpoint: str, body: bytes) -> Asked:
     """Read the body of a request to CHAT or COMPLETIONS. Raises RejectedError naming the place that is wrong."""
     try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise RejectedError(
-            f"The body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}.", code="bad_json"
-        ) from error
-    if not isinstance(fields, dict):
-        raise RejectedError(f"The body should be a JSON object, not {type(fields).__name__}.", code="bad_json")
-    try:
         if endpoint == CHAT:
-            return _read_chat(msgspec.convert(fields, _ChatBody), fields)
-        return _read_completion(msgspec.convert(fields, _CompletionBody), fields)
-    except msgspec.ValidationError as error:
-        raise _explained(str(error)) from error
+            return _read_chat(_CHAT.decode(body), body)
+        return _read_completion(_COMPLETION.decode(body), body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _explained(error, body) from error
 
 
-def _read_chat(body: _ChatBody, fields: dict[str, Any]) -> Asked:
-    if not body.messages:
-        raise RejectedError("'messages' is empty. Send at least one message.", param="messages")
+_CHAT = msgspec.json.Decoder(_ChatBody)
+_COMPLETION = msgspec.json.Decoder(_CompletionBody)
+
+
+def _read_chat(asked: _ChatBody, body: bytes) -> Asked:
+    if not asked.messages:
+        raise RejectedError("'messages' is empty. Send at least one message.", param="messages", code="empty_array")
     size = 0
-    for message in body.messages:
+    for message in asked.messages:
         content = message.content or ""
         for part in [content] if isinstance(content, str) else content:
             size += _size(part if isinstance(part, str) else part.text or "")
-    most_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return _asked(body, most_tokens, size // BYTES_PER_TOKEN, fields)
+    most_tokens = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+    prompt_tokens = size // BYTES_PER_TOKEN + TOKENS_PER_MESSAGE * len(asked.messages)
+    return _asked(asked, body, most_tokens, prompt_tokens, size // LONGEST_TOKEN_BYTES)
 
 
-def _read_completion(body: _CompletionBody, fields: dict[str, Any]) -> Asked:
-    if body.prompt == []:
-        raise RejectedError("'prompt' is an empty list. Send text, or tokens.", param="prompt")
-    tokens = 0
-    for part in [body.prompt] if isinstance(body.prompt, str) else body.prompt:
-        tokens += _size(part) // BYTES_PER_TOKEN if isinstance(part, str) else 1 if isinstance(part, int) else len(part)
-    return _asked(body, body.max_tokens, tokens, fields)
+def _read_completion(asked: _CompletionBody, body: bytes) -> Asked:
+    if asked.prompt == []:
+        raise RejectedError("'prompt' is an empty list. Send text, or tokens.", param="prompt", code="empty_array")
+    parts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+    alone = sum(isinstance(part, int) for part in parts)  # tokens that stand by themselves are one prompt
+    tokens, fewest = alone, alone
+    for part in parts:
+        if isinstance(part, str):
+            size = _size(part)
+            tokens += size // BYTES_PER_TOKEN
+            fewest = max(fewest, size // LONGEST_TOKEN_BYTES)
+        elif isinstance(part, list):
+            tokens += len(part)
+            fewest = max(fewest, len(part))
+    prompts = len(parts) - alone + bool(alone)
+    return _asked(asked, body, asked.max_tokens, tokens, fewest, prompts)
 
 
-def _asked(body: _Body, most_tokens: int | None, prompt_tokens: int, fields: dict[str, Any]) -> Asked:
+def _asked(
+    asked: _Body, body: bytes, most_tokens: int | None, prompt_tokens: int, fewest_tokens: int, prompts: int = 1
+) -> Asked:
     return Asked(
-        model=body.model,
-        stream=bool(body.stream),
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        model=asked.model,
+        stream=bool(asked.stream),
+        include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
         most_tokens=most_tokens,
+        answers=prompts * (asked.n or 1),
         prompt_tokens=max(1, prompt_tokens),
-        fields=fields,
+        fewest_tokens=fewest_tokens,
+        body=body,
     )
 
 
@@ -113,11 +145,23 @@ def _size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _explained(problem: str) -> RejectedError:
+def _explained(error: Exception, body: bytes) -> RejectedError:
     """Turn what msgspec says into a sentence and the name of the parameter."""
-    problem, _, where = problem.partition(" - at `$")
+    try:
+        whole = orjson.loads(body)
+    except orjson.JSONDecodeError as worse:
+        return _no_json(worse)
+    if not isinstance(whole, dict):
+        return RejectedError(f"The body should be a JSON object, not {type(whole).__name__}.", code="bad_json")
+    problem, _, where = str(error).partition(" - at `$")
     param = where.rstrip("`").lstrip(".") or None
     if missing := re.search(r"missing required field `(.+)`", problem):
         param = f"{param}.{missing[1]}" if param else missing[1]
         return RejectedError(f"'{param}' is missing.", param=param, code="missing_parameter")
     return RejectedError(f"'{param}' is wrong: {problem[0].lower()}{problem[1:]}.", param=param, code="wrong_type")
+
+
+def _no_json(error: orjson.JSONDecodeError) -> RejectedError:
+    return RejectedError(
+        f"The body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}.", code="bad_json"
+    )

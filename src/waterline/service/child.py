@@ -16,6 +16,10 @@ LAST_LINES = 200  # of standard error are kept
 LAST_BYTES = 64 * 1024
 
 
+class StillbornError(EngineError):
+    """It ended by itself before it said where it listens: started again, it would do the same."""
+
+
 class Child:
     """A running engine process in a process group of its own, so that a terminal's Ctrl-C does not reach it."""
 
@@ -49,12 +53,13 @@ class Child:
         return self._process.returncode is not None
 
     async def announced_url(self) -> str:
-        """Return where it listens, as it says itself. Raises EngineError when it ends before."""
+        """Return where it listens, as it says itself. Raises EngineError when it does not."""
         assert self._process.stdout is not None  # noqa: S101 - we asked for a pipe
         try:
             url = str(orjson.loads(await self._process.stdout.readline())["url"])
         except (ValueError, TypeError, KeyError) as error:  # no JSON, or a line without end
-            raise EngineError(await self.last_words()) from error
+            words = await self.last_words()
+            raise (StillbornError if (self._process.returncode or 0) > 0 else EngineError)(words) from error
         self._readers.append(asyncio.ensure_future(_discard(self._process.stdout)))
         return url
 

@@ -89,8 +89,10 @@ class Dispatcher:
         self.expected_output_tokens = expected_output_tokens
         self.deadline_s = deadline_s
 
-    def enter(self, prompt_tokens: int, most_tokens: int | None, turn: Turn, now_s: float) -> Ticket | Refusal:
-        """Decide about a newcomer. `most_tokens` is the limit it came with, if any."""
+    def enter(
+        self, prompt_tokens: int, most_tokens: int | None, turn: Turn, now_s: float, *, answers: int = 1
+    ) -> Ticket | Refusal:
+        """Decide about a newcomer. `most_tokens` is the limit of each of its answers, if any."""
         ready = [lane for lane in self.lanes if lane.ready]
         wait_s = retry_after_s(
             sum([lane.unread_tokens for lane in ready]),
@@ -105,7 +107,7 @@ class Dispatcher:
         expected = self.expected_output_tokens
         ticket = Ticket(
             prompt_tokens=prompt_tokens,
-            output_tokens=expected if most_tokens is None else min(most_tokens, expected),
+            output_tokens=answers * (expected if most_tokens is None else min(most_tokens, expected)),
             turn=turn,
             lane=self.lanes[chosen],
         )
@@ -151,13 +153,25 @@ class Dispatcher:
         return True
 
     def set_ready(self, replica_id: str, *, ready: bool, now_s: float) -> None:
-        """A replica has come up, or gone: who waits for it moves to the others."""
-        lane = next(lane for lane in self.lanes if lane.replica.id == replica_id)
-        lane.ready = ready
-        if not ready:
-            for ticket in reversed(list(lane.waiting)):  # each goes to the front
-                if not self.move(ticket, ticket.turn, now_s):
-                    ticket.turn(False)  # noqa: FBT003 - a callback of one argument
+        """A replica has come up, or gone: who waits for it moves to the others, or is told that there is none."""
+        lane = self._lane(replica_id)
+        if ready:
+            lane.ready = True
+            self._advance(lane, now_s)
+            return
+        self.hold(replica_id, now_s)
+        for ticket in tuple(lane.waiting):
+            ticket.turn(False)  # noqa: FBT003 - a callback of one argument
+
+    def hold(self, replica_id: str, now_s: float) -> None:
+        """A replica is in doubt and gets no more work: who waits for it moves, or waits on when there is no other."""
+        lane = self._lane(replica_id)
+        lane.ready = False
+        for ticket in reversed(tuple(lane.waiting)):  # each goes to the front
+            self.move(ticket, ticket.turn, now_s)
+
+    def _lane(self, replica_id: str) -> Lane:
+        return next(lane for lane in self.lanes if lane.replica.id == replica_id)
 
     def _choose(self, but: Lane | None = None) -> int:
         return least_loaded(

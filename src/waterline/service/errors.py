@@ -8,6 +8,7 @@ import orjson
 from waterline.errors import WaterlineError
 
 LONGEST_BODY_BYTES = 4 * 2**20
+LONGEST_NAME = 60  # characters of what somebody sent that are said back
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -31,6 +32,11 @@ class RejectedError(WaterlineError):
         self.headers = headers or {}
 
 
+def shortened(name: str) -> str:
+    """Return a name as a message may repeat it."""
+    return name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…"
+
+
 def retry_after(seconds: float) -> dict[str, str]:
     """Say when to come back: HTTP wants whole seconds, and 0 would mean now."""
     return {"retry-after": str(max(1, math.ceil(seconds)))}
@@ -48,5 +54,5 @@ def error_headers(error: WaterlineError) -> list[tuple[bytes, bytes]]:
 def error_json(error: WaterlineError) -> bytes:
     status = http_status(error)
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    param, code = (error.param, error.code) if isinstance(error, RejectedError) else (None, None)
+    param, code = (error.param, error.code) if isinstance(error, RejectedError) else (None, kind)
     return orjson.dumps({"error": {"message": str(error), "type": kind, "param": param, "code": code}})

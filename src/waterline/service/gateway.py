@@ -11,20 +11,23 @@ from typing import Any
 import orjson
 import structlog
 
-from waterline.errors import EngineBusyError, WaterlineError, nearest
+from waterline.errors import WaterlineError, nearest
 from waterline.outcome import Completion, Status
 from waterline.plan import Plan
 from waterline.service.asgi import JSON, ClientGoneError, Receive, Reply, Scope, Send, read_body, unless_disconnected
 from waterline.service.body import CHAT, COMPLETIONS, Asked, read_asked
 from waterline.service.dispatcher import Dispatcher, Refusal, Ticket
-from waterline.service.errors import RejectedError, retry_after
+from waterline.service.engines import Engine
+from waterline.service.errors import RejectedError, retry_after, shortened
 from waterline.service.metrics import Metrics
 from waterline.service.supervisor import ReplicaState
-from waterline.service.upstream import Connections, Progress, UnansweredError, relay
+from waterline.service.upstream import BrokenStreamError, Connections, Progress, UnansweredError, relay
 
 ATTEMPTS = 2  # engines that may fail a request before its client is told
 LAST_WORD_S = 0.2  # for the last event of a stream that is cut
 NEVER_S = 1e6
+INVALID = "invalid request"  # the client's own doing: it counts neither for nor against the SLO
+A_MODEL = "/v1/models/"  # and its name
 
 log = structlog.get_logger()
 
@@ -34,7 +37,6 @@ class Passage:
     """One request that was taken in, on its way."""
 
     asked: Asked
-    body: bytes
     scope: Scope
     arrival_s: float
     ticket: Ticket
@@ -47,6 +49,7 @@ class Gateway:
 
     Args:
         plan: what is served.
+        engines: of the replicas by id.
         states: of the replicas by id; somebody else keeps them up to date and calls `replica_changed`.
         connections: to the engines.
         on_completion: told what became of each request to a served model.
@@ -56,12 +59,14 @@ class Gateway:
     def __init__(
         self,
         plan: Plan,
+        engines: Mapping[str, Engine],
         states: Mapping[str, ReplicaState],
         connections: Connections,
         on_completion: Callable[[Completion], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.plan = plan
+        self.engines = engines
         self.states = states
         self.dispatchers = {model.model: _dispatcher(plan, model.model) for model in plan.models}
         self.tenants = {model.model: _tenant(plan, model.model) for model in plan.models}
@@ -72,11 +77,13 @@ class Gateway:
         self._begun_s = clock()
         self._created = int(time.time())  # the date OpenAI's model list asks for
         self._open: set[asyncio.Task[Any]] = set()
+        self._relays: dict[str, set[asyncio.Timeout]] = {replica.id: set() for replica in plan.replicas}
         self._stopping = False
         self._routes: dict[str, tuple[str, Callable[[Scope, Receive, Reply], Awaitable[None]]]] = {
             f"/v1{CHAT}": ("POST", self._complete),
             f"/v1{COMPLETIONS}": ("POST", self._complete),
             "/v1/models": ("GET", self._list_models),
+            A_MODEL: ("GET", self._list_models),
             "/health": ("GET", self._health),
             "/metrics": ("GET", self._metrics),
         }
@@ -98,8 +105,16 @@ class Gateway:
         return self._clock() - self._begun_s
 
     def replica_changed(self, replica_id: str, state: ReplicaState) -> None:
+        """Send work there, or not; what is under way on a replica that is gone is cut, and fails as if it broke off."""
         model = next(replica.model for replica in self.plan.replicas if replica.id == replica_id)
+        if state.status == "suspect":
+            self.dispatchers[model].hold(replica_id, self.now_s())
+            return
         self.dispatchers[model].set_ready(replica_id, ready=state.status == "ready", now_s=self.now_s())
+        if state.status != "ready":
+            relays, self._relays[replica_id] = self._relays[replica_id], set()
+            for within in relays:
+                within.reschedule(0.0)
 
     def cut(self) -> None:
         """End every request that is under way, and refuse new ones: the service stops."""
@@ -109,16 +124,19 @@ class Gateway:
 
     async def _route(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         path, method = scope["path"], scope["method"]
-        if path not in self._routes and path.startswith("/v1/models/"):
-            await self._show_model(scope, reply)
-            return
-        if path not in self._routes:
+        route = self._routes.get(path) or (("GET", self._show_model) if path.startswith(A_MODEL) else None)
+        if not route:
             known = ", ".join(self._routes)
-            raise RejectedError(f"There is nothing at {path}. Known: {known}.", status=404, code="unknown_path")
-        allowed, answer = self._routes[path]
-        if method != allowed:
             raise RejectedError(
-                f"{path} takes {allowed}, not {method}.", status=405, code="wrong_method", headers={"allow": allowed}
+                f"There is nothing at {shortened(path)}. Known: {known}.", status=404, code="unknown_path"
+            )
+        allowed, answer = route
+        if method != allowed and (method, allowed) != ("HEAD", "GET"):
+            raise RejectedError(
+                f"{shortened(path)} takes {allowed}, not {method}.",
+                status=405,
+                code="wrong_method",
+                headers={"allow": "GET, HEAD" if allowed == "GET" else allowed},
             )
         await answer(scope, receive, reply)
 
@@ -130,16 +148,17 @@ class Gateway:
             body = await read_body(scope, receive)
             asked = read_asked(scope["path"].removeprefix("/v1"), body)
             dispatcher = self._dispatcher_of(asked.model)
+            asked.check_context(max(lane.replica.max_context_tokens for lane in dispatcher.lanes))
         except RejectedError:
             self.metrics.invalid.inc()
             raise
         turn: Future[bool] = asyncio.get_running_loop().create_future()
-        ticket = dispatcher.enter(asked.prompt_tokens, asked.most_tokens, _call(turn), arrival_s)
+        ticket = dispatcher.enter(asked.prompt_tokens, asked.most_tokens, _call(turn), arrival_s, answers=asked.answers)
         if isinstance(ticket, Refusal):
             error = self._refused(asked, ticket)
             self._record(asked, arrival_s, "refused", reason=str(error))
             raise error
-        passage = Passage(asked=asked, body=body, scope=scope, arrival_s=arrival_s, ticket=ticket, turn=turn)
+        passage = Passage(asked=asked, scope=scope, arrival_s=arrival_s, ticket=ticket, turn=turn)
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in a task
         self._open.add(task)
@@ -151,6 +170,11 @@ class Gateway:
         except ClientGoneError:
             status, reason = "cancelled", "the client went away"
             raise
+        except RejectedError as error:
+            reason = str(error)
+            if error.status < 500:
+                status, reason = ("refused", reason) if error.status == 429 else ("cancelled", INVALID)
+            raise
         except WaterlineError as error:
             reason = str(error)
             raise
@@ -161,7 +185,7 @@ class Gateway:
             task.uncancel()
             with suppress(TimeoutError):
                 async with asyncio.timeout(LAST_WORD_S):
-                    await reply.error(EngineBusyError("The service is stopping."))
+                    await reply.error(_stopping())
         finally:
             self._open.discard(task)
             dispatcher.leave(ticket, self.now_s())
@@ -169,13 +193,12 @@ class Gateway:
 
     def _dispatcher_of(self, model: str) -> Dispatcher:
         if self._stopping:
-            raise RejectedError("The service is stopping.", status=503, code="stopping", headers=retry_after(1))
+            raise _stopping()
         try:
             return self.dispatchers[model]
         except KeyError:
             raise RejectedError(
-                f"No model is called '{model}' here. {nearest(model, self.dispatchers)} Served: "
-                f"{', '.join(self.dispatchers)}.",
+                f"No model is called '{shortened(model)}' here. {nearest(shortened(model), self.dispatchers)}",
                 status=404,
                 param="model",
                 code="model_not_found",
@@ -208,16 +231,18 @@ class Gateway:
             try:
                 return await self._relay(passage, reply)
             except UnansweredError:
-                passage.turn = asyncio.get_running_loop().create_future()
-                if attempt == ATTEMPTS or not dispatcher.move(passage.ticket, _call(passage.turn), self.now_s()):
+                if attempt == ATTEMPTS:
                     raise
+                passage.turn = asyncio.get_running_loop().create_future()
+                if not dispatcher.move(passage.ticket, _call(passage.turn), self.now_s()):
+                    passage.turn.set_result(False)  # nobody is left: the next turn says so
         return None
 
     async def _relay(self, passage: Passage, reply: Reply) -> None:
         asked, ticket, progress = passage.asked, passage.ticket, passage.progress
         dispatcher, replica = self.dispatchers[asked.model], ticket.lane.replica
         state = self.states[replica.id]
-        body = passage.body
+        body = asked.body
         if state.served_name != asked.model:
             body = orjson.dumps({**asked.fields, "model": state.served_name})
 
@@ -230,17 +255,23 @@ class Gateway:
             NEVER_S if asked.stream else replica.ttft_s, dispatcher.first_token, ticket
         )
         try:
-            await relay(
-                self._connections,
-                state.url + passage.scope["path"].removeprefix("/v1"),
-                body,
-                passage.scope["headers"],
-                stream=asked.stream,
-                reply=reply,
-                progress=progress,
-                on_first_token=on_first_token,
-            )
+            async with asyncio.timeout(None) as within:  # `replica_changed` sets an end to it
+                self._relays[replica.id].add(within)
+                await relay(
+                    self._connections,
+                    self.engines[replica.id],
+                    state.url + passage.scope["path"].removeprefix("/v1"),
+                    body,
+                    passage.scope["headers"],
+                    stream=asked.stream,
+                    reply=reply,
+                    progress=progress,
+                    on_first_token=on_first_token,
+                )
+        except TimeoutError:
+            raise (BrokenStreamError if reply.begun else UnansweredError)("The engine broke off.") from None
         finally:
+            self._relays[replica.id].discard(within)
             reading.cancel()
 
     def _record(
@@ -270,8 +301,8 @@ class Gateway:
         models = [self._model(model) for model in self.dispatchers]
         await reply.whole(200, orjson.dumps({"object": "list", "data": models}), [JSON])
 
-    async def _show_model(self, scope: Scope, reply: Reply) -> None:
-        model = scope["path"].removeprefix("/v1/models/")
+    async def _show_model(self, scope: Scope, _receive: Receive, reply: Reply) -> None:
+        model = scope["path"].removeprefix(A_MODEL)
         self._dispatcher_of(model)
         await reply.whole(200, orjson.dumps(self._model(model)), [JSON])
 
@@ -281,10 +312,13 @@ class Gateway:
     async def _health(self, _scope: Scope, _receive: Receive, reply: Reply) -> None:
         """Say 200 when each model has a replica that is ready, else 503."""
         models = {
-            model: {"ready": sum(lane.ready for lane in dispatcher.lanes), "total": len(dispatcher.lanes)}
+            model: {
+                "ready": sum(self.states[lane.replica.id].status == "ready" for lane in dispatcher.lanes),
+                "total": len(dispatcher.lanes),
+            }
             for model, dispatcher in self.dispatchers.items()
         }
-        healthy = all(counts["ready"] for counts in models.values())
+        healthy = not self._stopping and all(counts["ready"] for counts in models.values())
         status = "ok" if healthy else "stopping" if self._stopping else "not ready"
         body = {"status": status, "models": models, "replicas": {key: self.states[key].status for key in self.states}}
         await reply.whole(200 if healthy else 503, orjson.dumps(body), [JSON])
@@ -301,6 +335,10 @@ def _dispatcher(plan: Plan, model: str) -> Dispatcher:
         expected_output_tokens=planned.output_tokens,
         deadline_s=plan.fleet.slos[model].ttft_s,
     )
+
+
+def _stopping() -> RejectedError:
+    return RejectedError("The service is stopping.", status=503, code="stopping", headers=retry_after(1))
 
 
 def _tenant(plan: Plan, model: str) -> str:

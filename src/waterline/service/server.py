@@ -6,9 +6,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO, cast
 
 import structlog
 import uvloop
@@ -17,7 +19,7 @@ from waterline.errors import InputError, PortInUseError
 from waterline.outcome import Completion
 from waterline.plan import Plan
 from waterline.service.asgi import HttpServer
-from waterline.service.engines import prepare_engines
+from waterline.service.engines import Engine
 from waterline.service.gateway import Gateway
 from waterline.service.supervisor import ReplicaState, Supervisor
 from waterline.service.upstream import Connections
@@ -37,6 +39,11 @@ class Service:
 
 def listen(host: str, port: int) -> socket.socket:
     """Take the port; 0 takes any. Raises PortInUseError, or InputError when that host is not ours to listen on."""
+    if not host:
+        raise InputError("the host is empty. Say --host 127.0.0.1 for this machine, --host 0.0.0.0 for every network.")
+    name, _, number = host.rpartition(":")
+    if name and ":" not in name and number.isdigit():
+        raise InputError(f"the host '{host}' has a port in it. Say: --host {name} --port {number}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -56,37 +63,36 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(
     plan: Plan,
+    engines: Mapping[str, Engine],
     listening: socket.socket,
     *,
-    engine: str = "",
-    on_ready: Callable[[], None],
+    on_ready: Callable[[list[str]], None],
     on_completion: Callable[[Completion], None],
 ) -> None:
-    """Serve a plan until SIGINT or SIGTERM; a second one ends everything on the spot.
+    """Serve a plan until SIGINT, SIGTERM or, where it is not ignored, SIGHUP; a second one ends all on the spot.
 
     Args:
         plan: what to serve.
+        engines: of its replicas by id, from `prepare_engines`.
         listening: a socket from `listen`; closed at the end.
-        engine: used for every replica instead of the planned ones, if given.
-        on_ready: called once, when every replica has been ready.
+        on_ready: called once, when every engine of ours has been ready; told the attached ones that are not yet.
         on_completion: told what became of each request.
 
     Raises:
         EngineError: an engine cannot be started; the message holds its last words.
-        MissingExtraError: an engine is not installed.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(plan, listening, engine, on_ready, on_completion))
+        runner.run(_serve(plan, engines, listening, on_ready, on_completion))
 
 
 async def _serve(
     plan: Plan,
+    engines: Mapping[str, Engine],
     listening: socket.socket,
-    engine: str,
-    on_ready: Callable[[], None],
+    on_ready: Callable[[list[str]], None],
     on_completion: Callable[[Completion], None],
 ) -> None:
-    async with running(plan, listening, engine=engine, on_completion=on_completion) as service:
+    async with running(plan, engines, listening, on_completion) as service:
         stop = _stop_on_signals(service.supervisor)
         starting = asyncio.create_task(service.supervisor.start())
         stopping = asyncio.create_task(stop.wait())
@@ -94,7 +100,8 @@ async def _serve(
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()
-                on_ready()
+                states = service.supervisor.states
+                on_ready([replica for replica, state in states.items() if state.status != "ready"])
             await stopping
         finally:
             starting.cancel()
@@ -104,18 +111,20 @@ async def _serve(
 
 @asynccontextmanager
 async def running(
-    plan: Plan, listening: socket.socket, *, engine: str, on_completion: Callable[[Completion], None]
+    plan: Plan,
+    engines: Mapping[str, Engine],
+    listening: socket.socket,
+    on_completion: Callable[[Completion], None],
 ) -> AsyncIterator[Service]:
     """Answer HTTP inside the block; starting the engines is left to it. At its end everything ends, within 2 s."""
-    engines = prepare_engines(plan, engine)
     async with Connections() as connections:
 
         def on_change(replica: str, state: ReplicaState) -> None:
-            _log_change(replica, state)
             gateway.replica_changed(replica, state)
+            _log_change(replica, state)
 
         supervisor = Supervisor(engines, connections.kept, on_change)
-        gateway = Gateway(plan, supervisor.states, connections, on_completion)
+        gateway = Gateway(plan, engines, supervisor.states, connections, on_completion)
         http = HttpServer(gateway)
         serving = asyncio.create_task(http.serve(sockets=[listening]))
         try:
@@ -137,12 +146,14 @@ def _stop_on_signals(supervisor: Supervisor) -> asyncio.Event:
             os._exit(128 + number)
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # nohup has it ignored
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     return stop
 
 
 def _log_change(replica: str, state: ReplicaState) -> None:
+    pid = {"pid": state.pid} if state.pid else {}
     if state.status == "backing off":
         log.warning(
             "replica",
@@ -152,8 +163,34 @@ def _log_change(replica: str, state: ReplicaState) -> None:
             restart_in_s=state.delay_s,
             restarts=state.restarts,
         )
+    elif state.status == "suspect":
+        log.warning("replica", status=state.status, id=replica, reason=state.reason, **pid)
     else:
-        log.info("replica", status=state.status, id=replica, pid=state.pid, restarts=state.restarts)
+        log.info("replica", status=state.status, id=replica, restarts=state.restarts, **pid)
+
+
+class Outlet:
+    """A stream for people, who may leave: what is written after that goes nowhere, and nobody fails for it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def say(self, text: str) -> None:
+        self.write(text + "\n")
+        self.flush()
+
+    def write(self, text: str) -> None:
+        self._try(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:  # also for Python's last flush
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 def log_to_stderr() -> None:
@@ -165,6 +202,6 @@ def log_to_stderr() -> None:
             structlog.processors.format_exc_info,
             structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
         ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", Outlet(sys.stderr))),
         cache_logger_on_first_use=True,
     )

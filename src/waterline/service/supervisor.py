@@ -3,28 +3,29 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import aiohttp
 import structlog
 
 from waterline.errors import EngineError
-from waterline.service.child import Child
+from waterline.service.child import Child, StillbornError
 from waterline.service.engines import Engine, NotReadyError
 
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 30.0
 HEALTHY_S = 60.0  # after so long a failure is taken for a new one
 PROBE_STARTING_EVERY_S = 0.1
-PROBE_EVERY_S = 2.0
-PROBES_FAILED = 3  # in a row, until an engine that runs counts as hung
-START_ATTEMPTS = 2
+# A probe waits `engines.ANSWER_S`. Threads that do not decode answer it, so an engine is silent so long only when it
+# hangs or the machine does. Doubt is cheap and comes with the first miss; a restart is dear and wants three in a row.
+PROBE_EVERY_S = 1.0
+PROBES_FAILED = 3
+START_ATTEMPTS = 2  # of an engine that does not end by itself at once
 
 log = structlog.get_logger()
 
-Status = Literal["starting", "ready", "backing off", "stopped"]
+Status = Literal["starting", "ready", "suspect", "backing off", "stopped"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 
@@ -37,7 +38,7 @@ class ReplicaState:
     served_name: str = ""  # what its engine calls the model
     pid: int | None = None  # of its process, if it is ours
     restarts: int = 0
-    reason: str = ""  # why it is backing off
+    reason: str = ""  # why it is suspect or backing off
     delay_s: float = 0.0  # how long
 
 
@@ -77,16 +78,14 @@ class Supervisor:
         self._keepers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Start all engines; return when each has been ready once.
+        """Start all engines; return when each of ours has been ready once and each attached server has been asked.
 
-        Raises EngineError with its last words when one fails its first start twice. The others keep running: the
-        caller stops them.
+        Raises EngineError with its last words when one of ours cannot be started. The others keep running: the caller
+        stops them. An attached server that does not answer is asked again for ever.
         """
         loop = asyncio.get_running_loop()
         firsts = {replica: loop.create_future() for replica in self._engines}
         self._keepers = [asyncio.create_task(self._keep(replica, first)) for replica, first in firsts.items()]
-        for keeper, first in zip(self._keepers, firsts.values(), strict=True):
-            keeper.add_done_callback(partial(_report_bug, first))
         try:
             await asyncio.gather(*firsts.values())
         finally:
@@ -107,20 +106,33 @@ class Supervisor:
             child.signal(number)
 
     async def _keep(self, replica: str, first: asyncio.Future[None]) -> None:
-        delay_s, restarts = 0.0, 0
-        while True:
-            self._change(replica, ReplicaState(status="starting", restarts=restarts))
-            healthy_s, problem = await self._run(replica, restarts, first)
-            reason = f"The engine of replica '{replica}' failed: {problem}"
-            if not first.done() and restarts + 1 == START_ATTEMPTS:
-                first.set_exception(EngineError(reason))
-                return
-            delay_s = next_delay_s(delay_s, healthy_s)
-            self._change(replica, ReplicaState(status="backing off", restarts=restarts, reason=reason, delay_s=delay_s))
-            await self._sleep(delay_s)
-            restarts += 1
+        delay_s, restarts, ours = 0.0, 0, bool(self._engines[replica].command)
+        try:
+            while True:
+                self._change(replica, ReplicaState(status="starting", restarts=restarts))
+                healthy_s, problem = await self._run(replica, restarts, first)
+                reason = f"The engine of replica '{replica}' failed: {problem}" if ours else str(problem)
+                hopeless = isinstance(problem, StillbornError) or restarts + 1 == START_ATTEMPTS
+                if ours and hopeless and not first.done():
+                    first.set_exception(EngineError(reason))
+                    return
+                delay_s = next_delay_s(delay_s, healthy_s)
+                backing_off = ReplicaState(status="backing off", restarts=restarts, reason=reason, delay_s=delay_s)
+                self._change(replica, backing_off)  # before the grace of its process: no more work
+                if not ours and not first.done():
+                    first.set_result(None)
+                await self._end(replica)
+                await self._sleep(delay_s)
+                restarts += 1
+        finally:
+            await self._end(replica)
 
-    async def _run(self, replica: str, restarts: int, first: asyncio.Future[None]) -> tuple[float, str]:
+    async def _end(self, replica: str) -> None:
+        if child := self._children.get(replica):
+            await child.stop()
+            del self._children[replica]
+
+    async def _run(self, replica: str, restarts: int, first: asyncio.Future[None]) -> tuple[float, EngineError]:
         """Run an engine until it fails; return for how long it was ready, and what went wrong."""
         engine, child, ready_s = self._engines[replica], None, float("inf")
         try:
@@ -129,68 +141,65 @@ class Supervisor:
             url, name = await self._until_ready(engine, child)
             ready_s = self._clock()
             pid = child.pid if child else None
-            self._change(replica, ReplicaState(status="ready", url=url, served_name=name, pid=pid, restarts=restarts))
+            ready = ReplicaState(status="ready", url=url, served_name=name, pid=pid, restarts=restarts)
+            self._change(replica, ready)
             if not first.done():
                 first.set_result(None)
-            problem = await self._until_failed(engine, child, url)
+            problem = await self._until_failed(replica, ready, child)
         except EngineError as error:
-            problem = str(error)
-        finally:
-            self._change(replica, ReplicaState(status="stopped", restarts=restarts))  # before the grace: no more work
-            if child:
-                await child.stop()
-                del self._children[replica]
+            problem = error
+        except Exception as error:
+            log.exception("a bug in the supervisor", id=replica)
+            problem = EngineError(f"a bug in Waterline, {error!r}.")
         return max(0.0, self._clock() - ready_s), problem
 
     async def _until_ready(self, engine: Engine, child: Child | None) -> tuple[str, str]:
         """Return where the engine listens and what it calls the model. Raises EngineError when it fails before."""
+        if not child:
+            return engine.url, await engine.served_name(self._session, engine.url)
         deadline_s = self._clock() + engine.start_within_s
         try:
             async with asyncio.timeout(engine.start_within_s):
-                url = await child.announced_url() if child and not engine.url else engine.url
+                url = await child.announced_url()
         except TimeoutError:
             raise EngineError(f"it did not say where it listens within {engine.start_within_s:g} s.") from None
         while True:
             try:
                 return url, await engine.served_name(self._session, url)
             except NotReadyError as error:
-                if child and child.has_ended:
+                if child.has_ended:
                     raise EngineError(await child.last_words()) from error
                 if self._clock() >= deadline_s:
                     raise EngineError(f"{error} (waited {engine.start_within_s:g} s)") from error
             await self._sleep(PROBE_STARTING_EVERY_S)
 
-    async def _until_failed(self, engine: Engine, child: Child | None, url: str) -> str:
-        """Watch a ready engine; return why it is no longer."""
-        failed = 0
+    async def _until_failed(self, replica: str, ready: ReplicaState, child: Child | None) -> EngineError:
+        """Watch a ready engine; return why it is no longer. From the first missed probe on it gets no new work."""
+        engine, failed = self._engines[replica], 0
         ended = asyncio.ensure_future(child.ended()) if child else asyncio.get_running_loop().create_future()
         try:
-            while failed < PROBES_FAILED:
+            while True:
                 pause = asyncio.ensure_future(self._sleep(PROBE_EVERY_S))
                 await asyncio.wait((ended, pause), return_when=asyncio.FIRST_COMPLETED)
                 pause.cancel()
                 if ended.done():
-                    return ended.result()
+                    return EngineError(ended.result())
                 try:
-                    await engine.served_name(self._session, url)
+                    await engine.served_name(self._session, ready.url)
                     failed = 0
+                    self._change(replica, ready)
                 except NotReadyError as error:
                     failed += 1
-                    problem = f"it does not answer any more. {error}"
-            return problem
+                    if failed == PROBES_FAILED:
+                        return error
+                    self._change(replica, replace(ready, status="suspect", reason=str(error)))
         finally:
             ended.cancel()
 
     def _change(self, replica: str, state: ReplicaState) -> None:
         if state != self.states[replica]:
             self.states[replica] = state
-            self._on_change(replica, state)
-
-
-def _report_bug(first: asyncio.Future[None], keeper: asyncio.Task[None]) -> None:
-    """Let nobody wait for a keeper that has ended by an error of ours."""
-    error = None if keeper.cancelled() else keeper.exception()
-    if error and not first.done():
-        first.set_exception(error)
-    elif error:
-        log.error("a bug in the supervisor", exc_info=error)
+            try:
+                self._on_change(replica, state)
+            except Exception:
+                log.exception("a bug in who is told about replicas", id=replica)

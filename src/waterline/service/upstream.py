@@ -4,8 +4,9 @@ What is learnt on the way costs a search in each chunk: events are counted, the 
 read from the last bytes. When the relay is cancelled it closes the connection, and the engine stops generating.
 """
 
+import asyncio
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Self
@@ -15,21 +16,28 @@ import orjson
 
 from waterline.errors import EngineError
 from waterline.service.asgi import Headers, Reply
-from waterline.service.errors import RejectedError
+from waterline.service.engines import Engine
+from waterline.service.errors import RejectedError, retry_after
 
 TAIL_BYTES = 4096  # of the end of an answer, where the usage stands
 LONGEST_ERROR_BYTES = 65_536
 LARGE_BYTES = 2**20
-PASSED_ON = (b"content-type", b"authorization", b"user-agent")  # of the request; the rest is between others
+PASSED_ON = (b"user-agent",)  # of the request: the rest is between others, and the client's key is not for engines
 PASSED_BACK = ("content-type", "cache-control")
 COMPLETION_TOKENS = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
 PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
+TIMED_TOKENS = re.compile(rb'"(?:cache|prompt)_n"\s*:\s*(\d+)')  # llama.cpp's: kept from before, and read
+STREAM, WHOLE = "text/event-stream", "application/json"  # what answers are made of
 EVENT = b"\ndata:"  # a line feed never stands inside JSON, so this is never part of a text
-DONE = b"data: [DONE]"
+DONE = re.compile(rb"\ndata: ?\[DONE\]")
+OUR_MISTAKES = (401, 403, 407)  # of the statuses from 400 on: the key is ours, the client can do nothing about it
 
 
-class UnansweredError(EngineError):
-    """The engine failed before the client got a byte: somebody else may answer."""
+class UnansweredError(RejectedError):
+    """The engine failed before the client got a byte: somebody else may answer. Else this is what the client gets."""
+
+    def __init__(self, message: str, *, status: int = 502, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, status=status, code="engine_failed", headers=headers)
 
 
 class BrokenStreamError(EngineError):
@@ -52,12 +60,14 @@ class Progress:
         """
         if said := COMPLETION_TOKENS.findall(self.tail):
             return int(said[-1])
-        return max(0, self.events - (3 if DONE in self.tail else 1))
+        return max(0, self.events - (3 if DONE.search(self.tail) else 1))
 
     @property
     def prompt_tokens(self) -> int | None:
-        said = PROMPT_TOKENS.findall(self.tail)
-        return int(said[-1]) if said else None
+        if said := PROMPT_TOKENS.findall(self.tail):
+            return int(said[-1])
+        timed = TIMED_TOKENS.findall(self.tail)[-2:]
+        return sum(map(int, timed)) if timed else None
 
     def saw(self, chunk: bytes) -> None:
         """Count the events in a chunk; one may be cut anywhere."""
@@ -110,6 +120,7 @@ def _sendable(body: bytes) -> bytes | BytesIO:
 
 async def relay(
     connections: Connections,
+    engine: Engine,
     url: str,
     body: bytes,
     headers: Headers,
@@ -119,7 +130,7 @@ async def relay(
     progress: Progress,
     on_first_token: Callable[[], None],
 ) -> None:
-    """Ask the engine at `url` and pass its answer on, as it comes or, without `stream`, when it is whole.
+    """Ask the engine, at `url`, and pass its answer on, as it comes or, without `stream`, when it is whole.
 
     Raises:
         UnansweredError: it could not be reached, broke off or failed, and the client has no byte yet.
@@ -128,20 +139,24 @@ async def relay(
     """
     passed_on = {name.decode(): value.decode("latin-1") for name, value in headers if name in PASSED_ON}
     passed_on["content-type"] = "application/json"  # what the body has proved to be, whatever the client called it
+    passed_on |= engine.headers
     try:
         response = await connections.post(url, body, passed_on)
         try:
             if response.status != 200:
-                await _raise_refusal(response)
+                await _raise_refusal(response, engine.faults)
+            if response.content_type != (STREAM if stream else WHOLE):
+                raise UnansweredError(f"The engine answered with {response.content_type}, which is no answer.")
             if stream:
                 await _relay_stream(response, reply, progress, on_first_token)
             else:
                 await _relay_whole(response, reply, progress, on_first_token)
         finally:
             response.close()  # a connection that was read to its end has gone back to the others before
+    except aiohttp.ClientConnectorError as error:  # it is gone, and about to be restarted
+        raise UnansweredError("The engine takes no connections.", status=503, headers=retry_after(1)) from error
     except (aiohttp.ClientError, OSError) as error:
-        problem = "takes no connections" if isinstance(error, aiohttp.ClientConnectorError) else "broke off"
-        raise (BrokenStreamError if reply.begun else UnansweredError)(f"The engine {problem}.") from error
+        raise (BrokenStreamError if reply.begun else UnansweredError)("The engine broke off.") from error
 
 
 async def _relay_stream(
@@ -160,7 +175,7 @@ async def _relay_stream(
             await reply.chunk(data[:end])
     if not reply.begun:
         raise UnansweredError("The engine sent an empty answer.")
-    if response.content_type == "text/event-stream" and DONE not in progress.tail:
+    if not DONE.search(progress.tail):
         raise BrokenStreamError("The engine broke off.")
     await reply.end(rest)
 
@@ -181,14 +196,25 @@ def _passed_back(response: aiohttp.ClientResponse) -> Headers:
     ]
 
 
-async def _raise_refusal(response: aiohttp.ClientResponse) -> None:
+async def _raise_refusal(response: aiohttp.ClientResponse, faults: Sequence[str]) -> None:
     """Say what the engine said. 4xx is the client's own doing; everything else is a reason to try another engine."""
-    data = await response.content.read(LONGEST_ERROR_BYTES)
-    message, code, param = _engine_words(data)
-    if 400 <= response.status < 500:
-        again = {name: response.headers[name] for name in ("retry-after",) if name in response.headers}
-        raise RejectedError(message, status=response.status, param=param, code=code, headers=again)
-    raise UnansweredError(f"The engine answered {response.status}: {message}")
+    message, code, param = _engine_words(await _read_most(response, LONGEST_ERROR_BYTES))
+    status = response.status
+    again = {name: response.headers[name] for name in ("retry-after",) if name in response.headers}
+    if status == 500 and any(fault in message.lower() for fault in faults):
+        status = 400
+    if 400 <= status < 500 and status not in OUR_MISTAKES:
+        raise RejectedError(message, status=status, param=param, code=code or "engine_refused", headers=again)
+    raise UnansweredError(
+        f"The engine answered {status}: {message}", status=503 if status == 503 else 502, headers=again
+    )
+
+
+async def _read_most(response: aiohttp.ClientResponse, longest_bytes: int) -> bytes:
+    try:
+        return await response.content.readexactly(longest_bytes)
+    except asyncio.IncompleteReadError as whole:
+        return whole.partial
 
 
 def _engine_words(data: bytes) -> tuple[str, str | None, str | None]:

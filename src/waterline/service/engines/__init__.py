@@ -1,5 +1,6 @@
 """Which engines Waterline can start or reach, and what each of them has to tell; one file per engine."""
 
+import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Protocol
@@ -8,6 +9,8 @@ import aiohttp
 
 from waterline.errors import EngineError
 from waterline.plan import Plan, Replica
+
+ANSWER_S = 1.0  # a probe costs an engine nothing, so its answer is a matter of milliseconds
 
 
 class NotReadyError(EngineError):
@@ -37,8 +40,18 @@ class Engine(Protocol):
         ...
 
     @property
+    def headers(self) -> Mapping[str, str]:
+        """Sent with every request to it; where a key is needed, it is here."""
+        ...
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Words of its answers with 500 that mean: the request is wrong, not the engine. In small letters."""
+        ...
+
+    @property
     def start_within_s(self) -> float:
-        """How long it may take until it is ready."""
+        """How long a child may take until it is ready."""
         ...
 
     async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:
@@ -54,8 +67,10 @@ STARTABLE = {
 }
 
 
-def prepare_engines(plan: Plan, instead: str = "") -> dict[str, Engine]:
+def prepare_engines(plan: Plan, instead: str = "", *, fleet: str = "FLEET") -> dict[str, Engine]:
     """Return an engine for each replica of the plan, by its id; `instead` of what was planned where it is given.
+
+    `fleet` is what the person has called the fleet, for the remedy in the message.
 
     Raises EngineError or MissingExtraError before anything is started.
     """
@@ -66,7 +81,7 @@ def prepare_engines(plan: Plan, instead: str = "") -> dict[str, Engine]:
         raise EngineError(
             f"Waterline can plan but not yet start: {models}. Start these servers yourself and "
             'attach to them with engine = "openai" and url = "http://…/v1" in the fleet file, or run the whole fleet '
-            "in the time of the cost model with: waterline up --engine fake"
+            f"in the time of the cost model with: waterline up {fleet} --engine fake"
         )
     return {replica.id: _prepare(names[replica.id])(plan, replica) for replica in plan.replicas}
 
@@ -76,13 +91,25 @@ def _prepare(name: str) -> Callable[[Plan, Replica], Engine]:
     return prepare
 
 
-async def ask(session: aiohttp.ClientSession, url: str) -> bytes:
-    """Return what an engine answers to GET. Raises NotReadyError unless that is a 200, within a few seconds."""
+async def ask(session: aiohttp.ClientSession, url: str, path: str, headers: Mapping[str, str] | None = None) -> bytes:
+    """Return what the engine at `url` answers to GET. Raises NotReadyError unless that is a 200, within ANSWER_S."""
     try:
-        async with session.get(url, timeout=aiohttp.ClientTimeout(total=5.0)) as response:
+        timeout = aiohttp.ClientTimeout(total=ANSWER_S)
+        async with session.get(url + path, timeout=timeout, headers=headers) as response:
             data = await response.read()
             if response.status != 200:
                 raise NotReadyError(f"{url} answers {response.status}: {data[:200].decode(errors='replace')}")
             return data
     except (aiohttp.ClientError, OSError) as error:
-        raise NotReadyError(f"{url} does not answer: {error or type(error).__name__}") from error
+        raise NotReadyError(f"{url} does not answer: {_problem(error)}.") from error
+
+
+def _problem(error: aiohttp.ClientError | OSError) -> str:
+    """Say what went wrong as the system does; aiohttp would tell of its own affairs."""
+    if isinstance(error, TimeoutError):
+        return f"nothing within {ANSWER_S:g} s"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"no such host, {error.host}"
+    if isinstance(error, OSError) and error.errno and error.errno > 0:
+        return os.strerror(error.errno).lower()
+    return str(error) or type(error).__name__

@@ -53,10 +53,12 @@ class Fake:
     name: str
     environment: Mapping[str, str] = field(default_factory=dict)
     url: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
     start_within_s: float = 60.0
 
     async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:
-        await ask(session, url.removesuffix("/v1") + "/health")
+        await ask(session, url.removesuffix("/v1"), "/health")
         return self.name
 
 

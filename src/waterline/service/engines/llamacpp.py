@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from waterline.units import MIB
 BYTES_PER_THREAD = 32 * MIB  # threads wait for one another many times a token: below this, more of them are slower
 PROMPT_CACHE_MIB = 256  # kept of prompts whose slot was given away; llama.cpp would take 8 GiB
 ERRORS = 1  # of llama.cpp's levels of verbosity; at 0 it dies without a word
+FAULTS = ("failed to parse", "not supported", "unsupported", "unknown", "invalid")  # said with 500, of a request
 VISIBLE_DEVICES = {"nvidia": "CUDA_VISIBLE_DEVICES", "amd": "HIP_VISIBLE_DEVICES"}
 
 
@@ -35,10 +36,12 @@ class LlamaCpp:
     environment: Mapping[str, str]
     name: str
     url: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    faults: tuple[str, ...] = FAULTS
     start_within_s: float = 900.0  # hundreds of gigabytes from a disk; a failure shows at once, by the exit
 
     async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:
-        await ask(session, url.removesuffix("/v1") + "/health")  # 503 while it loads
+        await ask(session, url.removesuffix("/v1"), "/health")  # 503 while it loads
         return self.name
 
 

@@ -1,5 +1,6 @@
 """Somebody else's server that speaks OpenAI's API: attached by its URL, never started or stopped."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -7,6 +8,7 @@ import aiohttp
 import orjson
 
 from waterline.errors import EngineError
+from waterline.fleet import Model
 from waterline.plan import Plan, Replica
 from waterline.service.engines import NotReadyError, ask
 
@@ -19,11 +21,13 @@ class Attached:
     name: str
     command: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    start_within_s: float = 5.0
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    faults: tuple[str, ...] = ()
+    start_within_s: float = 0.0
 
     async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:
         """Return our name for the model when the server knows it; else the name of the only one it serves."""
-        names = _names(await ask(session, f"{url}/models"), url)
+        names = _names(await ask(session, url, "/models", self.headers), url)
         if self.name in names:
             return self.name
         if len(names) == 1:
@@ -38,7 +42,19 @@ def prepare(plan: Plan, replica: Replica) -> Attached:
             f"model '{replica.model}' does not say which server to attach to. Write engine = \"openai\" and "
             'url = "http://…/v1" in the fleet file.'
         )
-    return Attached(url=url, name=replica.model)
+    return Attached(url=url, name=replica.model, headers=_key(plan.fleet.model(replica.model)))
+
+
+def _key(model: Model) -> dict[str, str]:
+    if not model.api_key_env:
+        return {}
+    key = os.environ.get(model.api_key_env)
+    if not key:
+        raise EngineError(
+            f"model '{model.name}' says api_key_env = \"{model.api_key_env}\", but there is no such environment "
+            f"variable. Set it: export {model.api_key_env}=…"
+        )
+    return {"authorization": f"Bearer {key}"}
 
 
 def _names(data: bytes, url: str) -> list[str]:
