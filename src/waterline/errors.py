@@ -12,7 +12,6 @@ The tree, with the exit code the command line gives it and the HTTP status the g
     ├── InfeasibleError                  3   400   well-formed, but it cannot be done with these GPUs
     ├── MissingExtraError                4   500   an optional part is not installed; says the pip line
     ├── EngineError                      5   502   an engine did not start, died or talked nonsense
-    │   └── EngineBusyError              5   503   every engine of the model is full or still starting
     └── PortInUseError                   6   500   somebody else listens there
 
 A message says what is wrong, where, with the numbers, and what to do next. Anything else that escapes is our bug and
@@ -73,10 +72,6 @@ class MissingExtraError(WaterlineError):
 class EngineError(WaterlineError):
     exit_code = 5
     http_status = 502
-
-
-class EngineBusyError(EngineError):
-    http_status = 503
 
 
 class PortInUseError(WaterlineError):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import aiohttp
 import pytest
@@ -64,6 +65,24 @@ def up(*arguments: str | Path) -> Iterator[Up]:
             yield Up(process=process, url=json.loads(said)["url"], children=children_of(process.pid))
         finally:
             process.kill()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Mark what a test starts, by a variable that its children inherit; in the end nothing with the mark may run."""
+    mark = uuid4().hex
+    monkeypatch.setenv("WATERLINE_TEST", mark)
+    yield
+    assert gone_within(marked(mark), 5), [Path(f"/proc/{pid}/cmdline").read_text() for pid in marked(mark)]
+
+
+def marked(mark: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile, or is not ours
+            if f"WATERLINE_TEST={mark}".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
 
 
 def children_of(pid: int) -> list[int]:
@@ -143,7 +162,7 @@ from waterline.service.engines import fake
 from waterline.service.engines.fake import Fake
 async def ready(self, session, url): return self.name
 Fake.served_name = ready
-fake.prepare = lambda plan, replica: Fake(command=(sys.executable, "-c", {code!r}), name=replica.model)
+fake.prepare = lambda plan, replica: Fake(command=(sys.executable, "-c", {code!r}), input=b"", name=replica.model)
 sys.argv = ["waterline", "up", "--engine", "fake", "--port", "0", "--json"]
 from waterline.cli import main
 main()
@@ -191,7 +210,7 @@ def test_it_says_what_runs_and_how_to_ask_it() -> None:
 
 
 def test_a_plan_of_big_cards_runs_in_the_time_of_the_cost_model(tmp_path: Path) -> None:
-    plan = tmp_path / "plan.json"
+    plan = tmp_path / "friday"  # a plan by what is in it, whatever its name
     subprocess.run(
         [sys.executable, "-m", "waterline", "plan", EXAMPLES / "mixed.toml", "-o", plan],
         check=True,
@@ -306,7 +325,7 @@ def test_a_service_for_everybody_says_so_and_prints_a_url_that_works() -> None:
         service.process.send_signal(signal.SIGHUP)
         assert service.process.wait(5) == 0, "a closed terminal ends it in good order"
         assert service.process.stderr
-        assert service.process.stderr.read().count("there is no key") == 1
+        assert service.process.stderr.read().count("There is no key") == 1
 
 
 def test_a_server_that_is_not_reachable_yet_is_named_when_all_else_is_ready() -> None:
@@ -374,7 +393,3 @@ async def health(service: Up) -> int:
         session.get(service.url.removesuffix("/v1") + "/health") as reply,
     ):
         return reply.status
-
-
-def test_nothing_of_these_tests_is_left() -> None:
-    assert not [pid for pid in children_of(os.getpid()) if alive(pid)]

@@ -69,8 +69,9 @@ def test_abacus_multiplies_through_llama_cpp() -> None:
             assert streamed.prompt_tokens == whole.prompt_tokens == reply.usage.prompt_tokens
             assert abs(streamed.output_tokens - tokens) <= 3, "events were counted, and marks have none"
             assert {one.status for one in service.completions} == {"ok"}
-            with pytest.raises(openai.BadRequestError, match="context"):
+            with pytest.raises(openai.BadRequestError, match="2000 tokens") as caught:
                 await service.openai.completions.create(model="abacus", prompt="1" * 2000)
+            assert caught.value.code == TOO_LONG
 
     asyncio.run(case())
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import aiohttp
 import openai
 import pytest
+import uvloop
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from msgspec.structs import replace
@@ -35,10 +36,11 @@ class Script:
     """An engine that is a few lines of Python, ready as soon as it has said where it listens."""
 
     code: str
+    input: bytes = b""
     environment: dict[str, str] = field(default_factory=dict)
     url: str = ""
     headers: dict[str, str] = field(default_factory=dict)
-    faults: tuple[str, ...] = ()
+    faults: dict[str, str] = field(default_factory=dict)
     start_within_s: float = 20.0
 
     @property
@@ -86,6 +88,31 @@ def test_an_engine_that_refuses_to_start_says_its_last_words_once() -> None:
     assert "the weights are haunted" in error
     assert waits == [], "it would refuse again"
     assert not any(state.reason for state in states)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import sys; print('{\"url\": %d}' % len(sys.stdin.readline()), flush=True); sys.stdin.read()", "1048577"),
+        ("import sys; sys.exit('I cannot read')", "I cannot read"),
+    ],
+)
+def test_an_engine_gets_its_input_however_long_it_is_and_need_not_read_it(code: str, said: str) -> None:
+    engine = Script(code=code, input=b"x" * 2**20 + b"\n")
+
+    async def case() -> str:
+        async with aiohttp.ClientSession() as session:
+            supervisor = Supervisor({"r": engine}, session, lambda *_: None)
+            try:
+                await supervisor.start()
+                return supervisor.states["r"].url
+            except EngineError as error:
+                return str(error)
+            finally:
+                await supervisor.stop()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert said in runner.run(case())
 
 
 def test_an_engine_that_is_killed_at_its_start_gets_a_second_chance() -> None:
@@ -221,10 +248,15 @@ def test_an_attached_server_that_is_down_is_waited_for_and_holds_nobody_up() -> 
 
     async def case() -> None:
         async with served(plan) as service:  # which starts
-            state = service.supervisor.states["chat/0"]
-            assert state.status == "backing off"
-            assert state.reason == "http://127.0.0.1:1/v1 does not answer: connection refused."
-            await until(lambda: service.supervisor.states["chat/0"].restarts == 2)
+            told: set[str] = set()
+
+            def state() -> ReplicaState:
+                told.add(service.supervisor.states["chat/0"].status)
+                return service.supervisor.states["chat/0"]
+
+            assert state().reason == "http://127.0.0.1:1/v1 does not answer: connection refused."
+            await until(lambda: state().restarts == 2)
+            assert told == {"backing off"}, "nothing starts: it is asked again"
 
     asyncio.run(case())
 

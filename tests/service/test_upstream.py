@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Mapping
 
 import aiohttp
 import openai
@@ -204,12 +205,12 @@ def test_an_attached_server_may_call_the_model_by_another_name() -> None:
 
 
 async def asked_of(
-    answer: Answer, *, stream: bool = False, faults: tuple[str, ...] = ()
+    answer: Answer, *, stream: bool = False, faults: Mapping[str, str] | None = None
 ) -> tuple[int, str, str | None]:
     """Return status, body and Retry-After of a request to the only replica, whose engine answers so."""
     async with engine_that(answer) as url:
         plan = fake_plan(engine="openai", urls=(url,))
-        engines = {"chat/0": Attached(url=url, name="chat", faults=faults)}
+        engines = {"chat/0": Attached(url=url, name="chat", faults=faults or {})}
         async with served(plan, engines=engines) as service, aiohttp.ClientSession() as session:
             body = {"model": "chat", "messages": QUESTION, "stream": stream}
             async with session.post(f"{service.url}/v1/chat/completions", json=body) as reply:
@@ -240,7 +241,9 @@ def test_a_500_that_is_the_requests_fault_is_a_400_where_the_engine_says_so() ->
         return web.json_response({"error": {"message": "Failed to parse grammar", "code": 500}}, status=500)
 
     assert asyncio.run(asked_of(parses))[0] == 502
-    assert asyncio.run(asked_of(parses, faults=FAULTS))[0] == 400
+    status, text, _ = asyncio.run(asked_of(parses, faults=FAULTS))
+    assert status == 400
+    assert '"code":"invalid_value"' in text
 
 
 def test_a_key_that_is_refused_is_not_the_clients_doing() -> None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 LAPTOP = Path(__file__).with_name("laptop.toml")
 SUMMARISED = 100_000  # latest requests that the last words are about
-EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to be told apart from one's own machine
+OF_THIS_MACHINE = ("127.", "localhost", "::1")  # how hosts begin that nobody else can reach
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - hosts that are all networks, and what reaches them
 ABACUS = "waterline/abacus"
 
 
@@ -62,8 +63,8 @@ def _up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool)
 
     if not as_json:
         say(_what_runs(plan, engine))
-    if host in EVERYWHERE:
-        Outlet(sys.stderr).say(f"Anybody who reaches this machine can use it at {host}: there is no key.")
+    if not host.startswith(OF_THIS_MACHINE):
+        Outlet(sys.stderr).say(f"There is no key: whoever reaches this machine at {host} can use its models.")
     with listening:
         serve(plan, engines, listening, on_ready=on_ready, on_completion=completions.append)
     if completions:
@@ -72,10 +73,10 @@ def _up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool)
 
 def _plan(path: Path) -> "Plan":
     from waterline.fleet import load_fleet
-    from waterline.plan import read_plan
+    from waterline.plan import is_plan, read_plan
     from waterline.planner import make_plan
 
-    return read_plan(path) if path.suffix == ".json" else make_plan(load_fleet(path))
+    return read_plan(path) if is_plan(path) else make_plan(load_fleet(path))
 
 
 def _check_engine(engine: str) -> None:

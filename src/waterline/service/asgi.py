@@ -19,6 +19,7 @@ Result = TypeVar("Result")
 
 JSON = (b"content-type", b"application/json")
 BODY_WITHIN_S = 30.0
+KEEP_ALIVE_S = 75  # longer than clients do: one that closes as they ask again looks like a failure
 
 
 class ClientGoneError(Exception):
@@ -131,6 +132,7 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 log_config=None,
                 log_level="critical",
+                timeout_keep_alive=KEEP_ALIVE_S,
                 server_header=False,
                 timeout_graceful_shutdown=grace_s,
             )

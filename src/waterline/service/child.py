@@ -30,11 +30,11 @@ class Child:
 
     @classmethod
     async def start(cls, engine: Engine) -> "Child":
-        """Start the process. Raises EngineError when there is no such program."""
+        """Start the process and hand it its input. Raises EngineError when there is no such program."""
         try:
             process = await asyncio.create_subprocess_exec(
                 *engine.command,
-                stdin=PIPE,  # never written to: it ends when we do, however we end
+                stdin=PIPE,  # kept open: it ends when we do, however we end
                 stdout=PIPE,
                 stderr=PIPE,
                 env={**os.environ, **engine.environment},
@@ -42,6 +42,8 @@ class Child:
             )
         except OSError as error:
             raise EngineError(f"cannot start {engine.command[0]}: {error.strerror}.") from error
+        assert process.stdin is not None  # noqa: S101 - we asked for a pipe
+        process.stdin.write(engine.input)  # should it never read, it will not say where it listens either
         return cls(process)
 
     @property

@@ -153,20 +153,9 @@ def _stop_on_signals(supervisor: Supervisor) -> asyncio.Event:
 
 
 def _log_change(replica: str, state: ReplicaState) -> None:
-    pid = {"pid": state.pid} if state.pid else {}
-    if state.status == "backing off":
-        log.warning(
-            "replica",
-            status=state.status,
-            id=replica,
-            reason=state.reason,
-            restart_in_s=state.delay_s,
-            restarts=state.restarts,
-        )
-    elif state.status == "suspect":
-        log.warning("replica", status=state.status, id=replica, reason=state.reason, **pid)
-    else:
-        log.info("replica", status=state.status, id=replica, restarts=state.restarts, **pid)
+    details = {"reason": state.reason, "pid": state.pid, "restarts": state.restarts, "again_in_s": state.delay_s}
+    write = log.warning if state.reason else log.info
+    write("replica", status=state.status, id=replica, **{name: value for name, value in details.items() if value})
 
 
 class Outlet:

@@ -109,7 +109,8 @@ class Supervisor:
         delay_s, restarts, ours = 0.0, 0, bool(self._engines[replica].command)
         try:
             while True:
-                self._change(replica, ReplicaState(status="starting", restarts=restarts))
+                if ours or not restarts:  # to ask an attached server once more is not to start it
+                    self._change(replica, ReplicaState(status="starting", restarts=restarts))
                 healthy_s, problem = await self._run(replica, restarts, first)
                 reason = f"The engine of replica '{replica}' failed: {problem}" if ours else str(problem)
                 hopeless = isinstance(problem, StillbornError) or restarts + 1 == START_ATTEMPTS

@@ -6,7 +6,7 @@ read from the last bytes. When the relay is cancelled it closes the connection, 
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Self
@@ -196,15 +196,16 @@ def _passed_back(response: aiohttp.ClientResponse) -> Headers:
     ]
 
 
-async def _raise_refusal(response: aiohttp.ClientResponse, faults: Sequence[str]) -> None:
+async def _raise_refusal(response: aiohttp.ClientResponse, faults: Mapping[str, str]) -> None:
     """Say what the engine said. 4xx is the client's own doing; everything else is a reason to try another engine."""
     message, code, param = _engine_words(await _read_most(response, LONGEST_ERROR_BYTES))
     status = response.status
     again = {name: response.headers[name] for name in ("retry-after",) if name in response.headers}
-    if status == 500 and any(fault in message.lower() for fault in faults):
+    fault = next((code for words, code in faults.items() if words in message.lower()), None)
+    if fault and status == 500:
         status = 400
     if 400 <= status < 500 and status not in OUR_MISTAKES:
-        raise RejectedError(message, status=status, param=param, code=code or "engine_refused", headers=again)
+        raise RejectedError(message, status=status, param=param, code=fault or code or "engine_refused", headers=again)
     raise UnansweredError(
         f"The engine answered {status}: {message}", status=503 if status == 503 else 502, headers=again
     )

@@ -21,7 +21,7 @@ class Engine(Protocol):
     """How to run or reach the engine of one replica.
 
     A child process says where it listens with one line of JSON on its standard output, ``{"url": "http://…/v1"}``, and
-    has to end by itself when its standard input does; see `lifeline`.
+    has to end by itself when its standard input does, which begins with `input`; see `lifeline`.
     """
 
     @property
@@ -35,6 +35,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def input(self) -> bytes:
+        """What the child process reads first, where a command line has no room for it: up to 128 KiB on Linux."""
+        ...
+
+    @property
     def url(self) -> str:
         """Of a server that runs already, with /v1; empty when a child will say it."""
         ...
@@ -45,8 +50,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def faults(self) -> tuple[str, ...]:
-        """Words of its answers with 500 that mean: the request is wrong, not the engine. In small letters."""
+    def faults(self) -> Mapping[str, str]:
+        """Words of its errors, in small letters, that mean: the request is wrong, even with 500; and OpenAI's code."""
         ...
 
     @property

@@ -7,13 +7,12 @@ it never runs out of cache; there are `max_batch` places and that is all.
 
 import asyncio
 import hashlib
-import json
 import socket
 import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import aiohttp
@@ -50,11 +49,12 @@ class Fake:
     """One process that pretends to be the engine of one replica."""
 
     command: tuple[str, ...]
+    input: bytes
     name: str
     environment: Mapping[str, str] = field(default_factory=dict)
     url: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
-    faults: tuple[str, ...] = ()
+    faults: Mapping[str, str] = field(default_factory=dict)
     start_within_s: float = 60.0
 
     async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:
@@ -82,8 +82,8 @@ def prepare(plan: Plan, replica: Replica) -> Fake:
         max_context_tokens=replica.max_context_tokens,
         expected_output_tokens=expected,
     )
-    command = (sys.executable, "-m", "waterline.service.engines.fake", json.dumps(asdict(part)))
-    return Fake(command=command, name=replica.model)
+    command = (sys.executable, "-m", "waterline.service.engines.fake")
+    return Fake(command=command, input=msgspec.json.encode(part) + b"\n", name=replica.model)
 
 
 # --- The steps ------------------------------------------------------------------------------------------------------
@@ -282,9 +282,9 @@ async def _serve(part: Part) -> None:
 
 
 @click.command()
-@click.argument("part")
-def main(part: str) -> None:
-    """Play PART, a JSON object, on a free port of this machine until standard input ends."""
+def main() -> None:
+    """Play the part on the first line of standard input, on a free port of this machine, until that input ends."""
+    part = sys.stdin.buffer.readline()
     end_with_parent()
     asyncio.run(_serve(msgspec.json.decode(part, type=Part)))
 

@@ -24,7 +24,14 @@ from waterline.units import MIB
 BYTES_PER_THREAD = 32 * MIB  # threads wait for one another many times a token: below this, more of them are slower
 PROMPT_CACHE_MIB = 256  # kept of prompts whose slot was given away; llama.cpp would take 8 GiB
 ERRORS = 1  # of llama.cpp's levels of verbosity; at 0 it dies without a word
-FAULTS = ("failed to parse", "not supported", "unsupported", "unknown", "invalid")  # said with 500, of a request
+FAULTS = {  # it says some of them with 500
+    "exceeds the available context size": "context_length_exceeded",
+    "failed to parse": "invalid_value",
+    "not supported": "unsupported_value",
+    "unsupported": "unsupported_value",
+    "unknown": "invalid_value",
+    "invalid": "invalid_value",
+}
 VISIBLE_DEVICES = {"nvidia": "CUDA_VISIBLE_DEVICES", "amd": "HIP_VISIBLE_DEVICES"}
 
 
@@ -35,9 +42,10 @@ class LlamaCpp:
     command: tuple[str, ...]
     environment: Mapping[str, str]
     name: str
+    input: bytes = b""
     url: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
-    faults: tuple[str, ...] = FAULTS
+    faults: Mapping[str, str] = field(default_factory=lambda: FAULTS)
     start_within_s: float = 900.0  # hundreds of gigabytes from a disk; a failure shows at once, by the exit
 
     async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:

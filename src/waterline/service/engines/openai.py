@@ -12,6 +12,8 @@ from waterline.fleet import Model
 from waterline.plan import Plan, Replica
 from waterline.service.engines import NotReadyError, ask
 
+FAULTS = {"context length": "context_length_exceeded", "context size": "context_length_exceeded"}  # vLLM's, llama.cpp's
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attached:
@@ -21,8 +23,9 @@ class Attached:
     name: str
     command: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    input: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    faults: tuple[str, ...] = ()
+    faults: Mapping[str, str] = field(default_factory=lambda: FAULTS)
     start_within_s: float = 0.0
 
     async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:
