@@ -65,11 +65,30 @@ class Llm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     feed_forward: tuple[FeedForwardLayers, ...]
     tied_embeddings: bool = False
     vision_parameters: int = 0  # loaded beside the language model, not counted in `parameters`
+    mtp_layers: int = 0  # multi-token-prediction layers of the checkpoint, not counted in `layers`
+    mtp_parameters: int = 0  # theirs, not counted in `parameters`; 0 with `mtp_layers`: not known
+    stored_forms: Mapping[str, str] = field(default_factory=dict)  # part -> a key of PRECISIONS or ``fp8_block``
+    stored_types: Mapping[str, int] = field(default_factory=dict)  # type of tensors in the file read -> their bytes
     stored_bytes: int = 0  # of a file that was read, or of published weights that mix precisions; 0: by the precision
     weights_file: str = ""  # a .gguf to serve as it is
     source: str = ""
     read: str = ""  # ISO date
     notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def form(self) -> str:
+        """The form most matrices are stored in: the precision, or ``fp8_block`` where a block of weights has a scale.
+
+        `stored_forms` has the parts one by one: embedding, head, attention, dense, shared and routed experts.
+        """
+        blocks = [self.stored_forms.get(part) for part in ("experts", "dense", "attention")]
+        main = next((form for form in blocks if form), self.precision)
+        return "fp8_block" if self.precision == "fp8" and main == "fp8_block" else self.precision
+
+    @property
+    def input_embedding_parameters(self) -> int:
+        """What `active_parameters` counts and some publish without: 0 where the output head is the same table."""
+        return 0 if self.tied_embeddings else self.vocabulary * self.hidden
 
     @property
     def layers(self) -> int:

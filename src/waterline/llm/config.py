@@ -1,23 +1,28 @@
 """Read a model from its `config.json`, the file every Hugging Face checkpoint carries.
 
 The reader knows families, not models (`families.py`), and counts every weight from the fields of the file. A family
-that is not in the table is refused by name; nothing is guessed. Vision towers are counted apart; multi-token-prediction
-layers are not counted.
+that is not in the table is refused by name; nothing is guessed. Vision towers and multi-token-prediction layers are
+counted apart, or named in the notes as not counted.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import structs
 
 from waterline.errors import ModelFormatError
-from waterline.llm import Llm
-from waterline.llm.families import FAMILIES, MOST_LAYERS, WRAPPERS, Family
+from waterline.llm import AttentionLayers, FeedForwardLayers, Llm
+from waterline.llm.families import FAMILIES, WRAPPERS, more_token_parameters
+from waterline.llm.family import Family, Sized
 from waterline.llm.fields import WHAT_NEXT, Fields
-from waterline.llm.quantization import stored_precision
+from waterline.llm.quantization import Part, Storage, stored
+from waterline.llm.vision import vision_parameters
 
-__all__ = ["FAMILIES", "WRAPPERS", "read_config"]
+__all__ = ["FAMILIES", "WRAPPERS", "read_config", "read_json"]
+
+LARGEST_FILE_BYTES = 64 * 2**20
+LARGEST_MODEL = 10**15  # parameters; a hundred times the largest anyone has published
 
 
 def read_config(source: Path | str | Mapping[str, object], name: str) -> Llm:
@@ -38,15 +43,26 @@ def read_config(source: Path | str | Mapping[str, object], name: str) -> Llm:
             raise ModelFormatError(
                 f"{path.parent} has no config.json. Give the folder of a checkpoint, or a .gguf file."
             )
-    values = _read_object(path)
+    values = read_json(path)
     beside = path.with_name("hf_quant_config.json")
     if "quantization_config" not in values and beside.is_file():
-        values = {**values, "quantization_config": {"quant_method": "modelopt", **_read_object(beside)}}
+        values = {**values, "quantization_config": {"quant_method": "modelopt", **read_json(beside)}}
     return _llm(values, name, str(path))
 
 
-def _read_object(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
+    """Return the JSON object in a file.
+
+    Raises:
+        ModelFormatError: it cannot be read, is larger than such a file can be, or holds something else.
+    """
     try:
+        size = path.stat().st_size
+        if size > LARGEST_FILE_BYTES:
+            raise ModelFormatError(
+                f"{path} has {size:,} bytes, at most {LARGEST_FILE_BYTES:,} are read: this is no config. "
+                "Fetch the file again."
+            )
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelFormatError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -74,9 +90,11 @@ def _llm(values: Mapping[str, object], name: str, where: str) -> Llm:
     family = FAMILIES.get(model_type)
     if family is None:
         raise _unknown_family(fields, FAMILIES)
-    fields = Fields(text, where, outer=inherited, defaults=family.defaults, prefix=prefix)
-    llm = _counted(fields, family, name, model_type)
-    return _with_vision(llm, outer)
+    fields = Fields(text, where, outer=inherited, defaults=family.defaults, aliases=family.aliases, prefix=prefix)
+    for key, why in {"is_encoder_decoder": "encoders are not counted", **family.refused}.items():
+        if fields.get(key):
+            raise fields.wrong(key, f"absent, 0 or false: {why}. {WHAT_NEXT}")
+    return _with_vision(_counted(fields, family, name, model_type), outer)
 
 
 def _unknown_family(fields: Fields, known: Iterable[str]) -> ModelFormatError:
@@ -92,58 +110,85 @@ def _counted(fields: Fields, family: Family, name: str, model_type: str) -> Llm:
     tied = fields.flag("tie_word_embeddings")
     attention = list(family.attention(fields, family))
     feed_forward = list(family.feed_forward(fields, family))
-    always = vocabulary * hidden * (1 if tied else 2) + hidden  # embedding, output head, last norm
-    always += sum(mixer.group.layers * mixer.parameters for mixer in attention)
-    experts = passed = 0
-    for network in feed_forward:
-        always += network.group.layers * network.parameters
-        experts += network.group.layers * network.group.experts * network.expert_parameters
-        passed += network.group.layers * network.group.experts_per_token * network.expert_parameters
-    precision, notes = stored_precision(fields)
+    parts = _parts(vocabulary * hidden, attention, feed_forward, tied=tied)
+    beside = hidden + (family.beside_layers(fields) if family.beside_layers is not None else 0)  # the last norm
+    parameters = sum(part.parameters for part in parts.values()) + beside
+    if parameters > LARGEST_MODEL:
+        raise ModelFormatError(
+            f"{fields.where} describes {parameters:.3g} parameters, more than any model has: hidden_size = {hidden:,}, "
+            f"vocab_size = {vocabulary:,}, {sum(one.group.layers for one in attention):,} layers. Fetch the file again."
+        )
+    resting = sum(
+        network.group.layers * (network.group.experts - network.group.experts_per_token) * network.expert_parameters
+        for network in feed_forward
+    )
+    storage = stored(fields, parts)
+    more_layers, more_parameters = more_token_parameters(fields, family, attention, feed_forward)
     return Llm(
         name=name,
         architecture=model_type,
-        parameters=always + experts,
-        active_parameters=always + passed,
+        parameters=parameters,
+        active_parameters=parameters - resting,
         hidden=hidden,
         vocabulary=vocabulary,
         max_context_tokens=fields.count("max_position_embeddings"),
-        precision=precision,
+        precision=storage.precision,
         attention=tuple(mixer.group for mixer in attention),
         feed_forward=tuple(network.group for network in feed_forward),
         tied_embeddings=tied,
+        mtp_layers=more_layers,
+        mtp_parameters=more_parameters,
+        stored_forms=storage.forms,
+        stored_bytes=storage.stored_bytes,
         source=fields.where,
-        notes=notes,
+        notes=_notes(storage, family, more_layers, more_parameters),
     )
 
 
+def _parts(
+    embedding: int,
+    attention: Sequence[Sized[AttentionLayers]],
+    feed_forward: Sequence[Sized[FeedForwardLayers]],
+    *,
+    tied: bool,
+) -> dict[str, Part]:
+    """Return what is stored alike: parameters, and the layers they are in (dense networks come first)."""
+    layers = sum(mixer.group.layers for mixer in attention)
+    dense = sum(network.group.layers for network in feed_forward if not network.group.experts)
+    sparse = sum(network.group.layers for network in feed_forward if network.group.experts)
+    counts = dict.fromkeys(("dense", "shared", "experts", "other"), 0)
+    for network in feed_forward:
+        group = network.group
+        counts["shared"] += group.layers * network.shared_parameters
+        counts["other" if group.experts else "dense"] += group.layers * (network.parameters - network.shared_parameters)
+        counts["experts"] += group.layers * group.experts * network.expert_parameters
+    found = {
+        "embedding": Part(embedding, range(1)),
+        "head": Part(0 if tied else embedding, range(1)),
+        "attention": Part(sum(mixer.group.layers * mixer.parameters for mixer in attention), range(layers)),
+        "dense": Part(counts["dense"], range(dense)),
+        "shared": Part(counts["shared"], range(dense, dense + sparse)),
+        "experts": Part(counts["experts"], range(dense, dense + sparse)),
+        "other": Part(counts["other"], range(1)),
+    }
+    return {key: part for key, part in found.items() if part.parameters}
+
+
+def _notes(storage: Storage, family: Family, more_layers: int, more_parameters: int) -> dict[str, str]:
+    notes = {**storage.notes, **family.notes}
+    if more_layers and not more_parameters:
+        notes["mtp"] = f"{more_layers} multi-token-prediction layers are not counted"
+    return notes
+
+
 def _with_vision(llm: Llm, fields: Fields) -> Llm:
-    if fields.get("vision_config") is None:
-        return llm
-    if fields.text("model_type") in QWEN_VISION:
-        return structs.replace(llm, vision_parameters=_vision_parameters(fields.inner("vision_config")))
-    return structs.replace(llm, notes={**llm.notes, "vision": "the vision tower is not counted"})
-
-
-QWEN_VISION = ("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
-
-
-def _vision_parameters(fields: Fields) -> int:
-    """Return the size of the vision tower of Qwen3-VL and Qwen3.5, with its mergers."""
-    hidden, intermediate = fields.count("hidden_size"), fields.count("intermediate_size")
-    merged, out = hidden * fields.count("spatial_merge_size") ** 2, fields.count("out_hidden_size")
-    deepstack = fields.get("deepstack_visual_indexes") or []
-    if not isinstance(deepstack, list):
-        raise fields.wrong("deepstack_visual_indexes", "a list of layer numbers")
-    patch = fields.count("in_channels") * fields.count("temporal_patch_size") * fields.count("patch_size") ** 2
-    block = 4 * hidden * hidden + 4 * hidden + 2 * hidden * intermediate + intermediate + hidden + 4 * hidden
-    merger = merged * merged + merged + merged * out + out
-    return (
-        patch * hidden
-        + hidden
-        + fields.count("num_position_embeddings") * hidden
-        + fields.count("depth", most=MOST_LAYERS) * block
-        + merger
-        + 2 * hidden
-        + len(deepstack) * (merger + 2 * merged)
+    tower = vision_parameters(fields, llm.hidden)
+    if tower is None:
+        return structs.replace(llm, notes={**llm.notes, "vision": "the vision tower is not counted"})
+    return structs.replace(
+        llm,
+        parameters=llm.parameters + tower.beside,
+        active_parameters=llm.active_parameters + tower.beside,
+        vision_parameters=tower.parameters,
+        stored_bytes=llm.stored_bytes + (2 * (tower.parameters + tower.beside) if llm.stored_bytes else 0),
     )

@@ -1,363 +1,43 @@
-"""How the models of each family are counted.
+"""The table of families: `model_type` of a config -> how its layers are counted, and where the numbers are."""
 
-`FAMILIES` says for each `model_type` which arithmetic its attention and its feed-forward layers follow. The arithmetic
-is that of the published implementation in Hugging Face transformers (5.23 for the counts the tests compare with).
-"""
-
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Generic, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from waterline.llm import AttentionLayers, FeedForwardLayers
-from waterline.llm.fields import WHAT_NEXT, Fields
-
-MOST_LAYERS = 10_000
-
-
-Layers = TypeVar("Layers", AttentionLayers, FeedForwardLayers)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sized(Generic[Layers]):
-    """A group of equal layers and what one of them weighs, in parameters."""
-
-    group: Layers
-    parameters: int  # without routed experts
-    expert_parameters: int = 0  # of one routed expert
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """How the models of one `model_type` are counted."""
-
-    attention: Callable[["Fields", "Family"], Iterator[Sized[AttentionLayers]]]
-    feed_forward: Callable[["Fields", "Family"], Iterator[Sized[FeedForwardLayers]]]
-    kinds: Callable[["Fields", int], list[str]]  # of each layer, where the config does not list them
-    defaults: Mapping[str, object] = field(default_factory=dict)  # what its own code fills in for absent fields
-    norms: int = 1  # before attention, and again before the feed-forward network
-    query_key_norm: Literal["", "head", "all"] = ""  # one weight a dimension of a head, or of all heads
-    biases: Literal["", "qkv", "config"] = "config"  # of the projections; "config": where `attention_bias` says so
-    sinks: bool = False  # a learnt logit for each head
-    gated_attention: bool = False  # the query projection also yields a gate
-
-
-LAYER_TYPES = {
-    "full_attention": "full",
-    "sliding_attention": "window",
-    "chunked_attention": "window",
-    "linear_attention": "state",
-}
-"""`layer_types` of a config, in our words. A chunk is a window that starts anew: its length bounds what is kept."""
-
-
-def _full_everywhere(_fields: Fields, layers: int) -> list[str]:
-    return ["full"] * layers
-
-
-def _window_everywhere(fields: Fields, layers: int) -> list[str]:
-    return ["full" if fields.get("sliding_window") is None else "window"] * layers
-
-
-def _window_after_some(fields: Fields, layers: int) -> list[str]:
-    if not fields.flag("use_sliding_window") or fields.get("sliding_window") is None:
-        return ["full"] * layers
-    first = fields.count("max_window_layers", least=0)
-    return ["window" if layer >= first else "full" for layer in range(layers)]
-
-
-def _window_first_then_alternate(_fields: Fields, layers: int) -> list[str]:
-    return ["full" if layer % 2 else "window" for layer in range(layers)]
-
-
-def _every(key: str, default: int | None, others: str) -> Callable[[Fields, int], list[str]]:
-    def kinds(fields: Fields, layers: int) -> list[str]:
-        step = fields.count(key, default)
-        return ["full" if (layer + 1) % step == 0 else others for layer in range(layers)]
-
-    return kinds
-
-
-# --- attention --------------------------------------------------------------------------------------------------------
-
-
-def layers_of(fields: Fields) -> int:
-    return fields.count("num_hidden_layers", most=MOST_LAYERS)
-
-
-def _heads(fields: Fields, key: str = "head_dim") -> tuple[int, int, int]:
-    """Return query heads, key-value heads and the dimension of one."""
-    hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    kv_heads = fields.count("num_key_value_heads")
-    if heads % kv_heads:
-        raise fields.wrong("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
-    if fields.get(key) is None and hidden % heads:
-        raise fields.wrong("num_attention_heads", f"a divisor of hidden_size = {hidden}, or head_dim must be given")
-    return heads, kv_heads, fields.count(key, hidden // heads)
-
-
-def _grouped(fields: Fields, family: Family) -> Iterator[Sized[AttentionLayers]]:
-    """Yield grouped-query attention over all tokens or a window, and gated delta networks (Qwen3-Next) among it."""
-    hidden, layers = fields.count("hidden_size"), layers_of(fields)
-    heads, kv_heads, head_dim = _heads(fields)
-    queries, keys = heads * head_dim, kv_heads * head_dim
-    projections = hidden * (queries * (2 if family.gated_attention else 1) + 2 * keys) + queries * hidden
-    biases = {
-        "": 0,
-        "qkv": queries + 2 * keys,
-        "config": (queries + 2 * keys + hidden) if fields.flag("attention_bias") else 0,
-    }[family.biases]
-    norms = family.norms * hidden
-    norms += {"": 0, "head": 2 * head_dim, "all": queries + keys}[family.query_key_norm]
-    parameters = projections + biases + norms + (heads if family.sinks else 0)
-
-    kinds = fields.per_layer("layer_types", layers, LAYER_TYPES) or family.kinds(fields, layers)
-    for kind, count in Counter(kinds).items():
-        if kind == "state":
-            yield _delta_network(fields, family, count)
-            continue
-        window_tokens = 0
-        if kind == "window":
-            chunked = fields.get("sliding_window") is None and fields.get("attention_chunk_size") is not None
-            window_tokens = fields.count("attention_chunk_size" if chunked else "sliding_window")
-        group = AttentionLayers(
-            kind="window" if kind == "window" else "full",
-            layers=count,
-            query_heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            window_tokens=window_tokens,
-        )
-        yield Sized(group=group, parameters=parameters)
-
-
-def _delta_network(fields: Fields, family: Family, layers: int) -> Sized[AttentionLayers]:
-    """Return the gated delta networks of Qwen3-Next and Qwen3.5: a matrix a value head, and a short convolution."""
-    hidden = fields.count("hidden_size")
-    key_heads, key_dim = fields.count("linear_num_key_heads"), fields.count("linear_key_head_dim")
-    value_heads, value_dim = fields.count("linear_num_value_heads"), fields.count("linear_value_head_dim")
-    kernel = fields.count("linear_conv_kernel_dim")
-    keys, values = key_heads * key_dim, value_heads * value_dim
-    convolved = 2 * keys + values
-    parameters = (
-        hidden * (convolved + values + 2 * value_heads)  # queries, keys, values; the output gate; beta and decay
-        + convolved * kernel
-        + 2 * value_heads  # A and the time-step bias
-        + value_dim  # gated norm
-        + values * hidden
-        + family.norms * hidden
-    )
-    group = AttentionLayers(
-        kind="state",
-        layers=layers,
-        query_heads=key_heads,
-        kv_heads=value_heads,
-        head_dim=key_dim,
-        value_head_dim=value_dim,
-        state_elements=value_heads * key_dim * value_dim + convolved * (kernel - 1),
-    )
-    return Sized(group=group, parameters=parameters)
-
-
-def _latent(fields: Fields, family: Family) -> Iterator[Sized[AttentionLayers]]:
-    """Yield multi-head latent attention (DeepSeek-V2 and after), with the indexer of sparse attention where it is."""
-    hidden, heads, layers = fields.count("hidden_size"), fields.count("num_attention_heads"), layers_of(fields)
-    latent, rope = fields.count("kv_lora_rank"), fields.count("qk_rope_head_dim")
-    nope, value_dim = fields.count("qk_nope_head_dim"), fields.count("v_head_dim")
-    query_rank = fields.count("q_lora_rank", 0)
-    queries = heads * (nope + rope)
-    query_weights = hidden * query_rank + query_rank + query_rank * queries if query_rank else hidden * queries
-    parameters = (
-        query_weights
-        + hidden * (latent + rope)
-        + latent  # norm
-        + latent * heads * (nope + value_dim)
-        + heads * value_dim * hidden
-        + family.norms * hidden
-    )
-    if fields.flag("attention_bias"):
-        parameters += query_rank + latent + rope + hidden
-    index_dim = fields.count("index_head_dim", 0)
-    index_heads = fields.count("index_n_heads") if index_dim else 0
-    # what chooses the tokens to read: queries from the latent, one key a token (with a biased norm), a weight a head
-    indexer = query_rank * index_heads * index_dim + hidden * index_dim + 2 * index_dim + hidden * index_heads
-    indexed = fields.per_layer("indexer_types", layers, {"full": "full", "shared": "shared"}) if index_dim else None
-    for indexing, count in Counter(indexed or ["full" if index_dim else "none"] * layers).items():
-        group = AttentionLayers(
-            kind="latent",
-            layers=count,
-            query_heads=heads,
-            kv_heads=heads,
-            head_dim=nope + rope,
-            value_head_dim=value_dim,
-            latent_dim=latent,
-            rope_dim=rope,
-            index_dim=index_dim if indexing == "full" else 0,
-            selected_tokens=fields.count("index_topk") if index_dim else 0,
-        )
-        yield Sized(group=group, parameters=parameters + (indexer if indexing == "full" else 0))
-
-
-# --- feed-forward -----------------------------------------------------------------------------------------------------
-
-
-def _dense(fields: Fields, family: Family) -> Iterator[Sized[FeedForwardLayers]]:
-    yield _dense_layers(fields, family, layers_of(fields), fields.count("intermediate_size"))
-
-
-def _dense_layers(
-    fields: Fields, family: Family, layers: int, intermediate: int, matrices: int = 3
-) -> Sized[FeedForwardLayers]:
-    hidden = fields.count("hidden_size")
-    biases = (matrices - 1) * intermediate + hidden if fields.flag("mlp_bias") else 0
-    return Sized(
-        group=FeedForwardLayers(layers=layers, intermediate=intermediate, matrices=matrices),
-        parameters=matrices * hidden * intermediate + biases + family.norms * hidden,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertFields:
-    """Under which names a family keeps its mixture of experts."""
-
-    experts: str
-    used: str = "num_experts_per_tok"
-    intermediate: str = "moe_intermediate_size"
-    dense_intermediate: str = "intermediate_size"
-    shared_experts: str = ""  # how many, each as wide as a routed one
-    shared_intermediate: str = ""  # or how wide they are together
-    shared_gate: bool = False
-    biases: bool = False  # of router and experts
-
-
-def _experts(
-    names: ExpertFields, is_sparse: Callable[[Fields, int], bool] = lambda _fields, _layer: True
-) -> Callable[[Fields, Family], Iterator[Sized[FeedForwardLayers]]]:
-    def feed_forward(fields: Fields, family: Family) -> Iterator[Sized[FeedForwardLayers]]:
-        layers = layers_of(fields)
-        sparse_layers = sum(is_sparse(fields, layer) for layer in range(layers))
-        if sparse_layers < layers:
-            yield _dense_layers(fields, family, layers - sparse_layers, fields.count(names.dense_intermediate))
-        if sparse_layers:
-            yield _sparse_layers(fields, family, names, sparse_layers)
-
-    return feed_forward
-
-
-def _sparse_layers(
-    fields: Fields, family: Family, names: ExpertFields, layers: int, matrices: int = 3
-) -> Sized[FeedForwardLayers]:
-    hidden, intermediate = fields.count("hidden_size"), fields.count(names.intermediate)
-    experts = fields.count(names.experts)
-    width = fields.count("moe_latent_size", hidden)
-    shared = 0
-    if names.shared_intermediate:
-        shared = fields.count(names.shared_intermediate, 0, least=0)
-    elif names.shared_experts:
-        shared = fields.count(names.shared_experts, 0, least=0) * intermediate
-    router = hidden * experts + (experts if names.biases else 0)
-    expert = matrices * width * intermediate + ((matrices - 1) * intermediate + hidden if names.biases else 0)
-    parameters = router + matrices * hidden * shared + family.norms * hidden
-    if shared and names.shared_gate:
-        parameters += hidden
-    if width != hidden:
-        parameters += 2 * hidden * width
-    group = FeedForwardLayers(
-        layers=layers,
-        intermediate=intermediate,
-        experts=experts,
-        experts_per_token=fields.count(names.used, most=experts),
-        shared_intermediate=shared,
-        matrices=matrices,
-        expert_hidden=width if width != hidden else 0,
-    )
-    return Sized(group=group, parameters=parameters, expert_parameters=expert)
-
-
-def _sparse_by_step(fields: Fields, layer: int) -> bool:
-    listed = fields.get("mlp_only_layers") or []
-    if not isinstance(listed, list):
-        raise fields.wrong("mlp_only_layers", "a list of layer numbers")
-    return layer not in listed and (layer + 1) % fields.count("decoder_sparse_step", 1) == 0
-
-
-def _sparse_after_the_first(fields: Fields, layer: int) -> bool:
-    if fields.count("moe_layer_freq", 1) != 1:
-        raise fields.wrong("moe_layer_freq", f"1; other patterns are not known. {WHAT_NEXT}")
-    return layer >= fields.count("first_k_dense_replace", 0, least=0)
-
-
-def _sparse_in_between(fields: Fields, layer: int) -> bool:
-    return (layer + 1) % fields.count("interleave_moe_layer_step", 1) == 0
-
-
-# --- layers that are either attention, state space or feed-forward (Nemotron-H) ---------------------------------------
-
-BLOCKS = {"M": "state", "*": "full", "-": "dense", "E": "sparse"}
-BLOCK_NAMES = {"mamba": "state", "attention": "full", "mlp": "dense", "moe": "sparse"}
-NEMOTRON_EXPERTS = ExpertFields(experts="n_routed_experts", shared_intermediate="moe_shared_expert_intermediate_size")
-
-
-def _blocks(fields: Fields) -> Counter[str]:
-    pattern = fields.get("hybrid_override_pattern")
-    if isinstance(pattern, str):
-        unknown = set(pattern) - set(BLOCKS)
-        if unknown:
-            raise fields.wrong("hybrid_override_pattern", f"made of {' '.join(BLOCKS)}. {WHAT_NEXT}")
-        return Counter(BLOCKS[letter] for letter in pattern)
-    listed = fields.get("layers_block_type")
-    if not isinstance(listed, list):
-        raise fields.wrong("hybrid_override_pattern", "a text such as 'M-M*', one letter a layer")
-    return Counter(fields.per_layer("layers_block_type", len(listed), BLOCK_NAMES))
-
-
-def _mixers(fields: Fields, family: Family) -> Iterator[Sized[AttentionLayers]]:
-    blocks, hidden = _blocks(fields), fields.count("hidden_size")
-    if blocks["full"]:
-        key = "head_dim" if fields.get("head_dim") is not None else "attention_head_dim"
-        heads, kv_heads, head_dim = _heads(fields, key)
-        biases = (heads + 2 * kv_heads) * head_dim + hidden if fields.flag("attention_bias") else 0
-        group = AttentionLayers(
-            kind="full", layers=blocks["full"], query_heads=heads, kv_heads=kv_heads, head_dim=head_dim
-        )
-        parameters = 2 * hidden * (heads + kv_heads) * head_dim + biases + family.norms * hidden
-        yield Sized(group=group, parameters=parameters)
-    if blocks["state"]:
-        yield _mamba(fields, family, blocks["state"])
-
-
-def _mamba(fields: Fields, family: Family, layers: int) -> Sized[AttentionLayers]:
-    """Return Mamba-2 layers: a state of `ssm_state_size` for every channel, and a short convolution."""
-    hidden, heads = fields.count("hidden_size"), fields.count("mamba_num_heads")
-    head_dim, state = fields.count("mamba_head_dim"), fields.count("ssm_state_size")
-    groups, kernel = fields.count("n_groups"), fields.count("conv_kernel")
-    inner = heads * head_dim
-    convolved = inner + 2 * groups * state
-    projections = hidden * (inner + convolved + heads) + inner * hidden
-    biases = (inner + convolved + heads + hidden) if fields.flag("mamba_proj_bias") else 0
-    convolution = convolved * (kernel + (1 if fields.flag("use_conv_bias", default=True) else 0))
-    group = AttentionLayers(
-        kind="state",
-        layers=layers,
-        query_heads=heads,
-        kv_heads=groups,
-        head_dim=state,
-        value_head_dim=head_dim,
-        state_elements=inner * state + convolved * (kernel - 1),
-    )
-    per_head = 3 * heads  # A, D and the time-step bias
-    return Sized(group=group, parameters=projections + biases + convolution + per_head + inner + family.norms * hidden)
-
-
-def _blocks_between(fields: Fields, family: Family) -> Iterator[Sized[FeedForwardLayers]]:
-    blocks, ungated = _blocks(fields), 2
-    if blocks["dense"]:
-        yield _dense_layers(fields, family, blocks["dense"], fields.count("intermediate_size"), ungated)
-    if blocks["sparse"]:
-        yield _sparse_layers(fields, family, NEMOTRON_EXPERTS, blocks["sparse"], ungated)
-
-
-# --- the table --------------------------------------------------------------------------------------------------------
+from waterline.llm.attention import (
+    after_the_last,
+    block_sparse,
+    compressed,
+    every,
+    full_everywhere,
+    gemma4_heads,
+    grouped,
+    hyper_head,
+    kimi_linear,
+    latent,
+    mimo_heads,
+    step_heads,
+    window_after_some,
+    window_everywhere,
+    window_first_then_alternate,
+    window_where_marked,
+)
+from waterline.llm.blocks import blocks_between, mixers, searched_attention, searched_feed_forward
+from waterline.llm.family import Family, MoreTokens, Sized
+from waterline.llm.feed_forward import (
+    ExpertFields,
+    dense,
+    dense_or_experts,
+    experts,
+    sparse_after_the_first,
+    sparse_by_step,
+    sparse_in_between,
+    sparse_where_listed,
+    sparse_where_marked,
+)
+from waterline.llm.fields import Fields
+
+__all__ = ["FAMILIES", "WRAPPERS", "more_token_parameters"]
 
 _QWEN_EXPERTS = ExpertFields(experts="num_experts")
 _QWEN_SHARED = ExpertFields(
@@ -371,31 +51,47 @@ _LLAMA4_EXPERTS = ExpertFields(
     dense_intermediate="intermediate_size_mlp",
     shared_intermediate="intermediate_size",
 )
-_DEEPSEEK = Family(
-    attention=_latent,
-    feed_forward=_experts(
-        ExpertFields(experts="n_routed_experts", shared_experts="n_shared_experts"), _sparse_after_the_first
-    ),
-    kinds=_full_everywhere,
+_DEEPSEEK_EXPERTS = ExpertFields(experts="n_routed_experts", shared_experts="n_shared_experts")
+_MINIMAX_EXPERTS = ExpertFields(
+    experts="num_local_experts",
+    dense_intermediate="dense_intermediate_size",
+    shared_intermediate="shared_intermediate_size",
 )
-_QWEN3 = Family(attention=_grouped, feed_forward=_dense, kinds=_window_after_some, query_key_norm="head")
-_QWEN3_MOE = Family(
-    attention=_grouped,
-    feed_forward=_experts(_QWEN_EXPERTS, _sparse_by_step),
-    kinds=_window_after_some,
-    query_key_norm="head",
+_KIMI_EXPERTS = ExpertFields(
+    experts="num_experts",
+    used="num_experts_per_token",
+    shared_experts="num_shared_experts",
+    width="routed_expert_hidden_size",
+    width_norm="latent_moe_use_norm",
 )
+_STEP_EXPERTS = ExpertFields(experts="num_experts", shared_intermediate="share_expert_dim")
+_GEMMA4_EXPERTS = ExpertFields(
+    experts="num_experts", used="top_k_experts", beside_dense=True, more_norms=3, router_scales=True
+)
+
+_LLAMA = Family(attention=grouped, feed_forward=dense, kinds=full_everywhere)
+_MISTRAL = Family(attention=grouped, feed_forward=dense, kinds=window_everywhere, biases="")
+_QWEN2 = Family(attention=grouped, feed_forward=dense, kinds=window_after_some, biases="qkv")
+_QWEN3 = Family(attention=grouped, feed_forward=dense, kinds=window_after_some, query_key_norm="head")
+_QWEN3_MOE = replace(_QWEN3, feed_forward=experts(_QWEN_EXPERTS, sparse_by_step))
 _QWEN_HYBRID = Family(
-    attention=_grouped,
-    feed_forward=_dense,
-    kinds=_every("full_attention_interval", 4, "state"),
+    attention=grouped,
+    feed_forward=dense,
+    kinds=every("full_attention_interval", 4, "state"),
     query_key_norm="head",
-    gated_attention=True,
+    gate="element",
+    more_tokens=MoreTokens(layers_key="mtp_num_hidden_layers"),
+)
+_DEEPSEEK = Family(
+    attention=latent,
+    feed_forward=experts(_DEEPSEEK_EXPERTS, sparse_after_the_first),
+    kinds=full_everywhere,
+    more_tokens=MoreTokens(attention="latent", copies_embeddings=True),
 )
 _GEMMA3 = Family(
-    attention=_grouped,
-    feed_forward=_dense,
-    kinds=_every("sliding_window_pattern", 6, "window"),
+    attention=grouped,
+    feed_forward=dense,
+    kinds=every("sliding_window_pattern", 6, "window"),
     norms=2,
     query_key_norm="head",
     defaults={  # its published configs leave these out
@@ -408,63 +104,200 @@ _GEMMA3 = Family(
         "tie_word_embeddings": True,
     },
 )
+_GEMMA4 = Family(
+    attention=grouped,
+    feed_forward=dense_or_experts(_GEMMA4_EXPERTS),
+    kinds=every("sliding_window_pattern", 6, "window"),
+    heads=gemma4_heads,
+    norms=2,
+    query_key_norm="head",
+    defaults={"tie_word_embeddings": True},
+    refused={
+        "hidden_size_per_layer_input": "embeddings of every layer are not counted",
+        "num_kv_shared_layers": "layers that share a cache are not counted",
+        "use_double_wide_mlp": "networks of two widths are not counted",
+    },
+)
+_STEP = Family(
+    attention=grouped,
+    feed_forward=experts(_STEP_EXPERTS, sparse_where_listed),
+    kinds=full_everywhere,
+    heads=step_heads,
+    query_key_norm="head",
+    gate="head",
+    aliases={
+        "num_key_value_heads": "num_attention_groups",
+        "num_experts": "moe_num_experts",
+        "num_experts_per_tok": "moe_top_k",
+    },
+)
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(attention=_grouped, feed_forward=_dense, kinds=_full_everywhere),
-    "mistral": Family(
-        attention=_grouped,
-        feed_forward=_dense,
-        kinds=_window_everywhere,
-        biases="",
-        defaults={"sliding_window": 4096},
-    ),
-    "qwen2": Family(attention=_grouped, feed_forward=_dense, kinds=_window_after_some, biases="qkv"),
+    "llama": _LLAMA,
+    "mistral": replace(_MISTRAL, defaults={"sliding_window": 4096}),
+    "ministral3": _MISTRAL,
+    "granite": _LLAMA,
+    "smollm3": _LLAMA,
+    "seed_oss": replace(_LLAMA, biases="config-qkv"),
+    "qwen2": _QWEN2,
+    "qwen2_vl": _QWEN2,
+    "qwen2_vl_text": _QWEN2,
+    "qwen2_5_vl": _QWEN2,
+    "qwen2_5_vl_text": _QWEN2,
+    "qwen2_moe": replace(_QWEN2, feed_forward=experts(_QWEN_SHARED, sparse_by_step)),
     "qwen3": _QWEN3,
     "qwen3_vl_text": _QWEN3,
-    "phi3": Family(attention=_grouped, feed_forward=_dense, kinds=_window_everywhere, biases=""),
-    "mimo": Family(attention=_grouped, feed_forward=_dense, kinds=_window_after_some, biases="qkv"),
+    "phi3": Family(attention=grouped, feed_forward=dense, kinds=window_everywhere, biases=""),
+    "mimo": replace(_QWEN2, more_tokens=MoreTokens()),
+    "mimo_v2_flash": Family(
+        attention=grouped,
+        feed_forward=experts(_DEEPSEEK_EXPERTS, sparse_where_marked),
+        kinds=window_where_marked("hybrid_layer_pattern"),
+        heads=mimo_heads,
+        biases="config-qkv",
+    ),
+    "olmo2": replace(_LLAMA, query_key_norm="all"),
+    "olmo3": replace(_LLAMA, query_key_norm="all"),
+    "gemma": replace(_LLAMA, defaults={"head_dim": 256, "tie_word_embeddings": True}),
     "gemma2": Family(
-        attention=_grouped,
-        feed_forward=_dense,
-        kinds=_window_first_then_alternate,
+        attention=grouped,
+        feed_forward=dense,
+        kinds=window_first_then_alternate,
         norms=2,
         defaults={"head_dim": 256, "sliding_window": 4096, "tie_word_embeddings": True},
     ),
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,
-    "mixtral": Family(attention=_grouped, feed_forward=_experts(_MIXTRAL_EXPERTS), kinds=_window_everywhere, biases=""),
+    "gemma4": _GEMMA4,
+    "gemma4_text": _GEMMA4,
+    "mixtral": Family(attention=grouped, feed_forward=experts(_MIXTRAL_EXPERTS), kinds=window_everywhere, biases=""),
     "qwen3_moe": _QWEN3_MOE,
     "qwen3_vl_moe_text": _QWEN3_MOE,
+    "glm4_moe": Family(
+        attention=grouped,
+        feed_forward=experts(_DEEPSEEK_EXPERTS, sparse_after_the_first),
+        kinds=full_everywhere,
+        biases="config-qkv",
+        query_key_norm="flag",
+        more_tokens=MoreTokens(copies_embeddings=True),
+    ),
     "minimax_m2": Family(
-        attention=_grouped,
-        feed_forward=_experts(_MIXTRAL_EXPERTS),
-        kinds=_full_everywhere,
+        attention=grouped,
+        feed_forward=experts(_MIXTRAL_EXPERTS),
+        kinds=full_everywhere,
         biases="",
         query_key_norm="all",
     ),
+    "minimax_m3": Family(
+        attention=block_sparse,
+        feed_forward=experts(_MINIMAX_EXPERTS, sparse_where_marked),
+        kinds=full_everywhere,
+        biases="",
+        query_key_norm="head",
+        refused={"attention_output_gate": "its projection is not counted"},
+    ),
     "gpt_oss": Family(
-        attention=_grouped,
-        feed_forward=_experts(_GPT_OSS_EXPERTS),
-        kinds=_window_first_then_alternate,
+        attention=grouped,
+        feed_forward=experts(_GPT_OSS_EXPERTS),
+        kinds=window_first_then_alternate,
         sinks=True,
         defaults={"attention_bias": True},
     ),
     "llama4_text": Family(
-        attention=_grouped,
-        feed_forward=_experts(_LLAMA4_EXPERTS, _sparse_in_between),
-        kinds=_every("no_rope_layer_interval", 4, "window"),
+        attention=grouped,
+        feed_forward=experts(_LLAMA4_EXPERTS, sparse_in_between),
+        kinds=every("no_rope_layer_interval", 4, "window"),
         defaults={"attention_chunk_size": 8192},
     ),
+    "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,
+    "deepseek_v4": Family(
+        attention=compressed,
+        feed_forward=experts(_DEEPSEEK_EXPERTS),
+        kinds=full_everywhere,
+        beside_layers=hyper_head,
+        more_tokens=MoreTokens(attention_parameters=after_the_last),
+        notes={
+            "attention": "one shared key-value head; beyond a window it is kept compressed 4 or 128 times, stated here "
+            "as its share of a token; the window of compressed layers is not counted"
+        },
+    ),
     "kimi_k2": _DEEPSEEK,
+    "kimi_linear": Family(
+        attention=kimi_linear,
+        feed_forward=experts(_KIMI_EXPERTS, sparse_after_the_first),
+        kinds=full_everywhere,
+        aliases={"max_position_embeddings": "model_max_length"},
+    ),
     "glm_moe_dsa": _DEEPSEEK,
-    "qwen3_next": replace(_QWEN_HYBRID, feed_forward=_experts(_QWEN_SHARED, _sparse_by_step)),
+    "qwen3_next": replace(
+        _QWEN_HYBRID,
+        feed_forward=experts(_QWEN_SHARED, sparse_by_step),
+        more_tokens=MoreTokens(layers_key="mtp_num_hidden_layers", layers=1),
+    ),
     "qwen3_5_text": _QWEN_HYBRID,
-    "qwen3_5_moe_text": replace(_QWEN_HYBRID, feed_forward=_experts(_QWEN_SHARED)),
-    "nemotron_h": Family(attention=_mixers, feed_forward=_blocks_between, kinds=_full_everywhere),
+    "qwen3_5_moe_text": replace(_QWEN_HYBRID, feed_forward=experts(_QWEN_SHARED)),
+    "step3p5": _STEP,
+    "step3p7": _STEP,
+    "nemotron_h": Family(
+        attention=mixers, feed_forward=blocks_between, kinds=full_everywhere, more_tokens=MoreTokens()
+    ),
+    "nemotron-nas": Family(attention=searched_attention, feed_forward=searched_feed_forward, kinds=full_everywhere),
 }
 """`model_type` of a config, or of its `text_config` -> how it is counted."""
 
-WRAPPERS = ("gemma3", "kimi_k25", "llama4", "mistral3", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
+WRAPPERS = (
+    "gemma3",
+    "gemma4",
+    "kimi_k25",
+    "kimi_k3",
+    "llama4",
+    "llava",
+    "llava_next",
+    "mistral3",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "step3p7",
+)
 """`model_type` of configs that keep a language model of `FAMILIES` in their `text_config`."""
+
+
+def more_token_parameters(
+    fields: Fields,
+    family: Family,
+    attention: Sequence[Sized[AttentionLayers]],
+    feed_forward: Sequence[Sized[FeedForwardLayers]],
+) -> tuple[int, int]:
+    """Return how many multi-token-prediction layers a checkpoint has, and their parameters; 0 where not counted.
+
+    They are layers like the model's last ones, which are those with experts where it has any.
+    """
+    more = family.more_tokens
+    if more is None:
+        return _named_layers(fields), 0
+    layers = fields.count(more.layers_key, more.layers or 0, least=0, most=100)
+    if not layers or not feed_forward:
+        return layers, 0
+    if more.attention_parameters is not None:
+        mixer = more.attention_parameters(fields, family)
+    else:
+        mixer = next((one.parameters for one in attention if one.group.kind == more.attention), 0)
+    network = feed_forward[-1]
+    hidden = fields.count("hidden_size")
+    one = mixer + network.parameters + network.group.experts * network.expert_parameters
+    one += 2 * hidden * hidden + 3 * hidden
+    if family.beside_layers is not None:
+        one += family.beside_layers(fields)
+    if more.copies_embeddings:
+        one += 2 * fields.count("vocab_size") * hidden
+    return layers, layers * one
+
+
+def _named_layers(fields: Fields) -> int:
+    named = [fields.get(key) for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")]
+    return max((value for value in named if isinstance(value, int)), default=0)
