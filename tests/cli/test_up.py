@@ -1,6 +1,7 @@
 """`waterline up` as a person meets it: what it prints, how it fails, how it ends. Real processes and signals."""
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from waterline.errors import InputError
 from waterline.fleet import load_fleet
 from waterline.outcome import Completion
 from waterline.planner import make_plan
-from waterline.service.server import listen
+from waterline.service.server import Outlet, listen
 
 ROOT = Path(waterline.__file__).parent
 WEIGHTS = ROOT / "catalog" / "weights" / "abacus-q8_0.gguf"
@@ -387,9 +388,41 @@ def test_when_nobody_reads_its_words_any_more_it_goes_on() -> None:
         assert service.process.wait(5) == 0
 
 
+def test_words_that_cannot_be_written_hold_nothing_up(capfd: pytest.CaptureFixture[str]) -> None:
+    written = io.BytesIO()
+    narrow = io.TextIOWrapper(written, encoding="ascii")
+    Outlet(narrow).say("café")
+    assert written.getvalue() == b"caf?\n"
+    Outlet(None).say("to nobody")  # as after `waterline up >&-`
+    with Path("/dev/full").open("w") as full:
+        Outlet(full).say("too much")
+        Outlet(full).say("and more")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_any_standard_stream_it_serves() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "waterline", "up", "--port", str(port)]
+    process = subprocess.Popen(["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", *command], text=True)
+    with process:
+        try:
+            service = Up(process=process, url=f"http://127.0.0.1:{port}/v1", children=[])
+            begun_s = time.monotonic()
+            while asyncio.run(health(service)) != 200:
+                assert time.monotonic() - begun_s < 20
+                assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5) == 0
+        finally:
+            process.kill()
+
+
 async def health(service: Up) -> int:
-    async with (
-        aiohttp.ClientSession() as session,
-        session.get(service.url.removesuffix("/v1") + "/health") as reply,
-    ):
-        return reply.status
+    """Return the status of /health, 0 while nobody listens."""
+    async with aiohttp.ClientSession() as session:
+        try:
+            async with session.get(service.url.removesuffix("/v1") + "/health") as reply:
+                return reply.status
+        except aiohttp.ClientConnectorError:
+            return 0

@@ -1,6 +1,7 @@
 """`waterline up`: start the engines and serve."""
 
 import json
+import os
 import signal
 import sys
 from collections import deque
@@ -19,6 +20,7 @@ SUMMARISED = 100_000  # latest requests that the last words are about
 OF_THIS_MACHINE = ("127.", "localhost", "::1")  # how hosts begin that nobody else can reach
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - hosts that are all networks, and what reaches them
 ABACUS = "waterline/abacus"
+STANDARD_ERROR = 2  # the last of the three
 
 
 @click.command()
@@ -38,9 +40,17 @@ def up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool) 
     waterline up plan.json --port 8001
     """  # noqa: D301 - click wants the character, not its name
     try:
+        _fill_standard_streams()
         _up(fleet, host, port, engine, as_json=as_json)
     except KeyboardInterrupt:  # before the service listens to signals
         sys.exit(128 + signal.SIGINT)
+
+
+def _fill_standard_streams() -> None:
+    """Open what was closed (``>&-``) of standard input, output and error: no socket may get their numbers."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= STANDARD_ERROR:
+        pass
+    os.close(number)
 
 
 def _up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool) -> None:

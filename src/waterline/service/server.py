@@ -6,8 +6,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO, cast
@@ -159,9 +159,12 @@ def _log_change(replica: str, state: ReplicaState) -> None:
 
 
 class Outlet:
-    """A stream for people, who may leave: what is written after that goes nowhere, and nobody fails for it."""
+    """A stream for people, who may leave: what is written after that goes nowhere, and nobody fails for it.
 
-    def __init__(self, stream: TextIO) -> None:
+    There may be no stream from the beginning, and it may lack letters.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
 
     def say(self, text: str) -> None:
@@ -169,17 +172,25 @@ class Outlet:
         self.flush()
 
     def write(self, text: str) -> None:
-        self._try(lambda: self._stream.write(text))
+        if self._stream:
+            encoding = self._stream.encoding or "utf-8"
+            with _or_nowhere(self._stream):
+                self._stream.write(text.encode(encoding, "replace").decode(encoding))
 
     def flush(self) -> None:
-        self._try(self._stream.flush)
+        if self._stream:
+            with _or_nowhere(self._stream):
+                self._stream.flush()
 
-    def _try(self, act: Callable[[], object]) -> None:
-        try:
-            act()
-        except (OSError, ValueError):
-            with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:  # also for Python's last flush
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+@contextmanager
+def _or_nowhere(stream: TextIO) -> Iterator[None]:
+    """Try to write; when nobody reads any more, send this stream nowhere, also for Python's own last flush."""
+    try:
+        yield
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def log_to_stderr() -> None:
@@ -189,7 +200,7 @@ def log_to_stderr() -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
             structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+            structlog.dev.ConsoleRenderer(colors=bool(sys.stderr and sys.stderr.isatty())),
         ],
         logger_factory=structlog.PrintLoggerFactory(cast("TextIO", Outlet(sys.stderr))),
         cache_logger_on_first_use=True,
