@@ -2,26 +2,17 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
-import pytest
+from serving import fake_plan
 
-from waterline.cost import StepCost
+from waterline.cost import replica_step_cost
+from waterline.cost.step import prefill_pairs
 from waterline.service.engines.fake import Batch, Job
 from waterline.units import PICOSECONDS_PER_S
 
-# 5 ms a step, and 1 ms more for every token in it; at most 10 tokens
-STEP = StepCost(
-    overhead_ps=5 * 10**9,
-    weights_ps=0,
-    experts_ps=(0,),
-    state_ps_per_sequence=0,
-    attention=(),
-    multiply_ps_per_token=10**9,
-    head_ps_per_sequence=0,
-    exchange_ps=0,
-    exchange_ps_per_token=0,
-    step_tokens=10,
-)
+PLAN = fake_plan()
+STEP = replace(replica_step_cost(PLAN.fleet, PLAN.replicas[0]), step_tokens=10)
 
 
 async def finish_s(jobs: list[Job], max_batch: int) -> list[float]:
@@ -45,15 +36,16 @@ async def finish_s(jobs: list[Job], max_batch: int) -> list[float]:
 
 
 def test_steps_take_as_long_as_the_cost_model_says() -> None:
-    [end_s] = asyncio.run(finish_s([Job(prompt_tokens=25, output_tokens=6)], max_batch=4))
-    prompt_ps = 2 * STEP.step_ps(10, 0, 0, 0) + STEP.step_ps(5, 0, 0, 0)  # chunks of 10, 10 and 5; the first token
-    expected_s = (prompt_ps + 5 * STEP.step_ps(0, 0, 1, 0)) / PICOSECONDS_PER_S
-    assert expected_s == pytest.approx(0.070)
+    [end_s] = asyncio.run(finish_s([Job(prompt_tokens=25, output_tokens=200)], max_batch=4))
+    chunks = [(0, 10), (10, 10), (20, 5)]  # of the prompt; the last one gives the first token
+    prompt_ps = sum(STEP.step_ps(tokens, prefill_pairs(first, tokens), 0, 0) for first, tokens in chunks)
+    expected_s = (prompt_ps + sum(STEP.step_ps(0, 0, 1, 25 + n) for n in range(1, 200))) / PICOSECONDS_PER_S
+    assert expected_s > 0.01, "or there is nothing to measure"
     assert expected_s - 0.002 <= end_s <= expected_s + 2, "late only by what the machine is busy with"
 
 
 def test_requests_beyond_the_batch_wait_for_a_place_in_order() -> None:
-    jobs = [Job(prompt_tokens=1, output_tokens=4) for _ in range(4)]
+    jobs = [Job(prompt_tokens=1, output_tokens=100) for _ in range(4)]
     ends_s = asyncio.run(finish_s(jobs, max_batch=2))
     assert ends_s == sorted(ends_s)
-    assert ends_s[2] - ends_s[1] >= 0.020, "four steps of 7 ms lie between the first two and the others"
+    assert ends_s[2] >= 200 * STEP.step_ps(0, 0, 2, 2) / PICOSECONDS_PER_S - 0.002, "the others began after the first"
