@@ -33,6 +33,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     driver_mib: int = 0
     context_mib: int = 0
     communication_mib: int = 0
+    bus_communication_mib: int = 0
     graphs_mib: int = 0
     logits_bytes: float = 8.0
     reserve_mib_per_step_token: float = 0.0
@@ -70,7 +71,8 @@ class EngineProfile:
     memory_rule: MemoryRule = "whole"
     driver_bytes: int = 0  # of what nvidia-smi shows, not offered to programs
     context_bytes: int = 0  # the CUDA or HIP context: outside what the fraction covers, but on the card
-    communication_bytes: int = 0  # NCCL or RCCL and all-reduce buffers, when GPUs exchange within a layer
+    communication_bytes: int = 0  # NCCL or RCCL and all-reduce buffers, when GPUs exchange within a layer …
+    bus_communication_bytes: int = 0  # … and the same where they have nothing but a bus to do it
     graphs_bytes: int = 0  # captured CUDA graphs, where the engine counts them
     logits_bytes: float = 8.0  # a sampled sequence and vocabulary entry, at the peak of sampling
     reserve_bytes_per_step_token: int = 0  # kept free for activations by the ``static`` rule
@@ -140,6 +142,7 @@ def _profile(name: str, entry: _Entry) -> EngineProfile:
         driver_bytes=entry.driver_mib * MIB,
         context_bytes=entry.context_mib * MIB,
         communication_bytes=entry.communication_mib * MIB,
+        bus_communication_bytes=entry.bus_communication_mib * MIB,
         graphs_bytes=entry.graphs_mib * MIB,
         logits_bytes=entry.logits_bytes,
         reserve_bytes_per_step_token=round(entry.reserve_mib_per_step_token * MIB),

@@ -18,6 +18,7 @@ CACHE_ELEMENT_BYTES = 2  # the cache is kept in 16 bits, unless it is asked for 
 CACHE_DTYPES = {"auto": CACHE_ELEMENT_BYTES, "bf16": 2, "fp16": 2, "fp8": 1}
 INDEX_ELEMENT_BYTES = 132 / 128  # the indexer's keys are kept in 8 bits, with a 32-bit scale for 128 of them
 ACTIVATION_BYTES = 2
+BUSES = ("none", "pcie")  # links between GPUs that are no network of their own; nor are bridges between two
 VOCABULARY_BLOCK = 64  # vLLM, SGLang and TensorRT-LLM pad each GPU's share of the vocabulary to this
 LEADING_SHARE = 8  # dense layers fewer than 1 in so many are the first ones of the stack, not spread over it
 
@@ -396,13 +397,15 @@ def memory_use(
         step_tokens,
         sequences or engine.max_batch,
         logits_bytes=engine.logits_bytes,
-        expert_workspace=engine.expert_workspace,
+        expert_workspace=engine.expert_workspace and precision != "mxfp4",  # whose kernels gather by themselves
     )
     communication = 0
     if layout.tp * layout.dp > 1:
         # Counted up to what the split saves: a model smaller than the buffers would be told it needs more on two GPUs.
         stage = _engine_weights(llm, precision, Layout(pp=layout.pp), engine, redundant_experts)
-        communication = min(engine.communication_bytes, max(0, stage.total_bytes - held))
+        bus = gpu.link.kind in BUSES or gpu.link.kind.endswith("-bridge")
+        buffers = engine.bus_communication_bytes if bus else engine.communication_bytes
+        communication = min(buffers, max(0, stage.total_bytes - held))
     overhead = engine.memory_overhead_bytes + engine.graphs_bytes + communication
     usable = _usable_bytes(gpu, engine, usable_fraction, step_tokens, held, activations + overhead)
     return MemoryUse(
