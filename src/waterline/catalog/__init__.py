@@ -11,11 +11,12 @@ from types import MappingProxyType
 from waterline.catalog import accelerators, hub, llms, naming, price_list
 from waterline.catalog.llms import weights_file
 from waterline.catalog.price_list import Price, prices
-from waterline.errors import UnknownNameError
+from waterline.errors import ModelFormatError, UnknownNameError
 from waterline.hardware import Gpu
 from waterline.llm import Llm
 from waterline.llm.config import read_config
 from waterline.llm.gguf import read_gguf
+from waterline.llm.safetensors import read_checkpoint
 
 __all__ = [
     "Price",
@@ -62,8 +63,9 @@ def find_model(name: str) -> Llm:
 def load_model(weights: str, folder: Path) -> Llm:
     """Return the model that a fleet file or a command means by `weights`, whichever comes first.
 
-    A `.gguf` file or a folder with `config.json`, relative to `folder`; an id or a name of the catalogue; an id of the
-    Hugging Face Hub, of which the config is fetched when `huggingface_hub` is installed and the network answers.
+    A `.gguf` file, or a folder with `config.json` and, where they are there, its safetensors files, relative to
+    `folder`; an id or a name of the catalogue; an id of the Hugging Face Hub, of which config and index are fetched when
+    `huggingface_hub` is installed and the network answers.
 
     Raises:
         UnknownNameError: there is no such file and no such model.
@@ -71,14 +73,28 @@ def load_model(weights: str, folder: Path) -> Llm:
     """
     path = folder / Path(weights).expanduser()
     if weights and _exists(path):
-        return read_gguf(path) if path.suffix == ".gguf" else read_config(path, name=weights)
-    if weights.endswith((".gguf", ".json")) or weights.startswith(("/", "./", "../", "~")):
+        if path.is_dir() and not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
+            path = _only_model(files)
+        return read_gguf(path) if path.suffix == ".gguf" else read_checkpoint(path, name=weights)
+    if weights.endswith((".gguf", ".json", ".safetensors")) or weights.startswith(("/", "./", "../", "~")):
         raise UnknownNameError(
             f"there is no file {path}. Give a .gguf file, a folder with config.json, or a model's name."
         )
     if not hub.is_hub_id(weights) or naming.called(weights, llms.names()) or _renamed(weights):
         return find_model(_renamed(weights) or weights)
     return read_config(hub.fetch_config(weights), name=weights)
+
+
+def _only_model(files: list[Path]) -> Path:
+    """Return the model of a folder of GGUF files: one, or the parts of one; projectors for images are left aside."""
+    models = [file for file in files if not file.name.startswith("mmproj")]
+    first = [file for file in models if "-of-" not in file.name or "-00001-of-" in file.name]
+    if len(first) != 1:
+        raise ModelFormatError(
+            f"{files[0].parent} has no config.json and {len(first)} GGUF models"
+            f"{': ' + ', '.join(file.name for file in first[:4]) if first else ''}. Name one of them."
+        )
+    return first[0]
 
 
 def _renamed(hub_id: str) -> str:

@@ -69,7 +69,7 @@ class Llm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     mtp_parameters: int = 0  # theirs, not counted in `parameters`; 0 with `mtp_layers`: not known
     stored_forms: Mapping[str, str] = field(default_factory=dict)  # part -> a key of PRECISIONS or ``fp8_block``
     stored_types: Mapping[str, int] = field(default_factory=dict)  # type of tensors in the file read -> their bytes
-    stored_bytes: int = 0  # of a file that was read, or of published weights that mix precisions; 0: by the precision
+    stored_bytes: int = 0  # that an engine loads (no multi-token prediction), of files read or mixes; 0: by precision
     weights_file: str = ""  # a .gguf to serve as it is
     source: str = ""
     read: str = ""  # ISO date

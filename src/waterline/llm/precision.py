@@ -35,18 +35,25 @@ GGUF_BITS = {
     "iq4_xs": 4.4597,
     "q3_k_l": 4.2979,
     "q3_k_m": 3.9960,
+    "iq3_m": 3.7628,
     "iq3_s": 3.6606,
     "q3_k_s": 3.6429,
+    "iq3_xs": 3.4977,
     "iq3_xxs": 3.2548,
     "q2_k": 3.1593,
+    "q2_k_s": 2.9697,
+    "iq2_m": 2.9294,
     "iq2_s": 2.7403,
     "iq2_xs": 2.5882,
     "iq2_xxs": 2.3824,
     "iq1_m": 2.1460,
+    "tq2_0": 2.0625,
     "iq1_s": 2.0042,
+    "tq1_0": 1.6875,
 }
-"""Bits a parameter of llama.cpp's formats. q8_0, q5_x and q4_x are those of the block; a mix keeps some tensors in more
-bits, so its figure is that of the whole file of Llama 3.1 8B (llama.cpp `tools/quantize/README.md`, read 2026-11-23).
+"""Bits a parameter of llama.cpp's formats. q8_0, q5_x, q4_x and tqx_0 are those of the block; a mix keeps some tensors
+in more bits, so its figure is that of the whole file of Llama 3.1 8B (llama.cpp `tools/quantize/README.md`, read
+2026-11-23). `waterline.llm.gguf_sizes` has the bytes of a given model.
 """
 
 PRECISIONS = {
