@@ -19,7 +19,7 @@ def test_a_trace_is_dealt_alike_by_the_gateway_and_by_the_rehearsal() -> None:
     dice = random.Random(7)
     requests, now_s = [], 0.0
     for _ in range(500):
-        now_s += dice.expovariate(120)
+        now_s += dice.expovariate(1000)
         requests.append(
             Request(arrival_s=now_s, prompt_tokens=dice.randint(1, 200), output_tokens=dice.randint(1, 120))
         )
