@@ -297,6 +297,21 @@ def test_what_ran_fits_and_what_ran_out_of_memory_does_not(
     assert memory_fit(llm, use, layout, 2048).fits == runs
 
 
+@pytest.mark.parametrize(
+    ("model", "card", "layout", "fraction", "cache"),
+    [  # vllm issue 21348 (K and V of 367,404 tokens); sglang pull 18263; aisimulate pull 263 (509 k tokens); 2026-11-24
+        ("Qwen3-235B-A22B", "h100-sxm-80g", Layout(tp=4), 0.93, 16.46),
+        ("Qwen3-30B-A3B", "mi350x", ONE, 0.911, 204.63),
+        ("DeepSeek-R1", "h200-sxm-141g", Layout(tp=8), 0.82, 33.3),
+    ],
+)
+def test_the_cache_of_sglang_is_as_logged(model: str, card: str, layout: Layout, fraction: float, cache: float) -> None:
+    llm, gpu = catalog.find_model(model), catalog.find_gpu(card)
+    precision = "bf16" if card == "mi350x" else "fp8"
+    use = memory_use(llm, gpu, layout, precision, find_engine("sglang"), usable_fraction=fraction)
+    assert use.cache_bytes / GIB == pytest.approx(cache, rel=0.05)
+
+
 def test_the_same_model_fits_with_fewer_sequences_and_shorter_steps() -> None:
     llm, gpu, engine = (
         catalog.find_model("Meta-Llama-3.1-70B"),

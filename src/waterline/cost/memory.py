@@ -407,7 +407,7 @@ def memory_use(
         buffers = engine.bus_communication_bytes if bus else engine.communication_bytes
         communication = min(buffers, max(0, stage.total_bytes - held))
     overhead = engine.memory_overhead_bytes + engine.graphs_bytes + communication
-    usable = _usable_bytes(gpu, engine, usable_fraction, step_tokens, held, activations + overhead)
+    usable = _usable_bytes(gpu, engine, usable_fraction, step_tokens, held, activations + overhead, communication)
     return MemoryUse(
         usable_bytes=usable,
         weights_bytes=held,
@@ -435,7 +435,15 @@ def _engine_weights(
     )
 
 
-def _usable_bytes(gpu: Gpu, engine: EngineProfile, fraction: float, step_tokens: int, weights: int, others: int) -> int:
+def _usable_bytes(
+    gpu: Gpu,
+    engine: EngineProfile,
+    fraction: float,
+    step_tokens: int,
+    weights: int,
+    others: int,
+    communication: int,
+) -> int:
     """Return what weights, activations, overhead and cache may take together, by the engine's rule."""
     card = gpu.memory_bytes - (engine.driver_bytes if gpu.stack == "cuda" else 0)
     free = card - engine.context_bytes
@@ -445,7 +453,8 @@ def _usable_bytes(gpu: Gpu, engine: EngineProfile, fraction: float, step_tokens:
         return weights + others + math.floor(left * share) if left > 0 else free
     if engine.memory_rule == "static":
         reserved = 0 if fraction else engine.reserve_bytes_per_step_token * step_tokens + engine.memory_overhead_bytes
-        return min(free, math.floor(free * share) - reserved + others)
+        shared_out = free - communication  # what it finds free before it loads the weights
+        return min(free, math.floor(shared_out * share) - reserved + others)
     return min(free, math.floor(card * share))
 
 
@@ -472,7 +481,7 @@ def longest_context(llm: Llm, layout: Layout, memory: MemoryUse, concurrency: in
     The cache grows along straight lines that windows only flatten, so following the line from the left never goes too
     far and arrives after as many steps as there are windows.
     """
-    room = memory.cache_bytes // math.ceil(concurrency / layout.dp)
+    room = memory.cache_bytes // max(1, math.ceil(concurrency / layout.dp))
     block, element_bytes = memory.block_tokens, memory.cache_element_bytes
     if room <= 0:
         return 0
