@@ -64,7 +64,7 @@ def load_model(weights: str, folder: Path) -> Llm:
     """Return the model that a fleet file or a command means by `weights`, whichever comes first.
 
     A `.gguf` file, or a folder with `config.json` and, where they are there, its safetensors files, relative to
-    `folder`; an id or a name of the catalogue; an id of the Hugging Face Hub, of which config and index are fetched when
+    `folder`; an id or a name of the catalogue; an id of the Hugging Face Hub, of which the config is fetched when
     `huggingface_hub` is installed and the network answers.
 
     Raises:

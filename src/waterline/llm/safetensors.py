@@ -216,8 +216,8 @@ def _tensor(path: Path, name: str, value: object, data_bytes: int) -> _Tensor:
     bits = prod(shape) * DTYPE_BITS[dtype]
     if (end - begin) * 8 != bits:
         raise ModelFormatError(
-            f"{path}: tensor '{name:.80}' of shape {shape!r:.60} and dtype {dtype} needs {bits // 8:,} bytes, its place "
-            f"has {end - begin:,}. {AGAIN}"
+            f"{path}: tensor '{name:.80}' of shape {shape!r:.60} and dtype {dtype} needs {bits // 8:,} bytes, its "
+            f"place has {end - begin:,}. {AGAIN}"
         )
     if end > data_bytes:
         raise ModelFormatError(
