@@ -82,7 +82,12 @@ def load_model(weights: str, folder: Path) -> Llm:
         )
     if not hub.is_hub_id(weights) or naming.called(weights, llms.names()) or _renamed(weights):
         return find_model(_renamed(weights) or weights)
-    return read_config(hub.fetch_config(weights), name=weights)
+    try:
+        return read_config(hub.fetch_config(weights), name=weights)
+    except UnknownNameError:
+        if (again := llms.requantised(weights)) is not None:
+            return again
+        raise
 
 
 def _only_model(files: list[Path]) -> Path:

@@ -1,17 +1,20 @@
 """What each engine adds to the arithmetic of a step, and how it shares out a card, from `engines.toml`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import msgspec
 
 from waterline.errors import InputError, UnknownNameError, nearest
-from waterline.units import GIGA, MIB, PICOSECONDS_PER_S
+from waterline.hardware import Gpu
+from waterline.units import GIB, GIGA, MIB, PICOSECONDS_PER_S
 
 MICROSECOND_PS = PICOSECONDS_PER_S // 10**6
+
+LARGE_BYTES = 69 * GIB  # engines take cards of 70 GiB and more, as sold, for data-centre cards: 80 GB of HBM and up
 
 MemoryRule = Literal["whole", "static", "left"]
 
@@ -42,6 +45,8 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expert_workspace: bool = True
     mxfp4_width_multiple: int = 1
     memory_source: str = ""
+    large_step_tokens: int = 0
+    large_max_batch: int = 0
     versions: tuple[dict[str, Any], ...] = ()  # {before = "0.17", and the keys in which earlier versions differ}
 
 
@@ -81,6 +86,18 @@ class EngineProfile:
     expert_workspace: bool = True  # routed tokens are gathered into buffers of their own
     mxfp4_width_multiple: int = 1  # experts in MXFP4 are padded to a width its kernels like
     memory_source: str = ""
+    large_step_tokens: int = 0  # the same two where the card is LARGE, 0: no different
+    large_max_batch: int = 0
+
+    def on(self, gpu: Gpu) -> Self:
+        """Return the profile with the limits this engine sets by itself on such a card."""
+        if gpu.memory_bytes < LARGE_BYTES:
+            return self
+        return replace(
+            self,
+            step_tokens=self.large_step_tokens or self.step_tokens,
+            max_batch=self.large_max_batch or self.max_batch,
+        )
 
 
 @cache
@@ -136,6 +153,8 @@ def _profile(name: str, entry: _Entry) -> EngineProfile:
         step_tokens=entry.step_tokens,
         load_bytes_per_s=entry.load_gb_per_s * GIGA,
         start_s=entry.start_s,
+        large_step_tokens=entry.large_step_tokens,
+        large_max_batch=entry.large_max_batch,
         source=entry.source,
         read=entry.read.isoformat(),
         memory_rule=entry.memory_rule,

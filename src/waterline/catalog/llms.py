@@ -1,5 +1,6 @@
 """`models.toml` and the small model that ships in the package, as models by id."""
 
+import re
 import tomllib
 from functools import cache
 from importlib import resources
@@ -7,10 +8,17 @@ from pathlib import Path
 
 import msgspec
 
+from waterline.catalog import naming
 from waterline.errors import UnknownNameError
 from waterline.llm import Llm
 from waterline.llm.gguf import read_gguf
 
+BLOCK_SCALED = {"Qwen", "deepseek-ai", "MiniMaxAI", "zai-org", "moonshotai"}
+REQUANTISED = {  # how names end -> precision
+    "fp8": "fp8", "nvfp4": "nvfp4", "fp4": "nvfp4", "mxfp4": "mxfp4", "awq": "int4", "awq-int4": "int4",
+    "gptq-int4": "int4", "int4": "int4", "gptq-int8": "int8", "int8": "int8", "quantized.w8a8": "int8",
+    "quantized.w4a16": "int4", "bf16": "bf16",
+}  # fmt: skip
 SHIPPED = {"waterline/abacus": "abacus-*.gguf"}
 
 
@@ -34,6 +42,35 @@ def names() -> dict[str, tuple[str, ...]]:
     spelled = {id_: (*aliases, id_) for id_, (_, aliases) in _entries().items()}
     spelled |= {id_: (id_,) for id_ in SHIPPED if id_ in table()}
     return {id_: (*others, *(one.rpartition("/")[2] for one in others)) for id_, others in spelled.items()}
+
+
+def requantised(name: str) -> Llm | None:
+    """Return a model of the catalogue as somebody has published it again in another precision, told by its name.
+
+    ``nvidia/Llama-3.1-8B-Instruct-FP8`` is the catalogue's Llama with 8-bit weights. Those who train in fp8 keep a
+    scale for each block of weights, the others one for each tensor.
+    """
+    organisation, _, bare = name.partition("/")
+    for ending, precision in REQUANTISED.items():
+        base = re.sub(rf"[-_.]{ending}(-dynamic|-kv)?$", "", bare, flags=re.IGNORECASE)
+        if base == bare:
+            continue
+        found = naming.called(base, names())
+        if not found:
+            return None
+        llm = table()[found[0]]
+        blocks = precision == "fp8" and organisation in BLOCK_SCALED
+        parts = dict.fromkeys(("attention", "dense", "shared", "experts"), "fp8_block" if blocks else precision)
+        return msgspec.structs.replace(
+            llm,
+            name=name,
+            precision=precision,
+            stored_bytes=0,
+            stored_types={},
+            stored_forms={"embedding": "bf16", "head": "bf16", **parts} if blocks else {},
+            notes={"architecture": f"that of {llm.name}, quantised to {precision} as its name says"},
+        )
+    return None
 
 
 def weights_file(name: str) -> Path:

@@ -15,9 +15,11 @@ from waterline.errors import WaterlineError
 # name -> (module, one line of help). The module is imported when its command runs, so that --help stays quick.
 COMMANDS = {
     "fit": ("waterline.cli.fit", "Which cards run a model, and how fast."),
+    "estimate": ("waterline.cli.estimate", "What if: TTFT, TPOT and throughput for a table of points."),
     "plan": ("waterline.cli.plan", "Choose layouts and replicas for a fleet file."),
     "rehearse": ("waterline.cli.rehearse", "Replay traffic against a plan: who waits, and what it costs."),
     "up": ("waterline.cli.up", "Start the engines and serve an OpenAI-compatible API."),
+    "model": ("waterline.cli.model", "What one model weighs, keeps and is made of."),
     "catalog": ("waterline.cli.catalog", "Show the GPUs, models and prices Waterline knows."),
 }
 

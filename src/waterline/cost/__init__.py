@@ -1,10 +1,15 @@
 """How many bytes, how many seconds, how many dollars: a model on a card in a layout. It knows no requests."""
 
+from waterline.cost.estimate import Between, Estimate, estimate_replica
 from waterline.cost.memory import (
+    MemoryFit,
     MemoryUse,
     cache_tokens,
     embedding_parameters,
+    longest_context,
+    memory_fit,
     memory_use,
+    most_sequences,
     sequence_cache_bytes,
     weights_bytes,
 )
@@ -12,12 +17,19 @@ from waterline.cost.serving import ServingPoint, serving_point
 from waterline.cost.step import StepCost, replica_step_cost, step_cost
 
 __all__ = [
+    "Between",
+    "Estimate",
+    "MemoryFit",
     "MemoryUse",
     "ServingPoint",
     "StepCost",
     "cache_tokens",
     "embedding_parameters",
+    "estimate_replica",
+    "longest_context",
+    "memory_fit",
     "memory_use",
+    "most_sequences",
     "replica_step_cost",
     "sequence_cache_bytes",
     "serving_point",

@@ -16,6 +16,46 @@ class ServingPoint:
     requests_per_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pieces:
+    """The times a closed loop of equal requests is made of; each is a sum of steps."""
+
+    plain_s: float  # a step of the whole batch without any prompt
+    delay_s: float  # what reading one prompt adds to the steps of the others
+    alone_s: float  # reading one prompt with nobody else about
+    reading_s: float  # reading one prompt while the others decode along
+
+
+def pieces(
+    step: StepCost, batch: int, prompt_tokens: int, context_tokens: int, cached_tokens: int = 0
+) -> Pieces:
+    """Price what a batch of requests spends its time on, with chunked prefill.
+
+    Args:
+        step: of the replica.
+        batch: requests that decode together.
+        prompt_tokens: of one request.
+        context_tokens: mean context of the requests under way.
+        cached_tokens: of the prompt, that need not be read because another request has left them in the cache.
+    """
+    whole = batch * context_tokens
+    plain_ps = step.step_ps(0, 0, batch, whole)
+    room = max(1, step.step_tokens - batch, step.step_tokens // 2)
+    alone_ps = reading_ps = delay_ps = 0
+    for first in range(min(cached_tokens, prompt_tokens - 1), prompt_tokens, room):
+        tokens = min(room, prompt_tokens - first)
+        pairs = prefill_pairs(first, tokens)
+        alone_ps += step.step_ps(tokens, pairs, 0, 0)
+        reading_ps += step.step_ps(tokens, pairs, batch - 1, (batch - 1) * context_tokens)
+        delay_ps += step.step_ps(tokens, pairs, batch, whole) - plain_ps
+    return Pieces(
+        plain_s=plain_ps / PICOSECONDS_PER_S,
+        delay_s=delay_ps / PICOSECONDS_PER_S,
+        alone_s=alone_ps / PICOSECONDS_PER_S,
+        reading_s=reading_ps / PICOSECONDS_PER_S,
+    )
+
+
 def serving_point(
     step: StepCost, batch: int, prompt_tokens: int, output_tokens: int, context_tokens: int = 0
 ) -> ServingPoint:
@@ -23,36 +63,14 @@ def serving_point(
 
     `context_tokens` is the mean context of the answers under way; 0 takes it from requests that are all alike.
 
-    `batch / output_tokens` requests finish in a step, and as many prompts have to be read. An engine reads them in
-    chunks as large as a step has room for, so a share of the steps carries a full chunk and the others none; a token
-    takes the mean of the two. When there is more to read than all steps have room for, every step carries a chunk and
-    decodes wait for prompts.
+    `batch / output_tokens` requests finish in a step, and as many prompts have to be read. Their chunks ride along in
+    the steps of the others, so a token takes a plain step and its share of what reading adds.
     """
-    room = max(1, step.step_tokens - batch)
-    chunks_per_step = batch / output_tokens * prompt_tokens / room
-    context_tokens = context_tokens or prompt_tokens + output_tokens // 2
-    decodes = max(1, round(batch / max(1.0, chunks_per_step)))  # the others wait for their prompt to be read
-    cached_tokens = decodes * context_tokens
-    pairs = round(prefill_pairs(0, prompt_tokens) / prompt_tokens * room)
-    plain_s = step.step_ps(0, 0, decodes, cached_tokens) / PICOSECONDS_PER_S
-    chunk_s = step.step_ps(room, pairs, decodes, cached_tokens) / PICOSECONDS_PER_S
-    share = min(1.0, chunks_per_step)
-    mean_s = share * chunk_s + (1 - share) * plain_s
-    tpot_s = mean_s * max(1.0, chunks_per_step)
+    found = pieces(step, batch, prompt_tokens, context_tokens or prompt_tokens + output_tokens // 2)
+    tpot_s = found.plain_s + batch / output_tokens * found.delay_s
     return ServingPoint(
         batch=batch,
-        ttft_s=mean_s / 2 + _prefill_s(step, prompt_tokens, batch, context_tokens),
+        ttft_s=tpot_s / 2 + found.reading_s,
         tpot_s=tpot_s,
         requests_per_s=batch / (output_tokens * tpot_s),
     )
-
-
-def _prefill_s(step: StepCost, prompt_tokens: int, batch: int, context_tokens: int) -> float:
-    """Return the time to read one prompt in chunks while the others of the batch decode along."""
-    room = max(1, step.step_tokens - batch)
-    decodes = batch - 1
-    total_ps = 0
-    for first in range(0, prompt_tokens, room):
-        tokens = min(room, prompt_tokens - first)
-        total_ps += step.step_ps(tokens, prefill_pairs(first, tokens), decodes, decodes * context_tokens)
-    return total_ps / PICOSECONDS_PER_S

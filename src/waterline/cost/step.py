@@ -1,26 +1,28 @@
-"""How long one engine step takes: a roofline, in integer picoseconds.
+"""How long one engine step takes: its kernels one after another, in integer picoseconds.
 
-A step reads the weights once, reads the cache of every sequence it decodes, and multiplies every token it processes
-with the weights. Memory traffic and arithmetic overlap, so the slower of the two counts; what the GPUs of a replica
-exchange and what the host does come on top. With peaks of the datasheet and the efficiencies of the engine it is
+A step runs every layer once over all its tokens: prompt tokens of a chunk and one token of each sequence that decodes.
+What depends on their number alone (matrix products, experts, exchange between GPUs, the host's work) is a table by
+number of tokens. Attention also depends on what is cached: for decodes a base and a slope by the number of sequences,
+for prompts a base, a slope by token and one by pair of query and key. Kernel times come from `waterline.cost.kernels`,
+none faster than the card's bandwidth and peak allow, so no step is either. What an engine does better or worse than
+the kernels that were measured, and what it adds, are factors of its calibration.
 
-    step = overhead + max(bytes / bandwidth, FLOPs / rate) + exchange
-
-and so never below bytes / bandwidth nor FLOPs / peak. All coefficients are integers (rounded up): sums over steps are
-exact whatever their order, which is what lets a rehearsal skip steps without changing the result.
+All coefficients are integers: sums over steps are exact whatever their order, which is what lets a rehearsal skip steps
+without changing the result.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from waterline import catalog
+from waterline.catalog.calibration import Calibration, calibration_of
 from waterline.catalog.engines import EngineProfile, find_engine
-from waterline.cost.memory import (
-    CACHE_ELEMENT_BYTES,
-    embedding_parameters,
-    layer_cache_elements,
-    weights_bytes,
-)
+from waterline.cost.kernels import find_kernels
+from waterline.cost.layers import Numbers, Shard, forms
 from waterline.errors import InfeasibleError
 from waterline.fleet import Fleet
 from waterline.hardware import Gpu
@@ -28,29 +30,31 @@ from waterline.llm import PRECISIONS, AttentionLayers, Llm
 from waterline.plan import Layout, Replica
 from waterline.units import PICOSECONDS_PER_S
 
+CONTEXTS = np.array([64.0, 512.0, 2048.0, 8192.0, 32768.0])  # at which the cost of cached tokens is taken
+CHUNKS = np.array([64.0, 512.0, 2048.0, 8192.0])  # prompt tokens at which the cost of reading is taken
+MOST_DECODES = 1024  # sequences in the tables; more cost as much each as the last ones
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCost:
     """One kind of attention layers, all of them together; a window limits what is read and multiplied."""
 
     window_tokens: int  # 0: the whole context
-    read_ps_per_token: int  # of the cache, for a sequence that is decoded
-    multiply_ps_per_pair: int  # one query against one key and value
+    decode_ps: tuple[int, ...]  # [decodes] whatever their context; the last one for more
+    decode_ps_per_token: tuple[int, ...]  # [decodes] of what they have cached together; the last one for more
+    prefill_ps: int  # for a step with prompt tokens
+    prefill_ps_per_token: int
+    prefill_ps_per_pair: int  # one query against one key and value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
     """The coefficients of one replica's steps; see `step_ps` for how they combine."""
 
-    overhead_ps: int
-    weights_ps: int  # read once a step, experts left out
-    experts_ps: tuple[int, ...]  # [tokens] routed experts a step of so many tokens reads; the last one for more
-    state_ps_per_sequence: int  # recurrent state, read and written
+    tokens_ps: tuple[int, ...]  # [tokens] everything but attention and head, of a step with so many tokens …
+    more_ps_per_token: int  # … and of each token beyond the table
+    head_ps: tuple[int, ...]  # [sequences] that sample a token; the last one for more
     attention: tuple[AttentionCost, ...]
-    multiply_ps_per_token: int
-    head_ps_per_sequence: int  # the output head, for every sequence that samples a token
-    exchange_ps: int
-    exchange_ps_per_token: int
     step_tokens: int  # prompt and output tokens the engine puts into one step, at most
 
     def step_ps(self, prefill_tokens: int, prefill_pairs: int, decodes: int, cached_tokens: int) -> int:
@@ -63,20 +67,24 @@ class StepCost:
             cached_tokens: context of all those sequences together.
         """
         tokens = prefill_tokens + decodes
-        read_ps = (
-            self.weights_ps
-            + self.experts_ps[min(tokens, len(self.experts_ps) - 1)]
-            + self.state_ps_per_sequence * decodes
-        )
-        multiply_ps = self.multiply_ps_per_token * tokens + self.head_ps_per_sequence * (decodes + (prefill_tokens > 0))
+        last = len(self.tokens_ps) - 1
+        took_ps = self.tokens_ps[tokens] if tokens <= last else self._beyond(tokens)
+        took_ps += self.head_ps[min(decodes + (prefill_tokens > 0), len(self.head_ps) - 1)]
         for layers in self.attention:
-            kept, pairs = cached_tokens, prefill_pairs
-            if layers.window_tokens:
-                kept = min(kept, decodes * layers.window_tokens)
-                pairs = min(pairs, prefill_tokens * layers.window_tokens)
-            read_ps += layers.read_ps_per_token * kept
-            multiply_ps += layers.multiply_ps_per_pair * (pairs + kept)
-        return self.overhead_ps + max(read_ps, multiply_ps) + self.exchange_ps + self.exchange_ps_per_token * tokens
+            if decodes:
+                kept = min(cached_tokens, decodes * layers.window_tokens) if layers.window_tokens else cached_tokens
+                row = min(decodes, len(layers.decode_ps) - 1)
+                took_ps += layers.decode_ps[row] + layers.decode_ps_per_token[row] * kept
+            if prefill_tokens:
+                pairs = prefill_pairs
+                if layers.window_tokens:
+                    pairs = min(pairs, prefill_tokens * layers.window_tokens)
+                took_ps += layers.prefill_ps + layers.prefill_ps_per_token * prefill_tokens
+                took_ps += layers.prefill_ps_per_pair * pairs
+        return took_ps
+
+    def _beyond(self, tokens: int) -> int:
+        return self.tokens_ps[-1] + self.more_ps_per_token * (tokens - len(self.tokens_ps) + 1)
 
 
 def prefill_pairs(first_token: int, tokens: int) -> int:
@@ -87,40 +95,9 @@ def prefill_pairs(first_token: int, tokens: int) -> int:
 def step_cost(llm: Llm, gpu: Gpu, layout: Layout, precision: str, engine: EngineProfile) -> StepCost:
     """Price the steps of one replica.
 
-    Tensor parallelism divides bytes and FLOPs; the stages of a pipeline follow one another, so a step passes all of
-    them and only their memory adds up. Raises InfeasibleError when the card has no units for the precision.
+    Raises InfeasibleError when the card has no units for the precision.
     """
-    form = PRECISIONS[precision]
-    rate = next((gpu.flops_per_s[name] for name in form.compute if name in gpu.flops_per_s), None)
-    if rate is None:
-        has = ", ".join(sorted(gpu.flops_per_s))
-        raise InfeasibleError(f"{gpu.id} cannot compute in {precision}: it has {has}. Allow another precision.")
-    read_s = 1 / (gpu.memory_bytes_per_s * engine.memory_efficiency * layout.tp)
-    multiply_s = 1 / (rate * engine.compute_efficiency * layout.tp)
-    attention_rate = next((gpu.flops_per_s[name] for name in ("bf16", "fp16", "fp32") if name in gpu.flops_per_s), rate)
-    pair_s = 1 / (attention_rate * engine.compute_efficiency * layout.tp)
-
-    all_bytes = weights_bytes(llm, precision)
-    expert_bytes = llm.expert_parameters * form.bits / 8
-    unread_bytes = 2.0 * llm.vision_parameters
-    if not llm.tied_embeddings:  # the input embedding: a row for each token
-        unread_bytes += llm.vocabulary * llm.hidden * (16 if form.keeps_embeddings else form.bits) / 8
-    body = llm.active_parameters - embedding_parameters(llm)
-    state_elements = sum(g.layers * g.state_elements for g in llm.attention if g.kind == "state")
-    return StepCost(
-        overhead_ps=engine.step_overhead_ps,
-        weights_ps=_ps(max(0.0, all_bytes - expert_bytes - unread_bytes) * read_s),
-        experts_ps=tuple(_ps(expert_bytes * share * read_s) for share in _expert_shares(llm)),
-        state_ps_per_sequence=_ps(2 * state_elements * CACHE_ELEMENT_BYTES * read_s),
-        attention=tuple(
-            _attention_cost(group, layout, read_s, pair_s) for group in llm.attention if group.kind != "state"
-        ),
-        multiply_ps_per_token=_ps(2 * body * multiply_s),
-        head_ps_per_sequence=_ps(2 * llm.vocabulary * llm.hidden * multiply_s),
-        exchange_ps=_exchange_ps(llm, layout, engine),
-        exchange_ps_per_token=_ps(_exchange_s_per_token(llm, gpu, layout)),
-        step_tokens=engine.step_tokens,
-    )
+    return price_steps(llm, gpu, layout, precision, engine, calibration_of(engine.name, gpu.stack))
 
 
 def replica_step_cost(fleet: Fleet, replica: Replica) -> StepCost:
@@ -134,57 +111,94 @@ def replica_step_cost(fleet: Fleet, replica: Replica) -> StepCost:
     )
 
 
-def _ps(duration_s: float) -> int:
+def price_steps(
+    llm: Llm, gpu: Gpu, layout: Layout, precision: str, engine: EngineProfile, calibration: Calibration
+) -> StepCost:
+    """Price the steps of one replica of an engine calibrated like that; see `step_cost`."""
+    if not any(name in gpu.flops_per_s for name in PRECISIONS[precision].compute):
+        has = ", ".join(sorted(gpu.flops_per_s))
+        raise InfeasibleError(f"{gpu.id} cannot compute in {precision}: it has {has}. Allow another precision.")
+    shard = Shard(llm, gpu, layout, forms(llm, precision), find_kernels(gpu))
+    counts = _counts(max(engine.step_tokens, MOST_DECODES) * layout.dp)
+    parts = shard.token_parts(counts)
+    took_s = sum((factor * parts[name] for name, factor in calibration.factors.items()), np.zeros_like(counts))
+    took_s += calibration.step_s + calibration.layer_s * llm.layers + calibration.token_s * counts / layout.dp
+    table = _table(counts, took_s)
+    sequences = _counts(MOST_DECODES)
+    return StepCost(
+        tokens_ps=table,
+        more_ps_per_token=-(-(table[-1] - table[-257]) // 256),
+        head_ps=_table(sequences, calibration.products * shard.head_s(sequences)),
+        attention=tuple(cost for group in llm.attention for cost in _attention_costs(shard, group, calibration)),
+        step_tokens=engine.step_tokens,
+    )
+
+
+def _attention_costs(shard: Shard, group: AttentionLayers, calibration: Calibration) -> Iterator[AttentionCost]:
+    """Fit the forms of `AttentionCost` to the kernels, at contexts up to the window."""
+    window = group.window_tokens if group.kind == "window" else group.selected_tokens
+    contexts = np.array([1 / 64, 1 / 16, 1 / 4, 1]) * window if window else CONTEXTS
+    sequences, factor = _counts(MOST_DECODES), calibration.attention
+    base_s, slope_s = _lines(
+        sequences[:, None] * contexts[None, :], shard.decode_s(group, sequences[:, None], contexts[None, :])
+    )
+    new = CHUNKS[CHUNKS <= window] if window else CHUNKS
+    new = new if len(new) > 2 else CHUNKS[:3] * window / CHUNKS[2]
+    prefill_s = shard.prefill_s(group, new, np.zeros_like(new))
+    fixed_s, token_s, pair_s = factor * _plane(np.stack([np.ones_like(new), new, new * (new + 1) / 2]), prefill_s)
+    yield AttentionCost(
+        window_tokens=window,
+        decode_ps=_table(sequences, factor * base_s),
+        decode_ps_per_token=tuple(_ps(np.interp(np.arange(MOST_DECODES + 1), sequences, factor * slope_s)).tolist()),
+        prefill_ps=int(_ps(fixed_s)),
+        prefill_ps_per_token=int(_ps(token_s)),
+        prefill_ps_per_pair=int(_ps(pair_s)),
+    )
+    if group.selected_tokens and (index_s := shard.index_s_per_token(group)):
+        every = tuple([int(_ps(factor * index_s))] * 2)
+        yield AttentionCost(
+            window_tokens=0, decode_ps=(0,), decode_ps_per_token=every,
+            prefill_ps=0, prefill_ps_per_token=0, prefill_ps_per_pair=0,
+        )  # fmt: skip
+
+
+def _lines(cached_tokens: Numbers, took_s: Numbers) -> tuple[Numbers, Numbers]:
+    """Return base and slope of the line that fits each row best by relative error, neither negative."""
+    weight = 1 / took_s**2
+    total = weight.sum(axis=1)
+    x = (weight * cached_tokens).sum(axis=1) / total
+    y = (weight * took_s).sum(axis=1) / total
+    spread = (weight * (cached_tokens - x[:, None]) ** 2).sum(axis=1)
+    slope = (weight * (cached_tokens - x[:, None]) * (took_s - y[:, None])).sum(axis=1) / np.maximum(spread, 1e-300)
+    slope = np.maximum(0.0, slope)
+    return np.maximum(0.0, y - slope * x), slope
+
+
+def _plane(columns: Numbers, took_s: Numbers) -> Numbers:
+    """Return coefficients, none negative, with the least relative error; those that would be negative are left out."""
+    kept, found = list(range(len(columns))), np.zeros(len(columns))
+    while kept:
+        values, *_ = np.linalg.lstsq((columns[kept] / took_s).T, np.ones_like(took_s), rcond=None)
+        if (values >= 0).all():
+            found[kept] = values
+            break
+        kept.pop(int(np.argmin(values * columns[kept].max(axis=1))))
+    return found
+
+
+def _counts(most: int) -> Numbers:
+    """Return counts from 1 to `most`: every one up to 16, then in steps of an eighth, powers of two among them."""
+    grown = 2 ** np.arange(4, math.log2(most) + 1e-9, 0.25)
+    return np.unique(np.concatenate([np.arange(1.0, 17.0), np.round(grown), [float(most)]]))
+
+
+def _table(counts: Numbers, took_s: Numbers) -> tuple[int, ...]:
+    """Return picoseconds by count, from 0 (nothing, no time) to the last of `counts`; more never takes less."""
+    table = _ps(np.interp(np.arange(int(counts[-1]) + 1), counts, np.maximum.accumulate(took_s)))
+    table[0] = 0
+    return tuple(table.tolist())
+
+
+def _ps(duration_s: Numbers | float) -> NDArray[np.int64]:
     """Round up, but not for the last bits of a float: 8000.0000000001 is 8000."""
-    return math.ceil(round(duration_s * PICOSECONDS_PER_S, 3))
-
-
-def _attention_cost(group: AttentionLayers, layout: Layout, read_s: float, pair_s: float) -> AttentionCost:
-    """MLA keeps its latent whole on every GPU, so tensor parallelism does not divide reading it; see `memory`."""
-    undivided = layout.tp if group.kind == "latent" else layout.tp / min(layout.tp, max(1, group.kv_heads))
-    head_elements = (
-        2 * group.latent_dim + group.rope_dim  # absorbed: queries against the latent, and the latent as value
-        if group.kind == "latent"
-        else group.head_dim + (group.value_head_dim or group.head_dim)
-    )
-    return AttentionCost(
-        window_tokens=group.window_tokens if group.kind == "window" else 0,
-        read_ps_per_token=_ps(group.layers * layer_cache_elements(group, 1) * CACHE_ELEMENT_BYTES * read_s * undivided),
-        multiply_ps_per_pair=_ps(2 * group.layers * group.query_heads * head_elements * pair_s),
-    )
-
-
-def _expert_shares(llm: Llm) -> tuple[float, ...]:
-    """Return the share of the routed experts that a step of 0, 1, 2 … tokens touches, until it is nearly all.
-
-    Tokens choose independently and evenly: 1 - (1 - chosen/experts) ** tokens. Real routing is uneven and touches
-    fewer.
-    """
-    layers = [group for group in llm.feed_forward if group.experts]
-    if not layers:
-        return (0.0,)
-    missed = 1 - layers[0].experts_per_token / layers[0].experts
-    shares = [0.0]
-    while shares[-1] < 0.999:
-        shares.append(1 - missed ** len(shares))
-    return (*shares, 1.0)
-
-
-def _exchange_ps(llm: Llm, layout: Layout, engine: EngineProfile) -> int:
-    collectives = 2 * llm.layers if layout.tp > 1 else 0  # after attention and after the feed-forward network
-    return (collectives + layout.pp - 1) * engine.collective_latency_ps
-
-
-def _exchange_s_per_token(llm: Llm, gpu: Gpu, layout: Layout) -> float:
-    """A ring all-reduce sends every byte 2 (n-1)/n times; a stage hands the hidden state on, past the PCIe bus.
-
-    Two GPUs of a mesh see the one wire between them; a larger group sees all of them.
-    """
-    hidden_bytes = 2 * llm.hidden
-    exchange_s = 0.0
-    if layout.tp > 1:
-        link_bytes_per_s = gpu.link.pair_bytes_per_s if layout.tp == 2 else gpu.link.bytes_per_s
-        exchange_s += 2 * llm.layers * hidden_bytes * 2 * (layout.tp - 1) / layout.tp / link_bytes_per_s
-    if layout.pp > 1 and gpu.pcie_bytes_per_s:
-        exchange_s += (layout.pp - 1) * hidden_bytes / gpu.pcie_bytes_per_s
-    return exchange_s
+    return np.ceil(np.round(np.asarray(duration_s) * PICOSECONDS_PER_S, 3)).astype(np.int64)

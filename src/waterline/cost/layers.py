@@ -1,0 +1,215 @@
+"""What one GPU of a replica does in a step: the kernels of its share of every layer, timed by `waterline.cost.kernels`.
+
+Tensor parallelism divides heads and the widths of feed-forward networks; a head that cannot be divided is computed
+whole. Data-parallel attention gives each rank its own sequences; experts then serve the tokens of all ranks. The stages
+of a pipeline follow one another, so a step passes every layer, whichever GPU holds it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from waterline.cost.kernels import Kernels
+from waterline.cost.memory import CACHE_ELEMENT_BYTES, embedding_parameters
+from waterline.hardware import Gpu
+from waterline.llm import PRECISIONS, AttentionLayers, FeedForwardLayers, Llm
+from waterline.plan import Layout
+
+Numbers = NDArray[np.float64]
+
+PARTS_OF_WEIGHTS = ("attention", "dense", "shared", "experts", "head")
+PARTS = ("products", "experts", "exchange", "small")
+ACTIVATION_BYTES = 2  # the residual stream is kept in 16 bits
+SMALL_KERNELS = 6  # a layer: two norms, rotary embedding and cache write, activation, two quantisations or copies
+QUERY_LATENT = 1536  # q_lora_rank of DeepSeek V3, which the measured module has
+PASSES = 14  # how often they read or write the residual stream, together
+
+
+def forms(llm: Llm, precision: str) -> Mapping[str, str]:
+    """Return the form of each part's matrix products, as the checkpoint has them or as quantising to `precision` would.
+
+    Quantised checkpoints keep the output head in 16 bits, and those in 4 bits the projections of MLA as well.
+    """
+    kept = PRECISIONS[precision]
+    if precision == llm.precision and llm.stored_forms:
+        return {part: llm.stored_forms.get(part, precision) for part in PARTS_OF_WEIGHTS}
+    found = dict.fromkeys(PARTS_OF_WEIGHTS, precision)
+    if kept.keeps_embeddings:
+        found["head"] = "bf16" if kept.bits <= 16 else precision
+    if kept.bits < 8 and not kept.gguf and any(group.kind == "latent" for group in llm.attention):
+        found["attention"] = "bf16"
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One GPU's share of a model; all times in seconds, over all layers."""
+
+    llm: Llm
+    gpu: Gpu
+    layout: Layout
+    forms: Mapping[str, str]  # of the matrix products by part: a key of PRECISIONS, or "fp8_block"
+    kernels: Kernels
+
+    def token_parts(self, tokens: Numbers) -> dict[str, Numbers]:
+        """Return by part what a step of so many tokens over all ranks takes, attention and output head left out.
+
+        products: dense matrix products; experts: the routed ones; exchange: collectives between GPUs; small: norms,
+        rotary embeddings, activations.
+        """
+        own = np.maximum(1.0, tokens / self.layout.dp)
+        parts = {name: np.zeros_like(own) for name in PARTS}
+        for group in self.llm.attention:
+            parts["products"] += group.layers * self._projections_s(group, own)
+        for layers in self.llm.feed_forward:
+            parts["products"] += layers.layers * self._dense_s(layers, own)
+            if layers.experts:
+                parts["experts"] += layers.layers * self._experts_s(layers, tokens)
+        parts["products"] += self._unaccounted_s(own)
+        parts["exchange"] += self._exchange_s(own)
+        parts["small"] += self.llm.layers * self._small_s(own)
+        return parts
+
+    def head_s(self, sequences: Numbers) -> Numbers:
+        """Return the time of the output head and of sampling for so many sequences."""
+        own = np.maximum(1.0, sequences / self.layout.dp)
+        llm = self.llm
+        return self.kernels.gemm_s(own, llm.vocabulary / self.layout.tp, llm.hidden, self.forms["head"])
+
+    def decode_s(self, group: AttentionLayers, sequences: Numbers, context_tokens: Numbers) -> Numbers:
+        """Return the attention of the group for sequences that decode; for MLA the projections as well."""
+        own = np.maximum(1.0, sequences / self.layout.dp)
+        if group.kind == "state":
+            moved = 2 * group.state_elements * CACHE_ELEMENT_BYTES / self._split(group.kv_heads or self.layout.tp)
+            return group.layers * (own * moved / self.gpu.memory_bytes_per_s + 0.0 * context_tokens)
+        read = np.minimum(context_tokens, group.selected_tokens or np.inf)
+        if group.kind == "latent":
+            took = self.kernels.latent_decode_s(own, read, self._heads(group), self.forms["attention"], **self._latent(group))
+        else:
+            took = self.kernels.decode_attention_s(
+                own, read, self._heads(group), self._kv_heads(group), group.head_dim, group.window_tokens, "bf16"
+            )
+        return group.layers * took
+
+    def prefill_s(self, group: AttentionLayers, new_tokens: Numbers, cached_tokens: Numbers) -> Numbers:
+        """Return the attention of the group for a chunk of one prompt; for MLA the projections as well."""
+        own = np.maximum(1.0, new_tokens / self.layout.dp)
+        if group.kind == "state":
+            moved = 2 * group.state_elements * CACHE_ELEMENT_BYTES / self._split(group.kv_heads or self.layout.tp)
+            return group.layers * (moved / self.gpu.memory_bytes_per_s + 0.0 * own)
+        if group.kind == "latent":
+            took = self.kernels.latent_prefill_s(
+                1.0, own, cached_tokens, self._heads(group), self.forms["attention"], **self._latent(group)
+            )
+        else:
+            took = self.kernels.prefill_attention_s(
+                1.0, own, cached_tokens, self._heads(group), self._kv_heads(group), group.head_dim,
+                group.window_tokens, "bf16",
+            )  # fmt: skip
+        return group.layers * took
+
+    def _latent(self, group: AttentionLayers) -> dict[str, int]:
+        return {
+            "hidden": self.llm.hidden,
+            "latent": group.latent_dim,
+            "rope": group.rope_dim,
+            "head_dim": group.head_dim - group.rope_dim,
+            "value_head_dim": group.value_head_dim or group.head_dim,
+        }
+
+    def _split(self, most: int) -> int:
+        return max(1, min(self.layout.tp, most))
+
+    def _heads(self, group: AttentionLayers) -> int:
+        return -(-group.query_heads // self.layout.tp)
+
+    def _kv_heads(self, group: AttentionLayers) -> int:
+        return max(1, -(-group.kv_heads // self.layout.tp))
+
+    def _projections_s(self, group: AttentionLayers, tokens: Numbers) -> Numbers:
+        if group.kind in {"latent", "state"} or not group.query_heads:
+            return np.zeros_like(tokens)
+        heads, kv_heads = self._heads(group), self._kv_heads(group)
+        value_dim = group.value_head_dim or group.head_dim
+        into = heads * group.head_dim + kv_heads * (group.head_dim + value_dim)
+        gemm = self.kernels.gemm_s
+        form = self.forms["attention"]
+        return gemm(tokens, into, self.llm.hidden, form) + gemm(tokens, self.llm.hidden, heads * value_dim, form)
+
+    def _dense_s(self, layers: FeedForwardLayers, tokens: Numbers) -> Numbers:
+        """A dense network, or the experts every token passes, and the router."""
+        width = layers.shared_intermediate if layers.experts else layers.intermediate
+        hidden, gemm = self.llm.hidden, self.kernels.gemm_s
+        took = np.zeros_like(tokens)
+        if width:
+            own, form = width / self.layout.tp, self.forms["shared" if layers.experts else "dense"]
+            took = took + gemm(tokens, (layers.matrices - 1) * own, hidden, form)
+            took = took + gemm(tokens, hidden, own, form)
+        if layers.experts:
+            took = took + gemm(tokens, layers.experts, hidden, "bf16")
+        return took
+
+    def _experts_s(self, layers: FeedForwardLayers, tokens: Numbers) -> Numbers:
+        gpus = self.layout.tp * self.layout.dp
+        ep = min(self.layout.ep, gpus)
+        took = self.kernels.experts_s(
+            tokens, layers.expert_hidden or self.llm.hidden, layers.intermediate, layers.experts_per_token,
+            layers.experts, gpus // ep, ep, self.forms["experts"],
+        )  # fmt: skip
+        return took * (layers.matrices / 3)
+
+    def _unaccounted_s(self, tokens: Numbers) -> Numbers:
+        """Whatever else every token is multiplied with: the projections of states, indexers, biases, gates."""
+        known = embedding_parameters(self.llm)
+        for group in self.llm.attention:
+            known += group.layers * _projection_parameters(group, self.llm.hidden)
+        for layers in self.llm.feed_forward:
+            chosen = layers.experts_per_token * layers.intermediate * (layers.expert_hidden or self.llm.hidden)
+            dense = (layers.shared_intermediate if layers.experts else layers.intermediate) * self.llm.hidden
+            known += layers.layers * (layers.matrices * (chosen * bool(layers.experts) + dense))
+        rest = self.llm.active_parameters - known
+        states = sum(group.layers for group in self.llm.attention if group.kind == "state")
+        if rest <= 0.02 * self.llm.active_parameters and not states:
+            return np.zeros_like(tokens)
+        layers_count = states or self.llm.layers
+        width = max(1.0, rest / layers_count / self.llm.hidden / self.layout.tp)
+        return layers_count * self.kernels.gemm_s(tokens, width, self.llm.hidden, self.forms["attention"])
+
+    def _small_s(self, tokens: Numbers) -> Numbers:
+        moved = PASSES * ACTIVATION_BYTES * self.llm.hidden * tokens
+        return moved / self.gpu.memory_bytes_per_s
+
+    def index_s_per_token(self, group: AttentionLayers) -> float:
+        """Sparse attention reads one small key for every token of the context, in 8 bits, to choose by."""
+        return group.layers * group.index_dim / self.layout.dp / self.gpu.memory_bytes_per_s
+
+    def _exchange_s(self, tokens: Numbers) -> Numbers:
+        """An all-reduce after attention and after each network; with ranks of their own, experts gather and scatter."""
+        layout, llm, kernels = self.layout, self.llm, self.kernels
+        message = tokens * llm.hidden * ACTIVATION_BYTES
+        took = np.zeros_like(tokens)
+        sparse = sum(layers.layers for layers in llm.feed_forward if layers.experts)
+        if layout.tp > 1:
+            reduced = llm.layers + (llm.layers - sparse if layout.dp > 1 else llm.layers)
+            took = took + reduced * kernels.collective_s("all_reduce", message, layout.tp)
+        if layout.dp > 1:
+            gpus, everything = layout.tp * layout.dp, message * layout.dp
+            took = took + sparse * kernels.collective_s("all_gather", everything, gpus)
+            took = took + sparse * kernels.collective_s("reduce_scatter", everything, gpus)
+        if layout.pp > 1:
+            took = took + (layout.pp - 1) * kernels.collective_s("p2p", message, 2)
+        return took
+
+
+def _projection_parameters(group: AttentionLayers, hidden: int) -> int:
+    """Return the parameters of a layer's attention that its own kernels account for."""
+    if group.kind == "state":
+        return 0
+    value_dim = group.value_head_dim or group.head_dim
+    if group.kind == "latent":
+        ranked = QUERY_LATENT * (hidden + group.query_heads * group.head_dim)
+        latent = group.latent_dim * group.query_heads * (group.head_dim - group.rope_dim + value_dim)
+        return ranked + latent + hidden * (group.latent_dim + group.rope_dim + group.query_heads * value_dim)
+    return hidden * (group.query_heads * (group.head_dim + value_dim) + group.kv_heads * (group.head_dim + value_dim))

@@ -1,0 +1,272 @@
+"""Fit what engines add to their kernels on measured serving runs, and write `catalog/measured/engines.toml`.
+
+    python tools/fit_serving.py ../shared/data/serving
+
+The time per token of a closed loop is linear in the factors and overheads of `Calibration`: each run gives one equation
+between its measured time and the times of its parts, priced with one of them at a time. They are solved for the least
+sum of relative errors, none below its bound, drawn a little towards "as measured kernel by kernel" so that parts few
+runs depend on stay near it. TTFT is then linear in the engine's own time, the reading of a prompt and the share of
+requests that start together. Every configuration (engine, architecture, card, precision, layout; no version) weighs as
+the square root of its runs. Intervals come from predictions for configurations left out of the fit.
+"""
+
+import argparse
+import csv
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from waterline import catalog
+from waterline.catalog.calibration import Calibration
+from waterline.catalog.engines import EngineProfile, find_engine
+from waterline.cli.estimate import read_layout, read_precision
+from waterline.cost.estimate import closed_loop
+from waterline.cost.serving import Pieces, pieces
+from waterline.cost.step import StepCost, price_steps
+from waterline.hardware import Gpu
+from waterline.llm import Llm
+from waterline.plan import Layout
+
+Numbers = NDArray[np.float64]
+
+STEP = {"products": 1.0, "experts": 1.0, "exchange": 1.0, "attention": 1.0, "small": 1.0,
+        "step_s": 1e-3, "layer_s": 1e-5, "token_s": 1e-5}  # parts of a step, and the unit each is fitted in  # fmt: skip
+PRIOR = np.array([1.0] * 5 + [0.0] * 3)
+LOOSE = np.array([1.0] * 5 + [5.0] * 3)  # how far from it a part may lie
+TARGET = Path(__file__).parents[1] / "src/waterline/catalog/measured/engines.toml"
+SOURCE = (
+    "silicon_sample.csv of aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0; mostly InferenceX runs of 2025-10 to 2026-04)"
+)
+FLOOR = 0.03  # relative errors below it count alike: runs repeat no better
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One measured serving run, and what it takes to price it."""
+
+    llm: Llm
+    gpu: Gpu
+    layout: Layout
+    precision: str
+    engine: str
+    version: str
+    isl: int
+    osl: int
+    concurrency: int  # over all data-parallel ranks
+    ttft_s: float
+    tpot_s: float
+    peer_ttft_s: float  # NaN where it did not answer
+    peer_tpot_s: float
+
+    @property
+    def configuration(self) -> str:
+        """What is left out together: the same architecture under two names is one."""
+        architecture = re.sub(r"DeepSeek-(V3|R1).*", "DeepSeek-V3", self.llm.name)
+        return f"{self.engine} {architecture} {self.gpu.id} {self.precision} {self.layout}"
+
+
+def read_runs(folder: Path) -> Iterator[Run]:
+    """Read `e2e_datacentre.csv`."""
+    with (folder / "e2e_datacentre.csv").open() as file:
+        for row in csv.DictReader(file):
+            llm = catalog.load_model(row["model"], Path())
+            degrees = (int(row[name] or 1) or 1 for name in ("tp", "pp", "attention_dp", "moe_tp", "moe_ep"))
+            layout, _ = read_layout(*degrees)
+            yield Run(
+                llm=llm,
+                gpu=catalog.find_gpu(row["gpu"]),
+                layout=layout,
+                precision=read_precision(row["precision"], llm),
+                engine=row["engine"],
+                version=row["engine_version"],
+                isl=int(row["isl"]),
+                osl=int(row["osl"]),
+                concurrency=int(row["concurrency"]) * (int(row["attention_dp"] or 1)),
+                ttft_s=float(row["ttft_ms"]) / 1e3,
+                tpot_s=float(row["tpot_ms"]) / 1e3,
+                peer_ttft_s=float(row["aic_ttft_ms"] or "nan") / 1e3,
+                peer_tpot_s=float(row["aic_tpot_ms"] or "nan") / 1e3,
+            )
+
+
+class Pricer:
+    """The pieces of runs, part by part; steps are priced once for all runs of a replica."""
+
+    def __init__(self) -> None:
+        self._steps: dict[tuple[str, ...], list[StepCost]] = {}
+
+    def parts(self, run: Run) -> list[Pieces]:
+        """Return the pieces of the run for each of STEP alone."""
+        context = run.isl + run.osl // 2
+        return [pieces(step, self.running(run), run.isl, context) for step in self._priced(run)]
+
+    def running(self, run: Run) -> int:
+        return min(run.concurrency, self._engine(run).max_batch * run.layout.dp)
+
+    def _engine(self, run: Run) -> EngineProfile:
+        return find_engine(run.engine).on(run.gpu)
+
+    def _priced(self, run: Run) -> list[StepCost]:
+        key = (run.llm.name, run.gpu.id, str(run.layout), run.precision, run.engine)
+        if key not in self._steps:
+            nothing = dict.fromkeys(STEP, 0.0)
+            self._steps[key] = [
+                price_steps(
+                    run.llm, run.gpu, run.layout, run.precision, self._engine(run), Calibration(**{**nothing, name: unit})
+                )
+                for name, unit in STEP.items()
+            ]
+        return self._steps[key]
+
+
+@dataclass(frozen=True)
+class Design:
+    """The equations of some runs: [run, part] seconds."""
+
+    plain: Numbers
+    delay: Numbers
+    alone: Numbers
+    running: Numbers
+    concurrency: Numbers
+    osl: Numbers
+    ttft_s: Numbers
+    tpot_s: Numbers
+    weight: Numbers
+
+    def of(self, chosen: NDArray[np.bool_]) -> "Design":
+        return Design(*(value[chosen] for value in self.__dict__.values()))
+
+    def predicted(self, calibration: Calibration) -> tuple[Numbers, Numbers]:
+        """Return TTFT and TPOT of each run, by the very function the estimate uses."""
+        values = np.array([getattr(calibration, name) / unit for name, unit in STEP.items()])
+        both = [
+            closed_loop(Pieces(plain_s=plain, delay_s=delay, alone_s=alone, reading_s=0.0), calibration, run, osl, all_)
+            for plain, delay, alone, run, osl, all_ in zip(
+                self.plain @ values, self.delay @ values, self.alone @ values, self.running.astype(int),
+                self.osl.astype(int), self.concurrency.astype(int), strict=True,
+            )  # fmt: skip
+        ]
+        ttft_s, tpot_s = np.array(both).T
+        return ttft_s, tpot_s
+
+
+def design(runs: list[Run]) -> Design:
+    """Price every run part by part."""
+    pricer = Pricer()
+    parts = [pricer.parts(run) for run in runs]
+    names = [run.configuration for run in runs]
+
+    def column(name: str) -> Numbers:
+        return np.array([[getattr(part, name) for part in row] for row in parts])
+
+    def each(name: str) -> Numbers:
+        return np.array([float(getattr(run, name)) for run in runs])
+
+    return Design(
+        plain=column("plain_s"),
+        delay=column("delay_s"),
+        alone=column("alone_s"),
+        running=np.array([float(pricer.running(run)) for run in runs]),
+        concurrency=each("concurrency"),
+        osl=each("osl"),
+        ttft_s=each("ttft_s"),
+        tpot_s=each("tpot_s"),
+        weight=np.array([names.count(name) ** -0.5 for name in names]),
+    )
+
+
+def fit(data: Design) -> Calibration:
+    """Fit one engine."""
+    tpot = data.plain + (data.running / data.osl)[:, None] * data.delay
+    step = _solve(tpot, data.tpot_s, data.weight, PRIOR, 1e-3 / LOOSE**2)
+    alone = data.alone @ step
+    served = data.running == data.concurrency  # the others wait, for as long as everything else takes
+    first = np.stack([np.ones_like(alone), alone, data.running / 2 * alone], axis=1)
+    scale = np.median(first / data.ttft_s[:, None], axis=0)
+    request = _solve(
+        (first / scale)[served], data.ttft_s[served], data.weight[served], np.zeros(3), np.full(3, 1e-3)
+    ) / scale  # fmt: skip
+    values = {name: float(value * unit) for (name, unit), value in zip(STEP.items(), step, strict=True)}
+    return Calibration(**values, request_s=float(request[0]), reading=float(request[1]), together=float(request[2]))
+
+
+def _solve(columns: Numbers, measured: Numbers, weight: Numbers, prior: Numbers, pull: Numbers) -> Numbers:
+    """Return coefficients, none negative, with the least weighted sum of relative errors.
+
+    Iteratively reweighted least squares; `pull` is the weight of the squared distance from `prior`, of all runs' weight.
+    """
+    relative = columns / measured[:, None]
+    found, weights = prior.copy(), weight.copy()
+    for _ in range(60):
+        kept = list(range(len(prior)))
+        while kept:
+            some = relative[:, kept]
+            ridge = np.diag(pull[kept]) * weights.sum()
+            values = np.linalg.solve(
+                some.T @ (some * weights[:, None]) + ridge, some.T @ weights + ridge @ prior[kept]
+            )
+            if (values >= 0).all():
+                break
+            kept.pop(int(np.argmin(values)))
+        found = np.zeros(len(prior))
+        found[kept] = values
+        weights = weight / np.maximum(np.abs(relative @ found - 1), FLOOR)
+    return found
+
+
+def left_out(data: Design, groups: list[str]) -> tuple[Numbers, Numbers]:
+    """Return TTFT and TPOT of every run as fitted without its group."""
+    names = np.array(groups)
+    ttft_s, tpot_s = np.zeros(len(names)), np.zeros(len(names))
+    for name in np.unique(names):
+        own = names == name
+        ttft_s[own], tpot_s[own] = data.of(own).predicted(fit(data.of(~own)))
+    return ttft_s, tpot_s
+
+
+def ratios(measured: Numbers, predicted: Numbers) -> tuple[float, float]:
+    """Return the 10th and 90th percentile of measured over predicted."""
+    low, high = np.quantile(measured / predicted, [0.1, 0.9])
+    return round(float(low), 3), round(float(high), 3)
+
+
+def main() -> None:
+    """Fit every engine and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("../shared/data/serving"))
+    folder = parser.parse_args().folder
+    everything = list(read_runs(folder))
+    lines = [
+        "# What engines add to their kernels. Written by tools/fit_serving.py; do not edit.",
+        f"# From {SOURCE}, {len(everything)} runs, fitted {date.today().isoformat()}.",  # noqa: DTZ011
+    ]
+    for engine in sorted({run.engine for run in everything}):
+        runs = [run for run in everything if run.engine == engine]
+        lines += _entry(engine, runs)
+    TARGET.write_text("\n".join(lines) + "\n")
+
+
+def _entry(engine: str, runs: list[Run]) -> list[str]:
+    data = design(runs)
+    found = fit(data)
+    cards = sorted({run.gpu.id for run in runs})
+    lines = ["", f"[{engine}]"]
+    lines += [f"{name} = {getattr(found, name):.4g}" for name in (*STEP, "request_s", "reading", "together")]
+    lines += [f"gpus = {cards}".replace("'", '"'), f'source = "{len(runs)} runs"']
+    by_card = {"measured": [run.configuration for run in runs]}
+    if len(cards) > 1:
+        by_card["interpolated"] = by_card["transferred"] = [run.gpu.id for run in runs]
+    for provenance, groups in by_card.items():
+        ttft_s, tpot_s = left_out(data, groups)
+        ttft, tpot = ratios(data.ttft_s, ttft_s), ratios(data.tpot_s, tpot_s)
+        lines.append(f"spread.{provenance} = {{ ttft = {list(ttft)}, tpot = {list(tpot)} }}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
