@@ -132,7 +132,7 @@ def main() -> None:
     show("active parameters, embedding included", counted["active"])
     show("size of GGUF files", sizes)
     print(f"refused configs: {len(refused)}", *refused, sep="\n  ")
-    print(f"files not compared (not in the catalogue, a mix of its own, or as said): {len(not_foreseen)}", sep="\n  ")
+    print(f"files not compared (not in the catalogue, a mix of its own, or as said): {len(not_foreseen)}")
     print(*(f"  {name}" for name in not_foreseen), sep="\n")
 
 

@@ -177,6 +177,155 @@ def test_folder_and_file_are_both_taken_and_must_be_there(tmp_path: Path) -> Non
         read_config(tmp_path / "empty", "small")
 
 
+# --- forms ------------------------------------------------------------------------------------------------------------
+
+GROUPS_OF_32 = {"num_bits": 4, "type": "int", "group_size": 32, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "form"),
+    [
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8_block"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}, "fp8_block"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    "g": {
+                        "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+                    }
+                },
+            },
+            "fp8_block",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"g": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}},
+            },
+            "fp8",
+        ),
+        ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}, "fp8"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, "int4"),
+    ],
+)
+def test_fp8_with_scales_for_blocks_is_told_from_fp8_with_one(quantisation: dict[str, object], form: str) -> None:
+    llm = read_config({**LLAMA, "quantization_config": quantisation}, "small")
+    assert llm.form == form
+    assert llm.stored_forms == {"embedding": "bf16", "head": "bf16", "attention": form, "dense": form}
+
+
+def test_what_is_left_out_of_a_quantisation_stays_in_16_bits() -> None:
+    quantisation = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    llm = read_config({**MIXTRAL, "quantization_config": quantisation}, "mixed")
+    assert llm.precision == "mxfp4"
+    assert (llm.stored_forms["attention"], llm.stored_forms["experts"]) == ("bf16", "mxfp4")
+    others = llm.parameters - llm.expert_parameters
+    assert llm.stored_bytes == pytest.approx(llm.expert_parameters * 4.25 / 8 + others * 2, rel=1e-2)
+    assert "mixed, mostly mxfp4" in llm.notes["precision"]
+
+
+@pytest.mark.parametrize(
+    ("ignored", "attention"),
+    [
+        (["lm_head"], "int4"),
+        (["re:.*self_attn.*"], "bf16"),
+        (["self_attn"], "bf16"),
+        (["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"], "bf16"),
+    ],
+)
+def test_names_patterns_and_expressions_leave_modules_out(ignored: list[str], attention: str) -> None:
+    quantisation = {
+        "quant_method": "compressed-tensors",
+        "ignore": ignored,
+        "config_groups": {"g": {"targets": ["Linear"], "weights": GROUPS_OF_32}},
+    }
+    assert read_config({**LLAMA, "quantization_config": quantisation}, "small").stored_forms["attention"] == attention
+
+
+def test_groups_of_modules_may_have_forms_of_their_own() -> None:
+    quantisation = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {
+            "a": {"targets": ["re:.*self_attn.*"], "weights": {"num_bits": 8, "type": "float"}},
+            "b": {"targets": ["Linear"], "weights": GROUPS_OF_32},
+        },
+    }
+    llm = read_config({**LLAMA, "quantization_config": quantisation}, "mixed")
+    assert (llm.stored_forms["attention"], llm.stored_forms["dense"], llm.precision) == ("fp8", "int4", "int4")
+    by_name = {
+        f"model.layers.{layer}.{part}": {"quant_algo": algorithm}
+        for layer in (0, 1)
+        for part, algorithm in (("self_attn.q_proj", "FP8"), ("mlp.gate_proj", "NVFP4"))
+    }
+    listed = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": by_name}
+    llm = read_config({**LLAMA, "quantization_config": listed}, "mixed")
+    assert (llm.stored_forms["attention"], llm.stored_forms["dense"], llm.precision) == ("fp8", "nvfp4", "nvfp4")
+
+
+def test_a_smaller_group_needs_more_bytes() -> None:
+    def stored(size: int) -> int:
+        quantisation = {"quant_method": "gptq", "bits": 4, "group_size": size}
+        return read_config({**LLAMA, "quantization_config": quantisation}, "small").stored_bytes
+
+    assert stored(16) > stored(32) > 0
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "said"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size"),
+        ({"quant_method": "fp8", "ignored_layers": ["re:("]}, "made of names and valid expressions"),
+        ({"quant_method": "fp8", "ignored_layers": [3]}, "a list of names of modules"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*": {"bits": 8}}}, "dynamic"),
+        ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "int3"}}}, 'weight.dtype = "int3"'),
+    ],
+)
+def test_an_odd_detail_of_a_quantisation_is_refused(quantisation: dict[str, object], said: str) -> None:
+    with pytest.raises(ModelFormatError, match=said):
+        read_config({**LLAMA, "quantization_config": quantisation}, "small")
+
+
+# --- size -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 2**30, "head_dim": 64},
+        {"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 64},
+        {"intermediate_size": 2**31 - 1, "vocab_size": 2**31 - 1, "num_hidden_layers": 9999},
+    ],
+)
+def test_a_model_larger_than_any_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ModelFormatError, match="more than any model has|an integer from"):
+        read_config({**LLAMA, **change}, "absurd")
+
+
+def test_a_config_of_3_mb_is_read_and_one_of_100_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**LLAMA, "id2label": {str(index): "x" * 20 for index in range(100_000)}}))
+    assert path.stat().st_size > 3e6
+    assert read_config(path, "small").layers == 2
+    with path.open("r+b") as file:
+        file.truncate(100 * 2**20)
+    with pytest.raises(ModelFormatError, match="has 104,857,600 bytes"):
+        read_config(path, "small")
+
+
+def test_a_number_of_a_million_digits_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"hidden_size": ' + "9" * 1_000_000 + "}")
+    with pytest.raises(ModelFormatError, match="not valid JSON"):
+        read_config(path, "small")
+
+
+def test_encoders_are_refused_by_name() -> None:
+    with pytest.raises(ModelFormatError, match="is_encoder_decoder = true"):
+        read_config({**LLAMA, "is_encoder_decoder": True}, "small")
+
+
 FIELDS = st.sampled_from([*LLAMA, "text_config", "quantization_config", "layer_types", "head_dim", "sliding_window"])
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),

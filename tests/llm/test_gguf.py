@@ -24,6 +24,7 @@ def write(
     window: int = 0,
     tied: bool = False,
     tokens: int = VOCABULARY,
+    extra_layers: int = 0,
 ) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Small")
@@ -33,6 +34,8 @@ def write(
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_token_list([f"token {index}" for index in range(tokens)])
+    if extra_layers:
+        writer.add_uint32(f"{architecture}.nextn_predict_layers", extra_layers)
     if window:
         writer.add_sliding_window(window)
     if experts:
@@ -196,12 +199,72 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
         read_gguf(tmp_path)
 
 
-def test_a_file_of_several_parts_asks_to_be_joined(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
-    writer.add_uint16("split.count", 3)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ModelFormatError, match="one of 3 parts"):
-        read_gguf(tmp_path / "part.gguf")
+def split(whole: Path, stem: str, parts: int = 2) -> list[Path]:
+    """Write the tensors of a file into parts, as llama-gguf-split does: the keys are in the first."""
+    read = gguf.GGUFReader(whole)
+    paths = []
+    for part in range(parts):
+        path = whole.with_name(f"{stem}-{part + 1:05}-of-{parts:05}.gguf")
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", parts)
+        if part == 0:
+            for key in ("block_count", "embedding_length", "context_length"):
+                writer.add_uint32(f"llama.{key}", int(read.fields[f"llama.{key}"].contents()))
+            writer.add_head_count(4)
+            writer.add_head_count_kv(2)
+        for index, tensor in enumerate(read.tensors):
+            if index % parts == part:
+                writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        paths.append(path)
+    return paths
+
+
+def test_a_model_in_parts_is_read_from_any_of_them(tmp_path: Path) -> None:
+    whole = read_gguf(write(tmp_path / "whole.gguf"))
+    parts = split(tmp_path / "whole.gguf", "small", parts=3)
+    for part in parts:
+        llm = read_gguf(part)
+        assert (llm.parameters, llm.stored_bytes) == (whole.parameters, whole.stored_bytes)
+        assert (llm.attention, llm.feed_forward) == (whole.attention, whole.feed_forward)
+        assert llm.weights_file == str(parts[0])
+
+
+def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "whole.gguf")
+    first, second = split(tmp_path / "whole.gguf", "small")
+    second.unlink()
+    with pytest.raises(ModelFormatError, match=r"one of 2 parts, and small-00002-of-00002\.gguf is not beside it"):
+        read_gguf(first)
+    nameless = first.rename(tmp_path / "part.gguf")
+    with pytest.raises(ModelFormatError, match="one of 2 parts, and its name does not say which"):
+        read_gguf(nameless)
+
+
+def test_extra_layers_and_types_are_told_apart(tmp_path: Path) -> None:
+    plain = read_gguf(write(tmp_path / "small.gguf"))
+    more = read_gguf(write(tmp_path / "more.gguf", extra_layers=1))
+    one_layer = more.mtp_parameters
+    assert (more.mtp_layers, more.layers) == (1, LAYERS - 1)
+    assert more.parameters + one_layer == plain.parameters
+    assert more.stored_bytes < plain.stored_bytes == sum(more.stored_types.values())
+    assert set(more.stored_types) == {"q8_0", "f32"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "said"),
+    [
+        (2**40, 1, "cut short"),
+        (1, 2**40, "claims 1 keys and 1,099,511,627,776 tensors"),
+        (0, 2**62, "claims|cut short"),
+    ],
+)
+def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path, keys: int, tensors: int, said: str) -> None:
+    path = tmp_path / "huge.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + bytes(1000))
+    with pytest.raises(ModelFormatError, match=said):
+        read_gguf(path)

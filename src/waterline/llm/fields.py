@@ -6,7 +6,14 @@ from types import MappingProxyType
 
 from waterline.errors import ModelFormatError
 
-LARGEST_COUNT = 2**40
+LARGEST_COUNT = 2**31 - 1
+MOST: Mapping[str, int] = {  # far beyond any model; more is a damaged file
+    "hidden_size": 2**20,
+    "vocab_size": 2**27,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+}
 WHAT_NEXT = "Use a GGUF file of this model, which states its tensors itself, or a model of the catalogue."
 
 
@@ -45,6 +52,7 @@ class Fields:
         value = self.get(key)
         if value is None and default is not None:
             return default
+        most = min(most, MOST.get(key, most))
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise self.wrong(key, f"an integer from {least:,} to {most:,}")
         return value
