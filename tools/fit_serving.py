@@ -26,6 +26,7 @@ from waterline.catalog.calibration import Calibration
 from waterline.catalog.engines import EngineProfile, find_engine
 from waterline.cli.estimate import read_layout, read_precision
 from waterline.cost.estimate import closed_loop
+from waterline.cost.memory import memory_use, most_sequences
 from waterline.cost.serving import Pieces, pieces
 from waterline.cost.step import StepCost, price_steps
 from waterline.hardware import Gpu
@@ -38,10 +39,9 @@ STEP = {"products": 1.0, "experts": 1.0, "exchange": 1.0, "attention": 1.0, "sma
         "step_s": 1e-3, "layer_s": 1e-5, "token_s": 1e-5}  # parts of a step, and the unit each is fitted in  # fmt: skip
 PRIOR = np.array([1.0] * 5 + [0.0] * 3)
 LOOSE = np.array([1.0] * 5 + [5.0] * 3)  # how far from it a part may lie
+REQUEST = ("request_s", "reading", "together", "steps")  # parts of a first token
 TARGET = Path(__file__).parents[1] / "src/waterline/catalog/measured/engines.toml"
-SOURCE = (
-    "silicon_sample.csv of aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0; mostly InferenceX runs of 2025-10 to 2026-04)"
-)
+SOURCE = "silicon_sample.csv of aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0; mostly InferenceX runs of 2025-10 to 2026-04)"
 FLOOR = 0.03  # relative errors below it count alike: runs repeat no better
 
 
@@ -106,7 +106,11 @@ class Pricer:
         return [pieces(step, self.running(run), run.isl, context) for step in self._priced(run)]
 
     def running(self, run: Run) -> int:
-        return min(run.concurrency, self._engine(run).max_batch * run.layout.dp)
+        """Return how many requests run together; runs that cannot fit did, so at least one."""
+        engine = self._engine(run)
+        memory = memory_use(run.llm, run.gpu, run.layout, run.precision, engine)
+        places = most_sequences(run.llm, run.layout, memory, run.isl + run.osl // 2) if memory.cache_bytes > 0 else 0
+        return min(run.concurrency, places or run.concurrency, engine.max_batch * run.layout.dp)
 
     def _engine(self, run: Run) -> EngineProfile:
         return find_engine(run.engine).on(run.gpu)
@@ -117,7 +121,12 @@ class Pricer:
             nothing = dict.fromkeys(STEP, 0.0)
             self._steps[key] = [
                 price_steps(
-                    run.llm, run.gpu, run.layout, run.precision, self._engine(run), Calibration(**{**nothing, name: unit})
+                    run.llm,
+                    run.gpu,
+                    run.layout,
+                    run.precision,
+                    self._engine(run),
+                    Calibration(**{**nothing, name: unit}),
                 )
                 for name, unit in STEP.items()
             ]
@@ -133,6 +142,7 @@ class Design:
     alone: Numbers
     running: Numbers
     concurrency: Numbers
+    ranks: Numbers
     osl: Numbers
     ttft_s: Numbers
     tpot_s: Numbers
@@ -145,10 +155,18 @@ class Design:
         """Return TTFT and TPOT of each run, by the very function the estimate uses."""
         values = np.array([getattr(calibration, name) / unit for name, unit in STEP.items()])
         both = [
-            closed_loop(Pieces(plain_s=plain, delay_s=delay, alone_s=alone, reading_s=0.0), calibration, run, osl, all_)
-            for plain, delay, alone, run, osl, all_ in zip(
-                self.plain @ values, self.delay @ values, self.alone @ values, self.running.astype(int),
-                self.osl.astype(int), self.concurrency.astype(int), strict=True,
+            closed_loop(
+                Pieces(plain_s=plain, delay_s=delay, alone_s=alone, reading_s=0.0), calibration, run, osl, all_, ranks
+            )
+            for plain, delay, alone, run, osl, all_, ranks in zip(
+                self.plain @ values,
+                self.delay @ values,
+                self.alone @ values,
+                self.running.astype(int),
+                self.osl.astype(int),
+                self.concurrency.astype(int),
+                self.ranks,
+                strict=True,
             )  # fmt: skip
         ]
         ttft_s, tpot_s = np.array(both).T
@@ -173,6 +191,7 @@ def design(runs: list[Run]) -> Design:
         alone=column("alone_s"),
         running=np.array([float(pricer.running(run)) for run in runs]),
         concurrency=each("concurrency"),
+        ranks=np.array([float(run.layout.dp) for run in runs]),
         osl=each("osl"),
         ttft_s=each("ttft_s"),
         tpot_s=each("tpot_s"),
@@ -186,13 +205,13 @@ def fit(data: Design) -> Calibration:
     step = _solve(tpot, data.tpot_s, data.weight, PRIOR, 1e-3 / LOOSE**2)
     alone = data.alone @ step
     served = data.running == data.concurrency  # the others wait, for as long as everything else takes
-    first = np.stack([np.ones_like(alone), alone, data.running / 2 * alone], axis=1)
+    first = np.stack([np.ones_like(alone), alone, data.running / data.ranks / 2 * alone, tpot @ step], axis=1)
     scale = np.median(first / data.ttft_s[:, None], axis=0)
     request = _solve(
-        (first / scale)[served], data.ttft_s[served], data.weight[served], np.zeros(3), np.full(3, 1e-3)
+        (first / scale)[served], data.ttft_s[served], data.weight[served], np.zeros(4), np.full(4, 1e-3)
     ) / scale  # fmt: skip
     values = {name: float(value * unit) for (name, unit), value in zip(STEP.items(), step, strict=True)}
-    return Calibration(**values, request_s=float(request[0]), reading=float(request[1]), together=float(request[2]))
+    return Calibration(**values, **{name: float(value) for name, value in zip(REQUEST, request, strict=True)})
 
 
 def _solve(columns: Numbers, measured: Numbers, weight: Numbers, prior: Numbers, pull: Numbers) -> Numbers:
@@ -207,9 +226,7 @@ def _solve(columns: Numbers, measured: Numbers, weight: Numbers, prior: Numbers,
         while kept:
             some = relative[:, kept]
             ridge = np.diag(pull[kept]) * weights.sum()
-            values = np.linalg.solve(
-                some.T @ (some * weights[:, None]) + ridge, some.T @ weights + ridge @ prior[kept]
-            )
+            values = np.linalg.solve(some.T @ (some * weights[:, None]) + ridge, some.T @ weights + ridge @ prior[kept])
             if (values >= 0).all():
                 break
             kept.pop(int(np.argmin(values)))
@@ -256,7 +273,7 @@ def _entry(engine: str, runs: list[Run]) -> list[str]:
     found = fit(data)
     cards = sorted({run.gpu.id for run in runs})
     lines = ["", f"[{engine}]"]
-    lines += [f"{name} = {getattr(found, name):.4g}" for name in (*STEP, "request_s", "reading", "together")]
+    lines += [f"{name} = {getattr(found, name):.4g}" for name in (*STEP, *REQUEST)]
     lines += [f"gpus = {cards}".replace("'", '"'), f'source = "{len(runs)} runs"']
     by_card = {"measured": [run.configuration for run in runs]}
     if len(cards) > 1:

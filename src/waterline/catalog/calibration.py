@@ -6,7 +6,9 @@ from importlib import resources
 
 import msgspec
 
-Ratios = tuple[float, float]  # measured over estimated: a tenth of the runs lies below the first, a tenth above the second
+Ratios = tuple[
+    float, float
+]  # measured over estimated: a tenth of the runs lies below the first, a tenth above the second
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -15,6 +17,8 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ttft: Ratios
     tpot: Ratios
 
+
+FILES = ("engines.toml", "engines-public.toml")  # NVIDIA's data-centre runs; llama.cpp, AMD and whatever people publish
 
 # Of estimates without any measurement near: wide, and said to be.
 PHYSICS = Spread(ttft=(0.4, 4.0), tpot=(0.6, 2.5))
@@ -31,16 +35,25 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     step_s: float = 0.0  # of every step, whatever it does
     layer_s: float = 0.0  # of every layer: launches, gaps between kernels
     token_s: float = 0.0  # of every token of a step: scheduling, sampling, detokenising
+    chips: Mapping[str, float] = {}  # chip, as the catalogue names it -> one more factor on products and attention
     request_s: float = 0.0  # of every request: HTTP, tokenising, the first token's way back
     reading: float = 1.0  # how often a prompt's own reading counts in its first token: it waits for a step, and is one
+    steps: float = 0.0  # of the others that a first token waits for besides
     together: float = 0.0  # share of the requests of a run that start at the same moment
     gpus: tuple[str, ...] = ()  # the runs were on
     spread: Mapping[str, Spread] = {}  # by provenance
     source: str = ""
 
-    @property
-    def factors(self) -> Mapping[str, float]:
-        return {name: getattr(self, name) for name in ("products", "experts", "exchange", "small")}
+    def factors(self, chip: str) -> Mapping[str, float]:
+        """Return the factors on the kernels of a step by part."""
+        there = self.chips.get(chip, 1.0)
+        return {
+            "products": self.products * there,
+            "experts": self.experts * there,
+            "exchange": self.exchange,
+            "attention": self.attention * there,
+            "small": self.small,
+        }
 
     def spread_of(self, provenance: str) -> Spread:
         return self.spread.get(provenance, PHYSICS)
@@ -48,8 +61,11 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 @cache
 def _calibrations() -> dict[str, Calibration]:
-    text = resources.files("waterline.catalog").joinpath("measured", "engines.toml").read_bytes()
-    return msgspec.toml.decode(text, type=dict[str, Calibration], strict=False)
+    found: dict[str, Calibration] = {}
+    for name in FILES:
+        text = resources.files("waterline.catalog").joinpath("measured", name).read_bytes()
+        found |= msgspec.toml.decode(text, type=dict[str, Calibration], strict=False)
+    return found
 
 
 def calibration_of(engine: str, stack: str = "cuda") -> Calibration:

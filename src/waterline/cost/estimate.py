@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from waterline.catalog.calibration import Calibration, Spread, calibration_of
 from waterline.catalog.engines import EngineProfile
 from waterline.cost.kernels import find_kernels
-from waterline.cost.memory import memory_use, most_sequences
+from waterline.cost.memory import MemoryUse, memory_use, most_sequences
 from waterline.cost.serving import Pieces, pieces
 from waterline.cost.step import StepCost
 from waterline.errors import InfeasibleError, InputError
 from waterline.hardware import Gpu
 from waterline.llm import Llm
 from waterline.plan import Layout
-from waterline.units import GIB, gib_text
+from waterline.units import gib_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,20 +81,13 @@ def estimate_replica(
         InfeasibleError: the model, or one request, does not fit.
     """
     _check(llm, prompt_tokens, output_tokens, concurrency, prefix_hit)
-    longest = prompt_tokens + output_tokens
     memory = memory_use(llm, gpu, layout, precision, engine)
-    places = most_sequences(llm, layout, memory, longest) if memory.cache_bytes > 0 else 0
-    if places < 1:
-        raise InfeasibleError(
-            f"{llm.name} in {precision} on {layout.gpus} {gpu.id} ({layout}) needs "
-            f"{gib_text(memory.needed_bytes)} of each before any cache; {gib_text(memory.usable_bytes)} are usable, "
-            f"and one request of {longest} tokens does not fit. Take more cards or fewer bits."
-        )
+    context = prompt_tokens + output_tokens // 2  # requests are at any stage: the mean is what they hold
+    places = room_for(llm, gpu, layout, precision, engine, memory, context)
     calibration, kernels = calibration_of(engine.name, gpu.stack), find_kernels(gpu)
     running = min(concurrency, places, engine.max_batch * layout.dp)
-    context = prompt_tokens + output_tokens // 2
     found = pieces(step, running, prompt_tokens, context, round(prefix_hit * prompt_tokens))
-    ttft_s, tpot_s = closed_loop(found, calibration, running, output_tokens, concurrency)
+    ttft_s, tpot_s = closed_loop(found, calibration, running, output_tokens, concurrency, step.ranks)
     provenance = _provenance(kernels.provenance, gpu, calibration)
     spread = calibration.spread_of(provenance)
     notes = () if running == concurrency else (f"{running} of {concurrency} requests run, the others wait",)
@@ -110,8 +103,23 @@ def estimate_replica(
     )
 
 
+def room_for(
+    llm: Llm, gpu: Gpu, layout: Layout, precision: str, engine: EngineProfile, memory: MemoryUse, tokens: int
+) -> int:
+    """Return how many requests of so many tokens the cache holds. Raises InfeasibleError when not even one."""
+    places = most_sequences(llm, layout, memory, tokens) if memory.cache_bytes > 0 else 0
+    if places < 1:
+        raise InfeasibleError(
+            f"{llm.name} in {precision} on {layout.gpus} {gpu.id} ({layout}) needs "
+            f"{gib_text(memory.needed_bytes)} of each before any cache; {engine.name} can use "
+            f"{gib_text(memory.usable_bytes)}, and one request of {tokens} tokens does not fit. Take more cards or "
+            "fewer bits."
+        )
+    return places
+
+
 def closed_loop(
-    found: Pieces, calibration: Calibration, running: int, output_tokens: int, concurrency: int
+    found: Pieces, calibration: Calibration, running: int, output_tokens: int, concurrency: int, ranks: int = 1
 ) -> tuple[float, float]:
     """Return mean TTFT and TPOT of a closed loop of `concurrency` clients, of which `running` are served at a time.
 
@@ -120,8 +128,8 @@ def closed_loop(
     start together, the reading of half the prompts in front. Who finds no place waits for those who have one.
     """
     tpot_s = found.plain_s + running / output_tokens * found.delay_s
-    ttft_s = calibration.request_s + calibration.reading * found.alone_s
-    ttft_s += calibration.together * running / 2 * found.alone_s
+    ttft_s = calibration.request_s + calibration.reading * found.alone_s + calibration.steps * tpot_s
+    ttft_s += calibration.together * running / ranks / 2 * found.alone_s
     answer_s = ttft_s + (output_tokens - 1) * tpot_s
     return ttft_s + (concurrency - running) / running * answer_s, tpot_s
 

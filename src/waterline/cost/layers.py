@@ -86,7 +86,9 @@ class Shard:
             return group.layers * (own * moved / self.gpu.memory_bytes_per_s + 0.0 * context_tokens)
         read = np.minimum(context_tokens, group.selected_tokens or np.inf)
         if group.kind == "latent":
-            took = self.kernels.latent_decode_s(own, read, self._heads(group), self.forms["attention"], **self._latent(group))
+            took = self.kernels.latent_decode_s(
+                own, read, self._heads(group), self.forms["attention"], **self._latent(group)
+            )
         else:
             took = self.kernels.decode_attention_s(
                 own, read, self._heads(group), self._kv_heads(group), group.head_dim, group.window_tokens, "bf16"

@@ -22,13 +22,11 @@ class Pieces:
 
     plain_s: float  # a step of the whole batch without any prompt
     delay_s: float  # what reading one prompt adds to the steps of the others
-    alone_s: float  # reading one prompt with nobody else about
+    alone_s: float  # reading one prompt, or one on each data-parallel rank, with nobody else about
     reading_s: float  # reading one prompt while the others decode along
 
 
-def pieces(
-    step: StepCost, batch: int, prompt_tokens: int, context_tokens: int, cached_tokens: int = 0
-) -> Pieces:
+def pieces(step: StepCost, batch: int, prompt_tokens: int, context_tokens: int, cached_tokens: int = 0) -> Pieces:
     """Price what a batch of requests spends its time on, with chunked prefill.
 
     Args:
@@ -40,12 +38,13 @@ def pieces(
     """
     whole = batch * context_tokens
     plain_ps = step.step_ps(0, 0, batch, whole)
-    room = max(1, step.step_tokens - batch, step.step_tokens // 2)
+    ranks = step.ranks
+    room = max(1, step.step_tokens - batch, step.step_tokens // 2) // ranks
     alone_ps = reading_ps = delay_ps = 0
     for first in range(min(cached_tokens, prompt_tokens - 1), prompt_tokens, room):
         tokens = min(room, prompt_tokens - first)
         pairs = prefill_pairs(first, tokens)
-        alone_ps += step.step_ps(tokens, pairs, 0, 0)
+        alone_ps += step.step_ps(ranks * tokens, ranks * pairs, 0, 0)
         reading_ps += step.step_ps(tokens, pairs, batch - 1, (batch - 1) * context_tokens)
         delay_ps += step.step_ps(tokens, pairs, batch, whole) - plain_ps
     return Pieces(

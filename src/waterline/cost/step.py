@@ -55,7 +55,8 @@ class StepCost:
     more_ps_per_token: int  # … and of each token beyond the table
     head_ps: tuple[int, ...]  # [sequences] that sample a token; the last one for more
     attention: tuple[AttentionCost, ...]
-    step_tokens: int  # prompt and output tokens the engine puts into one step, at most
+    step_tokens: int  # prompt and output tokens the engine puts into one step, at most, over all ranks
+    ranks: int = 1  # data-parallel attention: a prompt is read by one of them while the others wait
 
     def step_ps(self, prefill_tokens: int, prefill_pairs: int, decodes: int, cached_tokens: int) -> int:
         """Return the time of one step, in picoseconds.
@@ -121,24 +122,28 @@ def price_steps(
     shard = Shard(llm, gpu, layout, forms(llm, precision), find_kernels(gpu))
     counts = _counts(max(engine.step_tokens, MOST_DECODES) * layout.dp)
     parts = shard.token_parts(counts)
-    took_s = sum((factor * parts[name] for name, factor in calibration.factors.items()), np.zeros_like(counts))
+    factors = calibration.factors(gpu.chip)
+    took_s = sum((factors[name] * parts[name] for name in parts), np.zeros_like(counts))
     took_s += calibration.step_s + calibration.layer_s * llm.layers + calibration.token_s * counts / layout.dp
     table = _table(counts, took_s)
     sequences = _counts(MOST_DECODES)
     return StepCost(
         tokens_ps=table,
         more_ps_per_token=-(-(table[-1] - table[-257]) // 256),
-        head_ps=_table(sequences, calibration.products * shard.head_s(sequences)),
-        attention=tuple(cost for group in llm.attention for cost in _attention_costs(shard, group, calibration)),
-        step_tokens=engine.step_tokens,
+        head_ps=_table(sequences, factors["products"] * shard.head_s(sequences)),
+        attention=tuple(
+            cost for group in llm.attention for cost in _attention_costs(shard, group, factors["attention"])
+        ),
+        step_tokens=engine.step_tokens * layout.dp,
+        ranks=layout.dp,
     )
 
 
-def _attention_costs(shard: Shard, group: AttentionLayers, calibration: Calibration) -> Iterator[AttentionCost]:
+def _attention_costs(shard: Shard, group: AttentionLayers, factor: float) -> Iterator[AttentionCost]:
     """Fit the forms of `AttentionCost` to the kernels, at contexts up to the window."""
     window = group.window_tokens if group.kind == "window" else group.selected_tokens
     contexts = np.array([1 / 64, 1 / 16, 1 / 4, 1]) * window if window else CONTEXTS
-    sequences, factor = _counts(MOST_DECODES), calibration.attention
+    sequences = _counts(MOST_DECODES)
     base_s, slope_s = _lines(
         sequences[:, None] * contexts[None, :], shard.decode_s(group, sequences[:, None], contexts[None, :])
     )
