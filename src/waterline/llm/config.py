@@ -182,6 +182,8 @@ def _notes(storage: Storage, family: Family, more_layers: int, more_parameters: 
 
 
 def _with_vision(llm: Llm, fields: Fields) -> Llm:
+    if fields.get("audio_config") is not None:
+        llm = structs.replace(llm, notes={**llm.notes, "audio": "the audio tower is not counted"})
     tower = vision_parameters(fields, llm.hidden)
     if tower is None:
         return structs.replace(llm, notes={**llm.notes, "vision": "the vision tower is not counted"})

@@ -31,6 +31,7 @@ from waterline.llm.feed_forward import (
     experts,
     sparse_after_the_first,
     sparse_by_step,
+    sparse_from_the_start_index,
     sparse_in_between,
     sparse_where_listed,
     sparse_where_marked,
@@ -64,6 +65,7 @@ _KIMI_EXPERTS = ExpertFields(
     width="routed_expert_hidden_size",
     width_norm="latent_moe_use_norm",
 )
+_ERNIE_EXPERTS = ExpertFields(experts="moe_num_experts", used="moe_k", shared_experts="moe_num_shared_experts")
 _STEP_EXPERTS = ExpertFields(experts="num_experts", shared_intermediate="share_expert_dim")
 _GEMMA4_EXPERTS = ExpertFields(
     experts="num_experts", used="top_k_experts", beside_dense=True, more_norms=3, router_scales=True
@@ -138,6 +140,11 @@ FAMILIES: Mapping[str, Family] = {
     "ministral3": _MISTRAL,
     "granite": _LLAMA,
     "smollm3": _LLAMA,
+    "internlm2": replace(_LLAMA, biases=""),
+    "hunyuan_v1_dense": replace(_LLAMA, query_key_norm="head"),
+    "exaone4": replace(_LLAMA, biases="", query_key_norm="head"),
+    "glm": replace(_LLAMA, biases="config-qkv"),
+    "glm4": replace(_LLAMA, biases="config-qkv", norms=2),
     "seed_oss": replace(_LLAMA, biases="config-qkv"),
     "qwen2": _QWEN2,
     "qwen2_vl": _QWEN2,
@@ -181,6 +188,18 @@ FAMILIES: Mapping[str, Family] = {
         query_key_norm="flag",
         more_tokens=MoreTokens(copies_embeddings=True),
     ),
+    "dots1": Family(
+        attention=grouped,
+        feed_forward=experts(_DEEPSEEK_EXPERTS, sparse_after_the_first),
+        kinds=window_after_some,
+        query_key_norm="head",
+    ),
+    "olmoe": replace(
+        _LLAMA,
+        feed_forward=experts(ExpertFields(experts="num_experts", intermediate="intermediate_size")),
+        query_key_norm="all",
+    ),
+    "ernie4_5_moe": replace(_LLAMA, feed_forward=experts(_ERNIE_EXPERTS, sparse_from_the_start_index), biases=""),
     "minimax_m2": Family(
         attention=grouped,
         feed_forward=experts(_MIXTRAL_EXPERTS),
@@ -248,20 +267,26 @@ FAMILIES: Mapping[str, Family] = {
 """`model_type` of a config, or of its `text_config` -> how it is counted."""
 
 WRAPPERS = (
+    "aya_vision",
     "gemma3",
     "gemma4",
+    "idefics3",
+    "internvl",
     "kimi_k25",
     "kimi_k3",
     "llama4",
     "llava",
     "llava_next",
+    "llava_onevision",
     "mistral3",
+    "paligemma",
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3_5",
     "qwen3_5_moe",
     "qwen3_vl",
     "qwen3_vl_moe",
+    "smolvlm",
     "step3p7",
 )
 """`model_type` of configs that keep a language model of `FAMILIES` in their `text_config`."""

@@ -110,6 +110,13 @@ def sparse_in_between(fields: Fields, layer: int) -> bool:
     return (layer + 1) % fields.count("interleave_moe_layer_step", 1) == 0
 
 
+def sparse_from_the_start_index(fields: Fields, layer: int) -> bool:
+    """Say whether a layer of ERNIE 4.5 has experts; it names the first and the last such layer, and the step."""
+    last = fields.count("moe_layer_end_index", layers_of(fields) - 1, least=0)
+    step = fields.count("moe_layer_interval", 1)
+    return (layer + 1) % step == 0 and fields.count("moe_layer_start_index", 1, least=0) <= layer <= last
+
+
 def sparse_where_marked(fields: Fields, layer: int) -> bool:
     return fields.marks("moe_layer_freq", layers_of(fields))[layer]
 
