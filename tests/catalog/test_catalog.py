@@ -109,6 +109,29 @@ def test_a_fetched_config_honours_the_quantisation_beside_it(tmp_path: Path, mon
     assert catalog.load_model("some/quantised", tmp_path).precision == "nvfp4"
 
 
+def test_the_index_of_a_model_of_the_hub_gives_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    index = {"metadata": {"total_size": 123_456}, "weight_map": {"model.norm.weight": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    fake_library(monkeypatch, tmp_path, 302)
+    assert catalog.load_model("some/indexed", tmp_path).stored_bytes == 123_456
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ModelFormatError, match="of 'some/damaged' has no 'weight_map'"):
+        catalog.load_model("some/damaged", tmp_path)
+
+
+def test_a_folder_of_one_gguf_model_is_that_model(tmp_path: Path) -> None:
+    path = catalog.weights_file("abacus")
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    (folder / path.name).symlink_to(path)
+    (folder / "mmproj-abacus.gguf").write_bytes(b"")
+    assert catalog.load_model("gguf", tmp_path).parameters == catalog.find_model("abacus").parameters
+    (folder / "other.gguf").symlink_to(path)
+    with pytest.raises(ModelFormatError, match="2 GGUF models: .* Name one of them"):
+        catalog.load_model("./gguf", tmp_path)
+
+
 def test_a_model_the_hub_hides_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_library(monkeypatch, tmp_path, 200, header="RepoNotFound")
     with pytest.raises(UnknownNameError, match="no such model on the Hugging Face Hub, or it is not open to you"):

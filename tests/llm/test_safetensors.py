@@ -100,7 +100,7 @@ def test_the_index_alone_gives_the_bytes(tmp_path: Path) -> None:
         file.unlink()
     alone = read_checkpoint(folder / INDEX, "small")
     assert (alone.stored_bytes, alone.parameters) == (whole.stored_bytes, whole.parameters)
-    assert "not here" in alone.notes["stored_bytes"]
+    assert "the files were not read" in alone.notes["stored_bytes"]
 
 
 def test_a_tied_head_that_is_stored_again_counts_once(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from waterline.hardware import Gpu
 from waterline.llm import Llm
 from waterline.llm.config import read_config
 from waterline.llm.gguf import read_gguf
-from waterline.llm.safetensors import read_checkpoint
+from waterline.llm.safetensors import INDEX, read_checkpoint, with_index
 
 __all__ = [
     "Price",
@@ -64,8 +64,8 @@ def load_model(weights: str, folder: Path) -> Llm:
     """Return the model that a fleet file or a command means by `weights`, whichever comes first.
 
     A `.gguf` file, or a folder with `config.json` and, where they are there, its safetensors files, relative to
-    `folder`; an id or a name of the catalogue; an id of the Hugging Face Hub, of which the config is fetched when
-    `huggingface_hub` is installed and the network answers.
+    `folder`; an id or a name of the catalogue; an id of the Hugging Face Hub, of which config and index are fetched
+    when `huggingface_hub` is installed and the network answers.
 
     Raises:
         UnknownNameError: there is no such file and no such model.
@@ -83,11 +83,12 @@ def load_model(weights: str, folder: Path) -> Llm:
     if not hub.is_hub_id(weights) or naming.called(weights, llms.names()) or _renamed(weights):
         return find_model(_renamed(weights) or weights)
     try:
-        return read_config(hub.fetch_config(weights), name=weights)
+        llm = read_config(hub.fetch_config(weights), name=weights)
     except UnknownNameError:
         if (again := llms.requantised(weights)) is not None:
             return again
         raise
+    return with_index(llm, hub.fetch_index(weights), f"{INDEX} of '{weights}'")
 
 
 def _only_model(files: list[Path]) -> Path:

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from waterline.errors import UnknownNameError, WaterlineError
+from waterline.llm.safetensors import INDEX
 
 NOT_FOUND = 404
 ANSWER_WITHIN_S = 5.0
@@ -32,6 +33,15 @@ def fetch_config(name: str) -> Mapping[str, object]:
         if beside is not None:
             return {**values, "quantization_config": {"quant_method": "modelopt", **beside}}
     return values
+
+
+def fetch_index(name: str) -> Mapping[str, object] | None:
+    """Return the content of `model.safetensors.index.json`; None where the weights are in one file, or not in such.
+
+    Raises:
+        UnknownNameError: as `fetch_config`.
+    """
+    return _fetch(name, INDEX)
 
 
 def _inner(values: Mapping[str, object]) -> Mapping[str, object]:

@@ -13,7 +13,7 @@ import re
 import struct
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,7 +25,7 @@ from waterline.errors import ModelFormatError
 from waterline.llm import PRECISIONS, Llm
 from waterline.llm.config import read_config, read_json
 
-__all__ = ["INDEX", "read_checkpoint"]
+__all__ = ["INDEX", "read_checkpoint", "with_index"]
 
 INDEX = "model.safetensors.index.json"
 LARGEST_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -107,7 +107,7 @@ def read_checkpoint(path: Path, name: str) -> Llm:
         listed, total_bytes = _indexed(index)
         files = [folder / file for file in listed]
         if path.name == INDEX and total_bytes and not any(file.is_file() for file in files):
-            return _from_the_index(described, total_bytes, index)
+            return with_index(described, read_json(index), str(index))
         _all_there(index, files)
     else:
         files = _weights_of(folder)
@@ -117,8 +117,11 @@ def read_checkpoint(path: Path, name: str) -> Llm:
 
 
 def _indexed(index: Path) -> tuple[list[str], int]:
+    return _content(read_json(index), str(index))
+
+
+def _content(values: Mapping[str, object], index: str) -> tuple[list[str], int]:
     """Return the files an index names and the bytes it says they hold together."""
-    values = read_json(index)
     weights = values.get("weight_map")
     if not isinstance(weights, dict) or not weights or not all(_is_file_name(file) for file in weights.values()):
         raise ModelFormatError(f"{index} has no 'weight_map' that names a .safetensors file for each tensor. {AGAIN}")
@@ -160,12 +163,19 @@ def _weights_of(folder: Path) -> list[Path]:
     return files
 
 
-def _from_the_index(llm: Llm, total_bytes: int, index: Path) -> Llm:
-    """Take the bytes the index says, less the share of multi-token-prediction layers, which no engine has to load."""
+def with_index(llm: Llm, index: Mapping[str, object] | None, where: str) -> Llm:
+    """Return a model with the bytes its index states, less the share of extra layers, which no engine has to load.
+
+    Raises:
+        ModelFormatError: the content is not that of an index.
+    """
+    total_bytes = _content(index, where)[1] if index is not None else 0
+    if not total_bytes:
+        return llm
     everything = llm.parameters + llm.vision_parameters + llm.mtp_parameters
     own_bytes = round(total_bytes * (1 - llm.mtp_parameters / everything))
-    note = f"{total_bytes:,} as {index.name} says; its files are not here, so layers and counts are the config's"
-    return structs.replace(llm, stored_bytes=own_bytes, source=str(index), notes={**llm.notes, "stored_bytes": note})
+    note = f"{total_bytes:,} as {where} says; the files were not read, so layers and counts are the config's"
+    return structs.replace(llm, stored_bytes=own_bytes, notes={**llm.notes, "stored_bytes": note})
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
