@@ -114,8 +114,8 @@ def show(llm: Llm, screen: "Console") -> None:
     _draw_bytes(llm, screen)
     _draw_cache(llm, screen)
     _draw_layers(llm, screen)
-    for text in llm.notes.values():
-        screen.print(f"Note: {text}.", style="dim")
+    for about, text in llm.notes.items():
+        screen.print(f"Note on {about.replace('_', ' ')}: {text}.", style="dim")
 
 
 def _facts(llm: Llm) -> Iterator[tuple[str, str]]:
