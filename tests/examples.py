@@ -29,10 +29,6 @@ CARD = Gpu(
 
 ENGINE = EngineProfile(
     name="ideal",
-    step_overhead_ps=0,
-    memory_efficiency=1.0,
-    compute_efficiency=1.0,
-    collective_latency_ps=10_000_000,
     usable_memory_fraction=0.9,
     memory_overhead_bytes=GIB,
     max_batch=64,

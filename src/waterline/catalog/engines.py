@@ -1,4 +1,4 @@
-"""What each engine adds to the arithmetic of a step, and how it shares out a card, from `engines.toml`."""
+"""How each engine shares out a card, and the limits it works within, from `engines.toml`."""
 
 from dataclasses import dataclass, replace
 from datetime import date
@@ -10,9 +10,7 @@ import msgspec
 
 from waterline.errors import InputError, UnknownNameError, nearest
 from waterline.hardware import Gpu
-from waterline.units import GIB, GIGA, MIB, PICOSECONDS_PER_S
-
-MICROSECOND_PS = PICOSECONDS_PER_S // 10**6
+from waterline.units import GIB, GIGA, MIB
 
 LARGE_BYTES = 69 * GIB  # engines take cards of 70 GiB and more, as sold, for data-centre cards: 80 GB of HBM and up
 
@@ -20,10 +18,6 @@ MemoryRule = Literal["whole", "static", "left"]
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    step_overhead_us: int
-    memory_efficiency: float
-    compute_efficiency: float
-    collective_latency_us: int
     usable_memory_fraction: float
     memory_overhead_mib: int
     max_batch: int
@@ -61,10 +55,6 @@ class EngineProfile:
     """
 
     name: str
-    step_overhead_ps: int  # host work of a step that the GPU waits for
-    memory_efficiency: float  # share of the datasheet bandwidth
-    compute_efficiency: float  # share of the datasheet rate
-    collective_latency_ps: int  # of one all-reduce
     usable_memory_fraction: float  # see memory_rule
     memory_overhead_bytes: int  # libraries and workspace, on every GPU
     max_batch: int  # requests decoded together
@@ -143,10 +133,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _profile(name: str, entry: _Entry) -> EngineProfile:
     return EngineProfile(
         name=name,
-        step_overhead_ps=entry.step_overhead_us * MICROSECOND_PS,
-        memory_efficiency=entry.memory_efficiency,
-        compute_efficiency=entry.compute_efficiency,
-        collective_latency_ps=entry.collective_latency_us * MICROSECOND_PS,
         usable_memory_fraction=entry.usable_memory_fraction,
         memory_overhead_bytes=entry.memory_overhead_mib * MIB,
         max_batch=entry.max_batch,

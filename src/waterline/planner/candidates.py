@@ -86,8 +86,8 @@ def price(llm: Llm, node: Node, layout: Layout, precision: str, engine: str, wor
             node=node, layout=layout, precision=precision, binding=binding, shortfall=shortfall, reason=reason
         )
 
-    profile = find_engine(engine)
     gpu = node.gpu
+    profile = find_engine(engine).on(gpu)
     if not any(rate in gpu.flops_per_s for rate in PRECISIONS[precision].compute):
         return reject("precision", math.inf, f"{gpu.id} has no units for {precision}")
     memory = memory_use(llm, gpu, layout, precision, profile)

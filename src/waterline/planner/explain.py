@@ -86,4 +86,4 @@ def _first(need: Need, fleet: Fleet, work: Work, precisions: Sequence[str]) -> t
         for layout in layouts(llm, node, pool.nodes)
         if isinstance(priced := price(llm, node, layout, precision, need.model.engine, work), Candidate)
     ]
-    return min(runs, key=lambda run: run[1].step.weights_ps, default=None)
+    return min(runs, key=lambda run: run[1].step.step_ps(0, 0, 1, work.lengths.context_tokens), default=None)
