@@ -8,6 +8,7 @@ from click.testing import CliRunner, Result
 from waterline import catalog
 from waterline.cli.model import model
 from waterline.errors import InputError
+from waterline.llm import PRECISIONS
 
 SMALL: dict[str, Any] = {
     "model_type": "llama",
@@ -58,12 +59,19 @@ def test_contexts_end_where_the_model_does(tmp_path: Path) -> None:
     assert list(described(tmp_path)["kv_bytes_per_token"]) == ["1024", "2048"]
 
 
-def test_bytes_by_precision_begin_with_bf16_and_hold_the_stored_one(tmp_path: Path) -> None:
+def test_bytes_by_precision_hold_the_stored_one(tmp_path: Path) -> None:
     quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (tmp_path / "config.json").write_text(json.dumps({**SMALL, "quantization_config": quantised}))
     small = described(tmp_path)
     assert small["bytes_by_precision"]["bf16"] == 2 * small["parameters"]
     assert small["stored_bytes"] == small["bytes_by_precision"][small["precision"]] < 2 * small["parameters"]
+
+
+def test_llama_cpp_s_formats_are_as_large_as_published_files() -> None:
+    sizes = described("mixtral-8x22b")["bytes_by_precision"]
+    assert set(sizes) == set(PRECISIONS)
+    assert sizes["q4_k_m"] / 1e9 == pytest.approx(85.58, rel=2e-3)  # bartowski/Mixtral-8x22B-v0.1-GGUF
+    assert sizes["iq4_xs"] / 1e9 == pytest.approx(76.35, rel=2e-3)
 
 
 def test_a_gguf_file_shows_its_tensors_as_stored() -> None:

@@ -73,7 +73,7 @@ def describe(llm: Llm) -> dict[str, object]:
         "stored_forms": llm.stored_forms,
         "stored_bytes": weights_bytes(llm, llm.precision),
         "stored_bytes_by_type": llm.stored_types,
-        "bytes_by_precision": dict(_bytes_by_precision(llm)),
+        "bytes_by_precision": {precision: _bytes_in(llm, precision) for precision in PRECISIONS},
         "kv_bytes_per_token": {str(context): round(size / context, 3) for context, size in caches.items()},
         "kv_bytes_per_sequence": {str(context): size for context, size in caches.items()},
         "layers": llm.layers,
@@ -93,13 +93,10 @@ def _contexts(llm: Llm) -> list[int]:
     return [*(context for context in CONTEXTS if context < most), most]
 
 
-def _bytes_by_precision(llm: Llm) -> Iterator[tuple[str, int]]:
-    """Yield the weights in the model's own precision and in the usual ones that need no more, larger first."""
-    usual = {precision for precision in SHOWN if PRECISIONS[precision].bits <= max(16, PRECISIONS[llm.precision].bits)}
-    for precision in sorted(usual | {llm.precision}, key=lambda name: (PRECISIONS[name].gguf, -PRECISIONS[name].bits)):
-        own = precision == llm.precision and llm.stored_bytes
-        foreseen = PRECISIONS[precision].gguf and not own
-        yield precision, file_bytes(llm, precision) if foreseen else weights_bytes(llm, precision)
+def _bytes_in(llm: Llm, precision: str) -> int:
+    """Return the weights in a precision: as stored in the model's own, as llama.cpp would write them in its formats."""
+    own = precision == llm.precision and llm.stored_bytes
+    return file_bytes(llm, precision) if PRECISIONS[precision].gguf and not own else weights_bytes(llm, precision)
 
 
 # --- for people -------------------------------------------------------------------------------------------------------
@@ -144,15 +141,18 @@ def _stored(llm: Llm) -> str:
 
 
 def _draw_bytes(llm: Llm, screen: "Console") -> None:
-    rows = [
-        (
-            precision + (" (stored)" if precision == llm.precision else ""),
-            f"{size / GIB:,.1f}" if size >= GIB else f"{size / GIB:,.3f}",
-            f"{size * 8 / (llm.parameters + llm.vision_parameters):.2f}",
-            "llama.cpp" if PRECISIONS[precision].gguf else "",
+    shown = {*SHOWN, llm.precision}
+    rows = []
+    for precision in sorted(shown, key=lambda name: (PRECISIONS[name].gguf, -PRECISIONS[name].bits, name)):
+        size = _bytes_in(llm, precision)
+        rows.append(
+            (
+                precision + (" (stored)" if precision == llm.precision else ""),
+                f"{size / GIB:,.1f}" if size >= GIB else f"{size / GIB:,.3f}",
+                f"{size * 8 / (llm.parameters + llm.vision_parameters):.2f}",
+                "llama.cpp" if PRECISIONS[precision].gguf else "",
+            )
         )
-        for precision, size in _bytes_by_precision(llm)
-    ]
     columns = ("precision", "GiB", "bits a weight", "engine")
     draw(screen, "Weights, by precision", columns, rows, text_columns=1, spare=("engine",))
 

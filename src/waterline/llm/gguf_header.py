@@ -112,7 +112,10 @@ class Header:
         full = f"{self.architecture}.{key}"
         value = self.values.get(full, default)
         if value is None:
-            raise ModelFormatError(f"{self.path} has no '{full}', which must be an integer. {AGAIN}")
+            raise ModelFormatError(
+                f"{self.path} has no '{full}', which its layers are read with. Use the model's folder with "
+                "config.json, or download the file again."
+            )
         if isinstance(value, list) and layers > 1:
             numbers, least = value, 0
             if len(numbers) < layers:
