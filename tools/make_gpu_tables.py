@@ -75,7 +75,7 @@ ALIASES = {
     "a100-pcie-40g": ["NVIDIA A100-PCIE-40GB"],
     "a100-pcie-80g": ["NVIDIA A100 80GB PCIe"],
     "a100-sxm-40g": ["NVIDIA A100-SXM4-40GB"],
-    "a100-sxm-80g": ["NVIDIA A100-SXM4-80GB"],
+    "a100-sxm-80g": ["NVIDIA A100-SXM4-80GB", "a100_sxm"],
     "a800-sxm-80g": ["NVIDIA A800-SXM4-80GB"],
     "h20-96g": ["NVIDIA H20"],
     "h20-141g": ["NVIDIA H20-3e", "H20-3e"],

@@ -6,10 +6,12 @@ one entry. What fits several entries is never chosen between: the candidates are
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 
 from waterline.errors import UnknownNameError, nearest
 
 LONGEST_LIST = 8
+VARIANTS = {"ti", "super", "xt", "xtx"}  # words that make another product of a name
 
 
 def find_id(what: str, name: str, names: Mapping[str, Sequence[str]], *, see: str) -> str:
@@ -24,12 +26,7 @@ def find_id(what: str, name: str, names: Mapping[str, Sequence[str]], *, see: st
     if name in names:
         return name
     whole = called(name, names)
-    words = _words(name)
-    candidates = whole or [
-        id_
-        for id_, others in names.items()
-        if words and words <= {word for one in (id_, *others) for word in _words(one)}
-    ]
+    candidates = whole or _begins(name, names) or _has_words(name, names)
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
@@ -45,6 +42,19 @@ def called(name: str, names: Mapping[str, Iterable[str]]) -> list[str]:
     """Return the ids of which `name` is the id, the name or an alias, whatever its case, spaces and dashes."""
     wanted = _squeezed(name)
     return [id_ for id_, others in names.items() if wanted and wanted in {_squeezed(one) for one in (id_, *others)}]
+
+
+def _begins(name: str, names: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return the ids that begin with the name as it is typed: ``gb200`` is no ``h200`` of so many GB."""
+    wanted = _squeezed(name)
+    return [id_ for id_ in names if wanted in accumulate(_squeezed(part) for part in id_.split("-"))]
+
+
+def _has_words(name: str, names: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return the ids that have all words of the name and none that makes another product: no 5070 is a 5070 Ti."""
+    words = _words(name)
+    found = {id_: {word for one in (id_, *others) for word in _words(one)} for id_, others in names.items()}
+    return [id_ for id_, have in found.items() if words and words <= have and not (have - words) & VARIANTS]
 
 
 def _squeezed(name: str) -> str:

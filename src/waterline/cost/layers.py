@@ -22,7 +22,7 @@ Numbers = NDArray[np.float64]
 PARTS_OF_WEIGHTS = ("attention", "dense", "shared", "experts", "head")
 PARTS = ("products", "experts", "exchange", "small")
 ACTIVATION_BYTES = 2  # the residual stream is kept in 16 bits
-SMALL_KERNELS = 6  # a layer: two norms, rotary embedding and cache write, activation, two quantisations or copies
+NETWORK_BYTES_PER_S = 50e9  # each GPU's own 400 Gb/s port to other nodes, as in HGX machines since 2022
 QUERY_LATENT = 1536  # q_lora_rank of DeepSeek V3, which the measured module has
 PASSES = 14  # how often they read or write the residual stream, together
 
@@ -54,50 +54,47 @@ class Shard:
     kernels: Kernels
 
     def token_parts(self, tokens: Numbers) -> dict[str, Numbers]:
-        """Return by part what a step of so many tokens over all ranks takes, attention and output head left out.
+        """Return by part what a step of so many tokens on each rank takes, attention and output head left out.
 
         products: dense matrix products; experts: the routed ones; exchange: collectives between GPUs; small: norms,
         rotary embeddings, activations.
         """
-        own = np.maximum(1.0, tokens / self.layout.dp)
-        parts = {name: np.zeros_like(own) for name in PARTS}
+        parts = {name: np.zeros_like(tokens) for name in PARTS}
         for group in self.llm.attention:
-            parts["products"] += group.layers * self._projections_s(group, own)
+            parts["products"] += group.layers * self._projections_s(group, tokens)
         for layers in self.llm.feed_forward:
-            parts["products"] += layers.layers * self._dense_s(layers, own)
+            parts["products"] += layers.layers * self._dense_s(layers, tokens)
             if layers.experts:
-                parts["experts"] += layers.layers * self._experts_s(layers, tokens)
-        parts["products"] += self._unaccounted_s(own)
-        parts["exchange"] += self._exchange_s(own)
-        parts["small"] += self.llm.layers * self._small_s(own)
+                parts["experts"] += layers.layers * self._experts_s(layers, tokens * self.layout.dp)
+        parts["products"] += self._unaccounted_s(tokens)
+        parts["exchange"] += self._exchange_s(tokens)
+        parts["small"] += self.llm.layers * self._small_s(tokens)
         return parts
 
     def head_s(self, sequences: Numbers) -> Numbers:
-        """Return the time of the output head and of sampling for so many sequences."""
-        own = np.maximum(1.0, sequences / self.layout.dp)
+        """Return the time of the output head for so many sequences on each rank."""
         llm = self.llm
-        return self.kernels.gemm_s(own, llm.vocabulary / self.layout.tp, llm.hidden, self.forms["head"])
+        return self.kernels.gemm_s(sequences, llm.vocabulary / self.layout.tp, llm.hidden, self.forms["head"])
 
     def decode_s(self, group: AttentionLayers, sequences: Numbers, context_tokens: Numbers) -> Numbers:
-        """Return the attention of the group for sequences that decode; for MLA the projections as well."""
-        own = np.maximum(1.0, sequences / self.layout.dp)
+        """Return the attention of the group for sequences of a rank that decode; for MLA the projections as well."""
         if group.kind == "state":
             moved = 2 * group.state_elements * CACHE_ELEMENT_BYTES / self._split(group.kv_heads or self.layout.tp)
-            return group.layers * (own * moved / self.gpu.memory_bytes_per_s + 0.0 * context_tokens)
+            return group.layers * (sequences * moved / self.gpu.memory_bytes_per_s + 0.0 * context_tokens)
         read = np.minimum(context_tokens, group.selected_tokens or np.inf)
         if group.kind == "latent":
             took = self.kernels.latent_decode_s(
-                own, read, self._heads(group), self.forms["attention"], **self._latent(group)
+                sequences, read, self._heads(group), self.forms["attention"], **self._latent(group)
             )
         else:
             took = self.kernels.decode_attention_s(
-                own, read, self._heads(group), self._kv_heads(group), group.head_dim, group.window_tokens, "bf16"
+                sequences, read, self._heads(group), self._kv_heads(group), group.head_dim, group.window_tokens, "bf16"
             )
         return group.layers * took
 
     def prefill_s(self, group: AttentionLayers, new_tokens: Numbers, cached_tokens: Numbers) -> Numbers:
         """Return the attention of the group for a chunk of one prompt; for MLA the projections as well."""
-        own = np.maximum(1.0, new_tokens / self.layout.dp)
+        own = new_tokens
         if group.kind == "state":
             moved = 2 * group.state_elements * CACHE_ELEMENT_BYTES / self._split(group.kv_heads or self.layout.tp)
             return group.layers * (moved / self.gpu.memory_bytes_per_s + 0.0 * own)
@@ -189,20 +186,39 @@ class Shard:
 
     def _exchange_s(self, tokens: Numbers) -> Numbers:
         """An all-reduce after attention and after each network; with ranks of their own, experts gather and scatter."""
-        layout, llm, kernels = self.layout, self.llm, self.kernels
+        layout, llm = self.layout, self.llm
         message = tokens * llm.hidden * ACTIVATION_BYTES
         took = np.zeros_like(tokens)
         sparse = sum(layers.layers for layers in llm.feed_forward if layers.experts)
         if layout.tp > 1:
             reduced = llm.layers + (llm.layers - sparse if layout.dp > 1 else llm.layers)
-            took = took + reduced * kernels.collective_s("all_reduce", message, layout.tp)
-        if layout.dp > 1:
-            gpus, everything = layout.tp * layout.dp, message * layout.dp
-            took = took + sparse * kernels.collective_s("all_gather", everything, gpus)
-            took = took + sparse * kernels.collective_s("reduce_scatter", everything, gpus)
+            took = took + reduced * self._collective_s("all_reduce", message, layout.tp)
+        if layout.dp > 1 and sparse:
+            chosen = max(layers.experts_per_token for layers in llm.feed_forward)
+            took = took + sparse * self._to_experts_and_back_s(message, chosen)
         if layout.pp > 1:
-            took = took + (layout.pp - 1) * kernels.collective_s("p2p", message, 2)
+            nodes = 2 if layout.gpus > self.gpu.gpus_per_node else 1
+            took = took + (layout.pp - 1) * self._collective_s("p2p", message, 2, nodes)
         return took
+
+    def _to_experts_and_back_s(self, message: Numbers, chosen: int) -> Numbers:
+        """All ranks gather all tokens and scatter the sums, or each sends its own to the experts they chose.
+
+        Tokens that are sent go out in 8 bits and come back in 16; to another node once, whoever there has chosen it.
+        """
+        layout = self.layout
+        gpus = layout.tp * layout.dp
+        nodes = -(-gpus // self.gpu.gpus_per_node)
+        chosen = min(chosen, nodes) if nodes > 1 else chosen
+        gathered = sum(self._collective_s(kind, message * layout.dp, gpus) for kind in ("all_gather", "reduce_scatter"))
+        sent = self._collective_s("all_to_all", message * chosen / 2, gpus)
+        sent = sent + self._collective_s("all_to_all", message * chosen, gpus)
+        return np.minimum(gathered, sent)
+
+    def _collective_s(self, kind: str, message_bytes: Numbers, gpus: int, nodes: int = 0) -> Numbers:
+        nodes = nodes or -(-gpus // self.gpu.gpus_per_node)
+        across = NETWORK_BYTES_PER_S if nodes > 1 else None
+        return self.kernels.collective_s(kind, message_bytes, gpus, nodes=nodes, across_bytes_per_s=across)
 
 
 def _projection_parameters(group: AttentionLayers, hidden: int) -> int:

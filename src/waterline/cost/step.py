@@ -40,10 +40,10 @@ class AttentionCost:
     """One kind of attention layers, all of them together; a window limits what is read and multiplied."""
 
     window_tokens: int  # 0: the whole context
-    decode_ps: tuple[int, ...]  # [decodes] whatever their context; the last one for more
-    decode_ps_per_token: tuple[int, ...]  # [decodes] of what they have cached together; the last one for more
+    decode_ps: tuple[int, ...]  # [decodes of a rank] whatever their context; the last one for more
+    decode_ps_per_token: tuple[int, ...]  # [decodes of a rank] of all that all ranks have cached; the last one for more
     prefill_ps: int  # for a step with prompt tokens
-    prefill_ps_per_token: int
+    prefill_ps_per_token: int  # of all ranks' together, as the next
     prefill_ps_per_pair: int  # one query against one key and value
 
 
@@ -51,12 +51,12 @@ class AttentionCost:
 class StepCost:
     """The coefficients of one replica's steps; see `step_ps` for how they combine."""
 
-    tokens_ps: tuple[int, ...]  # [tokens] everything but attention and head, of a step with so many tokens …
-    more_ps_per_token: int  # … and of each token beyond the table
-    head_ps: tuple[int, ...]  # [sequences] that sample a token; the last one for more
+    tokens_ps: tuple[int, ...]  # [tokens of a rank] everything but attention and head …
+    more_ps_per_token: int  # … and each token beyond the table
+    head_ps: tuple[int, ...]  # [sequences of a rank] that sample a token; the last one for more
     attention: tuple[AttentionCost, ...]
     step_tokens: int  # prompt and output tokens the engine puts into one step, at most, over all ranks
-    ranks: int = 1  # data-parallel attention: a prompt is read by one of them while the others wait
+    ranks: int = 1  # of data-parallel attention: each has its share of the sequences, all wait for the fullest
 
     def step_ps(self, prefill_tokens: int, prefill_pairs: int, decodes: int, cached_tokens: int) -> int:
         """Return the time of one step, in picoseconds.
@@ -67,13 +67,16 @@ class StepCost:
             decodes: sequences that produce their next token.
             cached_tokens: context of all those sequences together.
         """
-        tokens = prefill_tokens + decodes
+        ranks = self.ranks
+        tokens, decodes = -(-(prefill_tokens + decodes) // ranks), -(-decodes // ranks)  # of the fullest rank
         last = len(self.tokens_ps) - 1
         took_ps = self.tokens_ps[tokens] if tokens <= last else self._beyond(tokens)
         took_ps += self.head_ps[min(decodes + (prefill_tokens > 0), len(self.head_ps) - 1)]
         for layers in self.attention:
             if decodes:
-                kept = min(cached_tokens, decodes * layers.window_tokens) if layers.window_tokens else cached_tokens
+                kept = cached_tokens
+                if layers.window_tokens:
+                    kept = min(kept, decodes * ranks * layers.window_tokens)
                 row = min(decodes, len(layers.decode_ps) - 1)
                 took_ps += layers.decode_ps[row] + layers.decode_ps_per_token[row] * kept
             if prefill_tokens:
@@ -103,12 +106,13 @@ def step_cost(llm: Llm, gpu: Gpu, layout: Layout, precision: str, engine: Engine
 
 def replica_step_cost(fleet: Fleet, replica: Replica) -> StepCost:
     """Price the steps of a planned replica."""
+    gpu = catalog.find_gpu(fleet.pool(replica.pool).gpu)
     return step_cost(
         fleet.llm_of(fleet.model(replica.model)),
-        catalog.find_gpu(fleet.pool(replica.pool).gpu),
+        gpu,
         replica.layout,
         replica.precision,
-        find_engine(replica.engine),
+        find_engine(replica.engine).on(gpu),
     )
 
 
@@ -120,11 +124,11 @@ def price_steps(
         has = ", ".join(sorted(gpu.flops_per_s))
         raise InfeasibleError(f"{gpu.id} cannot compute in {precision}: it has {has}. Allow another precision.")
     shard = Shard(llm, gpu, layout, forms(llm, precision), find_kernels(gpu))
-    counts = _counts(max(engine.step_tokens, MOST_DECODES) * layout.dp)
+    counts = _counts(max(engine.step_tokens, MOST_DECODES))  # of each rank
     parts = shard.token_parts(counts)
     factors = calibration.factors(gpu.chip)
     took_s = sum((factors[name] * parts[name] for name in parts), np.zeros_like(counts))
-    took_s += calibration.step_s + calibration.layer_s * llm.layers + calibration.token_s * counts / layout.dp
+    took_s += calibration.step_s + calibration.layer_s * llm.layers + calibration.token_s * counts
     table = _table(counts, took_s)
     sequences = _counts(MOST_DECODES)
     return StepCost(
@@ -144,11 +148,9 @@ def _attention_costs(shard: Shard, group: AttentionLayers, factor: float) -> Ite
     window = group.window_tokens if group.kind == "window" else group.selected_tokens
     contexts = np.array([1 / 64, 1 / 16, 1 / 4, 1]) * window if window else CONTEXTS
     sequences = _counts(MOST_DECODES)
-    base_s, slope_s = _lines(
-        sequences[:, None] * contexts[None, :], shard.decode_s(group, sequences[:, None], contexts[None, :])
-    )
-    new = CHUNKS[CHUNKS <= window] if window else CHUNKS
-    new = new if len(new) > 2 else CHUNKS[:3] * window / CHUNKS[2]
+    decode_s = shard.decode_s(group, sequences[:, None], contexts[None, :])
+    base_s, slope_s = _lines(shard.layout.dp * sequences[:, None] * contexts[None, :], decode_s)
+    new = CHUNKS * min(1.0, window / CHUNKS[-1]) if window else CHUNKS
     prefill_s = shard.prefill_s(group, new, np.zeros_like(new))
     fixed_s, token_s, pair_s = factor * _plane(np.stack([np.ones_like(new), new, new * (new + 1) / 2]), prefill_s)
     yield AttentionCost(
@@ -156,8 +158,8 @@ def _attention_costs(shard: Shard, group: AttentionLayers, factor: float) -> Ite
         decode_ps=_table(sequences, factor * base_s),
         decode_ps_per_token=tuple(_ps(np.interp(np.arange(MOST_DECODES + 1), sequences, factor * slope_s)).tolist()),
         prefill_ps=int(_ps(fixed_s)),
-        prefill_ps_per_token=int(_ps(token_s)),
-        prefill_ps_per_pair=int(_ps(pair_s)),
+        prefill_ps_per_token=int(_ps(token_s / shard.layout.dp)),
+        prefill_ps_per_pair=int(_ps(pair_s / shard.layout.dp)),
     )
     if group.selected_tokens and (index_s := shard.index_s_per_token(group)):
         every = tuple([int(_ps(factor * index_s))] * 2)
