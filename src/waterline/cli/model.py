@@ -116,12 +116,12 @@ def show(llm: Llm, screen: "Console") -> None:
 
 
 def _facts(llm: Llm) -> Iterator[tuple[str, str]]:
-    outside = llm.active_parameters - llm.input_embedding_parameters
+    outside = parameters_text(llm.active_parameters - llm.input_embedding_parameters)
     yield "model", llm.name
     yield "family", llm.architecture
     yield "parameters", f"{parameters_text(llm.parameters)} ({llm.parameters:,})"
     active = f"{parameters_text(llm.active_parameters)} ({llm.active_parameters:,})"
-    yield "active", f"{active}; {parameters_text(outside)} without the input embedding"
+    yield "active", active + (f"; {outside} without the input embedding" if llm.input_embedding_parameters else "")
     yield "vision", f"{parameters_text(llm.vision_parameters)} beside it" if llm.vision_parameters else ""
     layers = "layer" if llm.mtp_layers == 1 else "layers"
     counted = f", {parameters_text(llm.mtp_parameters)} beside it" if llm.mtp_parameters else ", not counted"
