@@ -1,10 +1,13 @@
 """How an engine differs from its kernels, fitted on serving runs: `measured/engines.toml`."""
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 
 import msgspec
+
+from waterline.hardware import Gpu
 
 Ratios = tuple[
     float, float
@@ -35,7 +38,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     step_s: float = 0.0  # of every step, whatever it does
     layer_s: float = 0.0  # of every layer: launches, gaps between kernels
     token_s: float = 0.0  # of every token of a step: scheduling, sampling, detokenising
+    stage_s: float = 0.0  # of every stage of a pipeline after the first
     chips: Mapping[str, float] = {}  # chip, as the catalogue names it -> one more factor on products and attention
+    vector_flops: float = 0.0  # a byte read costs so many operations of the 32-bit vector units besides
     request_s: float = 0.0  # of every request: HTTP, tokenising, the first token's way back
     reading: float = 1.0  # how often a prompt's own reading counts in its first token: it waits for a step, and is one
     steps: float = 0.0  # of the others that a first token waits for besides
@@ -44,9 +49,14 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     spread: Mapping[str, Spread] = {}  # by provenance
     source: str = ""
 
-    def factors(self, chip: str) -> Mapping[str, float]:
-        """Return the factors on the kernels of a step by part."""
-        there = self.chips.get(chip, 1.0)
+    def factors(self, gpu: Gpu) -> Mapping[str, float]:
+        """Return the factors on the kernels of a step by part.
+
+        Kernels that multiply on the vector units reach less of a fast memory: reading takes 1 / bandwidth a byte, the
+        arithmetic `vector_flops` / rate on top. A card of which no such rate is known is taken to have enough.
+        """
+        rate = gpu.flops_per_s.get("fp32", math.inf)
+        there = self.chips.get(gpu.chip, 1.0) * (1 + self.vector_flops * gpu.memory_bytes_per_s / rate)
         return {
             "products": self.products * there,
             "experts": self.experts * there,

@@ -126,9 +126,10 @@ def price_steps(
     shard = Shard(llm, gpu, layout, forms(llm, precision), find_kernels(gpu))
     counts = _counts(max(engine.step_tokens, MOST_DECODES))  # of each rank
     parts = shard.token_parts(counts)
-    factors = calibration.factors(gpu.chip)
+    factors = calibration.factors(gpu)
     took_s = sum((factors[name] * parts[name] for name in parts), np.zeros_like(counts))
     took_s += calibration.step_s + calibration.layer_s * llm.layers + calibration.token_s * counts
+    took_s += calibration.stage_s * (layout.pp - 1)
     table = _table(counts, took_s)
     sequences = _counts(MOST_DECODES)
     return StepCost(
