@@ -18,28 +18,30 @@ from waterline.cost.step import AttentionCost, StepCost, prefill_pairs
 from waterline.rehearsal.oracle import Capacity, Passage, Step, SteppedReplica, arrival_ps, serve, shares_ps
 from waterline.workload import Request
 
-ROUND = StepCost(
-    overhead_ps=1000,
-    weights_ps=0,
-    experts_ps=(0,),
-    state_ps_per_sequence=0,
-    attention=(),
-    multiply_ps_per_token=1,
-    head_ps_per_sequence=0,
-    exchange_ps=0,
-    exchange_ps_per_token=0,
-    step_tokens=8,
-)
+ROUND = StepCost(tokens_ps=(0, 1001), more_ps_per_token=1, head_ps=(0,), attention=(), step_tokens=8)
 LENGTHY = replace(  # every term of a step counts
     ROUND,
-    weights_ps=700,
-    experts_ps=(0, 10, 15, 20),
+    tokens_ps=(0, 1703, 1715, 1722, 1727),
+    more_ps_per_token=3,
+    head_ps=(0, 11, 19),
     attention=(
-        AttentionCost(window_tokens=0, read_ps_per_token=3, multiply_ps_per_pair=2),
-        AttentionCost(window_tokens=5, read_ps_per_token=7, multiply_ps_per_pair=1),
+        AttentionCost(
+            window_tokens=0,
+            decode_ps=(0, 50, 70, 80),
+            decode_ps_per_token=(0, 5, 4, 3),
+            prefill_ps=13,
+            prefill_ps_per_token=2,
+            prefill_ps_per_pair=2,
+        ),
+        AttentionCost(
+            window_tokens=5,
+            decode_ps=(0, 20, 30),
+            decode_ps_per_token=(0, 7, 7),
+            prefill_ps=17,
+            prefill_ps_per_token=1,
+            prefill_ps_per_pair=1,
+        ),
     ),
-    head_ps_per_sequence=11,
-    exchange_ps_per_token=2,
 )
 
 
@@ -266,7 +268,7 @@ def test_a_full_batch_sustains_batch_over_step_time() -> None:
 def test_one_slot_waits_as_queueing_theory_says() -> None:
     """M/D/1 at load ρ: the mean wait is ρ / (2 (1 - ρ)) services (Pollaczek and Khinchine)."""
     generator = np.random.Generator(np.random.PCG64(7))
-    alone = capacity(max_batch=1, step=replace(ROUND, overhead_ps=10**9 - 5))  # 5 prompt tokens: exactly 1 ms
+    alone = capacity(max_batch=1, step=replace(ROUND, tokens_ps=(0, 10**9 - 4)))  # 5 prompt tokens: exactly 1 ms
     arrivals_s = np.cumsum(generator.exponential(2e-3, 40_000)).tolist()  # ρ = 1/2
     passages, _ = served([alone], [Request(arrival_s=at, prompt_tokens=5, output_tokens=1) for at in arrivals_s])
     waits_ms = [(passage.finish_ps - passage.arrival_ps) / 1e9 - 1 for passage in passages]
