@@ -1,72 +1,109 @@
 """How long the kernels of one layer take on one GPU: matrix products, attention, experts, exchange between GPUs.
 
 Every argument that is a number may be an array; all broadcast. Every result is in seconds and never below what the
-card's datasheet allows: bytes moved over its bandwidth, operations over its peak.
+card's datasheet allows: bytes moved over its bandwidth, operations over its peak. Between that and the truth lie
+surfaces fitted to kernels measured inside vLLM (`waterline.cost.kernels_curves`). A card nobody measured takes the
+surfaces of its class with its own peaks.
+
+Block-scaled fp8 was measured outside CUDA graphs: below a few hundred tokens its points are the host's launches
+(0.06 ms on an H200, 0.28 ms on an L40S, whatever the shape), not work of the GPU. They are left out of the fit; there
+it is plain fp8, plus a kernel that scales the activations.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from waterline.catalog.measurements import Measured, measured_gpus, measured_kernels
+from waterline.cost.kernels_curves import (
+    CURVES,
+    SIXTEEN_BITS,
+    Peaks,
+    Surface,
+    decode_work,
+    experts_work,
+    gemm_work,
+    latent_decode_usual_s,
+    latent_limit_s,
+    latent_prefill_usual_s,
+    link_rate,
+    prefill_work,
+)
 from waterline.errors import UnknownNameError, nearest
 from waterline.hardware import Gpu, Link
 from waterline.llm.precision import PRECISIONS, SIXTEEN_BIT
 
 Seconds = NDArray[np.float64]
 
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p")
-OUTPUT_BYTES = 2  # results are written in 16 bits whatever the inputs
-LAUNCH_S = 2.5e-6  # no kernel is faster, however little it does
-MEMORY_EFFICIENCY = 0.8
-COMPUTE_EFFICIENCY = 0.7
-HOP_S = 4e-6  # one exchange between two GPUs that says nothing
+EXCHANGES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p")
+HOP_S = 8e-6  # a message between two GPUs that says nothing
+CUSTOM_BYTES = 8 * 2**20  # vLLM hands larger sums to NCCL
+SKEWED_SHARE = 0.6  # of the experts an even routing would touch, an uneven one touches at least
+LONG_PROMPT = 4096.0  # tokens; attention works on cached ones as well as within such a prompt
+SCALING_S = 2e-6  # the kernel that scales activations block by block
+
+CURVES_OF_TARGET = {
+    "8": "a100-sxm-80g", "8.9": "l40s", "9.0": "h100-sxm-80g", "10": "b200-sxm-180g", "12": "rtx-pro-6000-server",
+}  # fmt: skip
+CURVES_OF_ARCHITECTURE = {"cdna": "h100-sxm-80g", "rdna4": "l40s"}
+OLDEST = "a100-sxm-80g"
+FULLEST = ("h200-sxm-141g", "b200-sxm-180g")  # measured in every kind of kernel and form: for what others lack
+BY_WIRE = {"pcie": "rtx-pro-6000-server", "nvlink": "h100-sxm-80g"}  # exchange follows the link, not the chip
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How the operands of a matrix product are kept and multiplied."""
+    """How the operands of a matrix product are kept and multiplied on one card."""
 
     name: str
     weight_bytes: float  # an element
     input_bytes: float
-    compute: tuple[str, ...]  # rates of a card it can use, best first
+    rate: str  # key of the card's `flops_per_s`
+    closest: tuple[str, ...]  # measured forms, best first, itself among them
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=512)
 def _form(name: str, rates: frozenset[str]) -> Form:
     """Return the form as a card with these rates runs it: without units of its own it is unpacked to 16 bits."""
-    if name == "fp8_block":
-        fp8 = "fp8" in rates
-        return Form(name, 1 + 4 / 128**2, 1 if fp8 else 2, ("fp8",) if fp8 else SIXTEEN_BIT)
-    if name not in PRECISIONS:
+    if name != "fp8_block" and name not in PRECISIONS:
         raise UnknownNameError(f"No format is called '{name}'. {nearest(name, [*PRECISIONS, 'fp8_block'])}")
-    precision = PRECISIONS[name]
-    own = tuple(rate for rate in precision.compute if rate in rates)
-    compute = own or tuple(rate for rate in SIXTEEN_BIT if rate in rates) or tuple(sorted(rates))
+    precision = PRECISIONS["fp8" if name == "fp8_block" else name]
+    usable = [rate for rate in (*precision.compute, *SIXTEEN_BIT) if rate in rates] or sorted(rates)
     weight_bytes = precision.bits / 8
-    return Form(name, weight_bytes, weight_bytes if compute[0] not in SIXTEEN_BIT else 2.0, compute)
+    if usable[0] in SIXTEEN_BIT:
+        closest = ("bf16",) if weight_bytes >= 2 else (name, "int4", "bf16") if weight_bytes < 1 else ("bf16",)
+        return Form(name, weight_bytes, SIXTEEN_BITS, usable[0], closest)
+    near = {"fp4": ("nvfp4", "fp8"), "int8": ("fp8",), "fp8": ("fp8",)}.get(usable[0], ())
+    return Form(name, weight_bytes, weight_bytes, usable[0], (name, *near, "bf16"))
 
 
-@dataclass(frozen=True, slots=True)
 class Kernels:
     """The kernels of one card.
 
-    `source` is the card whose measurements shape the curves; `provenance` says whether that is this very card
-    ("measured") or one of its class, scaled by this card's own peaks ("transferred").
+    `source` is the card whose measurements shape the surfaces; `provenance` says whether that is this very card
+    ("measured") or one of its class, with this card's own peaks ("transferred").
     """
 
-    gpu: Gpu
-    source: str
-    provenance: str
+    def __init__(self, gpu: Gpu, sources: Sequence[str], fits: Sequence[Mapping[str, Measured]] | None = None) -> None:
+        self.gpu = gpu
+        self.source = sources[0]
+        self.provenance = "measured" if sources[0] == gpu.id else "transferred"
+        self._sources = sources
+        self._own_fits = fits
+        self._rates = frozenset(gpu.flops_per_s)
+        self._surfaces: dict[tuple[str, str, str, float, float], Surface] = {}
 
     def gemm_s(self, tokens: ArrayLike, outputs: ArrayLike, inputs: ArrayLike, form: str) -> Seconds:
         """Return the time of (tokens x inputs) · (inputs x outputs)."""
         m, n, k = _floats(tokens, outputs, inputs)
-        kept = self._form(form)
-        moved = kept.weight_bytes * n * k + kept.input_bytes * m * k + OUTPUT_BYTES * m * n
-        return self._roofline(moved, 2 * m * n * k, kept)
+        peaks = self.peaks_of("gemm", form)
+        took = self._surface("gemm", form)(m, n, k)
+        if form == "fp8_block":
+            took = took + SCALING_S
+        return np.maximum(took, peaks.limit_s(*gemm_work(peaks, m, n, k)))
 
     def prefill_attention_s(
         self,
@@ -79,14 +116,27 @@ class Kernels:
         window_tokens: ArrayLike = 0,
         cache: str = "bf16",
     ) -> Seconds:
-        """Return the time of attention for `new_tokens` prompt tokens of each request, `cached_tokens` before them."""
-        b, new, old, heads, kv, dim, window = _floats(
+        """Return the time of attention for `new_tokens` prompt tokens of each request, `cached_tokens` before them.
+
+        Only prompts without cached tokens were measured; pairs with those are added, at the efficiency of a prompt of
+        `LONG_PROMPT` tokens.
+        """
+        requests, new, old, heads, kv_heads, dim, window = _floats(
             requests, new_tokens, cached_tokens, query_heads, kv_heads, head_dim, window_tokens
         )
-        pairs = _pairs(new, old, window)
-        read = np.where(window > 0, np.minimum(old, window), old) + new
-        moved = b * dim * (2 * OUTPUT_BYTES * heads * new + 2 * kv * read * self._cache_bytes(cache))
-        return self._roofline(moved, 4 * b * heads * dim * pairs, self._form("bf16"))
+        rows, group = requests * heads, np.maximum(1.0, heads / kv_heads)
+        if not window.any():
+            took = self._prefill_s("prefill", rows, new, old, group, dim, window, cache)
+        elif window.all():
+            took = self._prefill_s("prefill_window", rows, new, old, group, dim, window, cache)
+        else:
+            took = np.where(
+                window > 0,
+                self._prefill_s("prefill_window", rows, new, old, group, dim, np.where(window > 0, window, 1.0), cache),
+                self._prefill_s("prefill", rows, new, old, group, dim, np.zeros(()), cache),
+            )
+        peaks = self.peaks_of("prefill", "", cache)
+        return np.maximum(took, peaks.limit_s(*prefill_work(peaks, rows, new, old, group, dim, window)))
 
     def decode_attention_s(
         self,
@@ -99,12 +149,20 @@ class Kernels:
         cache: str = "bf16",
     ) -> Seconds:
         """Return the time of attention for one new token of each request against `context_tokens` in the cache."""
-        b, context, heads, kv, dim, window = _floats(
+        requests, context, heads, kv_heads, dim, window = _floats(
             requests, context_tokens, query_heads, kv_heads, head_dim, window_tokens
         )
-        read = np.where(window > 0, np.minimum(context, window), context) + 1
-        moved = b * dim * (2 * OUTPUT_BYTES * heads + 2 * kv * read * self._cache_bytes(cache))
-        return self._roofline(moved, 4 * b * heads * dim * read, self._form("bf16"))
+        rows, group = requests * kv_heads, np.maximum(1.0, heads / kv_heads)
+        read = context + 1
+        if not window.any():
+            took = self._surface("decode", "", cache)(rows, read, group, dim)
+        else:
+            everything, read = read, np.where(window > 0, np.minimum(read, window), read)
+            took = self._surface("decode_window", "", cache)(rows, read, group, dim)
+            if not window.all():
+                took = np.where(window > 0, took, self._surface("decode", "", cache)(rows, everything, group, dim))
+        peaks = self.peaks_of("decode", "", cache)
+        return np.maximum(took, peaks.limit_s(*decode_work(peaks, rows, read, group, dim)))
 
     def latent_prefill_s(
         self,
@@ -122,17 +180,21 @@ class Kernels:
         value_head_dim: ArrayLike = 128,
         cache: str = "bf16",
     ) -> Seconds:
-        """Return the time of a whole MLA module reading a prompt, projections included; `heads` are this GPU's own."""
-        b, new, old, heads, hidden, q_lora, latent, rope, dim, value = _floats(
+        """Return the time of a whole MLA module reading a prompt, projections included; `heads` are this GPU's own.
+
+        DeepSeek V3's shape was measured; others are scaled by physics, and so are cached tokens.
+        """
+        requests, new, old, heads, hidden, q_lora, latent, rope, dim, value = _floats(
             requests, new_tokens, cached_tokens, heads, hidden, q_lora, latent, rope, head_dim, value_head_dim
         )
-        took = self._latent_projections_s(b * new, heads, hidden, q_lora, latent, rope, dim, value, form)
-        # Keys and values are unpacked from the latents of every token attended to.
-        took = took + self.gemm_s(b * (new + old), heads * (dim + value), latent, form)
-        moved = OUTPUT_BYTES * b * heads * (2 * new + old) * (dim + rope + value)
-        moved = moved + self._cache_bytes(cache) * b * (new + old) * (latent + rope)
-        flops = 2 * b * heads * (dim + rope + value) * _pairs(new, old, np.zeros_like(new))
-        return took + self._roofline(moved, flops, self._form("bf16"))
+        peaks = self.peaks_of("latent_prefill", form, cache)
+        usual = latent_prefill_usual_s(peaks, requests, new, heads, 0.0, hidden, q_lora, latent, rope, dim, value)
+        took = self._surface("latent_prefill", form, cache)(requests, new, heads)
+        took = took * (usual / latent_prefill_usual_s(peaks, requests, new, heads))
+        if old.any():
+            more = latent_prefill_usual_s(peaks, requests, new, heads, old, hidden, q_lora, latent, rope, dim, value)
+            took = took + (more - usual)
+        return np.maximum(took, latent_limit_s(peaks, requests * new, heads, hidden, q_lora, dim, value))
 
     def latent_decode_s(
         self,
@@ -150,17 +212,15 @@ class Kernels:
         cache: str = "bf16",
     ) -> Seconds:
         """Return the time of a whole MLA module for one new token of each request, projections included."""
-        b, context, heads, hidden, q_lora, latent, rope, dim, value = _floats(
+        requests, context, heads, hidden, q_lora, latent, rope, dim, value = _floats(
             requests, context_tokens, heads, hidden, q_lora, latent, rope, head_dim, value_head_dim
         )
-        took = self._latent_projections_s(b, heads, hidden, q_lora, latent, rope, dim, value, form)
-        # Queries go into the latent space and results out of it, so the cache is read as it is, once for all heads.
-        took = took + self._roofline(
-            OUTPUT_BYTES * heads * latent * (dim + value), 2 * b * heads * latent * (dim + value), self._form("bf16")
-        )
-        moved = b * (self._cache_bytes(cache) * (latent + rope) * (context + 1) + OUTPUT_BYTES * heads * latent * 2)
-        flops = 2 * b * heads * (2 * latent + rope) * (context + 1)
-        return took + self._roofline(moved, flops, self._form("bf16"))
+        peaks = self.peaks_of("latent_decode", form, cache)
+        usual = latent_decode_usual_s(peaks, requests, context, heads, hidden, q_lora, latent, rope, dim, value)
+        took = self._surface("latent_decode", form, cache)(requests, context, heads)
+        took = took * (usual / latent_decode_usual_s(peaks, requests, context, heads))
+        least = latent_limit_s(peaks, requests, heads, hidden, q_lora, dim, value)
+        return np.maximum(took, least + peaks.cache_bytes * requests * (latent + rope) * context / peaks.bytes_per_s)
 
     def experts_s(
         self,
@@ -175,22 +235,20 @@ class Kernels:
         *,
         balanced: bool = False,
     ) -> Seconds:
-        """Return the time of the routed experts of one layer on one GPU, communication left out.
+        """Return the time of the routed experts of one layer on the busiest GPU, communication left out.
 
-        `tokens` are those of the whole group that shares the experts, before dispatch.
+        `tokens` are those of all GPUs that share the experts together, before dispatch, as in the measured points:
+        there an even routing over more GPUs takes proportionally less time. Unbalanced is the mean of the measured
+        power laws (exponents 1.01 and 1.2), whose busiest GPU has several times the mean load at high `ep`.
         """
-        m, hidden, width, chosen, experts, tp, ep = _floats(
+        tokens, hidden, width, chosen, experts, tp, ep = _floats(
             tokens, hidden, intermediate, experts_per_token, experts, tp, ep
         )
-        kept = self._form(form)
-        held = experts / ep
-        pairs = m * chosen / ep
-        touched = held * -np.expm1(m * np.log1p(-np.minimum(chosen / experts, 1 - 1e-9)))
-        if not balanced:
-            touched = touched * 0.9
-        parameters = 3 * hidden * width / tp
-        moved = kept.weight_bytes * touched * parameters + pairs * (OUTPUT_BYTES + kept.input_bytes) * hidden
-        return self._roofline(moved, 2 * pairs * parameters, kept) + LAUNCH_S
+        load, held, matrix = tokens * chosen / experts, experts / ep, hidden * width / tp
+        kind = "experts_balanced" if balanced else "experts"
+        peaks = self.peaks_of(kind, form)
+        took = self._surface(kind, form)(load, held, ep, matrix)
+        return np.maximum(took, self._experts_limit_s(peaks, load, held, matrix, hidden, even=balanced))
 
     def collective_s(
         self,
@@ -201,82 +259,211 @@ class Kernels:
         link: Link | None = None,
         nodes: ArrayLike = 1,
         across_bytes_per_s: float | None = None,
-        across_latency_s: float = 5e-6,
+        across_latency_s: float = 1e-5,
+        implementation: str = "fastest",
     ) -> Seconds:
-        """Return the time of one exchange between `gpus`, spread over `nodes`.
+        """Return the time of one exchange between `gpus` in all, spread evenly over `nodes`.
 
-        `message_bytes` is what each GPU holds of the whole: the vector that is summed, the result of a gathering, what
-        is scattered, everything one GPU sends to all (itself included), what one GPU sends to another.
-        `across_bytes_per_s` is what one GPU has to other nodes, each way.
+        `message_bytes` is the whole as nccl-tests counts it: the vector that is summed, the result of a gathering, what
+        is scattered, everything one GPU sends (its own share included), what one GPU sends to another.
+        A sum is made by vLLM's own kernel where vLLM would take it (up to 8 MiB, NVLink or two GPUs) and it is faster;
+        `implementation` "nccl" or "custom" asks for one of them. `across_bytes_per_s` is what one GPU has to other
+        nodes, each way; exchange across nodes is physics: a ring of nodes, each GPU with its share, around that within.
         """
-        if kind not in COLLECTIVES:
-            raise UnknownNameError(f"No exchange is called '{kind}'. {nearest(kind, COLLECTIVES)}")
-        wire = link or self.gpu.link
+        if kind not in EXCHANGES:
+            raise UnknownNameError(f"No exchange is called '{kind}'. {nearest(kind, EXCHANGES)}")
         size, gpus, nodes = _floats(message_bytes, gpus, nodes)
-        near_gpus = np.maximum(1.0, gpus / nodes)
-        rate = np.where(near_gpus > 2, wire.bytes_per_s, wire.pair_bytes_per_s)
-        rate = np.where(rate > 0, rate, self.gpu.pcie_bytes_per_s or self.gpu.memory_bytes_per_s)
-        took = _exchange_s(kind, size, near_gpus, rate * MEMORY_EFFICIENCY, HOP_S)
+        wire = link or self.gpu.link
+        near = np.maximum(1.0, gpus / nodes)
+        took = self._near_s(kind, size, near, wire, implementation)
         if across_bytes_per_s is not None:
-            share = size if kind == "p2p" else size / (near_gpus if kind == "all_reduce" else 1.0)
-            far = _exchange_s(kind, share, nodes, across_bytes_per_s * MEMORY_EFFICIENCY, across_latency_s)
+            share = size / near if kind == "all_reduce" else size
+            far = (
+                across_latency_s * np.log2(np.maximum(2.0, nodes))
+                + _rounds(kind) * share * (nodes - 1) / nodes / across_bytes_per_s
+            )
             took = took + np.where(nodes > 1, far, 0.0)
-        return np.where(gpus > 1, took, 0.0)
+        return took
 
-    def _latent_projections_s(
-        self,
-        tokens: Seconds,
-        heads: Seconds,
-        hidden: Seconds,
-        q_lora: Seconds,
-        latent: Seconds,
-        rope: Seconds,
-        dim: Seconds,
-        value: Seconds,
-        form: str,
+    def _near_s(self, kind: str, size: Seconds, gpus: Seconds, wire: Link, implementation: str) -> Seconds:
+        total, pair = self._wire_rates(wire)
+        least = self._exchange_limit_s(kind, size, gpus, total, pair)
+        if kind == "p2p":
+            return HOP_S + np.where(gpus > 1, size / pair, 0.0)
+        name = "custom_all_reduce" if implementation == "custom" else kind
+        took = self._surface(name, "", "", total, pair)(gpus, size)
+        if kind == "all_reduce" and implementation == "fastest":
+            own = self._surface("custom_all_reduce", "", "", total, pair)(gpus, size)
+            allowed = (size <= CUSTOM_BYTES) & ((gpus <= 2) | (wire.kind != "pcie"))
+            took = np.where(allowed, np.minimum(took, own), took)
+        return np.where(gpus > 1, np.maximum(took, least), 0.0)
+
+    def _wire_rates(self, wire: Link) -> tuple[float, float]:
+        slowest = self.gpu.pcie_bytes_per_s or self.gpu.memory_bytes_per_s
+        total = wire.bytes_per_s or slowest
+        return total, min(total, wire.pair_bytes_per_s or slowest)
+
+    @staticmethod
+    def _exchange_limit_s(kind: str, size: Seconds, gpus: Seconds, total: float, pair: float) -> Seconds:
+        # Switches of NVLink 4 and later add up on the way: a sum passes a GPU's link once, not twice.
+        del kind
+        return size * (gpus - 1) / np.maximum(gpus, 1.0) / link_rate(total, pair, gpus)
+
+    @staticmethod
+    def _experts_limit_s(
+        peaks: Peaks, load: Seconds, held: Seconds, matrix: Seconds, hidden: Seconds, *, even: bool
     ) -> Seconds:
-        took = self.gemm_s(tokens, q_lora + latent + rope, hidden, form)
-        took = took + self.gemm_s(tokens, heads * (dim + rope), q_lora, form)
-        return took + self.gemm_s(tokens, hidden, heads * value, form)
+        moved, flops = experts_work(peaks, load, held, matrix, hidden)
+        return peaks.limit_s(moved * (1.0 if even else SKEWED_SHARE), flops)
 
-    def _form(self, name: str) -> Form:
-        return _form(name, frozenset(self.gpu.flops_per_s))
+    def _prefill_s(
+        self,
+        kind: str,
+        rows: Seconds,
+        new: Seconds,
+        old: Seconds,
+        group: Seconds,
+        dim: Seconds,
+        window: Seconds,
+        cache: str,
+    ) -> Seconds:
+        surface, peaks = self._surface(kind, "", cache), self.peaks_of(kind, "", cache)
+        span = (window,) if kind == "prefill_window" else ()
+        took = surface(rows, new, group, dim, *span)
+        if old.any():
+            none, long = np.zeros(()), np.array(LONG_PROMPT)
+            with_old = peaks.usual_s(0.0, *prefill_work(peaks, rows, new, old, group, dim, window))
+            without = peaks.usual_s(0.0, *prefill_work(peaks, rows, new, none, group, dim, window))
+            usual = peaks.usual_s(0.0, *prefill_work(peaks, rows, long, none, group, dim, window))
+            took = took + (with_old - without) * (surface(rows, long, group, dim, *span) / usual)
+        return took
 
-    def _cache_bytes(self, name: str) -> float:
-        return 1.0 if name == "fp8_block" else self._form(name).weight_bytes
+    def peaks_of(self, kind: str, form: str = "", cache: str = "", total: float = 0.0, pair: float = 0.0) -> Peaks:
+        """Return what the card offers a kernel of this kind; for an exchange the link's rates stand for memory's."""
+        if kind in EXCHANGES or kind == "custom_all_reduce":
+            total, pair = (total, pair) if total else self._wire_rates(self.gpu.link)
+            return Peaks(bytes_per_s=total, flops_per_s=1.0, pair_bytes_per_s=pair)
+        kept = _form(form or "bf16", self._rates)
+        sixteen = _form("bf16", self._rates)
+        attention = kind not in {"gemm", "experts", "experts_balanced"}
+        return Peaks(
+            bytes_per_s=self.gpu.memory_bytes_per_s,
+            flops_per_s=self.gpu.flops_per_s[(sixteen if attention else kept).rate],
+            weight_bytes=kept.weight_bytes,
+            input_bytes=kept.input_bytes,
+            cache_bytes=_form(cache or "bf16", self._rates).weight_bytes,
+            weight_flops_per_s=self.gpu.flops_per_s[kept.rate],
+        )
 
-    def _roofline(self, moved_bytes: Seconds, flops: Seconds, form: Form) -> Seconds:
-        memory_s = moved_bytes / (self.gpu.memory_bytes_per_s * MEMORY_EFFICIENCY)
-        compute_s = flops / (self.gpu.flops_per_s[form.compute[0]] * COMPUTE_EFFICIENCY)
-        return LAUNCH_S + np.maximum(memory_s, compute_s)
+    def limit_s(self, kind: str, form: str, cache: str, arguments: Mapping[str, Seconds]) -> Seconds:
+        """Return what the datasheet allows for a shape, by the names of the method's arguments."""
+        a, peaks = arguments, self.peaks_of(kind, form, cache)
+        if kind == "gemm":
+            return peaks.limit_s(*gemm_work(peaks, a["tokens"], a["outputs"], a["inputs"]))
+        if kind.startswith("prefill"):
+            group = np.maximum(1.0, a["query_heads"] / a["kv_heads"])
+            return peaks.limit_s(
+                *prefill_work(
+                    peaks, a["requests"] * a["query_heads"], a["new_tokens"], a["cached_tokens"], group, a["head_dim"],
+                    a["window_tokens"],
+                )
+            )  # fmt: skip
+        if kind.startswith("decode"):
+            read, window = a["context_tokens"] + 1, a["window_tokens"]
+            read = np.where(window > 0, np.minimum(read, window), read)
+            group = np.maximum(1.0, a["query_heads"] / a["kv_heads"])
+            return peaks.limit_s(*decode_work(peaks, a["requests"] * a["kv_heads"], read, group, a["head_dim"]))
+        if kind.startswith("experts"):
+            load, matrix = (
+                a["tokens"] * a["experts_per_token"] / a["experts"],
+                a["hidden"] * a["intermediate"] / a["tp"],
+            )
+            even = kind == "experts_balanced"
+            return self._experts_limit_s(peaks, load, a["experts"] / a["ep"], matrix, a["hidden"], even=even)
+        if kind.startswith("latent"):
+            sizes = (np.asarray(size, dtype=np.float64) for size in (7168, 1536, 128, 128))
+            return latent_limit_s(peaks, a["requests"] * a.get("new_tokens", 1.0), a["heads"], *sizes)
+        return self._exchange_limit_s(kind, a["message_bytes"], a["gpus"], peaks.bytes_per_s, peaks.pair_bytes_per_s)
+
+    def range_of(self, kind: str, form: str = "", cache: str = "") -> Mapping[str, tuple[float, float]]:
+        """Return smallest and largest size measured, by name, of the surface used; empty if none was measured."""
+        found = self._fit_of(kind, form, cache)
+        return found.measured if found else {}
+
+    def within(
+        self, kind: str, form: str = "", cache: str = "", times: float = 2.0, **sizes: ArrayLike
+    ) -> NDArray[np.bool_]:
+        """Return whether shapes lie within so many times the range of what was measured; sizes as in `CURVES`."""
+        measured = self.range_of(kind, form, cache)
+        inside = np.array(bool(measured))
+        for name, size in sizes.items():
+            least, most = measured.get(name, (0.0, np.inf))
+            inside = inside & (np.asarray(size) >= least / times) & (np.asarray(size) <= most * times)
+        return inside
+
+    def _surface(self, kind: str, form: str = "", cache: str = "", total: float = 0.0, pair: float = 0.0) -> Surface:
+        key = (kind, form, cache, total, pair)
+        if key not in self._surfaces:
+            curve, found = CURVES[kind], self._fit_of(kind, form, cache)
+            correction = found.correction if found else None
+            self._surfaces[key] = Surface(curve, self.peaks_of(kind, form, cache, total, pair), correction)
+        return self._surfaces[key]
+
+    def _fit_of(self, kind: str, form: str, cache: str) -> Measured | None:
+        """Return the nearest fit: the closest form any of the sources has, of the first source that has it."""
+        forms = _form(form, self._rates).closest if form else ("",)
+        caches = (cache, "fp8" if _form(cache, self._rates).weight_bytes < 2 else "bf16", "bf16") if cache else ("",)
+        fits = self._fits(kind)
+        for one in forms:
+            for fit in fits:
+                for kept in caches:
+                    if (name := "/".join(part for part in (kind, one, kept) if part)) in fit:
+                        return fit[name]
+        return None
+
+    def _fits(self, kind: str) -> list[Mapping[str, Measured]]:
+        if self._own_fits is not None:
+            return list(self._own_fits)
+        sources = list(self._sources)
+        if kind in EXCHANGES or kind == "custom_all_reduce":
+            sources = [_wire_source(self.gpu, self.source)]
+        return [measured_kernels(source) for source in sources]
 
 
 def find_kernels(gpu: Gpu) -> Kernels:
     """Return the kernels of a card; cards nobody measured take the curves of their class and their own peaks."""
     found = _found.get(gpu.id)
     if found is None or found.gpu is not gpu:
-        found = _found[gpu.id] = Kernels(gpu, gpu.id, "transferred")
+        own = gpu.id if gpu.id in measured_gpus() else source_of(gpu)
+        found = _found[gpu.id] = Kernels(gpu, (own, *(other for other in FULLEST if other != own)))
     return found
 
 
 _found: dict[str, Kernels] = {}
 
 
+def source_of(gpu: Gpu) -> str:
+    """Return the measured card a card is most like, itself aside: by what kernels are compiled for, then by age."""
+    if gpu.stack == "cuda":
+        name = CURVES_OF_TARGET.get(gpu.target) or CURVES_OF_TARGET.get(gpu.target.split(".")[0], OLDEST)
+        if name == "h100-sxm-80g" and gpu.memory_bytes_per_s / gpu.flops_per_s["bf16"] > 4e-3:
+            return "h200-sxm-141g"  # more memory bandwidth for its arithmetic, as H20 has
+        return name
+    return next((name for start, name in CURVES_OF_ARCHITECTURE.items() if gpu.architecture.startswith(start)), OLDEST)
+
+
+def _wire_source(gpu: Gpu, source: str) -> str:
+    """Cards with a link of their own exchange like others with one, cards on PCIe like others on it."""
+    if source == gpu.id:
+        return source
+    if gpu.link.kind in {"pcie", "none"}:
+        return BY_WIRE["pcie"]
+    return source if source not in {"l40s", BY_WIRE["pcie"]} else BY_WIRE["nvlink"]
+
+
+def _rounds(kind: str) -> float:
+    return 2.0 if kind == "all_reduce" else 1.0
+
+
 def _floats(*values: ArrayLike) -> list[Seconds]:
     return [np.asarray(value, dtype=np.float64) for value in values]
-
-
-def _pairs(new: Seconds, old: Seconds, window: Seconds) -> Seconds:
-    """Return query-key pairs of `new` tokens after `old` others; with a window no query sees more than that many."""
-    every = new * old + new * (new + 1) / 2
-    growing = np.clip(window - old, 0, new)  # queries that still see everything before them
-    limited = growing * old + growing * (growing + 1) / 2 + (new - growing) * window
-    return np.where(window > 0, limited, every)
-
-
-def _exchange_s(kind: str, size: Seconds, gpus: Seconds, bytes_per_s: Seconds | float, hop_s: float) -> Seconds:
-    """Return the time of a ring: steps of one share each, and a latency that grows with the logarithm of the ring."""
-    if kind == "p2p":
-        return hop_s + size / bytes_per_s
-    rounds = 2.0 if kind == "all_reduce" else 1.0
-    return rounds * (hop_s * np.log2(np.maximum(2.0, gpus)) + size * (gpus - 1) / gpus / bytes_per_s)
