@@ -97,6 +97,11 @@ def test_an_fp8_model_may_also_run_in_int8(tmp_path: Path) -> None:
             "999999 .* is more than the model's own 131072",
         ),
         ('name = "chat"', 'name = "chat"\nengine = "vlm"', "no engine is called 'vlm'. Did you mean 'vllm'"),
+        (
+            'name = "chat"',
+            'name = "chat"\nengine = "trtllm"',
+            "engine 'trtllm' of model 'chat' is priced by waterline fit .* cannot be planned or started. Write engine",
+        ),
         ('name = "chat"', 'name = "chat"\nengine = "openai"', "needs both engine"),
         ('name = "chat"', 'name = "chat"\nslo = { ttft = 1 }', "unknown key 'ttft'. Did you mean 'ttft_s'"),
         ("[[pools]]", "[[pool]]", "unknown key 'pool'. Did you mean 'pools'"),

@@ -26,6 +26,7 @@ from waterline.workload import Slo
 HOURS = 24
 DEFAULT_CONTEXT_TOKENS = 32_768
 ENGINES = ("vllm", "sglang", "llamacpp", "openai", "fake")
+PRICED_ENGINES = ("trtllm",)  # that `waterline fit` and `waterline estimate` know, and nothing starts
 
 MOST = 10**7  # of anything that is counted here; a slip of the finger, not a fleet, is larger
 Count = Annotated[int, Meta(ge=1, le=MOST)]
@@ -274,17 +275,7 @@ def _complete_pool(pool: Pool, path: Path) -> Pool:
 def _complete_model(model: Model, path: Path) -> Model:
     with _naming(path, f"'weights' of model '{model.name}'"):
         llm = catalog.load_model(model.weights, path.parent)
-    if model.engine and model.engine not in ENGINES:
-        raise FleetFileError(f"{path}: no engine is called '{model.engine}'. {nearest(model.engine, ENGINES)}")
-    if model.url and not model.url.startswith(("http://", "https://")):
-        raise FleetFileError(
-            f"{path}: url = '{model.url}' of model '{model.name}' must begin with http:// or https://."
-        )
-    if (model.engine == "openai") != bool(model.url):
-        raise FleetFileError(
-            f'{path}: model \'{model.name}\' needs both engine = "openai" and url = "http://…/v1" to attach to a '
-            "running server, or neither."
-        )
+    _check_engine(model, path)
     engine = model.engine or ("llamacpp" if llm.weights_file else "vllm")
     for precision in model.precisions:
         if precision not in PRECISIONS:
@@ -321,6 +312,26 @@ def _complete_model(model: Model, path: Path) -> Model:
         slo=slo,
         engine=engine,
     )
+
+
+def _check_engine(model: Model, path: Path) -> None:
+    if model.engine in PRICED_ENGINES:
+        raise FleetFileError(
+            f"{path}: the engine '{model.engine}' of model '{model.name}' is priced by waterline fit and waterline "
+            'estimate, but cannot be planned or started. Write engine = "vllm" or "sglang" there, or attach to a '
+            'running server with engine = "openai" and url = "http://…/v1".'
+        )
+    if model.engine and model.engine not in ENGINES:
+        raise FleetFileError(f"{path}: no engine is called '{model.engine}'. {nearest(model.engine, ENGINES)}")
+    if model.url and not model.url.startswith(("http://", "https://")):
+        raise FleetFileError(
+            f"{path}: url = '{model.url}' of model '{model.name}' must begin with http:// or https://."
+        )
+    if (model.engine == "openai") != bool(model.url):
+        raise FleetFileError(
+            f'{path}: model \'{model.name}\' needs both engine = "openai" and url = "http://…/v1" to attach to a '
+            "running server, or neither."
+        )
 
 
 def _complete_tenant(tenant: Tenant, gpus: int, path: Path) -> Tenant:

@@ -1,5 +1,6 @@
 """What the commands draw: whole cells at any width, and names as they are."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -130,4 +131,15 @@ def test_a_plan_without_a_public_says_so_when_there_are_several_tenants(capsys: 
 def test_fit_says_the_lengths_its_times_are_for(context: str, prompt: int, output: int) -> None:
     result = CliRunner().invoke(fit, ["qwen3-32b", "--gpu", "mi300x", "--context", context])
     assert result.exception is None
-    assert f"Times are for a prompt of {prompt} tokens and {output} back" in result.output
+    assert f"Times are means for a prompt of {prompt} tokens and {output} back; four of five" in result.output
+
+
+def test_fit_says_what_its_times_are_worth() -> None:
+    result = CliRunner().invoke(fit, ["qwen3-32b", "--gpu", "mi300x"])
+    worth = next(line for line in result.output.splitlines() if "TTFT" in line and "TPOT" in line and "-" in line)
+    assert re.match(
+        r"  (measured|interpolated|transferred|physics) +TTFT 0\.\d+-\d+\.\d+  TPOT 0\.\d+-\d+\.\d+  ", worth
+    )
+    assert worth.split()[0] in result.output.split("Times are means")[0], "the row says the same"
+    nothing = CliRunner().invoke(fit, ["qwen3-32b", "--gpu", "cpu"])
+    assert "Times" not in nothing.output

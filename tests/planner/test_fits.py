@@ -1,6 +1,9 @@
 import re
 
+import pytest
+
 from waterline import catalog
+from waterline.errors import InputError
 from waterline.planner.fits import Fit, default_fit_precisions, fits
 
 
@@ -57,6 +60,21 @@ def test_more_requests_at_once_take_longer_a_token_and_yield_more() -> None:
     assert many.tpot_s is not None
     assert one.tpot_s < many.tpot_s
     assert (one.output_tokens_per_s or 0) < (many.output_tokens_per_s or 0)
+
+
+def test_times_carry_an_interval_and_where_they_come_from() -> None:
+    for gpu in ("h100-sxm-80g", "rtx-3090"):
+        found = fit("qwen3-32b", gpu)
+        assert 0 < (found.ttft_low_s or 0) < (found.ttft_s or 0) < (found.ttft_high_s or 0)
+        assert 0 < (found.tpot_low_s or 0) < (found.tpot_s or 0) < (found.tpot_high_s or 0)
+        assert found.provenance in {"measured", "interpolated", "transferred", "physics"}
+    assert not fit("qwen3-32b", "cpu").provenance
+
+
+def test_tensorrt_llm_is_priced_like_the_others_but_runs_no_gguf() -> None:
+    assert fit("qwen3-32b", "h100-sxm-80g", engine="trtllm").runs
+    with pytest.raises(InputError, match="q4_k_m is a format of llama.cpp, trtllm does not run it"):
+        fit("qwen3-32b", "h100-sxm-80g", "q4_k_m", engine="trtllm")
 
 
 def test_those_that_run_come_first_the_cheapest_on_top() -> None:

@@ -1,6 +1,6 @@
 """`waterline fit`: which cards run a model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import click
@@ -20,7 +20,7 @@ from waterline.units import parameters_text, seconds_text, usd_text
 @click.option("--precision", "precisions", multiple=True, metavar="NAME", help="Only this precision; repeatable.")
 @click.option("--context", "context_tokens", type=click.IntRange(min=16), metavar="TOKENS", help="Of one request.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Requests at once.")
-@click.option("--engine", default="vllm", show_default=True, metavar="NAME", help="vllm, sglang or llamacpp.")
+@click.option("--engine", default="vllm", show_default=True, metavar="NAME", help="vllm, sglang, trtllm or llamacpp.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def fit(
     model: str,
@@ -66,6 +66,7 @@ def show(found: Sequence[Fit], title: str, context_tokens: int) -> None:
             str(one.gpus),
             one.precision,
             str(one.layout),
+            one.provenance,
             str(one.max_concurrency),
             seconds_text(one.ttft_s or 0.0),
             seconds_text(one.tpot_s or 0.0),
@@ -78,19 +79,56 @@ def show(found: Sequence[Fit], title: str, context_tokens: int) -> None:
     ]
     screen = console()
     if rows:
-        columns = ("card", "cards", "precision", "layout", "most at once", "TTFT", "TPOT", "tokens/s", "per hour")
-        spare = ("most at once", "per M tokens", "layout", "TPOT", "TTFT", "tokens/s", "precision")
-        draw(screen, title, (*columns, "per M tokens"), rows, text_columns=4, spare=spare)
+        columns = (
+            "card",
+            "cards",
+            "precision",
+            "layout",
+            "times",
+            "most at once",
+            "TTFT",
+            "TPOT",
+            "tokens/s",
+            "per hour",
+        )
+        spare = ("times", "most at once", "per M tokens", "layout", "TPOT", "TTFT", "tokens/s", "precision")
+        draw(screen, title, (*columns, "per M tokens"), rows, text_columns=5, spare=spare)
     for one in found:
         if not one.runs:
             screen.print(Text.assemble((one.gpu, "bold"), f" no: {one.why_not}"))
     prompt_tokens, output_tokens = example_lengths(context_tokens)
-    screen.print(
-        "? no price known; + from its purchase price over four years, power and housing apart.\n"
-        f"Times are for a prompt of {prompt_tokens} tokens and {output_tokens} back: the catalogue's peaks and "
-        "assumed efficiencies, not yet calibrated.",
-        style="dim",
-    )
+    screen.print("? no price known; + from its purchase price over four years, power and housing apart.", style="dim")
+    if rows:
+        asked = f"a prompt of {prompt_tokens} tokens and {output_tokens} back"
+        lines = [
+            f"Times are means for {asked}; four of five measurements lie within so many times them:",
+            *_worth(found),
+        ]
+        screen.print("\n".join(lines), style="dim")
+
+
+MEANING = {
+    "measured": "kernels and engine were measured on the card",
+    "interpolated": "kernels were measured on the card, the engine on others",
+    "transferred": "from the nearest card measured, scaled to the card's peaks",
+    "physics": "bytes, operations and usual efficiencies",
+}
+
+
+def _worth(found: Sequence[Fit]) -> list[str]:
+    """Say for each provenance how wide its intervals are, and what the word means."""
+    lines = []
+    for provenance, meaning in MEANING.items():
+        if rows := [one for one in found if one.provenance == provenance]:
+            ttft = _ratios((one.ttft_low_s, one.ttft_s, one.ttft_high_s) for one in rows)
+            tpot = _ratios((one.tpot_low_s, one.tpot_s, one.tpot_high_s) for one in rows)
+            lines.append(f"  {provenance:<12}  TTFT {ttft}  TPOT {tpot}  {meaning}")
+    return lines
+
+
+def _ratios(times_s: Iterable[tuple[float | None, float | None, float | None]]) -> str:
+    known = [(low / value, high / value) for low, value, high in times_s if low and value and high]
+    return f"{min(low for low, _ in known):.2f}-{max(high for _, high in known):.2f}"
 
 
 def _price(fit: Fit, amount_usd: float | None) -> str:

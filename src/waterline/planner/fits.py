@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from msgspec import Struct
 
 from waterline import catalog
-from waterline.cost import serving_point
+from waterline.cost import estimate_replica
 from waterline.errors import InputError
 from waterline.hardware import Gpu, Node
 from waterline.llm import PRECISIONS, Llm
@@ -32,9 +32,14 @@ class Fit(Struct, frozen=True, kw_only=True):
     layout: Layout | None = None
     max_context_tokens: int = 0  # one request may have
     max_concurrency: int = 0  # requests of the context asked for, at once
-    ttft_s: float | None = None  # at the concurrency asked for
+    ttft_s: float | None = None  # mean at the concurrency asked for, all of whose requests come again at once …
+    ttft_low_s: float | None = None  # … and what four of five measurements lie between
+    ttft_high_s: float | None = None
     tpot_s: float | None = None
+    tpot_low_s: float | None = None
+    tpot_high_s: float | None = None
     output_tokens_per_s: float | None = None
+    provenance: str = ""  # of the times: a word of `waterline.cost.Estimate`
     usd_per_hour: float | None = None  # None: no price known
     price_kind: str = ""  # "on_demand", "community", or "purchase": derived from what the card costs to buy
     usd_per_million_tokens: float | None = None  # prompt and output, at the largest concurrency
@@ -59,7 +64,7 @@ def fits(
     A price derived from what a card costs to buy leaves out power and housing, so those stand behind rented ones.
     """
     llamacpp_only = [precision for precision in precisions if PRECISIONS[precision].gguf]
-    if llamacpp_only and engine in {"vllm", "sglang"}:
+    if llamacpp_only and engine in {"vllm", "sglang", "trtllm"}:
         raise InputError(
             f"{llamacpp_only[0]} is a format of llama.cpp, {engine} does not run it. Add --engine llamacpp, or take "
             "another --precision."
@@ -107,7 +112,10 @@ def _smallest_first(llm: Llm, node: Node, precisions: tuple[str, ...]) -> Iterat
 
 def _runs(llm: Llm, candidate: Candidate, work: Work, concurrency: int) -> Fit:
     prompt_tokens, output_tokens = work.lengths.prompt_tokens, work.lengths.output_tokens
-    now = serving_point(candidate.step, concurrency, prompt_tokens, output_tokens)
+    now = estimate_replica(
+        llm, candidate.node.gpu, candidate.layout, candidate.precision, candidate.engine, candidate.step,
+        prompt_tokens=prompt_tokens, output_tokens=output_tokens, concurrency=concurrency,
+    )  # fmt: skip
     price_per_gpu = catalog.usd_per_gpu_hour(candidate.node.gpu.id)
     usd_per_hour = price_per_gpu.usd_per_gpu_hour * candidate.layout.gpus if price_per_gpu else None
     tokens_per_hour = candidate.full.requests_per_s * (prompt_tokens + output_tokens) * HOUR_S
@@ -120,9 +128,14 @@ def _runs(llm: Llm, candidate: Candidate, work: Work, concurrency: int) -> Fit:
         layout=candidate.layout,
         max_context_tokens=min(candidate.cache_tokens, llm.max_context_tokens),
         max_concurrency=min(candidate.cache_tokens // work.max_context_tokens, candidate.engine.max_batch),
-        ttft_s=now.ttft_s,
-        tpot_s=now.tpot_s,
-        output_tokens_per_s=concurrency / now.tpot_s,
+        ttft_s=now.ttft_s.value,
+        ttft_low_s=now.ttft_s.low,
+        ttft_high_s=now.ttft_s.high,
+        tpot_s=now.tpot_s.value,
+        tpot_low_s=now.tpot_s.low,
+        tpot_high_s=now.tpot_s.high,
+        output_tokens_per_s=now.tokens_per_s_per_gpu.value * candidate.layout.gpus,
+        provenance=now.provenance,
         usd_per_hour=usd_per_hour,
         price_kind=price_per_gpu.kind if price_per_gpu else "",
         usd_per_million_tokens=usd_per_hour / tokens_per_hour * MEGA if usd_per_hour is not None else None,
