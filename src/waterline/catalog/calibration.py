@@ -40,6 +40,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     token_s: float = 0.0  # of every token of a step: scheduling, sampling, detokenising
     stage_s: float = 0.0  # of every stage of a pipeline after the first
     chips: Mapping[str, float] = {}  # chip, as the catalogue names it -> one more factor on products and attention
+    own_kernels: bool = False  # not like those that were measured: factors are on the usual share of the card's peaks
     vector_flops: float = 0.0  # a byte read costs so many operations of the 32-bit vector units besides
     request_s: float = 0.0  # of every request: HTTP, tokenising, the first token's way back
     reading: float = 1.0  # how often a prompt's own reading counts in its first token: it waits for a step, and is one

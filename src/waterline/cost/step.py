@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from waterline import catalog
 from waterline.catalog.calibration import Calibration, calibration_of
 from waterline.catalog.engines import EngineProfile, find_engine
-from waterline.cost.kernels import find_kernels
+from waterline.cost.kernels import Kernels, find_kernels
 from waterline.cost.layers import Numbers, Shard, forms
 from waterline.errors import InfeasibleError
 from waterline.fleet import Fleet
@@ -123,7 +123,8 @@ def price_steps(
     if not any(name in gpu.flops_per_s for name in PRECISIONS[precision].compute):
         has = ", ".join(sorted(gpu.flops_per_s))
         raise InfeasibleError(f"{gpu.id} cannot compute in {precision}: it has {has}. Allow another precision.")
-    shard = Shard(llm, gpu, layout, forms(llm, precision), find_kernels(gpu))
+    kernels = Kernels(gpu, (gpu.id,), ()) if calibration.own_kernels else find_kernels(gpu)
+    shard = Shard(llm, gpu, layout, forms(llm, precision), kernels)
     counts = _counts(max(engine.step_tokens, MOST_DECODES))  # of each rank
     parts = shard.token_parts(counts)
     factors = calibration.factors(gpu)
