@@ -6,18 +6,23 @@ The peer's figures are aiconfigurator 0.12's for the nearest question, measured 
 median of 3: they are printed, not run.
 """
 
+import csv
+import itertools
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+POINTS = 10_000
 COMMANDS = [
     ("waterline --help", ["--help"], ""),
     ("waterline fit deepseek-r1 (78 cards)", ["fit", "deepseek-r1"], "estimate, one point: 3.94 CPU-s, 201 MB"),
     ("waterline plan examples/mixed.toml", ["plan", "examples/mixed.toml"], "recommend, one model: 11.5 CPU-s, 398 MB"),
+    (f"waterline estimate ({POINTS:,} points)", ["estimate", "--points", "POINTS"], ""),
     ("waterline catalog gpus", ["catalog", "gpus"], "support: 1.36 CPU-s, 158 MB"),
 ]
 
@@ -35,10 +40,35 @@ def measure(arguments: list[str]) -> tuple[float, float, float]:
     return time.perf_counter() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
 
 
+def write_points(path: Path) -> None:
+    """Write points as a what-if has them: a few hundred replicas, each at many lengths and concurrencies."""
+    models = ("Qwen/Qwen3-32B", "meta-llama/Llama-3.1-8B", "deepseek-ai/DeepSeek-R1", "openai/gpt-oss-120b")
+    replicas = itertools.product(
+        models,
+        ("h100_sxm", "h200_sxm", "b200_sxm", "rtx_pro_6000_server", "rtx-4090", "mi300x"),
+        ("vllm", "sglang", "trtllm"),
+        (1, 2, 4, 8),
+    )
+    work = itertools.product((128, 1024, 4096, 16384), (32, 256, 1024), (1, 8, 64))
+    points = itertools.islice(itertools.product(replicas, work), POINTS)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "gpu", "engine", "tp", "isl", "osl", "concurrency"])
+        writer.writerows([*replica, *one] for replica, one in points)
+
+
 def main() -> None:
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 7
+    with tempfile.TemporaryDirectory() as folder:
+        points = Path(folder) / "points.csv"
+        write_points(points)
+        report(runs, points)
+
+
+def report(runs: int, points: Path) -> None:
     print(f"| command | wall s (median of {runs}) | CPU s | peak RSS MB | the peer |\n|---|---|---|---|---|")
-    for name, arguments, peer in COMMANDS:
+    for name, words, peer in COMMANDS:
+        arguments = [str(points) if word == "POINTS" else word for word in words]
         measure(arguments)
         walls, cpus, memories = zip(*(measure(arguments) for _ in range(runs)), strict=True)
         wall = f"{statistics.median(walls):.2f} ({min(walls):.2f}-{max(walls):.2f})"
