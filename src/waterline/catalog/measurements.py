@@ -97,9 +97,9 @@ def write_kernels(
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type] # numpy's stub takes the names for its own options
 
 
-def _open(file: Path | None) -> "np.lib.npyio.NpzFile[NDArray[np.uint8]]":
+def _open(file: Path | None) -> "np.lib.npyio.NpzFile[np.uint8]":
     shipped = Path(str(resources.files("waterline.catalog").joinpath("measured", FILE)))
-    arrays: np.lib.npyio.NpzFile[NDArray[np.uint8]] = np.load(file or shipped, allow_pickle=False)
+    arrays: np.lib.npyio.NpzFile[np.uint8] = np.load(file or shipped, allow_pickle=False)
     return arrays
 
 

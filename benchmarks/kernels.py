@@ -1,0 +1,151 @@
+"""How far kernel times are off: on shapes left out, on a card left out, and those of the fit that ships.
+
+    .venv/bin/python benchmarks/kernels.py [FOLDER]              # five folds by shape, then each card left out
+    .venv/bin/python benchmarks/kernels.py FOLDER --shipped      # the fit that ships, on points it may not have seen
+
+FOLDER holds measured points as `../shared/data/kernels` does. An error is |predicted / measured - 1|; a point is never
+predicted by a fit that saw its shape on any card or in any form, but with --shipped, where that is up to the folder.
+The peer's figures are those aiconfigurator prints of itself, each point left out in turn (one point, not its shape).
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from fit_kernels import GPUS, Numbers, Points, fit_all, fold_of, points_of
+
+from waterline import catalog
+from waterline.cost.kernels import FULLEST, Kernels, source_of
+
+FOLDS = 5
+LEAST_TOKENS = 64  # of block-scaled fp8 that is compared at all: below it launches were measured, not kernels
+GROUPS = {  # row of the table: kinds, goal, the peer
+    "gemm": (("gemm",), "8 / 25", "4.9 / 15.6; unseen (n, k) 3.6 / 14.7"),
+    "prefill attention": (("prefill", "prefill_window"), "8 / 25", "2.0 / 9.7"),
+    "decode attention": (("decode", "decode_window"), "8 / 25", "1.1"),
+    "MLA module": (("latent_prefill", "latent_decode"), "8 / 25", "2.2"),
+    "experts": (("experts",), "15 / 40", ""),
+    "experts, balanced": (("experts_balanced",), "15 / 40", ""),
+    "all-reduce, NCCL": (("all_reduce",), "10 / 30", ""),
+    "all-reduce, vLLM's own": (("custom_all_reduce",), "10 / 30", ""),
+    "gather, scatter, all-to-all": (("all_gather", "reduce_scatter", "all_to_all"), "10 / 30", ""),
+}
+Errors = dict[str, dict[str, list[Numbers]]]  # [row of the table][card]: errors
+
+
+def predict(kernels: Kernels, points: Points, keep: np.ndarray) -> Numbers:
+    """Return seconds for the points in `keep`, asked for as the cost model does."""
+    given = {name: values[keep] for name, values in points.arguments.items()}
+    kind = points.kind
+    if kind == "gemm":
+        return kernels.gemm_s(**given, form=points.form)
+    if kind.startswith("prefill"):
+        return kernels.prefill_attention_s(**given, cache=points.cache)
+    if kind.startswith("decode"):
+        return kernels.decode_attention_s(**given, cache=points.cache)
+    if kind == "latent_prefill":
+        return kernels.latent_prefill_s(**given, form=points.form, cache=points.cache)
+    if kind == "latent_decode":
+        return kernels.latent_decode_s(**given, form=points.form, cache=points.cache)
+    if kind.startswith("experts"):
+        return kernels.experts_s(**given, form=points.form, balanced=kind == "experts_balanced")
+    implementation = "custom" if kind.startswith("custom") else "nccl"
+    return kernels.collective_s(kind.removeprefix("custom_"), **given, implementation=implementation)
+
+
+def note(errors: Errors, points: Points, predicted: Numbers, keep: np.ndarray, card: str) -> None:
+    group = next(name for name, (kinds, *_) in GROUPS.items() if points.kind in kinds)
+    off = np.abs(predicted / points.took_s[keep] - 1)
+    if points.form == "fp8_block" and points.kind == "gemm":
+        trusted = points.trusted[keep]
+        errors.setdefault("gemm, fp8_block, host-bound (not aimed at)", {}).setdefault(card, []).append(off[~trusted])
+        off = off[trusted]
+    errors.setdefault(group, {}).setdefault(card, []).append(off)
+
+
+def left_out_shapes(folder: Path) -> Errors:
+    errors: Errors = {}
+    for system, gpu in GPUS.items():
+        for fold in range(FOLDS):
+            fits = fit_all(folder, system, lambda points, fold=fold: fold_of(points, FOLDS) != fold)
+            kernels = Kernels(catalog.find_gpu(gpu), (gpu,), (fits,))
+            for points in points_of(folder, system):
+                keep = fold_of(points, FOLDS) == fold
+                if keep.any():
+                    note(errors, points, predict(kernels, points, keep), keep, gpu)
+    return errors
+
+
+def left_out_cards(folder: Path) -> Errors:
+    """Predict each card as if nobody had measured it: by the fit of the nearest other, with its own peaks."""
+    errors: Errors = {}
+    for system, gpu in GPUS.items():
+        card = catalog.find_gpu(gpu)
+        nearest = NEAREST[gpu]
+        kernels = Kernels(card, (nearest, *(other for other in FULLEST if other not in {nearest, gpu})))
+        for points in points_of(folder, system):
+            keep = np.ones(len(points.took_s), dtype=bool)
+            if keep.any():
+                note(errors, points, predict(kernels, points, keep), keep, f"{gpu} by {nearest}")
+    return errors
+
+
+NEAREST = {
+    "a100-sxm-80g": "h100-sxm-80g",
+    "h100-sxm-80g": "h200-sxm-141g",
+    "h200-sxm-141g": "h100-sxm-80g",
+    "b200-sxm-180g": "h200-sxm-141g",
+    "l40s": "rtx-pro-6000-server",
+    "rtx-pro-6000-server": "l40s",
+}
+
+
+def shipped(folder: Path) -> Errors:
+    from waterline.cost.kernels import find_kernels
+
+    errors: Errors = {}
+    for system, gpu in GPUS.items():
+        for points in points_of(folder, system):
+            keep = np.ones(len(points.took_s), dtype=bool)
+            if keep.any():
+                note(errors, points, predict(find_kernels(catalog.find_gpu(gpu)), points, keep), keep, gpu)
+    return errors
+
+
+def show(title: str, errors: Errors) -> None:
+    print(f"\n{title}: error in %, median / 90th percentile\n")
+    cards = sorted({card for by_card in errors.values() for card in by_card}, key=[*errors["gemm"]].index)
+    print("| kernel | points | all | goal | peer | " + " | ".join(cards) + " |")
+    print("| --- | ---: | --- | --- | --- |" + " --- |" * len(cards))
+    for group in [*GROUPS, *(name for name in errors if name not in GROUPS)]:
+        by_card = {card: np.concatenate(off) for card, off in errors.get(group, {}).items()}
+        everything = np.concatenate([*by_card.values(), np.zeros(0)])
+        if len(everything) == 0:
+            continue
+        _, goal, peer = GROUPS.get(group, ((), "", ""))
+        cells = [_cell(by_card[card]) if card in by_card else "" for card in cards]
+        print(f"| {group} | {len(everything):,} | {_cell(everything)} | {goal} | {peer} | " + " | ".join(cells) + " |")
+
+
+def _cell(off: Numbers) -> str:
+    return f"{100 * np.median(off):.1f} / {100 * np.percentile(off, 90):.1f}" if len(off) else ""
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("folder", type=Path, nargs="?", default=Path("../shared/data/kernels"))
+    options.add_argument("--shipped", action="store_true", help="score the fit that ships")
+    asked = options.parse_args()
+    if asked.shipped:
+        show(f"The fit that ships on {asked.folder}", shipped(asked.folder))
+        return
+    show(f"Shapes left out, {FOLDS} folds by shape", left_out_shapes(asked.folder))
+    show("A card left out: another card's fit with its own peaks", left_out_cards(asked.folder))
+
+
+if __name__ == "__main__":
+    main()
