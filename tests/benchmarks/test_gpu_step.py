@@ -187,6 +187,7 @@ def test_contexts_beyond_the_model_and_no_time_are_said(run, capsys) -> None:
     assert "No point was measured" in said
 
 
+@pytest.mark.usefixtures("torch")
 def test_what_does_not_fit_in_free_memory_is_left_out(script, run, monkeypatch, capsys) -> None:
     monkeypatch.setattr(script, "free_bytes", lambda _: 1000)
     assert run("--precisions", "bf16") == 2
