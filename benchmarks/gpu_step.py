@@ -12,10 +12,10 @@ fused by `torch.compile` where it works. A figure is the median of repeats betwe
 The estimate is the sum of kernels of `waterline.cost` on that card without anything an engine adds: a neutral
 calibration. Not in a step, on either side: embedding, sampling, biases, norms of queries and keys.
 
-What was run: this script on the CPU build of torch 2.13, all three precisions, by its tests; and once with fused kernels
-there, whose logits agree to 0.5 %. What was not: any GPU. No figure of one has been published, and graphs, events and
-the memory of a card have not been exercised. `--json FILE` writes figures with card, driver, torch and date, in the
-form meant for `src/waterline/catalog/measured/steps-CARD.json`.
+What was run: this script on the CPU build of torch 2.13, all three precisions, by its tests; and once with fused
+kernels there, whose logits agree to 0.5 %. What was not: any GPU. No figure of one has been published, and graphs,
+events and the memory of a card have not been exercised. `--json FILE` writes figures with card, driver, torch and date,
+in the form meant for `src/waterline/catalog/measured/steps-CARD.json`.
 """
 
 import argparse
