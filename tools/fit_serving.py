@@ -35,13 +35,16 @@ from waterline.plan import Layout
 
 Numbers = NDArray[np.float64]
 
-STEP = {"products": 1.0, "experts": 1.0, "exchange": 1.0, "attention": 1.0, "small": 1.0,
-        "step_s": 1e-3, "layer_s": 1e-5, "token_s": 1e-5}  # parts of a step, and the unit each is fitted in  # fmt: skip
-PRIOR = np.array([1.0] * 5 + [0.0] * 3)
-LOOSE = np.array([1.0] * 5 + [5.0] * 3)  # how far from it a part may lie
+STEP = {"products": 1.0, "experts": 1.0, "exchange": 1.0, "attention": 1.0, "latent": 1.0, "small": 1.0,
+        "step_s": 1e-3, "layer_s": 1e-5, "token_s": 1e-5}  # parts of a step, and their units in the fit  # fmt: skip
+PRIOR = np.array([1.0] * 6 + [0.0] * 3)
+LOOSE = np.array([1.0] * 6 + [5.0] * 3)  # how far from it a part may lie, in its unit …
+PULL = 0.005  # … against the relative errors of all runs; chosen by the configurations left out
 REQUEST = ("request_s", "reading", "together", "steps")  # parts of a first token
+REQUEST_PRIOR = np.array([0.05, 1.0, 0.1, 0.0])  # a prompt is read once; runs have ten requests a client as a rule
+REQUEST_PULL = 0.1
 TARGET = Path(__file__).parents[1] / "src/waterline/catalog/measured/engines.toml"
-SOURCE = "silicon_sample.csv of aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0; mostly InferenceX runs of 2025-10 to 2026-04)"
+SOURCE = "silicon_sample.csv of aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0; most are InferenceX runs of 2025-26)"
 FLOOR = 0.03  # relative errors below it count alike: runs repeat no better
 
 
@@ -167,7 +170,7 @@ class Design:
                 self.concurrency.astype(int),
                 self.ranks,
                 strict=True,
-            )  # fmt: skip
+            )
         ]
         ttft_s, tpot_s = np.array(both).T
         return ttft_s, tpot_s
@@ -202,14 +205,19 @@ def design(runs: list[Run]) -> Design:
 def fit(data: Design) -> Calibration:
     """Fit one engine."""
     tpot = data.plain + (data.running / data.osl)[:, None] * data.delay
-    step = _solve(tpot, data.tpot_s, data.weight, PRIOR, 1e-3 / LOOSE**2)
+    step = _solve(tpot, data.tpot_s, data.weight, PRIOR, PULL / LOOSE**2)
     alone = data.alone @ step
     served = data.running == data.concurrency  # the others wait, for as long as everything else takes
     first = np.stack([np.ones_like(alone), alone, data.running / data.ranks / 2 * alone, tpot @ step], axis=1)
-    scale = np.median(first / data.ttft_s[:, None], axis=0)
+    scale = np.median(first / data.ttft_s[:, None], axis=0)  # so that each coefficient is a share of a first token
     request = _solve(
-        (first / scale)[served], data.ttft_s[served], data.weight[served], np.zeros(4), np.full(4, 1e-3)
-    ) / scale  # fmt: skip
+        (first / scale)[served],
+        data.ttft_s[served],
+        data.weight[served],
+        REQUEST_PRIOR * scale,
+        np.full(4, REQUEST_PULL),
+    )
+    request = request / scale
     values = {name: float(value * unit) for (name, unit), value in zip(STEP.items(), step, strict=True)}
     return Calibration(**values, **{name: float(value) for name, value in zip(REQUEST, request, strict=True)})
 
@@ -217,7 +225,7 @@ def fit(data: Design) -> Calibration:
 def _solve(columns: Numbers, measured: Numbers, weight: Numbers, prior: Numbers, pull: Numbers) -> Numbers:
     """Return coefficients, none negative, with the least weighted sum of relative errors.
 
-    Iteratively reweighted least squares; `pull` is the weight of the squared distance from `prior`, of all runs' weight.
+    Iteratively reweighted least squares; `pull` weighs the squared distance from `prior` against all runs together.
     """
     relative = columns / measured[:, None]
     found, weights = prior.copy(), weight.copy()

@@ -9,9 +9,7 @@ import msgspec
 
 from waterline.hardware import Gpu
 
-Ratios = tuple[
-    float, float
-]  # measured over estimated: a tenth of the runs lies below the first, a tenth above the second
+Ratios = tuple[float, float]  # measured over estimated; a tenth of the runs lies below the first, and above the second
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +32,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     experts: float = 1.0
     exchange: float = 1.0
     attention: float = 1.0
+    latent: float = 1.0  # of MLA, projections included
     small: float = 1.0
     step_s: float = 0.0  # of every step, whatever it does
     layer_s: float = 0.0  # of every layer: launches, gaps between kernels
@@ -63,6 +62,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             "experts": self.experts * there,
             "exchange": self.exchange,
             "attention": self.attention * there,
+            "latent": self.latent * there,
             "small": self.small,
         }
 

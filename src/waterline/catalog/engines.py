@@ -41,6 +41,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_source: str = ""
     large_step_tokens: int = 0
     large_max_batch: int = 0
+    fp8_cache_with: tuple[str, ...] = ()
     versions: tuple[dict[str, Any], ...] = ()  # {before = "0.17", and the keys in which earlier versions differ}
 
 
@@ -78,6 +79,11 @@ class EngineProfile:
     memory_source: str = ""
     large_step_tokens: int = 0  # the same two where the card is LARGE, 0: no different
     large_max_batch: int = 0
+    fp8_cache_with: tuple[str, ...] = ()  # precisions of weights whose checkpoints ask this engine for a cache in fp8
+
+    def cache_dtype(self, precision: str) -> str:
+        """Return the type of the cache this engine chooses by itself for weights of a precision."""
+        return "fp8" if precision in self.fp8_cache_with else "auto"
 
     def on(self, gpu: Gpu) -> Self:
         """Return the profile with the limits this engine sets by itself on such a card."""
@@ -141,6 +147,7 @@ def _profile(name: str, entry: _Entry) -> EngineProfile:
         start_s=entry.start_s,
         large_step_tokens=entry.large_step_tokens,
         large_max_batch=entry.large_max_batch,
+        fp8_cache_with=entry.fp8_cache_with,
         source=entry.source,
         read=entry.read.isoformat(),
         memory_rule=entry.memory_rule,

@@ -78,7 +78,7 @@ def read_points(path: Path) -> tuple[list[str], list[dict[str, str]]]:
                 raise InputError(f"{path} has no column {', '.join(missing)}. It needs {', '.join(NEEDED)}.")
             rows = []
             for row in reader:
-                if row.pop("", None):  # type: ignore[call-overload] # the rest key is text here
+                if row.pop("", None):
                     raise InputError(f"{path}:{reader.line_num}: more cells than the {len(columns)} columns.")
                 rows.append(row)
     except (csv.Error, UnicodeDecodeError) as error:
@@ -168,7 +168,7 @@ def read_layout(tp: int, pp: int, attention_dp: int, moe_tp: int, moe_ep: int) -
         really = moe_ep if twice else tp
         layout = Layout(tp=1, dp=really, pp=pp, ep=really) if attention_dp > 1 else Layout(tp=really, pp=pp, ep=really)
         return layout, f"read as {layout.gpus} GPUs, {layout}"
-    ep = moe_ep if moe_ep > 1 else 1
+    ep = max(1, moe_ep)
     if gpus % ep:
         raise InputError(f"moe_ep = {moe_ep} does not divide tp x attention_dp = {gpus}.")
     return Layout(tp=tp, pp=pp, dp=attention_dp, ep=ep), ""

@@ -74,7 +74,8 @@ def _form(name: str, rates: frozenset[str]) -> Form:
     usable = [rate for rate in (*precision.compute, *SIXTEEN_BIT) if rate in rates] or sorted(rates)
     weight_bytes = precision.bits / 8
     if usable[0] in SIXTEEN_BIT:
-        closest = ("bf16",) if weight_bytes >= 2 else (name, "int4", "bf16") if weight_bytes < 1 else ("bf16",)
+        # What was measured as nvfp4 multiplies in 4 bits; unpacked weights behave like int4 ones.
+        closest = ("bf16",) if weight_bytes >= 1 else ("mxfp4" if name == "mxfp4" else "int4", "int4", "bf16")
         return Form(name, weight_bytes, SIXTEEN_BITS, usable[0], closest)
     near = {"fp4": ("nvfp4", "fp8"), "int8": ("fp8",), "fp8": ("fp8",)}.get(usable[0], ())
     return Form(name, weight_bytes, weight_bytes, usable[0], (name, *near, "bf16"))

@@ -7,6 +7,7 @@ of a pipeline follow one another, so a step passes every layer, whichever GPU ho
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +19,13 @@ from waterline.llm import PRECISIONS, AttentionLayers, FeedForwardLayers, Llm
 from waterline.plan import Layout
 
 Numbers = NDArray[np.float64]
+Sizes = dict[str, Any]  # arguments of a kernel by name: arrays and numbers
 
 PARTS_OF_WEIGHTS = ("attention", "dense", "shared", "experts", "head")
-PARTS = ("products", "experts", "exchange", "small")
 ACTIVATION_BYTES = 2  # the residual stream is kept in 16 bits
 NETWORK_BYTES_PER_S = 50e9  # each GPU's own 400 Gb/s port to other nodes, as in HGX machines since 2022
 QUERY_LATENT = 1536  # q_lora_rank of DeepSeek V3, which the measured module has
+EVEN_ABOVE = 8  # GPUs that share the experts: more of them keep copies of those in demand
 PASSES = 14  # how often they read or write the residual stream, together
 
 
@@ -45,36 +47,30 @@ def forms(llm: Llm, precision: str) -> Mapping[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One GPU's share of a model; all times in seconds, over all layers."""
+    """One GPU's share of a model; all times in seconds, over all layers, as the engine's calibration has them."""
 
     llm: Llm
     gpu: Gpu
     layout: Layout
     forms: Mapping[str, str]  # of the matrix products by part: a key of PRECISIONS, or "fp8_block"
     kernels: Kernels
+    cache: str  # form of the cache of keys and values
+    factors: Mapping[str, float]  # of the engine on the time of its kernels, by part; never below the card's limits
 
-    def token_parts(self, tokens: Numbers) -> dict[str, Numbers]:
-        """Return by part what a step of so many tokens on each rank takes, attention and output head left out.
-
-        products: dense matrix products; experts: the routed ones; exchange: collectives between GPUs; small: norms,
-        rotary embeddings, activations.
-        """
-        parts = {name: np.zeros_like(tokens) for name in PARTS}
+    def tokens_s(self, tokens: Numbers) -> Numbers:
+        """Return what a step of so many tokens on each rank takes, attention and output head left out."""
+        took = self._exchange_s(tokens) + self.llm.layers * self._small_s(tokens) + self._unaccounted_s(tokens)
         for group in self.llm.attention:
-            parts["products"] += group.layers * self._projections_s(group, tokens)
+            took = took + group.layers * self._projections_s(group, tokens)
         for layers in self.llm.feed_forward:
-            parts["products"] += layers.layers * self._dense_s(layers, tokens)
+            took = took + layers.layers * self._dense_s(layers, tokens)
             if layers.experts:
-                parts["experts"] += layers.layers * self._experts_s(layers, tokens * self.layout.dp)
-        parts["products"] += self._unaccounted_s(tokens)
-        parts["exchange"] += self._exchange_s(tokens)
-        parts["small"] += self.llm.layers * self._small_s(tokens)
-        return parts
+                took = took + layers.layers * self._experts_s(layers, tokens * self.layout.dp)
+        return took
 
     def head_s(self, sequences: Numbers) -> Numbers:
         """Return the time of the output head for so many sequences on each rank."""
-        llm = self.llm
-        return self.kernels.gemm_s(sequences, llm.vocabulary / self.layout.tp, llm.hidden, self.forms["head"])
+        return self._gemm_s(sequences, self.llm.vocabulary / self.layout.tp, self.llm.hidden, self.forms["head"])
 
     def decode_s(self, group: AttentionLayers, sequences: Numbers, context_tokens: Numbers) -> Numbers:
         """Return the attention of the group for sequences of a rank that decode; for MLA the projections as well."""
@@ -83,33 +79,55 @@ class Shard:
             return group.layers * (sequences * moved / self.gpu.memory_bytes_per_s + 0.0 * context_tokens)
         read = np.minimum(context_tokens, group.selected_tokens or np.inf)
         if group.kind == "latent":
-            took = self.kernels.latent_decode_s(
-                sequences, read, self._heads(group), self.forms["attention"], **self._latent(group)
-            )
-        else:
-            took = self.kernels.decode_attention_s(
-                sequences, read, self._heads(group), self._kv_heads(group), group.head_dim, group.window_tokens, "bf16"
-            )
-        return group.layers * took
+            form, latent = self.forms["attention"], self._latent(group)
+            took = self.kernels.latent_decode_s(sequences, read, self._heads(group), form, **latent)
+            latent_sizes = {"requests": sequences, "heads": self._heads(group)}
+            return group.layers * self._calibrated("latent", took, "latent_decode", form, latent_sizes)
+        sizes: Sizes = {
+            "requests": sequences, "context_tokens": read, "query_heads": self._heads(group),
+            "kv_heads": self._kv_heads(group), "head_dim": group.head_dim, "window_tokens": group.window_tokens,
+        }  # fmt: skip
+        took = self.kernels.decode_attention_s(**sizes, cache=self.cache)
+        return group.layers * self._calibrated("attention", took, "decode", "", sizes)
 
     def prefill_s(self, group: AttentionLayers, new_tokens: Numbers, cached_tokens: Numbers) -> Numbers:
         """Return the attention of the group for a chunk of one prompt; for MLA the projections as well."""
-        own = new_tokens
         if group.kind == "state":
             moved = 2 * group.state_elements * CACHE_ELEMENT_BYTES / self._split(group.kv_heads or self.layout.tp)
-            return group.layers * (moved / self.gpu.memory_bytes_per_s + 0.0 * own)
+            return group.layers * (moved / self.gpu.memory_bytes_per_s + 0.0 * new_tokens)
         if group.kind == "latent":
-            took = self.kernels.latent_prefill_s(
-                1.0, own, cached_tokens, self._heads(group), self.forms["attention"], **self._latent(group)
-            )
-        else:
-            took = self.kernels.prefill_attention_s(
-                1.0, own, cached_tokens, self._heads(group), self._kv_heads(group), group.head_dim,
-                group.window_tokens, "bf16",
-            )  # fmt: skip
-        return group.layers * took
+            form, heads, latent = self.forms["attention"], self._heads(group), self._latent(group)
+            took = self.kernels.latent_prefill_s(1.0, new_tokens, cached_tokens, heads, form, **latent)
+            latent_sizes = {"requests": 1.0, "new_tokens": new_tokens, "heads": heads}
+            return group.layers * self._calibrated("latent", took, "latent_prefill", form, latent_sizes)
+        sizes: Sizes = {
+            "requests": 1.0, "new_tokens": new_tokens, "cached_tokens": cached_tokens,
+            "query_heads": self._heads(group), "kv_heads": self._kv_heads(group), "head_dim": group.head_dim,
+            "window_tokens": group.window_tokens,
+        }  # fmt: skip
+        took = self.kernels.prefill_attention_s(**sizes, cache=self.cache)
+        return group.layers * self._calibrated("attention", took, "prefill", "", sizes)
 
-    def _latent(self, group: AttentionLayers) -> dict[str, int]:
+    def _gemm_s(self, tokens: Numbers, outputs: float, inputs: float, form: str) -> Numbers:
+        """Return the time of a matrix product.
+
+        Block-scaled fp8 was measured outside CUDA graphs: up to a few hundred tokens, and for narrow matrices always,
+        its points are the host's launches. Per-tensor fp8 moves and multiplies the same and is taken instead.
+        """
+        form = "fp8" if form == "fp8_block" else form
+        took = self.kernels.gemm_s(tokens, outputs, inputs, form)
+        return self._calibrated(
+            "products", took, "gemm", form, {"tokens": tokens, "outputs": outputs, "inputs": inputs}
+        )
+
+    def _calibrated(self, part: str, took_s: Numbers, kind: str, form: str, sizes: Sizes) -> Numbers:
+        factor = self.factors[part]
+        if factor >= 1 or factor == 0:  # 0 leaves a part out, for a fit that wants the others alone
+            return factor * took_s
+        shape = {name: np.asarray(size, dtype=np.float64) for name, size in sizes.items()}
+        return np.maximum(factor * took_s, self.kernels.limit_s(kind, form, self.cache, shape))
+
+    def _latent(self, group: AttentionLayers) -> Sizes:
         return {
             "hidden": self.llm.hidden,
             "latent": group.latent_dim,
@@ -133,14 +151,14 @@ class Shard:
         heads, kv_heads = self._heads(group), self._kv_heads(group)
         value_dim = group.value_head_dim or group.head_dim
         into = heads * group.head_dim + kv_heads * (group.head_dim + value_dim)
-        gemm = self.kernels.gemm_s
+        gemm = self._gemm_s
         form = self.forms["attention"]
         return gemm(tokens, into, self.llm.hidden, form) + gemm(tokens, self.llm.hidden, heads * value_dim, form)
 
     def _dense_s(self, layers: FeedForwardLayers, tokens: Numbers) -> Numbers:
         """A dense network, or the experts every token passes, and the router."""
         width = layers.shared_intermediate if layers.experts else layers.intermediate
-        hidden, gemm = self.llm.hidden, self.kernels.gemm_s
+        hidden, gemm = self.llm.hidden, self._gemm_s
         took = np.zeros_like(tokens)
         if width:
             own, form = width / self.layout.tp, self.forms["shared" if layers.experts else "dense"]
@@ -153,11 +171,14 @@ class Shard:
     def _experts_s(self, layers: FeedForwardLayers, tokens: Numbers) -> Numbers:
         gpus = self.layout.tp * self.layout.dp
         ep = min(self.layout.ep, gpus)
-        took = self.kernels.experts_s(
-            tokens, layers.expert_hidden or self.llm.hidden, layers.intermediate, layers.experts_per_token,
-            layers.experts, gpus // ep, ep, self.forms["experts"],
-        )  # fmt: skip
-        return took * (layers.matrices / 3)
+        sizes: Sizes = {
+            "tokens": tokens, "hidden": layers.expert_hidden or self.llm.hidden, "intermediate": layers.intermediate,
+            "experts_per_token": layers.experts_per_token, "experts": layers.experts, "tp": gpus // ep, "ep": ep,
+        }  # fmt: skip
+        even = ep > EVEN_ABOVE
+        took = self.kernels.experts_s(**sizes, form=self.forms["experts"], balanced=even)
+        kind = "experts_balanced" if even else "experts"
+        return (layers.matrices / 3) * self._calibrated("experts", took, kind, self.forms["experts"], sizes)
 
     def _unaccounted_s(self, tokens: Numbers) -> Numbers:
         """Whatever else every token is multiplied with: the projections of states, indexers, biases, gates."""
@@ -174,11 +195,11 @@ class Shard:
             return np.zeros_like(tokens)
         layers_count = states or self.llm.layers
         width = max(1.0, rest / layers_count / self.llm.hidden / self.layout.tp)
-        return layers_count * self.kernels.gemm_s(tokens, width, self.llm.hidden, self.forms["attention"])
+        return layers_count * self._gemm_s(tokens, width, self.llm.hidden, self.forms["attention"])
 
     def _small_s(self, tokens: Numbers) -> Numbers:
         moved = PASSES * ACTIVATION_BYTES * self.llm.hidden * tokens
-        return moved / self.gpu.memory_bytes_per_s
+        return np.asarray(self.factors["small"] * moved / self.gpu.memory_bytes_per_s)
 
     def index_s_per_token(self, group: AttentionLayers) -> float:
         """Sparse attention reads one small key for every token of the context, in 8 bits, to choose by."""
@@ -218,7 +239,10 @@ class Shard:
     def _collective_s(self, kind: str, message_bytes: Numbers, gpus: int, nodes: int = 0) -> Numbers:
         nodes = nodes or -(-gpus // self.gpu.gpus_per_node)
         across = NETWORK_BYTES_PER_S if nodes > 1 else None
-        return self.kernels.collective_s(kind, message_bytes, gpus, nodes=nodes, across_bytes_per_s=across)
+        took = self.kernels.collective_s(kind, message_bytes, gpus, nodes=nodes, across_bytes_per_s=across)
+        if nodes > 1:
+            return self.factors["exchange"] * took
+        return self._calibrated("exchange", took, kind, "", {"message_bytes": message_bytes, "gpus": gpus})
 
 
 def _projection_parameters(group: AttentionLayers, hidden: int) -> int:

@@ -385,6 +385,7 @@ def memory_use(
 
     Raises InputError for an unknown cache type.
     """
+    cache_dtype = engine.cache_dtype(precision) if cache_dtype == "auto" else cache_dtype
     element_bytes = CACHE_DTYPES.get(cache_dtype)
     if element_bytes is None:
         raise InputError(f"no cache type is called '{cache_dtype[:40]}'. Known: {', '.join(CACHE_DTYPES)}.")

@@ -124,11 +124,10 @@ def price_steps(
         has = ", ".join(sorted(gpu.flops_per_s))
         raise InfeasibleError(f"{gpu.id} cannot compute in {precision}: it has {has}. Allow another precision.")
     kernels = Kernels(gpu, (gpu.id,), ()) if calibration.own_kernels else find_kernels(gpu)
-    shard = Shard(llm, gpu, layout, forms(llm, precision), kernels)
+    cache = "fp8" if engine.cache_dtype(precision) == "fp8" and gpu.flops_per_s.get("fp8") else "bf16"
+    shard = Shard(llm, gpu, layout, forms(llm, precision), kernels, cache, calibration.factors(gpu))
     counts = _counts(max(engine.step_tokens, MOST_DECODES))  # of each rank
-    parts = shard.token_parts(counts)
-    factors = calibration.factors(gpu)
-    took_s = sum((factors[name] * parts[name] for name in parts), np.zeros_like(counts))
+    took_s = shard.tokens_s(counts)
     took_s += calibration.step_s + calibration.layer_s * llm.layers + calibration.token_s * counts
     took_s += calibration.stage_s * (layout.pp - 1)
     table = _table(counts, took_s)
@@ -136,35 +135,35 @@ def price_steps(
     return StepCost(
         tokens_ps=table,
         more_ps_per_token=-(-(table[-1] - table[-257]) // 256),
-        head_ps=_table(sequences, factors["products"] * shard.head_s(sequences)),
-        attention=tuple(
-            cost for group in llm.attention for cost in _attention_costs(shard, group, factors["attention"])
-        ),
+        head_ps=_table(sequences, shard.head_s(sequences)),
+        attention=tuple(cost for group in llm.attention for cost in _attention_costs(shard, group)),
         step_tokens=engine.step_tokens * layout.dp,
         ranks=layout.dp,
     )
 
 
-def _attention_costs(shard: Shard, group: AttentionLayers, factor: float) -> Iterator[AttentionCost]:
+def _attention_costs(shard: Shard, group: AttentionLayers) -> Iterator[AttentionCost]:
     """Fit the forms of `AttentionCost` to the kernels, at contexts up to the window."""
     window = group.window_tokens if group.kind == "window" else group.selected_tokens
     contexts = np.array([1 / 64, 1 / 16, 1 / 4, 1]) * window if window else CONTEXTS
     sequences = _counts(MOST_DECODES)
+    if not shard.factors["latent" if group.kind == "latent" else "attention"]:
+        return  # left out
     decode_s = shard.decode_s(group, sequences[:, None], contexts[None, :])
     base_s, slope_s = _lines(shard.layout.dp * sequences[:, None] * contexts[None, :], decode_s)
     new = CHUNKS * min(1.0, window / CHUNKS[-1]) if window else CHUNKS
     prefill_s = shard.prefill_s(group, new, np.zeros_like(new))
-    fixed_s, token_s, pair_s = factor * _plane(np.stack([np.ones_like(new), new, new * (new + 1) / 2]), prefill_s)
+    fixed_s, token_s, pair_s = _plane(np.stack([np.ones_like(new), new, new * (new + 1) / 2]), prefill_s)
     yield AttentionCost(
         window_tokens=window,
-        decode_ps=_table(sequences, factor * base_s),
-        decode_ps_per_token=tuple(_ps(np.interp(np.arange(MOST_DECODES + 1), sequences, factor * slope_s)).tolist()),
+        decode_ps=_table(sequences, base_s),
+        decode_ps_per_token=tuple(_ps(np.interp(np.arange(MOST_DECODES + 1), sequences, slope_s)).tolist()),
         prefill_ps=int(_ps(fixed_s)),
         prefill_ps_per_token=int(_ps(token_s / shard.layout.dp)),
         prefill_ps_per_pair=int(_ps(pair_s / shard.layout.dp)),
     )
     if group.selected_tokens and (index_s := shard.index_s_per_token(group)):
-        every = tuple([int(_ps(factor * index_s))] * 2)
+        every = tuple([int(_ps(index_s))] * 2)
         yield AttentionCost(
             window_tokens=0, decode_ps=(0,), decode_ps_per_token=every,
             prefill_ps=0, prefill_ps_per_token=0, prefill_ps_per_pair=0,
