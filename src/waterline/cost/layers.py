@@ -59,14 +59,17 @@ class Shard:
 
     def tokens_s(self, tokens: Numbers) -> Numbers:
         """Return what a step of so many tokens on each rank takes, attention and output head left out."""
-        took = self._exchange_s(tokens) + self.llm.layers * self._small_s(tokens) + self._unaccounted_s(tokens)
+        took = self.llm.layers * self._small_s(tokens) + self._unaccounted_s(tokens)
         for group in self.llm.attention:
             took = took + group.layers * self._projections_s(group, tokens)
         for layers in self.llm.feed_forward:
             took = took + layers.layers * self._dense_s(layers, tokens)
             if layers.experts:
                 took = took + layers.layers * self._experts_s(layers, tokens * self.layout.dp)
-        return took
+        exchange = self._exchange_s(tokens)
+        if self.layout.dp > self.gpu.gpus_per_node:  # engines that span nodes exchange for one half of a step while …
+            return np.maximum(took, exchange)  # … they compute the other
+        return took + exchange
 
     def head_s(self, sequences: Numbers) -> Numbers:
         """Return the time of the output head for so many sequences on each rank."""
