@@ -1,0 +1,119 @@
+"""What engines add to their kernels: the tables of fits, and that none of them outruns a card."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from waterline import catalog
+from waterline.catalog import accelerators
+from waterline.catalog.calibration import PHYSICS, Calibration, calibration_of
+from waterline.catalog.engines import find_engine
+from waterline.cost.step import step_cost
+from waterline.hardware import Gpu
+from waterline.llm import PRECISIONS
+from waterline.plan import Layout
+from waterline.units import PICOSECONDS_PER_S
+
+ENTRIES = ("vllm", "sglang", "trtllm", "llamacpp", "llamacpp-rocm", "vllm-rocm", "sglang-rocm")
+PROVENANCES = {"measured", "interpolated", "transferred"}
+FITTED = {"llamacpp-cuda", "llamacpp-rocm", "vllm-rocm", "sglang-rocm"}  # engine and stack in engines-public.toml
+SERVED = [gpu for gpu in accelerators.table().values() if gpu.stack in {"cuda", "rocm"}]
+
+
+def llamacpp_token_s(gpu: Gpu, precision: str, stages: int = 1, model: str = "Llama-3.1-8B") -> float:
+    llm = catalog.find_model(model)
+    step = step_cost(llm, gpu, Layout(pp=stages), precision, find_engine("llamacpp"))
+    return step.step_ps(0, 0, 1, 512) / PICOSECONDS_PER_S
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_every_entry_is_complete(name: str) -> None:
+    found = calibration_of(*name.split("-")) if "-" in name else calibration_of(name)
+    assert found.source
+    assert found.gpus
+    assert set(found.gpus) <= set(accelerators.table())
+    assert found.spread
+    assert set(found.spread) <= PROVENANCES
+    for spread in found.spread.values():
+        for low, high in (spread.ttft, spread.tpot):
+            assert 0.1 < low < 1 < high < 10
+
+
+def test_amd_has_entries_of_its_own_and_other_stacks_take_the_general_one() -> None:
+    assert calibration_of("vllm", "rocm") != calibration_of("vllm", "cuda")
+    assert calibration_of("vllm", "cuda") == calibration_of("vllm")
+    assert calibration_of("llamacpp", "metal") == calibration_of("llamacpp")
+
+
+def test_an_engine_nobody_measured_takes_its_kernels_as_they_are() -> None:
+    found = calibration_of("ascend-engine")
+    assert found == Calibration()
+    assert found.spread_of("transferred") == PHYSICS
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpu"),
+    [(engine, gpu) for gpu in SERVED for engine in ("llamacpp", "vllm", "sglang") if f"{engine}-{gpu.stack}" in FITTED],
+    ids=lambda value: getattr(value, "id", value),
+)
+def test_no_token_comes_faster_than_the_weights_can_be_read(engine: str, gpu: Gpu) -> None:
+    llm = catalog.find_model("Llama-3.1-8B")
+    read = llm.active_parameters - llm.input_embedding_parameters
+    for precision in ("q4_k_m", "fp16") if engine == "llamacpp" else ("bf16", "fp8"):
+        if not any(rate in gpu.flops_per_s for rate in PRECISIONS[precision].compute):
+            continue
+        took_s = step_cost(llm, gpu, Layout(), precision, find_engine(engine)).step_ps(0, 0, 1, 512) / PICOSECONDS_PER_S
+        floor_s = read * PRECISIONS[precision].bits / 8 / gpu.memory_bytes_per_s
+        assert took_s >= floor_s, f"{took_s * 1e3:.2f} ms a token, {floor_s * 1e3:.2f} ms to read {precision} weights"
+
+
+# Llama 3 8B, tokens/s of llama.cpp on one card: XiongjieDai's GPU-Benchmarks-on-LLM-Inference, 2024-05, to a quarter
+@pytest.mark.parametrize(
+    ("gpu", "precision", "published"),
+    [("rtx-4080", "q4_k_m", 106.2), ("rtx-4080", "fp16", 40.3), ("rtx-a6000", "q4_k_m", 102.2),
+     ("rtx-3090", "fp16", 46.5), ("a40", "fp16", 34.0)],
+)  # fmt: skip
+def test_llamacpp_decodes_as_published(gpu: str, precision: str, published: float) -> None:
+    assert 1 / llamacpp_token_s(catalog.find_gpu(gpu), precision) == pytest.approx(published, rel=0.25)
+
+
+def test_llamacpp_reaches_less_of_a_memory_its_vector_units_cannot_follow() -> None:
+    def share(name: str) -> float:
+        gpu = catalog.find_gpu(name)
+        read = catalog.find_model("Meta-Llama-3.1-70B").parameters * PRECISIONS["q4_k_m"].bits / 8
+        return read / gpu.memory_bytes_per_s / llamacpp_token_s(gpu, "q4_k_m", model="Meta-Llama-3.1-70B")
+
+    assert share("a100-sxm-80g") < share("h100-pcie-80g") < share("l40s")  # measured: 0.51, 0.52 and 0.76
+    assert share("a100-sxm-80g") == pytest.approx(0.51, rel=0.15)
+    assert share("l40s") == pytest.approx(0.76, rel=0.15)
+
+
+def test_a_card_without_a_known_vector_rate_is_taken_to_have_enough() -> None:
+    gpu = next(gpu for gpu in accelerators.table().values() if "fp32" not in gpu.flops_per_s)
+    assert Calibration(vector_flops=9.0).factors(gpu)["products"] == 1.0
+
+
+def test_stages_of_a_pipeline_follow_one_another() -> None:
+    gpu = catalog.find_gpu("rtx-a6000")
+    alone, four = llamacpp_token_s(gpu, "q4_k_m"), llamacpp_token_s(gpu, "q4_k_m", stages=4)
+    assert alone < four < 1.5 * alone  # published: 102.2 tokens/s on one, 93.7 on four
+
+
+FOLDER = Path(__file__).parents[2].parent / "shared" / "data" / "serving"
+
+
+@pytest.mark.skipif(not FOLDER.exists(), reason="the collected runs are not beside the checkout")
+def test_the_public_table_is_near_what_its_tool_writes_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "fit_public.py"))["main"]
+    monkeypatch.setattr(sys, "argv", ["fit_public.py", str(FOLDER)])
+    monkeypatch.setitem(main.__globals__, "TARGET", tmp_path / "written.toml")
+    main()
+    written = msgspec.toml.decode((tmp_path / "written.toml").read_bytes(), type=dict[str, Calibration], strict=False)
+    assert set(written) == set(ENTRIES) - {"vllm", "sglang", "trtllm"}
+    for name, now in written.items():
+        shipped = calibration_of(*name.split("-"))
+        assert shipped.products == pytest.approx(now.products, rel=0.2), f"{name}: run tools/fit_public.py again"
+        assert shipped.gpus == now.gpus
