@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from fit_kernels import GPUS, Numbers, Points, fit_all, fold_of, points_of
 
 from waterline import catalog
-from waterline.cost.kernels import FULLEST, Kernels, source_of
+from waterline.catalog.measurements import measured_kernels
+from waterline.cost.kernels import FULLEST, Kernels, find_kernels
 
 FOLDS = 5
-LEAST_TOKENS = 64  # of block-scaled fp8 that is compared at all: below it launches were measured, not kernels
 GROUPS = {  # row of the table: kinds, goal, the peer
     "gemm": (("gemm",), "8 / 25", "4.9 / 15.6; unseen (n, k) 3.6 / 14.7"),
     "prefill attention": (("prefill", "prefill_window"), "8 / 25", "2.0 / 9.7"),
@@ -86,7 +86,8 @@ def left_out_cards(folder: Path) -> Errors:
     for system, gpu in GPUS.items():
         card = catalog.find_gpu(gpu)
         nearest = NEAREST[gpu]
-        kernels = Kernels(card, (nearest, *(other for other in FULLEST if other not in {nearest, gpu})))
+        sources = (nearest, *(other for other in FULLEST if other not in {nearest, gpu}))
+        kernels = Kernels(card, sources, [measured_kernels(source) for source in sources])
         for points in points_of(folder, system):
             keep = np.ones(len(points.took_s), dtype=bool)
             if keep.any():
@@ -105,8 +106,6 @@ NEAREST = {
 
 
 def shipped(folder: Path) -> Errors:
-    from waterline.cost.kernels import find_kernels
-
     errors: Errors = {}
     for system, gpu in GPUS.items():
         for points in points_of(folder, system):

@@ -55,7 +55,9 @@ OUTPUT = Path(__file__).parents[1] / "src" / "waterline" / "catalog" / "measured
 CURVATURE = 0.3  # weight of the penalty, in points
 LOOSE = {"head_dim": 0.03, "ep": 0.03, "gpus": 0.03}  # sizes that choose another kernel: neighbours say little
 SLOPE = 0.003  # keeps what no point is near flat
-HOST_BOUND = 1.5  # fp8_block: times below so many of the median for 8 tokens are launches, not work
+SLOPE_FROM_START = 1.0  # … and a fit that starts from another one near it
+HOST_BOUND = 1.5  # fp8_block: shapes whose plain fp8 takes less than so many launches show the launch, not the work
+LEAST_POINTS = 100  # for a fit of its own
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,12 @@ def points_of(folder: Path, system: str) -> Iterator[Points]:
 def _gemm(rows: dict[str, NDArray]) -> Iterator[Points]:
     for dtype in np.unique(rows["gemm_dtype"]):
         one = _where(rows, rows["gemm_dtype"] == dtype)
-        trusted = np.ones(len(one["m"]), dtype=bool)
+        trusted = None
         if dtype == "fp8_block":
-            trusted = one["latency_ms"] > HOST_BOUND * np.median(one["latency_ms"][one["m"] <= 8])
+            launch_ms = np.median(one["latency_ms"][one["m"] <= 8])
+            plain = _where(rows, (rows["gemm_dtype"] == "fp8") & (rows["latency_ms"] > HOST_BOUND * launch_ms))
+            busy = set(zip(plain["m"], plain["n"], plain["k"], strict=True))
+            trusted = np.array([shape in busy for shape in zip(one["m"], one["n"], one["k"], strict=True)])
         sizes = {"tokens": one["m"], "outputs": one["n"], "inputs": one["k"]}
         yield _points("gemm", FORMS[dtype], "", one, sizes, sizes, ("n", "k"), trusted)
 
@@ -286,13 +291,15 @@ def fit(points: Points, gpu: str, keep: NDArray[np.bool_], start: Numbers | None
         points.kind, points.form, points.cache, {name: values[keep] for name, values in points.arguments.items()}
     )
     aim = np.log(np.maximum(points.took_s[keep], least)) - (weight * usual[index]).sum(axis=0)
-    found = _solve(curve, index, weight, aim)
+    found = _solve(curve, index, weight, aim, SLOPE if start is None else SLOPE_FROM_START)
     if start is not None:
         found = found + start
     return _ordered(curve, np.clip(found, -4, 4), usual.reshape(curve.shape) - (0 if start is None else start))
 
 
-def _solve(curve: Curve, index: NDArray[np.intp], weight: Numbers, aim: Numbers, rounds: int = 3) -> Numbers:
+def _solve(
+    curve: Curve, index: NDArray[np.intp], weight: Numbers, aim: Numbers, slope: float, rounds: int = 3
+) -> Numbers:
     """Least squares by conjugate gradients, three times: points further off than 3 % count less each time."""
     counts = np.ones(len(aim))
     found = np.zeros(int(np.prod(curve.shape)))
@@ -305,12 +312,12 @@ def _solve(curve: Curve, index: NDArray[np.intp], weight: Numbers, aim: Numbers,
             result = np.bincount(index.ravel(), (weight * errors).ravel(), len(values))
             grid = values.reshape(curve.shape)
             for axis, penalty in enumerate(penalties):
-                result += SLOPE * _differences(grid, axis, 1).ravel()
+                result += slope * _differences(grid, axis, 1).ravel()
                 if grid.shape[axis] > 2:
                     result += penalty * _differences(grid, axis, 2).ravel()
             return result + 1e-4 * values
 
-        scale = np.bincount(index.ravel(), (weight**2 * counts).ravel(), len(found)) + 6 * sum(penalties)
+        scale = np.bincount(index.ravel(), (weight**2 * counts).ravel(), len(found)) + 6 * sum(penalties) + 4 * slope
         found = _conjugate_gradients(normal, target, found, scale)
         off = np.abs((weight * found[index]).sum(axis=0) - aim)
         counts = 0.03 / np.maximum(off, 0.03)
@@ -360,7 +367,7 @@ def fit_all(folder: Path, system: str, keep: Callable[[Points], NDArray[np.bool_
     fits: dict[str, Measured] = {}
     for points in points_of(folder, system):
         kept = keep(points)
-        if (kept & points.trusted).sum() < 20:
+        if (kept & points.trusted).sum() < (LEAST_POINTS if points.form == "fp8_block" else 20):
             continue
         plain = fits.get("gemm/fp8") if points.name == "gemm/fp8_block" else None
         start = None if plain is None else plain.correction
