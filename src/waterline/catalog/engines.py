@@ -41,6 +41,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_source: str = ""
     large_step_tokens: int = 0
     large_max_batch: int = 0
+    large_except: tuple[str, ...] = ()
     fp8_cache_with: tuple[str, ...] = ()
     versions: tuple[dict[str, Any], ...] = ()  # {before = "0.17", and the keys in which earlier versions differ}
 
@@ -79,6 +80,7 @@ class EngineProfile:
     memory_source: str = ""
     large_step_tokens: int = 0  # the same two where the card is LARGE, 0: no different
     large_max_batch: int = 0
+    large_except: tuple[str, ...] = ()  # chips it does not take for large, whatever their memory
     fp8_cache_with: tuple[str, ...] = ()  # precisions of weights whose checkpoints ask this engine for a cache in fp8
 
     def cache_dtype(self, precision: str) -> str:
@@ -87,7 +89,7 @@ class EngineProfile:
 
     def on(self, gpu: Gpu) -> Self:
         """Return the profile with the limits this engine sets by itself on such a card."""
-        if gpu.memory_bytes < LARGE_BYTES:
+        if gpu.memory_bytes < LARGE_BYTES or gpu.chip in self.large_except:
             return self
         return replace(
             self,
@@ -147,6 +149,7 @@ def _profile(name: str, entry: _Entry) -> EngineProfile:
         start_s=entry.start_s,
         large_step_tokens=entry.large_step_tokens,
         large_max_batch=entry.large_max_batch,
+        large_except=entry.large_except,
         fp8_cache_with=entry.fp8_cache_with,
         source=entry.source,
         read=entry.read.isoformat(),
