@@ -39,14 +39,13 @@ def main() -> None:
     points, refused = read_points(arguments.folder)
     fits = {fitted.name: fitted for fitted in fit_all(arguments.folder)}
     print("error of the estimate, estimated / measured - 1 of the figure published, in %")
-    print(f"{'':52}{'rows':>5}{'median':>8}{'p90':>6}{'MAPE':>6}{'bias':>6}{'in 80 %':>9}{'one constant, MAPE':>20}")
+    print(f"{'':60}{'rows':>5}{'median':>8}{'p90':>6}{'MAPE':>6}{'bias':>6}{'in 80 %':>9}{'one constant, MAPE':>20}")
     llamacpp = [point for point in points if point.entry.startswith("llamacpp")]
-    left_out = {
-        id(point): float(seconds)
-        for name in fits
-        for point, seconds in zip(fits[name].points, fits[name].left_out_s, strict=True)
+    found = {
+        _key(point): float(seconds)
+        for fitted in fits.values()
+        for point, seconds in zip(fitted.points, fitted.left_out_s, strict=True)
     }
-    found = {_key(point): left_out[id(point)] for name in fits for point in fits[name].points}
     print("llama.cpp, each card left out in turn")
     in_turn = np.array([found[_key(point)] for point in llamacpp])
     kinds(llamacpp, in_turn)
@@ -60,22 +59,24 @@ def main() -> None:
         "  decode, AMD": lambda point: point.gpu.stack == "rocm",
     }
     some(groups, [llamacpp[index] for index in decode], in_turn[decode])
-    for title, engines in (("AMD", ("vllm-rocm", "sglang-rocm")),):
-        own = [point for point in points if point.entry in engines]
-        seconds = np.array([found[_key(point)] for point in own])
-        print(f"{title}, each configuration left out in turn")
-        line("all", own, seconds)
-        for engine in engines:
-            chosen = [index for index, point in enumerate(own) if point.entry == engine]
-            print(f" {engine}")
-            kinds([own[index] for index in chosen], seconds[chosen])
+    own = [point for point in points if point.entry in {"vllm-rocm", "sglang-rocm"}]
+    seconds = np.array([found[_key(point)] for point in own])
+    print("AMD, each configuration left out in turn")
+    line(" all", own, seconds)
+    for engine in ("vllm-rocm", "sglang-rocm"):
+        chosen = [index for index, point in enumerate(own) if point.entry == engine]
+        print(f" {engine}")
+        kinds([own[index] for index in chosen], seconds[chosen])
     print("NVIDIA data centre, outside check of what ships: not fitted")
     for engine in ("vllm", "sglang", "trtllm"):
         own = [point for point in points if point.entry == engine]
         print(f" {engine}")
         kinds(own, shipped(own))
-        cards = sorted({point.gpu.id for point in own})
-        some({f"  {card}": lambda point, card=card: point.gpu.id == card for card in cards}, own, shipped(own))  # type: ignore[misc]
+        for name in sorted({_setup(point) for point in own}):
+            for kind in ("ttft", "tpot", "batch"):
+                same = [point for point in own if (_setup(point), point.kind) == (name, kind)]
+                if same:
+                    line(f"  {name} {NAMES[kind]}", same, shipped(same))
     print("sent in by people, llama.cpp: the median of each card")
     sent = community(arguments.folder)
     for card in sorted({point.gpu.id for point in sent}):
@@ -87,6 +88,10 @@ def main() -> None:
     if arguments.rows:
         for fitted in fits.values():
             rows(fitted.points, fitted.left_out_s)
+
+
+def _setup(point: Point) -> str:
+    return f"{point.llm.name.split('/')[-1][:24]} {point.gpu.id} {point.layout}"
 
 
 def _key(point: Point) -> tuple[str, ...]:
@@ -128,7 +133,7 @@ def line(name: str, points: Sequence[Point], seconds: Numbers) -> None:
         ]
         constant = f"{100 * np.mean(np.abs(rule)):.1f}"
     print(
-        f"{name[:52]:52}{len(points):5}{np.median(size):8.1f}{np.quantile(size, 0.9):6.0f}{size.mean():6.1f}"
+        f"{name[:60]:60}{len(points):5}{np.median(size):8.1f}{np.quantile(size, 0.9):6.0f}{size.mean():6.1f}"
         f"{np.median(error):+6.0f}{100 * held:9.0f}{constant:>20}"
     )
 
