@@ -93,7 +93,7 @@ def test_llamacpp_reaches_less_of_a_memory_its_vector_units_cannot_follow() -> N
 
 def test_a_card_without_a_known_vector_rate_is_taken_to_have_enough() -> None:
     gpu = next(gpu for gpu in accelerators.table().values() if "fp32" not in gpu.flops_per_s)
-    assert Calibration(vector_flops=9.0).factors(gpu)["products"] == 1.0
+    assert Calibration(vector_flops=9.0).vector_s_per_byte(gpu) == 0.0
 
 
 def test_stages_of_a_pipeline_follow_one_another() -> None:

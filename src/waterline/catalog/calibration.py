@@ -49,14 +49,16 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     spread: Mapping[str, Spread] = {}  # by provenance
     source: str = ""
 
-    def factors(self, gpu: Gpu) -> Mapping[str, float]:
-        """Return the factors on the kernels of a step by part.
+    def vector_s_per_byte(self, gpu: Gpu) -> float:
+        """Return what a byte of weights costs on the vector units, on top of being read.
 
-        Kernels that multiply on the vector units reach less of a fast memory: reading takes 1 / bandwidth a byte, the
-        arithmetic `vector_flops` / rate on top. A card of which no such rate is known is taken to have enough.
+        Kernels that multiply there reach less of a fast memory. A card of which no such rate is known has enough.
         """
-        rate = gpu.flops_per_s.get("fp32", math.inf)
-        there = self.chips.get(gpu.chip, 1.0) * (1 + self.vector_flops * gpu.memory_bytes_per_s / rate)
+        return self.products * self.vector_flops / gpu.flops_per_s.get("fp32", math.inf)
+
+    def factors(self, gpu: Gpu) -> Mapping[str, float]:
+        """Return the factors on the kernels of a step by part."""
+        there = self.chips.get(gpu.chip, 1.0)
         return {
             "products": self.products * there,
             "experts": self.experts * there,

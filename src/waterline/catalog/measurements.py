@@ -91,7 +91,7 @@ def write_kernels(
             for axis in range(rounded.ndim):
                 rounded = np.diff(rounded, axis=axis, prepend=np.uint8(0))
             codes.append(rounded.ravel())
-        arrays[gpu] = np.concatenate(codes)
+        arrays[gpu] = np.concatenate([np.zeros(0, np.uint8), *codes])
     header["gpus"] = tables
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type] # numpy's stub takes the names for its own options

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterline.cost.kernels import Kernels
+from waterline.cost.kernels_curves import MEMORY_EFFICIENCY
 from waterline.cost.memory import CACHE_ELEMENT_BYTES, embedding_parameters
 from waterline.hardware import Gpu
 from waterline.llm import PRECISIONS, AttentionLayers, FeedForwardLayers, Llm
@@ -55,6 +56,7 @@ class Shard:
     forms: Mapping[str, str]  # of the matrix products by part: a key of PRECISIONS, or "fp8_block"
     kernels: Kernels
     cache: str  # form of the cache of keys and values
+    vector_s_per_byte: float  # of weights, for kernels that multiply on the vector units; 0: they do not
     factors: Mapping[str, float]  # of the engine on the time of its kernels, by part; never below the card's limits
 
     def tokens_s(self, tokens: Numbers) -> Numbers:
@@ -119,7 +121,9 @@ class Shard:
         """
         form = "fp8" if form == "fp8_block" else form
         took = self.kernels.gemm_s(tokens, outputs, inputs, form)
-        return self._calibrated(
+        # Fitted as a share of the usual time to read, of which bandwidth alone is MEMORY_EFFICIENCY.
+        vector_s = self.vector_s_per_byte / MEMORY_EFFICIENCY * outputs * inputs * PRECISIONS[form].bits / 8
+        return vector_s + self._calibrated(
             "products", took, "gemm", form, {"tokens": tokens, "outputs": outputs, "inputs": inputs}
         )
 

@@ -124,8 +124,9 @@ def price_steps(
         has = ", ".join(sorted(gpu.flops_per_s))
         raise InfeasibleError(f"{gpu.id} cannot compute in {precision}: it has {has}. Allow another precision.")
     kernels = Kernels(gpu, (gpu.id,), ()) if calibration.own_kernels else find_kernels(gpu)
+    vector_s = calibration.vector_s_per_byte(gpu)
     cache = "fp8" if engine.cache_dtype(precision) == "fp8" and gpu.flops_per_s.get("fp8") else "bf16"
-    shard = Shard(llm, gpu, layout, forms(llm, precision), kernels, cache, calibration.factors(gpu))
+    shard = Shard(llm, gpu, layout, forms(llm, precision), kernels, cache, vector_s, calibration.factors(gpu))
     counts = _counts(max(engine.step_tokens, MOST_DECODES))  # of each rank
     took_s = shard.tokens_s(counts)
     took_s += calibration.step_s + calibration.layer_s * llm.layers + calibration.token_s * counts
