@@ -10,7 +10,6 @@ The peer's figures are those aiconfigurator prints of itself, each point left ou
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,21 +39,21 @@ Errors = dict[str, dict[str, list[Numbers]]]  # [row of the table][card]: errors
 def predict(kernels: Kernels, points: Points, keep: np.ndarray) -> Numbers:
     """Return seconds for the points in `keep`, asked for as the cost model does."""
     given = {name: values[keep] for name, values in points.arguments.items()}
-    kind = points.kind
-    if kind == "gemm":
-        return kernels.gemm_s(**given, form=points.form)
-    if kind.startswith("prefill"):
-        return kernels.prefill_attention_s(**given, cache=points.cache)
-    if kind.startswith("decode"):
-        return kernels.decode_attention_s(**given, cache=points.cache)
-    if kind == "latent_prefill":
-        return kernels.latent_prefill_s(**given, form=points.form, cache=points.cache)
-    if kind == "latent_decode":
-        return kernels.latent_decode_s(**given, form=points.form, cache=points.cache)
-    if kind.startswith("experts"):
-        return kernels.experts_s(**given, form=points.form, balanced=kind == "experts_balanced")
-    implementation = "custom" if kind.startswith("custom") else "nccl"
-    return kernels.collective_s(kind.removeprefix("custom_"), **given, implementation=implementation)
+    form, cache = {"form": points.form}, {"cache": points.cache}
+    methods = {
+        "gemm": (kernels.gemm_s, form),
+        "prefill": (kernels.prefill_attention_s, cache),
+        "prefill_window": (kernels.prefill_attention_s, cache),
+        "decode": (kernels.decode_attention_s, cache),
+        "decode_window": (kernels.decode_attention_s, cache),
+        "latent_prefill": (kernels.latent_prefill_s, {**form, **cache}),
+        "latent_decode": (kernels.latent_decode_s, {**form, **cache}),
+        "experts": (kernels.experts_s, form),
+        "experts_balanced": (kernels.experts_s, {**form, "balanced": True}),
+        "custom_all_reduce": (kernels.collective_s, {"kind": "all_reduce", "implementation": "custom"}),
+    }
+    method, more = methods.get(points.kind, (kernels.collective_s, {"kind": points.kind, "implementation": "nccl"}))
+    return method(**given, **more)
 
 
 def note(errors: Errors, points: Points, predicted: Numbers, keep: np.ndarray, card: str) -> None:

@@ -1,34 +1,47 @@
-from dataclasses import replace
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from examples import CARD, DENSE, ENGINE, SPARSE
-from waterline.cost import step_cost, weights_bytes
-from waterline.cost.step import prefill_pairs
+from examples import CARD, DENSE, ENGINE, SPARSE, small_plan
+from waterline import catalog
+from waterline.catalog.calibration import Calibration
+from waterline.catalog.engines import find_engine
+from waterline.catalog.measurements import measured_gpus
+from waterline.cost import StepCost, replica_step_cost, step_cost
+from waterline.cost.memory import embedding_parameters, gpu_weights
+from waterline.cost.step import AttentionCost, prefill_pairs, price_steps
 from waterline.errors import InfeasibleError
-from waterline.llm import AttentionLayers, Llm
+from waterline.fleet import Pool
+from waterline.hardware import Gpu
+from waterline.llm import PRECISIONS, AttentionLayers, Llm
+from waterline.llm.precision import SIXTEEN_BIT
 from waterline.plan import Layout
 from waterline.units import PICOSECONDS_PER_S
 
 ONE = Layout()
-sizes = st.integers(0, 4096)
+ATTENTION = AttentionCost(
+    window_tokens=0,
+    decode_ps=(0, 500, 600),
+    decode_ps_per_token=(0, 9, 8),
+    prefill_ps=70,
+    prefill_ps_per_token=3,
+    prefill_ps_per_pair=2,
+)
+BY_HAND = StepCost(
+    tokens_ps=(0, 1000, 1100, 1300),
+    more_ps_per_token=150,
+    head_ps=(0, 40, 50),
+    attention=(ATTENTION, replace(ATTENTION, window_tokens=100)),
+    step_tokens=512,
+)
 
-
-def test_decoding_one_token_takes_as_long_as_reading_the_weights() -> None:
-    step = step_cost(DENSE, CARD, ONE, "bf16", ENGINE)
-    # 2 GB less the input embedding (10,000 x 1,000 x 2 bytes: only a row is read) at 1 TB/s, then 8,000 bytes a token
-    assert step.step_ps(0, 0, 1, 0) == 1_980_000_000
-    assert step.step_ps(0, 0, 1, 1000) == 1_980_000_000 + 1000 * 8000
-
-
-def test_a_long_prompt_takes_as_long_as_multiplying() -> None:
-    step = step_cost(DENSE, CARD, ONE, "bf16", ENGINE)
-    # 2 x 980 M a token, 2 x 10 M for the head once, and 4 x 100 x 8 x 10 a pair, at 1e14 FLOPs a second
-    flops = 512 * 2 * 980e6 + 2 * 10e6 + prefill_pairs(0, 512) * 32_000
-    assert step.step_ps(512, prefill_pairs(0, 512), 0, 0) == pytest.approx(flops / 1e14 * PICOSECONDS_PER_S, rel=1e-6)
+# --- By hand --------------------------------------------------------------------------------------------------------
 
 
 def test_prompt_chunks_add_up_to_the_whole_triangle() -> None:
@@ -36,27 +49,61 @@ def test_prompt_chunks_add_up_to_the_whole_triangle() -> None:
     assert prefill_pairs(0, 3) + prefill_pairs(3, 4) == prefill_pairs(0, 7)
 
 
-def test_tensor_parallelism_halves_the_reading_and_pays_for_the_exchange() -> None:
-    one = step_cost(DENSE, CARD, ONE, "bf16", ENGINE).step_ps(0, 0, 1, 0)
-    two = step_cost(DENSE, CARD, Layout(tp=2), "bf16", ENGINE).step_ps(0, 0, 1, 0)
-    latency = 2 * 10 * ENGINE.collective_latency_ps
-    traffic = 2 * 10 * (2 * 1000) * 1 / 1e11 * PICOSECONDS_PER_S  # 20 all-reduces, 2 (n-1)/n = 1 times 2,000 bytes
-    assert two == pytest.approx(one / 2 + latency + traffic, rel=1e-6)
+def test_one_decode_pays_for_a_token_a_head_and_what_it_has_cached() -> None:
+    # both kinds of layers read 60 tokens at 9 ps; of 160 the one with a window of 100 reads 100
+    assert BY_HAND.step_ps(0, 0, 1, 60) == 1000 + 40 + 2 * (500 + 60 * 9)
+    assert BY_HAND.step_ps(0, 0, 1, 160) == 1000 + 40 + (500 + 160 * 9) + (500 + 100 * 9)
 
 
-def test_experts_are_read_by_the_tokens_that_choose_them() -> None:
-    step = step_cost(SPARSE, CARD, ONE, "bf16", ENGINE)
-    elsewhere = 1_980_000_000 - 1_920_000_000
-    assert step.step_ps(0, 0, 1, 0) == pytest.approx(elsewhere + 1_920_000_000 / 4, rel=1e-6)  # 2 of 8
-    two = 1 - (1 - 2 / 8) ** 2
-    assert step.step_ps(0, 0, 2, 0) == pytest.approx(elsewhere + 1_920_000_000 * two, rel=1e-6)
-    assert step.step_ps(0, 0, 64, 0) == pytest.approx(elsewhere + 1_920_000_000, rel=1e-6)
+def test_beyond_the_tables_their_ends_count() -> None:
+    # 5 tokens: 2 more than the table; sequences beyond it cost what the last ones do
+    assert BY_HAND.step_ps(0, 0, 5, 100) == (1300 + 2 * 150) + 50 + 2 * (600 + 100 * 8)
+
+
+def test_a_prompt_pays_for_its_tokens_and_pairs_within_the_window_and_for_one_head() -> None:
+    # 3 tokens that attend to 900: a window of 100 leaves 300 of those pairs
+    assert BY_HAND.step_ps(3, 900, 0, 0) == 1300 + 40 + 2 * (70 + 3 * 3) + 900 * 2 + 300 * 2
+
+
+def test_prompt_and_decodes_share_the_products_and_add_their_attention() -> None:
+    assert BY_HAND.step_ps(1, 10, 2, 50) == 1300 + 50 + 2 * (600 + 50 * 8) + 2 * (70 + 3 + 20)
+
+
+def test_what_an_engine_adds_is_added_to_the_picosecond() -> None:
+    def took_ps(calibration: Calibration) -> int:
+        return price_steps(DENSE, CARD, ONE, "bf16", ENGINE, calibration).step_ps(100, 5050, 28, 4000)
+
+    kernels = took_ps(Calibration())
+    assert took_ps(Calibration(step_s=1e-3)) - kernels == pytest.approx(10**9, abs=2)
+    assert took_ps(Calibration(layer_s=1e-6)) - kernels == pytest.approx(10 * 10**6, abs=2)  # DENSE has ten layers
+    assert took_ps(Calibration(token_s=1e-6)) - kernels == pytest.approx(128 * 10**6, abs=2)
+    assert took_ps(Calibration(products=2, attention=2, small=2)) == pytest.approx(2 * kernels, rel=1e-3)
+    assert took_ps(Calibration(chips={"another": 3.0})) == kernels
 
 
 def test_a_window_limits_what_is_read() -> None:
     window = AttentionLayers(kind="window", layers=10, query_heads=8, kv_heads=2, head_dim=100, window_tokens=512)
     step = step_cost(msgspec.structs.replace(DENSE, attention=(window,)), CARD, ONE, "bf16", ENGINE)
-    assert step.step_ps(0, 0, 1, 4000) == step.step_ps(0, 0, 1, 512)
+    assert step.step_ps(0, 0, 1, 511) < step.step_ps(0, 0, 1, 512) == step.step_ps(0, 0, 1, 4000)
+    whole = step_cost(DENSE, CARD, ONE, "bf16", ENGINE)
+    assert whole.step_ps(0, 0, 1, 512) < whole.step_ps(0, 0, 1, 4000)
+
+
+def test_experts_that_nobody_chose_are_not_read() -> None:
+    step = step_cost(SPARSE, CARD, ONE, "bf16", ENGINE)
+    one, most = step.step_ps(0, 0, 1, 0), step.step_ps(0, 0, 64, 0)
+    dense = step_cost(DENSE, CARD, ONE, "bf16", ENGINE).step_ps(0, 0, 1, 0)
+    assert one < dense, "2 of 8 experts weigh less than a dense model of the same size"
+    assert most > 2 * one, "64 sequences choose all of them"
+
+
+def test_more_cards_read_faster_and_pay_for_the_exchange() -> None:
+    llm, gpu = catalog.find_model("meta-llama/Llama-3.1-8B"), catalog.find_gpu("h100-sxm-80g")
+    one, two = (
+        step_cost(llm, gpu, layout, "bf16", find_engine("vllm")).step_ps(0, 0, 1, 1000)
+        for layout in (ONE, Layout(tp=2))
+    )
+    assert one / 2 < two < one
 
 
 def test_a_card_without_the_units_is_refused_by_name() -> None:
@@ -65,35 +112,186 @@ def test_a_card_without_the_units_is_refused_by_name() -> None:
         step_cost(DENSE, old, ONE, "fp8", ENGINE)
 
 
-@given(
-    llm=st.sampled_from([DENSE, SPARSE]),
-    precision=st.sampled_from(["bf16", "fp8"]),
-    tp=st.sampled_from([1, 2, 4, 8]),
-    prefill=sizes,
-    decodes=st.integers(0, 64),
-    context=sizes,
+def test_a_planned_replica_has_the_limits_its_engine_sets_on_its_card() -> None:
+    plan = small_plan()
+    vllm = msgspec.structs.replace(plan.replicas[0], engine="vllm")
+    assert replica_step_cost(plan.fleet, vllm).step_tokens == find_engine("vllm").step_tokens
+    large = msgspec.structs.replace(
+        plan.fleet, pools=(Pool(name="box", gpu="h100-sxm-80g", gpus_per_node=1, usd_per_gpu_hour=2.0),)
+    )
+    assert replica_step_cost(large, vllm).step_tokens == find_engine("vllm").large_step_tokens
+
+
+# --- Always ---------------------------------------------------------------------------------------------------------
+
+engines = st.sampled_from(["vllm", "sglang", "trtllm", "llamacpp", "fake"])
+llms = st.sampled_from(
+    [
+        "deepseek-ai/DeepSeek-R1",
+        "deepseek-ai/DeepSeek-V3.2",
+        "google/gemma-3-4b-it",
+        "meta-llama/Llama-3.1-8B",
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        "meta-llama/Meta-Llama-3.1-70B",
+        "mistralai/Mixtral-8x7B-v0.1",
+        "nvidia/DeepSeek-V3.1-NVFP4",
+        "nvidia/Nemotron-H-56B-Base-8K",
+        "openai/gpt-oss-20b",
+        "Qwen/Qwen2.5-0.5B",
+        "Qwen/Qwen3-30B-A3B",
+        "Qwen/Qwen3-32B-FP8",
+        "Qwen/Qwen3-Next-80B-A3B-Instruct",
+        "XiaomiMiMo/MiMo-V2-Flash",
+    ]
+).map(catalog.find_model)
+gpus = st.sampled_from(sorted(catalog.gpus())).map(catalog.find_gpu)
+FASTER_IN_EIGHT_BITS = [
+    name
+    for name, gpu in sorted(catalog.gpus().items())
+    if gpu.flops_per_s.get("fp8", 0) > 1.5 * gpu.flops_per_s.get("bf16", math.inf)
+]
+precisions = st.sampled_from(["bf16", "fp16", "fp8", "int8", "int4", "nvfp4", "mxfp4", "q8_0", "q4_k_m"])
+layouts = st.sampled_from([ONE, Layout(tp=2), Layout(tp=8), Layout(tp=4, pp=2), Layout(tp=8, ep=8)])
+spread = st.sampled_from([Layout(dp=8, ep=8), Layout(tp=2, dp=4, ep=8), Layout(dp=2)])
+tokens = st.one_of(st.integers(0, 40), st.integers(0, 20_000))
+decodes = st.one_of(st.integers(0, 20), st.integers(0, 1500))
+contexts = st.integers(0, 40_000)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A replica that can be priced."""
+
+    llm: Llm
+    gpu: Gpu
+    layout: Layout
+    precision: str
+    engine: str
+
+    def step(self, **changes: object) -> StepCost:
+        case = replace(self, **changes)  # type: ignore[arg-type] # mypy does not know the names
+        return step_cost(case.llm, case.gpu, case.layout, case.precision, find_engine(case.engine).on(case.gpu))
+
+    def __repr__(self) -> str:
+        return f"{self.llm.name} in {self.precision} on {self.gpu.id}, {self.layout}, {self.engine}"
+
+
+def computes(gpu: Gpu, precision: str) -> bool:
+    return any(rate in gpu.flops_per_s for rate in PRECISIONS[precision].compute)
+
+
+cases = st.builds(Case, llms, gpus, st.one_of(layouts, spread), precisions, engines).filter(
+    lambda case: computes(case.gpu, case.precision)
 )
-def test_a_step_is_never_faster_than_physics(
-    llm: Llm, precision: str, tp: int, prefill: int, decodes: int, context: int
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.filter_too_much])
+@given(cases, tokens, decodes, contexts)
+def test_a_step_is_never_faster_than_physics(case: Case, prompt: int, running: int, context: int) -> None:
+    llm, gpu, layout, precision = case.llm, case.gpu, case.layout, case.precision
+    step = case.step()
+    prompt, running = in_one_step(step, prompt, running)
+    assume(prompt + running > 0)
+    took_s = step.step_ps(prompt, prefill_pairs(0, prompt), running, running * context) / PICOSECONDS_PER_S
+    held = gpu_weights(llm, precision, Layout(tp=layout.tp, dp=layout.dp, ep=layout.ep))  # stages follow one another
+    read_bytes = held.attention_bytes + held.dense_bytes
+    if layout.ep == layout.dp == 1:  # else they may be those of other GPUs
+        read_bytes += held.experts_bytes * chosen_share(llm)
+    assert took_s >= 0.98 * read_bytes / gpu.memory_bytes_per_s  # norms, routers and biases are not told apart
+    flops = 2 * (llm.active_parameters - embedding_parameters(llm)) * (prompt + running)
+    best = max(gpu.flops_per_s[rate] for rate in usable_rates(gpu, precision))
+    assert took_s >= 0.98 * flops / (layout.tp * layout.dp) / best
+
+
+def in_one_step(step: StepCost, prompt: int, running: int) -> tuple[int, int]:
+    """Return as much of it as an engine puts into a step."""
+    prompt = min(prompt, step.step_tokens)
+    return prompt, min(running, step.step_tokens - prompt)
+
+
+def chosen_share(llm: Llm) -> float:
+    """Return the part of the routed experts a single token passes."""
+    return min((group.experts_per_token / group.experts for group in llm.feed_forward if group.experts), default=0.0)
+
+
+def usable_rates(gpu: Gpu, precision: str) -> set[str]:
+    return set(gpu.flops_per_s) & {*PRECISIONS[precision].compute, *SIXTEEN_BIT}
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.filter_too_much])
+@given(cases, tokens, st.integers(1, 300), decodes, contexts)
+def test_more_work_never_takes_less_time(case: Case, prompt: int, more: int, running: int, context: int) -> None:
+    step = case.step()
+    pairs, running, added = prefill_pairs(0, prompt), running * step.ranks, more * step.ranks  # as many on every rank
+    took_ps = step.step_ps(prompt, pairs, running, running * context)
+    assert took_ps <= step.step_ps(prompt + more, pairs, running, running * context)
+    assert took_ps <= step.step_ps(prompt, pairs + more, running, running * context)
+    assert took_ps <= step.step_ps(prompt, pairs, running + added, (running + added) * context)
+    assert took_ps <= step.step_ps(prompt, pairs, running, running * (context + more))
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.filter_too_much])
+@given(
+    cases.filter(lambda case: case.gpu.id in measured_gpus()),
+    st.floats(1, 4),
+    st.floats(1, 4),
+    st.sampled_from([0, 64, 500, 2000]),
+    decodes,
+    contexts,
+)
+def test_a_better_card_is_never_slower_but_for_what_the_fits_leave(
+    case: Case, bandwidth: float, rate: float, prompt: int, running: int, context: int
 ) -> None:
-    if prefill + decodes == 0:
-        return
-    step = step_cost(llm, CARD, Layout(tp=tp), precision, ENGINE)
-    took_s = step.step_ps(prefill, prefill_pairs(0, prefill), decodes, decodes * context) / PICOSECONDS_PER_S
-    embedding = llm.vocabulary * llm.hidden * 2
-    experts = llm.expert_parameters * (2 if precision == "bf16" else 1)
-    chosen = 1.0 if llm is DENSE else 2 / 8
-    read = weights_bytes(llm, precision) - embedding - experts * (1 - chosen)
-    assert took_s >= read / tp / CARD.memory_bytes_per_s
-    flops = 2 * (llm.active_parameters - 2 * llm.vocabulary * llm.hidden) * (prefill + decodes)
-    assert took_s >= flops / tp / CARD.flops_per_s["bf16" if precision == "bf16" else "fp8"]
+    """Lines and planes are laid through attention kernels; where both limits play a part they tilt."""
+    better = replace(
+        case.gpu,
+        memory_bytes_per_s=case.gpu.memory_bytes_per_s * bandwidth,
+        flops_per_s={name: flops * rate for name, flops in case.gpu.flops_per_s.items()},
+    )
+    before, after = case.step(), case.step(gpu=better)
+    assert all(new <= old for new, old in zip(after.tokens_ps, before.tokens_ps, strict=True))
+    assert all(new <= old for new, old in zip(after.head_ps, before.head_ps, strict=True))
+    prompt, running = in_one_step(before, prompt, running)
+    work = prompt, prefill_pairs(0, prompt), running, running * context
+    assert after.step_ps(*work) <= (1.2 if prompt else 1.02) * before.step_ps(*work)
 
 
-@given(sizes, sizes, st.integers(0, 63), sizes)
-def test_more_work_never_takes_less_time(prefill: int, pairs: int, decodes: int, cached: int) -> None:
-    step = step_cost(SPARSE, CARD, Layout(tp=2), "bf16", ENGINE)
-    took = step.step_ps(prefill, pairs, decodes, cached)
-    assert took <= step.step_ps(prefill + 1, pairs, decodes, cached)
-    assert took <= step.step_ps(prefill, pairs + 1, decodes, cached)
-    assert took <= step.step_ps(prefill, pairs, decodes + 1, cached)
-    assert took <= step.step_ps(prefill, pairs, decodes, cached + 1)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.filter_too_much])
+@given(
+    st.sampled_from(["meta-llama/Llama-3.1-8B", "Qwen/Qwen3-32B", "meta-llama/Meta-Llama-3.1-70B"]),
+    st.sampled_from(FASTER_IN_EIGHT_BITS),
+    engines,
+    st.sampled_from([0, 1, 64, 500, 2000]),
+    decodes,
+    contexts,
+)
+def test_eight_bits_are_hardly_ever_slower_than_sixteen(
+    model: str, card: str, engine: str, prompt: int, running: int, context: int
+) -> None:
+    """Narrow matrices and experts are left out: kernels were measured whose fp8 takes twice as long as bf16.
+
+    Those of matrices narrower than 1500 on every card, those of vLLM's experts on Hopper.
+    """
+    case = Case(catalog.find_model(model), catalog.find_gpu(card), ONE, "bf16", engine)
+    prompt, running = in_one_step(case.step(), prompt, running)
+    work = prompt, prefill_pairs(0, prompt), running, running * context
+    assert case.step(precision="fp8").step_ps(*work) <= 1.2 * case.step().step_ps(*work)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
+@given(cases)
+def test_every_coefficient_is_a_whole_number_so_that_sums_are_exact(case: Case) -> None:
+    found = list(numbers(case.step()))
+    assert {type(number) for number in found} == {int}
+    assert min(found) >= 0
+
+
+def numbers(part: Any) -> Iterator[Any]:
+    if is_dataclass(part):
+        for field in fields(part):
+            yield from numbers(getattr(part, field.name))
+    elif isinstance(part, tuple):
+        for one in part:
+            yield from numbers(one)
+    else:
+        yield part

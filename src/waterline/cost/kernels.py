@@ -103,7 +103,7 @@ class Kernels:
         m, n, k = _floats(tokens, outputs, inputs)
         peaks = self.peaks_of("gemm", form)
         took = self._surface("gemm", form)(m, n, k)
-        if form == "fp8_block":
+        if form == "fp8_block" and peaks.input_bytes < SIXTEEN_BITS:
             took = took + SCALING_S
         return np.maximum(took, peaks.limit_s(*gemm_work(peaks, m, n, k)))
 
