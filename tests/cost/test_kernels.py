@@ -101,7 +101,7 @@ def test_a_better_card_of_the_same_class_is_never_slower(
     sources = (source_of(gpu),) if gpu.id not in measured_gpus() else (gpu.id,)
     better = every_kernel(Kernels(faster(gpu, *factors), sources), size, width, form, cache)
     for name, took_s in every_kernel(Kernels(gpu, sources), size, width, form, cache).items():
-        slack = 0.02 if name == "prefill after others" else 1e-9  # one surface less another: rounded twice
+        slack = 0.1 if name == "prefill after others" else 1e-9  # one surface less another: both fitted
         assert better[name] <= took_s * (1 + slack), name
 
 
