@@ -24,7 +24,7 @@ FLEETS = [  # card, nodes, model, precisions, requests/s, prompt, output tokens
     ("h200-sxm-141g", 2, "deepseek-ai/DeepSeek-R1", [], 3.0, 1000, 1000),
     ("b200-sxm-180g", 1, "openai/gpt-oss-120b", [], 20.0, 2000, 500),
     ("mi300x", 1, "deepseek-ai/DeepSeek-R1", [], 1.0, 3000, 800),
-    ("mi300x", 2, "Qwen/Qwen3-235B-A22B", [], 5.0, 4000, 200),
+    ("mi300x", 3, "Qwen/Qwen3-235B-A22B", [], 5.0, 4000, 200),
 ]
 
 

@@ -283,6 +283,8 @@ def _entry(engine: str, runs: list[Run]) -> list[str]:
     lines = ["", f"[{engine}]"]
     lines += [f"{name} = {getattr(found, name):.4g}" for name in (*STEP, *REQUEST)]
     lines += [f"gpus = {cards}".replace("'", '"'), f'source = "{len(runs)} runs"']
+    most = {name: max(getattr(run, name) for run in runs) for name in ("isl", "osl", "concurrency")}
+    lines.append("most = { " + ", ".join(f"{name} = {value}" for name, value in most.items()) + " }")
     by_card = {"measured": [run.configuration for run in runs]}
     if len(cards) > 1:
         by_card["interpolated"] = by_card["transferred"] = [run.gpu.id for run in runs]

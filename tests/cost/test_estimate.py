@@ -171,3 +171,18 @@ def test_a_profile_with_fewer_places_runs_fewer() -> None:
         llm, gpu, Layout(), "bf16", profile, step, prompt_tokens=100, output_tokens=100, concurrency=20
     )
     assert found.running == 5
+
+
+def test_beyond_twice_what_was_measured_it_says_so() -> None:
+    llm, gpu = catalog.find_model("meta-llama/Llama-3.1-8B"), catalog.find_gpu("h200_sxm")
+    engine = find_engine("vllm").on(gpu)
+    step = step_cost(llm, gpu, Layout(), "bf16", engine)
+
+    def notes(isl: int) -> tuple[str, ...]:
+        found = estimate_replica(
+            llm, gpu, Layout(), "bf16", engine, step, prompt_tokens=isl, output_tokens=100, concurrency=1
+        )
+        return found.notes
+
+    assert notes(8192) == ()
+    assert notes(32_768) == ("isl 32768 is beyond twice what was measured, 8192",)

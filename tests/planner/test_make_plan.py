@@ -200,9 +200,11 @@ def day_and_night(day: float, night: float) -> Fleet:
 
 
 def test_the_hardest_hour_is_planned_for_not_the_one_with_most_requests() -> None:
-    both = make_plan(day_and_night(day=6.0, night=5.0))
-    night = make_plan(day_and_night(day=0.0, night=5.0))
-    assert both.gpus == night.gpus > make_plan(day_and_night(day=6.0, night=0.0)).gpus
+    by_night = 1.5 * make_plan(day_and_night(day=0.0, night=0.1)).replicas[0].requests_per_s  # more than one replica
+    by_day = 1.1 * by_night  # more requests, of a twentieth of the length
+    both = make_plan(day_and_night(day=by_day, night=by_night))
+    night = make_plan(day_and_night(day=0.0, night=by_night))
+    assert both.gpus == night.gpus > make_plan(day_and_night(day=by_day, night=0.0)).gpus
 
 
 def test_gpus_are_shared_by_gpu_time_not_by_requests() -> None:

@@ -46,6 +46,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     steps: float = 0.0  # of the others that a first token waits for besides
     together: float = 0.0  # share of the requests of a run that start at the same moment
     gpus: tuple[str, ...] = ()  # the runs were on
+    most: Mapping[str, int] = {}  # the largest isl, osl and concurrency of the runs
     spread: Mapping[str, Spread] = {}  # by provenance
     source: str = ""
 

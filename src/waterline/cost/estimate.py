@@ -90,7 +90,13 @@ def estimate_replica(
     ttft_s, tpot_s = closed_loop(found, calibration, running, output_tokens, concurrency, step.ranks)
     provenance = _provenance(kernels.provenance, gpu, calibration)
     spread = calibration.spread_of(provenance)
-    notes = () if running == concurrency else (f"{running} of {concurrency} requests run, the others wait",)
+    notes = [] if running == concurrency else [f"{running} of {concurrency} requests run, the others wait"]
+    asked = {"isl": prompt_tokens, "osl": output_tokens, "concurrency": concurrency}
+    notes += [
+        f"{name} {asked[name]} is beyond twice what was measured, {most}"
+        for name, most in calibration.most.items()
+        if asked[name] > 2 * most
+    ]
     per_sequence = memory.cache_bytes / max(1, places)
     return Estimate(
         ttft_s=_between(ttft_s, spread.ttft),
@@ -99,7 +105,7 @@ def estimate_replica(
         needed_bytes_per_gpu=round(memory.needed_bytes + running * per_sequence),
         running=running,
         provenance=provenance,
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
