@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from waterline.cost import Estimate
+from waterline.plan import Layout
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,6 +76,12 @@ def test_the_link_is_felt_more_the_more_is_exchanged(written: str) -> None:
     assert len(slower) == 4
     assert slower == sorted(slower)
     assert slower[-1] > 50  # 450 GB/s against 200 are 125 % where nothing else counts
+
+
+def test_a_slower_link_never_makes_a_step_faster(article: ModuleType) -> None:
+    for kind, size in article.WORKLOADS:
+        assert article.slower("meta-llama/Meta-Llama-3.1-70B", Layout(tp=8), kind, size) >= 1
+        assert article.slower("Qwen/Qwen3-235B-A22B", Layout(dp=8, ep=8), kind, size) >= 1
 
 
 def test_the_words_follow_the_figures(article: ModuleType) -> None:

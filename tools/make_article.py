@@ -8,6 +8,7 @@ Run it whenever the cost model or the catalogue has changed, and read the differ
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -239,14 +240,14 @@ CONTEXT_TOKENS = 4096
 
 
 def weaker_link() -> str:
-    whole, cut = card("h100-sxm-80g"), card("h800-sxm-80g")
+    sold, (whole, cut) = card("h800-sxm-80g"), links()
     settings = (
         ("all-reduce", "meta-llama/Meta-Llama-3.1-70B", Layout(tp=8)),
         ("all-reduce", "deepseek-ai/DeepSeek-V3", Layout(tp=8, pp=2)),
         ("experts", "Qwen/Qwen3-235B-A22B", Layout(dp=8, ep=8)),
     )
     slowdowns = {
-        (exchanged, name, str(layout)): [slower(name, layout, *work, whole, cut) for work in WORKLOADS]
+        (exchanged, name, str(layout)): [slower(name, layout, *work) for work in WORKLOADS]
         for exchanged, name, layout in settings
     }
     rows = [
@@ -256,7 +257,7 @@ def weaker_link() -> str:
     decode_worst = max(max(ratios[:-1]) for ratios in slowdowns.values())
     prefill_worst = max(ratios[-1] for ratios in slowdowns.values())
     worst = max(decode_worst, prefill_worst)
-    same = whole.flops_per_s == cut.flops_per_s and whole.memory_bytes_per_s == cut.memory_bytes_per_s
+    same = whole.flops_per_s == sold.flops_per_s and whole.memory_bytes_per_s == sold.memory_bytes_per_s
     columns = ("model, FP8", "layout", "exchange", *(f"{kind} {size:,}" for kind, size in WORKLOADS))
     return section(
         "H800 against H100: where the link matters",
@@ -266,8 +267,9 @@ def weaker_link() -> str:
         f"{whole.link.bytes_per_s / GIGA:.0f}. {onset(slowdowns)} At worst a decode step takes "
         f"{percent_text(decode_worst)} longer and a prefill step {percent_text(prefill_worst)}: "
         f"{'the layout hardly matters' if worst < FELT else 'layouts that exchange less are worth searching for'}.",
-        "How much longer one step takes on the H800; batches are over all cards, with "
-        f"{CONTEXT_TOKENS:,} tokens of context, and the prefill is of {WORKLOADS[-1][1]:,} tokens:",
+        "How much longer one step takes when an H100 is given the link of an H800, so that nothing but the link "
+        f"differs; batches are over all cards, with {CONTEXT_TOKENS:,} tokens of context, and the prefill is of "
+        f"{WORKLOADS[-1][1]:,} tokens:",
         table(columns, rows, text_columns=3),
         "One exchange between eight cards, by what each of them holds:",
         exchange_table(whole, cut),
@@ -276,19 +278,23 @@ def weaker_link() -> str:
     )
 
 
-def slower(name: str, layout: Layout, kind: str, size: int, whole: Gpu, cut: Gpu) -> float:
-    """Return the time of a step on the second card over that on the first."""
-    took = []
-    for gpu in (whole, cut):
-        step = priced(name, layout, gpu.id)
-        decode, prefill = (0, 0, size, size * CONTEXT_TOKENS), (size, prefill_pairs(0, size), 0, 0)
-        took.append(step.step_ps(*(decode if kind == "decode" else prefill)))
-    return took[1] / took[0]
+@cache
+def links() -> tuple[Gpu, Gpu]:
+    """Return the H100, and the same card with the H800's link: their curves differ in nothing else."""
+    whole = card("h100-sxm-80g")
+    return whole, replace(whole, link=card("h800-sxm-80g").link)
+
+
+def slower(name: str, layout: Layout, kind: str, size: int) -> float:
+    """Return the time of a step with the cut link over that with the whole one."""
+    decode, prefill = (0, 0, size, size * CONTEXT_TOKENS), (size, prefill_pairs(0, size), 0, 0)
+    whole_ps, cut_ps = (step.step_ps(*(decode if kind == "decode" else prefill)) for step in priced(name, layout))
+    return cut_ps / whole_ps
 
 
 @cache
-def priced(name: str, layout: Layout, gpu: str) -> StepCost:
-    return steps_of(Setting(model(name), card(gpu), "fp8", layout))
+def priced(name: str, layout: Layout) -> tuple[StepCost, ...]:
+    return tuple(steps_of(Setting(model(name), gpu, "fp8", layout)) for gpu in links())
 
 
 def onset(slowdowns: dict[tuple[str, str, str], list[float]]) -> str:
