@@ -28,8 +28,8 @@ def test_a_plan_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> 
         (b"{", "is not a plan: .*Write it again with: waterline plan FLEET"),
         (b"[]", "is not a plan"),
         (b"[" * 100_000, "is not a plan"),
-        (b'{"version": 1, "fleet": 3}', r"is not a plan: .*\$.fleet"),
-        (b'{"version": 1, "fleet": {"name": "\xff"}}', "is not a plan: 'utf-8' codec"),
+        (b'{"version": 2, "fleet": 3}', r"is not a plan: .*\$.fleet"),
+        (b'{"version": 2, "fleet": {"name": "\xff"}}', "is not a plan: 'utf-8' codec"),
     ],
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
@@ -41,8 +41,8 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, data: bytes, message:
 def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     write_plan(small_plan(), path)
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2', 1))
-    with pytest.raises(PlanFileError, match="version 2, this program reads 1"):
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1', 1))
+    with pytest.raises(PlanFileError, match="version 1, this program reads 2"):
         read_plan(path)
 
 
@@ -114,7 +114,7 @@ def test_a_value_that_makes_no_sense_is_named_with_its_place(
 
 
 def test_two_replicas_share_neither_an_id_nor_a_gpu(tmp_path: Path) -> None:
-    replica = json.loads(edited(tmp_path, "version", 1).read_text())["replicas"][0]
+    replica = json.loads(edited(tmp_path, "version", 2).read_text())["replicas"][0]
     path = edited(tmp_path, "replicas", [replica, replica])
     with pytest.raises(PlanFileError, match="replica 'chat/0': 2 replicas have this id"):
         read_plan(path)

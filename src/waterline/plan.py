@@ -1,4 +1,4 @@
-"""The file the planner writes and the other two jobs read: which replica runs where."""
+"""The file the planner writes and the other two jobs read: which replica runs where, and at which hours of the day."""
 
 import json
 import math
@@ -14,13 +14,17 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from waterline.errors import InputError, PlanFileError, nearest
-from waterline.fleet import ENGINES, Count, Fleet, Name, Pool, check_fleet
+from waterline.fleet import ENGINES, HOURS, Count, Fleet, Name, Pool, check_fleet
 from waterline.llm import PRECISIONS
 from waterline.workload import write_whole
 
-VERSION = 1
+VERSION = 2
 WRITE_AGAIN = "Write it again with: waterline plan FLEET"
+EVERY_HOUR = tuple(range(HOURS))
 Limit = Literal["memory", "ttft", "tpot", "engine"]
+Role = Literal["both", "prefill", "decode"]
+Objective = Literal["money", "energy", "goodput"]
+Hour = Annotated[int, Meta(ge=0, lt=HOURS)]  # of the day, from midnight on
 Index = Annotated[int, Meta(ge=0)]
 Tokens = Annotated[int, Meta(ge=1)]  # worked out, not typed: a cache may hold more than any Count
 Figure = Annotated[float, Meta(ge=0)]  # likewise
@@ -70,6 +74,9 @@ class Replica(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ttft_s: Figure  # what the SLO's fraction of the requests is expected to see at most, at the planned rate
     tpot_s: Figure
     usd_per_hour: Figure
+    role: Role = "both"  # "prefill" reads prompts and sends their cache on, "decode" writes the answers
+    hours: tuple[Hour, ...] = EVERY_HOUR  # at which it serves; it is loaded before the first of them
+    load_s: Figure = 0.0  # from its start to its first request: the engine, and the weights onto that node
 
 
 class ModelPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -101,22 +108,69 @@ class TenantPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return max(0.0, self.gpus - self.deserved_gpus)
 
 
+class Share(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One tenant's part of one model at one hour."""
+
+    tenant: Name
+    model: Name
+    asked_requests_per_s: Figure
+    served_requests_per_s: Figure  # the same, but where the fleet is too small
+    gpus: Figure  # its part of the model's GPUs, by GPU time
+
+
+class Loan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """GPUs a tenant uses beyond what it deserves, and who deserves them. They come back within the hour."""
+
+    lender: str  # "": deserved by nobody
+    borrower: Name
+    gpus: Figure
+
+
+class HourPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One hour of the day: who is served with how many GPUs, from whom they come, and what moves."""
+
+    hour: Hour
+    gpus: Index  # that serve
+    usd: Figure  # for this hour, starts of replicas included
+    watts: Figure  # of the GPUs that serve
+    shares: tuple[Share, ...]
+    loans: tuple[Loan, ...] = ()
+    starts: tuple[Name, ...] = ()  # replicas that serve from this hour on and did not before; midnight follows 23
+    stops: tuple[Name, ...] = ()  # replicas that served until this hour
+
+    def gpus_of(self, tenant: str) -> float:
+        return math.fsum(share.gpus for share in self.shares if share.tenant == tenant)
+
+
 class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything a rehearsal or a live service needs; the fleet file travels inside."""
 
     version: int = VERSION
     fleet: Fleet
+    objective: Objective = "money"  # "goodput" where the fleet is too small for its demand
     models: tuple[ModelPlan, ...]
     tenants: tuple[TenantPlan, ...]
     replicas: tuple[Replica, ...]
+    hours: tuple[HourPlan, ...] = ()  # all 24; empty in a plan whose replicas serve all day
+
+    @property
+    def busiest_hour(self) -> int:
+        """The hour at which most GPUs serve; the first of several."""
+        gpus = [sum(replica.layout.gpus for replica in self.replicas_at(hour)) for hour in EVERY_HOUR]
+        return gpus.index(max(gpus))
+
+    def replicas_at(self, hour: int) -> tuple[Replica, ...]:
+        return tuple(replica for replica in self.replicas if hour in replica.hours)
 
     @property
     def usd_per_hour(self) -> float:
-        return math.fsum(replica.usd_per_hour for replica in self.replicas)
+        """At the busiest hour."""
+        return math.fsum(replica.usd_per_hour for replica in self.replicas_at(self.busiest_hour))
 
     @property
     def gpus(self) -> int:
-        return sum(replica.layout.gpus for replica in self.replicas)
+        """At the busiest hour."""
+        return sum(replica.layout.gpus for replica in self.replicas_at(self.busiest_hour))
 
     @property
     def replica_usd_per_hour(self) -> dict[str, float]:
@@ -216,6 +270,8 @@ def _problems(plan: Plan) -> Iterator[str]:
         yield from _unknown(f"{where}: pool", replica.pool, pools)
         yield from _unknown(f"{where}: precision", replica.precision, PRECISIONS)
         yield from _unknown(f"{where}: engine", replica.engine, ENGINES)
+        if not replica.hours or list(replica.hours) != sorted(set(replica.hours)):
+            yield f"{where}: hours = {list(replica.hours)} must be hours of the day in their order, at least one."
     yield from _misplaced(plan.replicas, pools)
 
 
@@ -225,7 +281,7 @@ def _unknown(where: str, name: str, known: Iterable[str]) -> Iterator[str]:
 
 
 def _misplaced(replicas: Iterable[Replica], pools: Mapping[str, Pool]) -> Iterator[str]:
-    taken: dict[tuple[str, int, int], str] = {}  # (pool, node, GPU) -> replica
+    taken: dict[tuple[str, int, int], list[Replica]] = {}  # (pool, node, GPU) -> replicas, at different hours
     for replica in replicas:
         where, pool = f"replica '{replica.id}': places", pools[replica.pool]
         places = [(place.node, gpu) for place in replica.places for gpu in place.gpus]
@@ -237,6 +293,11 @@ def _misplaced(replicas: Iterable[Replica], pools: Mapping[str, Pool]) -> Iterat
                     f"{where}: GPU {gpu} of node {node} is not in pool '{pool.name}', which has {pool.nodes} x "
                     f"{pool.gpus_per_node} GPUs, counted from 0."
                 )
-            if other := taken.get((pool.name, node, gpu)):
-                yield f"{where}: GPU {gpu} of node {node} in pool '{pool.name}' is taken by '{other}' already."
-            taken[pool.name, node, gpu] = replica.id
+            there = taken.setdefault((pool.name, node, gpu), [])
+            for other in there:
+                if both := set(other.hours) & set(replica.hours):
+                    yield (
+                        f"{where}: GPU {gpu} of node {node} in pool '{pool.name}' is taken by '{other.id}' already, "
+                        f"at hour {min(both)}."
+                    )
+            there.append(replica)
