@@ -104,6 +104,26 @@ def test_an_fp8_model_may_also_run_in_int8(tmp_path: Path) -> None:
         ),
         ('name = "chat"', 'name = "chat"\nengine = "openai"', "needs both engine"),
         ('name = "chat"', 'name = "chat"\nslo = { ttft = 1 }', "unknown key 'ttft'. Did you mean 'ttft_s'"),
+        (
+            'name = "chat"',
+            'name = "chat"\nmeasured = [{ gpu = "h800", gpus = 8, prompt_tokens_per_s = 9e4 }]',
+            "'measured\\[0\\]' of .*: the key 'output_tokens_per_s' is missing",
+        ),
+        (
+            'name = "chat"',
+            'name = "chat"\nmeasured = [{ gpu = "h800x", gpus = 8, prompt_tokens_per_s = 9, output_tokens_per_s = 9 }]',
+            "'gpu' of what was measured of model 'chat': .*h800",
+        ),
+        (
+            'name = "chat"',
+            (
+                'name = "chat"\nmeasured = [{ gpu = "4090", gpus = 1, prompt_tokens_per_s = 9, output_tokens_per_s = 9 }, '
+                '{ gpu = "RTX 4090", gpus = 1, prompt_tokens_per_s = 9, output_tokens_per_s = 9 }]'
+            ),
+            "model 'chat' was measured twice on 'rtx-4090'",
+        ),
+        ("requests_per_s = 1.0", "requests_per_s = 1.0\nprefix_hit = 1.5", "'prefix_hit' of .*: expected a number < 1"),
+        ("[[pools]]", 'objective = "speed"\n[[pools]]', "'objective': .*'speed'"),
         ("[[pools]]", "[[pool]]", "unknown key 'pool'. Did you mean 'pools'"),
         ("[[models]]", "[[models]", "not valid TOML: .*line"),
     ],

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -50,6 +50,15 @@ class Pool(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.nodes * self.gpus_per_node
 
 
+class Measured(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an owner has measured of a model on some GPUs of a kind; it is believed instead of the cost model."""
+
+    gpu: Name  # an id of the catalogue, or a name people type
+    gpus: Count  # that reach these rates together: a whole node, say
+    prompt_tokens_per_s: Annotated[float, Meta(gt=0)]  # while they only read; cached tokens count
+    output_tokens_per_s: Annotated[float, Meta(gt=0)]  # while they only write
+
+
 class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A model to be served."""
 
@@ -61,6 +70,7 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     engine: str = ""  # "": llama.cpp for a .gguf, else vLLM
     url: str = ""  # of a running OpenAI-compatible server, for the engine "openai"
     api_key_env: str = ""  # the environment variable that holds that server's key
+    measured: tuple[Measured, ...] = ()  # at most one for a kind of GPU
 
 
 class Tenant(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +91,7 @@ class Demand(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     requests_per_s: Rate | tuple[Rate, ...] | None = None  # all day, or of each hour
     prompt_tokens: Count = 1000  # mean
     output_tokens: Count = 200  # mean
+    prefix_hit: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # share of the prompts' tokens that are in the cache already
 
     @property
     def hourly_requests_per_s(self) -> tuple[float, ...]:
@@ -96,6 +107,7 @@ class Fleet(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Pools, models, tenants and what is asked of them."""
 
     name: Name
+    objective: Literal["money", "energy", "goodput"] = "money"  # goodput: serve most, then cheapest
     pools: Annotated[tuple[Pool, ...], Meta(min_length=1)]
     models: Annotated[tuple[Model, ...], Meta(min_length=1)]
     tenants: tuple[Tenant, ...] = ()
@@ -189,7 +201,14 @@ IN_WORDS = {
     "object": "a table",
     "null": "nothing",
 }
-TABLES: dict[str, type[Struct]] = {"pools": Pool, "models": Model, "tenants": Tenant, "demand": Demand, "slo": Slo}
+TABLES: dict[str, type[Struct]] = {
+    "pools": Pool,
+    "models": Model,
+    "measured": Measured,
+    "tenants": Tenant,
+    "demand": Demand,
+    "slo": Slo,
+}
 
 
 def _explain(message: str, data: dict[str, Any]) -> str:
@@ -303,6 +322,12 @@ def _complete_model(model: Model, path: Path) -> Model:
             f"{path}: max_context_tokens = {model.max_context_tokens} of model '{model.name}' is more than the model's "
             f"own {llm.max_context_tokens}. Write at most that."
         )
+    measured = tuple(_complete_measured(one, model, path) for one in model.measured)
+    for one in measured:
+        if [other.gpu for other in measured].count(one.gpu) > 1:
+            raise FleetFileError(
+                f"{path}: model '{model.name}' was measured twice on '{one.gpu}'. Keep one of the two."
+            )
     local = path.parent / Path(model.weights).expanduser()
     return replace(
         model,
@@ -311,7 +336,13 @@ def _complete_model(model: Model, path: Path) -> Model:
         max_context_tokens=model.max_context_tokens or min(llm.max_context_tokens, DEFAULT_CONTEXT_TOKENS),
         slo=slo,
         engine=engine,
+        measured=measured,
     )
+
+
+def _complete_measured(measured: Measured, model: Model, path: Path) -> Measured:
+    with _naming(path, f"'gpu' of what was measured of model '{model.name}'"):
+        return replace(measured, gpu=catalog.find_gpu(measured.gpu).id)
 
 
 def _check_engine(model: Model, path: Path) -> None:
