@@ -81,6 +81,16 @@ def test_what_an_engine_adds_is_added_to_the_picosecond() -> None:
     assert took_ps(Calibration(chips={"another": 3.0})) == kernels
 
 
+def test_what_a_first_token_waits_for_besides_is_in_no_step() -> None:
+    plain, late = (
+        price_steps(DENSE, CARD, ONE, "bf16", ENGINE, Calibration(request_s=request_s)) for request_s in (0.0, 0.0485)
+    )
+    assert (plain.first_token_ps, late.first_token_ps) == (0, 48_500_000_000)
+    assert late.step_ps(100, 5050, 28, 4000) == plain.step_ps(100, 5050, 28, 4000)
+    vllm = step_cost(catalog.find_model("meta-llama/Llama-3.1-8B"), CARD, ONE, "bf16", find_engine("vllm"))
+    assert 0.01 < vllm.first_token_ps / PICOSECONDS_PER_S < 0.2
+
+
 def test_a_window_limits_what_is_read() -> None:
     window = AttentionLayers(kind="window", layers=10, query_heads=8, kv_heads=2, head_dim=100, window_tokens=512)
     step = step_cost(msgspec.structs.replace(DENSE, attention=(window,)), CARD, ONE, "bf16", ENGINE)

@@ -7,6 +7,9 @@ for prompts a base, a slope by token and one by pair of query and key. Kernel ti
 none faster than the card's bandwidth and peak allow, so no step is either. What an engine does better or worse than
 the kernels that were measured, and what it adds, are factors of its calibration.
 
+What a client waits for besides, once a request whatever its length, is `StepCost.first_token_ps`. It passes outside the
+steps and keeps no other request waiting: add it to a first token, never to a step.
+
 All coefficients are integers: sums over steps are exact whatever their order, which is what lets a rehearsal skip steps
 without changing the result.
 """
@@ -57,6 +60,7 @@ class StepCost:
     attention: tuple[AttentionCost, ...]
     step_tokens: int  # prompt and output tokens the engine puts into one step, at most, over all ranks
     ranks: int = 1  # of data-parallel attention: each has its share of the sequences, all wait for the fullest
+    first_token_ps: int = 0  # a first token comes so much later than its last step ends: HTTP, tokenising, the way back
 
     def step_ps(self, prefill_tokens: int, prefill_pairs: int, decodes: int, cached_tokens: int) -> int:
         """Return the time of one step, in picoseconds.
@@ -140,6 +144,7 @@ def price_steps(
         attention=tuple(cost for group in llm.attention for cost in _attention_costs(shard, group)),
         step_tokens=engine.step_tokens * layout.dp,
         ranks=layout.dp,
+        first_token_ps=int(_ps(calibration.request_s)),
     )
 
 
