@@ -48,6 +48,12 @@ def test_amd_has_entries_of_its_own_and_other_stacks_take_the_general_one() -> N
     assert calibration_of("llamacpp", "metal") == calibration_of("llamacpp")
 
 
+def test_a_server_behind_a_url_and_the_fake_engine_are_taken_to_be_vllm() -> None:
+    for stack in ("cuda", "rocm"):
+        assert calibration_of("openai", stack) == calibration_of("fake", stack) == calibration_of("vllm", stack)
+    assert calibration_of("fake").source
+
+
 def test_an_engine_nobody_measured_takes_its_kernels_as_they_are() -> None:
     found = calibration_of("ascend-engine")
     assert found == Calibration()

@@ -19,6 +19,7 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tpot: Ratios
 
 
+AS = {"openai": "vllm", "fake": "vllm"}  # a server behind a URL is mostly one; the fake engine keeps its time
 FILES = ("engines.toml", "engines-public.toml")  # NVIDIA's data-centre runs; llama.cpp, AMD and whatever people publish
 
 # Of estimates without any measurement near: wide, and said to be.
@@ -84,5 +85,5 @@ def _calibrations() -> dict[str, Calibration]:
 
 def calibration_of(engine: str, stack: str = "cuda") -> Calibration:
     """Return the calibration of an engine on a software stack; one without any takes its kernels as they are."""
-    found = _calibrations()
+    found, engine = _calibrations(), AS.get(engine, engine)
     return found.get(f"{engine}-{stack}") or found.get(engine) or Calibration()
