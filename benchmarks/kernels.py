@@ -10,6 +10,7 @@ The peer's figures are those aiconfigurator prints of itself, each point left ou
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,12 @@ from waterline.catalog.measurements import measured_kernels
 from waterline.cost.kernels import FULLEST, Kernels, find_kernels
 
 FOLDS = 5
+LEAST_CACHED = 2048
+LAUNCH_S = 8e-6
 GROUPS = {  # row of the table: kinds, goal, the peer
     "gemm": (("gemm",), "8 / 25", "4.9 / 15.6; unseen (n, k) 3.6 / 14.7"),
     "prefill attention": (("prefill", "prefill_window"), "8 / 25", "2.0 / 9.7"),
+    "prefill behind cached tokens": (("behind",), "8 / 25", ""),
     "decode attention": (("decode", "decode_window"), "8 / 25", "1.1"),
     "MLA module": (("latent_prefill", "latent_decode"), "8 / 25", "2.2"),
     "experts": (("experts",), "15 / 40", ""),
@@ -43,6 +47,7 @@ def predict(kernels: Kernels, points: Points, keep: np.ndarray) -> Numbers:
     methods = {
         "gemm": (kernels.gemm_s, form),
         "prefill": (kernels.prefill_attention_s, cache),
+        "behind": (kernels.prefill_attention_s, cache),
         "prefill_window": (kernels.prefill_attention_s, cache),
         "decode": (kernels.decode_attention_s, cache),
         "decode_window": (kernels.decode_attention_s, cache),
@@ -54,6 +59,30 @@ def predict(kernels: Kernels, points: Points, keep: np.ndarray) -> Numbers:
     }
     method, more = methods.get(points.kind, (kernels.collective_s, {"kind": points.kind, "implementation": "nccl"}))
     return method(**given, **more)
+
+
+def behind(points: Points, keep: np.ndarray) -> Points:
+    """Return the rest of prompts behind their first part, as whole prompts less those parts; both are left out.
+
+    No prompt was measured with cached tokens. A prompt of twice or four times the length takes longer by just that.
+    """
+    part = {name: values[keep] for name, values in points.arguments.items()}
+    new, took_s = part.pop("new_tokens"), points.took_s[keep]
+    part.pop("cached_tokens")
+    where = {key: index for index, key in enumerate(zip(new, *part.values(), strict=True))}
+    pairs = [
+        (index, where[new[index] * times, *key[1:]])
+        for key, index in where.items()
+        for times in (2, 4)
+        if new[index] >= LEAST_CACHED and (new[index] * times, *key[1:]) in where
+    ]
+    first, whole = np.array(pairs, dtype=int).reshape(-1, 2).T
+    arguments = {name: values[first] for name, values in part.items()}
+    arguments |= {"new_tokens": new[whole] - new[first], "cached_tokens": new[first]}
+    rest_s = LAUNCH_S + took_s[whole] - took_s[first]
+    grew = rest_s > LAUNCH_S
+    arguments = {name: values[grew] for name, values in arguments.items()}
+    return replace(points, kind="behind", arguments=arguments, took_s=rest_s[grew])
 
 
 def note(errors: Errors, points: Points, predicted: Numbers, keep: np.ndarray, card: str) -> None:
@@ -76,7 +105,14 @@ def left_out_shapes(folder: Path) -> Errors:
                 keep = fold_of(points, FOLDS) == fold
                 if keep.any():
                     note(errors, points, predict(kernels, points, keep), keep, gpu)
+                if points.kind == "prefill":
+                    note_behind(errors, kernels, behind(points, keep), gpu)
     return errors
+
+
+def note_behind(errors: Errors, kernels: Kernels, points: Points, card: str) -> None:
+    everything = np.ones(len(points.took_s), dtype=bool)
+    note(errors, points, predict(kernels, points, everything), everything, card)
 
 
 def left_out_cards(folder: Path) -> Errors:
@@ -111,6 +147,8 @@ def shipped(folder: Path) -> Errors:
             keep = np.ones(len(points.took_s), dtype=bool)
             if keep.any():
                 note(errors, points, predict(find_kernels(catalog.find_gpu(gpu)), points, keep), keep, gpu)
+            if points.kind == "prefill":
+                note_behind(errors, find_kernels(catalog.find_gpu(gpu)), behind(points, keep), gpu)
     return errors
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,8 @@ from waterline.catalog.calibration import Calibration
 from waterline.catalog.engines import find_engine
 from waterline.catalog.measurements import measured_gpus
 from waterline.cost import StepCost, replica_step_cost, step_cost
+from waterline.cost.kernels import find_kernels
+from waterline.cost.layers import Shard, forms
 from waterline.cost.memory import embedding_parameters, gpu_weights
 from waterline.cost.step import AttentionCost, prefill_pairs, price_steps
 from waterline.errors import InfeasibleError
@@ -97,6 +100,34 @@ def test_a_window_limits_what_is_read() -> None:
     assert step.step_ps(0, 0, 1, 511) < step.step_ps(0, 0, 1, 512) == step.step_ps(0, 0, 1, 4000)
     whole = step_cost(DENSE, CARD, ONE, "bf16", ENGINE)
     assert whole.step_ps(0, 0, 1, 512) < whole.step_ps(0, 0, 1, 4000)
+
+
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "openai/gpt-oss-20b", "deepseek-ai/DeepSeek-R1"])
+@pytest.mark.parametrize(("new", "cached"), [(2048, 0), (8192, 0), (2048, 8192), (2048, 32_768), (8192, 32_768)])
+def test_reading_behind_a_prefix_costs_what_its_kernels_do(model: str, new: int, cached: int) -> None:
+    llm, gpu = catalog.find_model(model), catalog.find_gpu("h100-sxm-80g")
+    precision, layout, plain = llm.precision, Layout(tp=8), Calibration()
+    kernels = find_kernels(gpu)
+    shard = Shard(llm, gpu, layout, forms(llm, precision), kernels, "bf16", 0.0, plain.factors(gpu))
+    took_s = sum(float(shard.prefill_s(group, np.array(1.0 * new), np.array(1.0 * cached))) for group in llm.attention)
+    step = price_steps(llm, gpu, layout, precision, find_engine("vllm"), plain)
+    alone = replace(step, tokens_ps=(0,), more_ps_per_token=0, head_ps=(0,))
+    counted_s = alone.step_ps(new, prefill_pairs(cached, new), 0, 0) / PICOSECONDS_PER_S
+    assert counted_s == pytest.approx(took_s, rel=0.15)
+
+
+def test_sparse_attention_reads_behind_a_long_prefix_for_the_price_of_its_indexer() -> None:
+    gpu, layout = catalog.find_gpu("h200-sxm-141g"), Layout(tp=8)
+
+    def took_s(model: str, cached: int) -> float:
+        step = step_cost(catalog.find_model(model), gpu, layout, "fp8", find_engine("vllm").on(gpu))
+        return step.step_ps(2048, prefill_pairs(cached, 2048), 0, 0) / PICOSECONDS_PER_S
+
+    dense, sparse = "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-V3.2"
+    added_s = took_s(sparse, 100_000) - took_s(sparse, 30_000)
+    scored = 61 * 2048 * 70_000 * 2 * 64 * 128  # layers, queries, keys, and what a pair of each costs the indexer
+    assert added_s == pytest.approx(scored / (0.65 * gpu.flops_per_s["fp8"]), rel=0.01)
+    assert added_s < took_s(dense, 100_000) - took_s(dense, 30_000)
 
 
 def test_experts_that_nobody_chose_are_not_read() -> None:

@@ -193,20 +193,38 @@ def latent_prefill_usual_s(
     rope: Numbers | float = 64.0,
     dim: Numbers | float = 128.0,
     value: Numbers | float = 128.0,
+    selected: float = 0.0,
 ) -> Numbers:
-    """Return usual seconds of an MLA module over prompts: keys and values of all tokens are unpacked for all heads."""
+    """Return usual seconds of an MLA module over prompts: keys and values of all tokens are unpacked for all heads.
+
+    Where no query sees more than `selected` tokens, they may be left packed instead, as when decoding: each pair then
+    costs more, and there are fewer.
+    """
     hidden, q_lora, latent, rope, dim, value, old = (
         np.asarray(size, dtype=np.float64) for size in (hidden, q_lora, latent, rope, dim, value, old)
     )
-    took = latent_projections(peaks, requests * new, heads, hidden, q_lora, latent, rope, dim, value)
-    moved, flops = gemm_work(peaks, requests * (new + old), heads * (dim + value), latent)
-    took = took + np.maximum(
-        moved / (peaks.bytes_per_s * MEMORY_EFFICIENCY), flops / (_weight_rate(peaks) * COMPUTE_EFFICIENCY)
-    )
+    projected = latent_projections(peaks, requests * new, heads, hidden, q_lora, latent, rope, dim, value)
     moved = SIXTEEN_BITS * requests * heads * (2 * new + old) * (dim + rope + value)
     moved = moved + peaks.cache_bytes * requests * (new + old) * (latent + rope)
     flops = 2 * requests * heads * (dim + rope + value) * attended(new, old, np.zeros(()))
-    return took + peaks.usual_s(3e-5, moved, flops)
+    unpacked = _unpacking_s(peaks, requests * (new + old), heads, latent, dim + value)
+    unpacked = unpacked + peaks.usual_s(3e-5, moved, flops)
+    if not selected:
+        return projected + unpacked
+    pairs = attended(new, old, np.asarray(selected))
+    moved = peaks.cache_bytes * requests * np.minimum(new + old, pairs) * (latent + rope)
+    moved = moved + 2 * SIXTEEN_BITS * requests * new * heads * latent
+    packed = _unpacking_s(peaks, requests * new, heads, latent, dim + value)  # of queries and results
+    packed = packed + peaks.usual_s(3e-5, moved, 2 * requests * heads * (2 * latent + rope) * pairs)
+    return projected + np.minimum(unpacked, packed)
+
+
+def _unpacking_s(peaks: Peaks, tokens: Numbers, heads: Numbers, latent: Numbers, dims: Numbers) -> Numbers:
+    """Return usual seconds of the products between the latent space and so many dimensions of each head."""
+    moved, flops = gemm_work(peaks, tokens, heads * dims, latent)
+    return np.maximum(
+        moved / (peaks.bytes_per_s * MEMORY_EFFICIENCY), flops / (_weight_rate(peaks) * COMPUTE_EFFICIENCY)
+    )
 
 
 def latent_decode_usual_s(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterline.cost.kernels import Kernels
-from waterline.cost.kernels_curves import MEMORY_EFFICIENCY
+from waterline.cost.kernels_curves import COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY
 from waterline.cost.memory import CACHE_ELEMENT_BYTES, embedding_parameters
 from waterline.hardware import Gpu
 from waterline.llm import PRECISIONS, AttentionLayers, FeedForwardLayers, Llm
@@ -26,6 +26,7 @@ PARTS_OF_WEIGHTS = ("attention", "dense", "shared", "experts", "head")
 ACTIVATION_BYTES = 2  # the residual stream is kept in 16 bits
 NETWORK_BYTES_PER_S = 50e9  # each GPU's own 400 Gb/s port to other nodes, as in HGX machines since 2022
 QUERY_LATENT = 1536  # q_lora_rank of DeepSeek V3, which the measured module has
+INDEX_HEADS = 64  # index_n_heads of DeepSeek V3.2, whole on every GPU
 SLOWER_IN_FEW_BITS = 1.15  # at most, than in 16
 EVEN_ABOVE = 8  # GPUs that share the experts: more of them keep copies of those in demand
 PASSES = 14  # how often they read or write the residual stream, together
@@ -103,13 +104,16 @@ class Shard:
             return group.layers * (moved / self.gpu.memory_bytes_per_s + 0.0 * new_tokens)
         if group.kind == "latent":
             form, heads, latent = self.forms["attention"], self._heads(group), self._latent(group)
-            took = self.kernels.latent_prefill_s(1.0, new_tokens, cached_tokens, heads, form, **latent)
+            selected = group.selected_tokens
+            took = self.kernels.latent_prefill_s(
+                1.0, new_tokens, cached_tokens, heads, form, **latent, selected_tokens=selected
+            )
             latent_sizes = {"requests": 1.0, "new_tokens": new_tokens, "heads": heads}
             return group.layers * self._calibrated("latent", took, "latent_prefill", form, latent_sizes)
         sizes: Sizes = {
             "requests": 1.0, "new_tokens": new_tokens, "cached_tokens": cached_tokens,
             "query_heads": self._heads(group), "kv_heads": self._kv_heads(group), "head_dim": group.head_dim,
-            "window_tokens": group.window_tokens,
+            "window_tokens": group.window_tokens or group.selected_tokens,
         }  # fmt: skip
         took = self.kernels.prefill_attention_s(**sizes, cache=self.cache)
         return group.layers * self._calibrated("attention", took, "prefill", "", sizes)
@@ -215,6 +219,12 @@ class Shard:
     def index_s_per_token(self, group: AttentionLayers) -> float:
         """Sparse attention reads one small key for every token of the context, in 8 bits, to choose by."""
         return group.layers * group.index_dim / self.layout.dp / self.gpu.memory_bytes_per_s
+
+    def index_s_per_pair(self, group: AttentionLayers) -> float:
+        """It scores every query against every key to choose, in 8 bits where the card has units for them."""
+        rate = self.gpu.flops_per_s.get("fp8") or self.gpu.flops_per_s.get("bf16") or max(self.gpu.flops_per_s.values())
+        flops = 2 * INDEX_HEADS * group.index_dim
+        return group.layers * flops / (COMPUTE_EFFICIENCY * rate) / self.layout.dp
 
     def _exchange_s(self, tokens: Numbers) -> Numbers:
         """An all-reduce after attention and after each network; with ranks of their own, experts gather and scatter."""

@@ -34,7 +34,8 @@ from waterline.plan import Layout, Replica
 from waterline.units import PICOSECONDS_PER_S
 
 CONTEXTS = np.array([64.0, 512.0, 2048.0, 8192.0, 32768.0])  # at which the cost of cached tokens is taken
-CHUNKS = np.array([64.0, 512.0, 2048.0, 8192.0])  # prompt tokens at which the cost of reading is taken
+CHUNKS = np.array([64.0, 512.0, 2048.0, 8192.0])  # prompt tokens at which the cost of reading is taken …
+CACHED = np.array([0.0, 2048.0, 8192.0, 32768.0])  # … after so many of the same prompt
 MOST_DECODES = 1024  # sequences in the tables; more cost as much each as the last ones
 
 
@@ -157,9 +158,8 @@ def _attention_costs(shard: Shard, group: AttentionLayers) -> Iterator[Attention
         return  # left out
     decode_s = shard.decode_s(group, sequences[:, None], contexts[None, :])
     base_s, slope_s = _lines(shard.layout.dp * sequences[:, None] * contexts[None, :], decode_s)
-    new = CHUNKS * min(1.0, window / CHUNKS[-1]) if window else CHUNKS
-    prefill_s = shard.prefill_s(group, new, np.zeros_like(new))
-    fixed_s, token_s, pair_s = _plane(np.stack([np.ones_like(new), new, new * (new + 1) / 2]), prefill_s)
+    prefill_s, columns = _reading(shard, group, window)
+    fixed_s, token_s, pair_s = _plane(columns, prefill_s)
     yield AttentionCost(
         window_tokens=window,
         decode_ps=_table(sequences, base_s),
@@ -172,8 +172,22 @@ def _attention_costs(shard: Shard, group: AttentionLayers) -> Iterator[Attention
         every = tuple([int(_ps(index_s))] * 2)
         yield AttentionCost(
             window_tokens=0, decode_ps=(0,), decode_ps_per_token=every,
-            prefill_ps=0, prefill_ps_per_token=0, prefill_ps_per_pair=0,
+            prefill_ps=0, prefill_ps_per_token=0, prefill_ps_per_pair=int(_ps(shard.index_s_per_pair(group))),
         )  # fmt: skip
+
+
+def _reading(shard: Shard, group: AttentionLayers, window: int) -> tuple[Numbers, Numbers]:
+    """Return what attention takes for chunks of a prompt behind cached tokens, and what `AttentionCost` counts of each.
+
+    Within its window a pair costs the same wherever the cached token lies, so one slope serves short prompts and long
+    prefixes to a few percent. MLA unpacks the cached tokens again for every chunk: that is counted in its pairs, too
+    little of it for chunks of less than a thousand tokens behind a long prefix (R1, 512 after 32 k: 0.84 of it).
+    """
+    new, old = (grid.ravel() for grid in np.meshgrid(CHUNKS, CACHED, indexing="ij"))
+    pairs = new * old + new * (new + 1) / 2
+    if window:
+        pairs = np.minimum(pairs, new * window)
+    return shard.prefill_s(group, new, old), np.stack([np.ones_like(new), new, pairs])
 
 
 def _lines(cached_tokens: Numbers, took_s: Numbers) -> tuple[Numbers, Numbers]:
