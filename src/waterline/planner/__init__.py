@@ -12,11 +12,10 @@ from waterline.errors import InfeasibleError
 from waterline.fleet import Fleet, Pool
 from waterline.hardware import Node
 from waterline.plan import ModelPlan, Plan, Replica, TenantPlan
-from waterline.planner.candidates import Candidate, Rejection, expected_times_s, layouts, pace_of, price
+from waterline.planner.candidates import Candidate, Expected, Rejection, expected, layouts, price
 from waterline.planner.explain import why, why_not, why_not_enough, why_over_limit
 from waterline.planner.needs import Need, needs
 from waterline.planner.packing import FreeGpus
-from waterline.planner.queueing import Pace
 from waterline.units import HOUR_S, MEGA
 
 __all__ = ["make_plan"]
@@ -115,7 +114,6 @@ def _replicas(need: Need, chosen: Sequence[tuple[Option, int]], free: FreeGpus) 
     for option, count in chosen:
         candidate, work = option.candidate, need.work
         pace = _pace(need, option, capacity)
-        ttft_s, tpot_s = expected_times_s(pace, work.slo)
         first = len(replicas)
         replicas += [
             Replica(
@@ -132,8 +130,8 @@ def _replicas(need: Need, chosen: Sequence[tuple[Option, int]], free: FreeGpus) 
                 requests_per_s=candidate.requests_per_s,
                 prefill_tokens_per_s=work.lengths.prompt_tokens / pace.read_s,
                 tokens_per_s=candidate.full.requests_per_s * (work.lengths.prompt_tokens + work.lengths.output_tokens),
-                ttft_s=ttft_s,
-                tpot_s=tpot_s,
+                ttft_s=pace.ttft_s,
+                tpot_s=pace.tpot_s,
                 usd_per_hour=option.usd_per_hour,
             )
             for index in range(count)
@@ -141,10 +139,10 @@ def _replicas(need: Need, chosen: Sequence[tuple[Option, int]], free: FreeGpus) 
     return replicas
 
 
-def _pace(need: Need, option: Option, capacity_requests_per_s: float) -> Pace:
+def _pace(need: Need, option: Option, capacity_requests_per_s: float) -> Expected:
     """Return the pace of a replica that gets its part of the rate."""
     part = min(1.0, need.requests_per_s / capacity_requests_per_s)
-    return pace_of(option.candidate.step, option.candidate.requests_per_s * part, need.work)
+    return expected(option.candidate, option.candidate.requests_per_s * part)
 
 
 def _model_plan(

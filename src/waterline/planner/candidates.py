@@ -1,8 +1,15 @@
-"""The shapes worth pricing: every layout of a model on a kind of node, with what it holds and how fast it is."""
+"""The shapes worth pricing: every layout of a model on a kind of node, with what it holds and how fast it is.
+
+Prompts may be read on replicas of their own and their cache sent to others that write the answers, and experts may be
+spread over several nodes, where the cards have a fast fabric of their own (NVLink, Infinity Fabric): machines built
+like that give each card a port to other nodes, which is what the cost model takes for granted there.
+"""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from waterline.catalog.engines import EngineProfile, find_engine
 from waterline.cost import (
@@ -14,15 +21,38 @@ from waterline.cost import (
     sequence_cache_bytes,
     serving_point,
     step_cost,
+    weights_bytes,
 )
-from waterline.hardware import Node
+from waterline.cost.layers import NETWORK_BYTES_PER_S
+from waterline.cost.step import AttentionCost
+from waterline.fleet import Measured
+from waterline.hardware import Gpu, Node
 from waterline.llm import PRECISIONS, Llm
-from waterline.plan import Layout, Limit
-from waterline.planner.queueing import Lengths, Pace, pace_at, quantile_s, sustained_requests_per_s
-from waterline.units import gib_text, seconds_text
+from waterline.plan import Layout, Limit, Role
+from waterline.planner.queueing import (
+    Lengths,
+    Load,
+    Numbers,
+    Pace,
+    Slos,
+    paces,
+    quantile_s,
+    reading_paces,
+    sustained,
+    sustained_reading,
+)
+from waterline.units import PICOSECONDS_PER_S, gib_text, seconds_text
 from waterline.workload import Slo
 
 MOST_STAGES = 8  # of a pipeline: each adds its latency to every token
+WIDE_NODES = (2, 4, 8)  # that experts are spread over
+SPLITTING = ("vllm", "sglang", "trtllm", "fake")  # engines that send the cache of a prompt to another replica
+MOST_MEASURED_BATCH = 1024  # requests a replica of which only rates are known decodes together …
+MEASURED_STEP_TOKENS = 8192  # … and the tokens it puts into one step
+ROLES: tuple[Role, ...] = ("both", "prefill", "decode")
+SIDE = 0.5  # of the late requests that an SLO allows, for each side of a split
+LITTLE_ROOM = 1 / 3  # of the memory, for weights: with less than that there is more cache than a batch takes
+NEARLY = 0.98  # full: rates are searched for to a tenth of a percent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,32 +64,95 @@ class Work:
     slo: Slo
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A layout that holds the model and meets the SLO."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Shape:
+    """What is priced: a replica of a model on nodes of a kind."""
 
+    llm: Llm
     node: Node
+    nodes: int  # of this kind, that it may span
     layout: Layout
     precision: str
+    engine: str
+    role: Role = "both"
+    measured: Measured | None = None  # believed instead of the cost model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Candidate:
+    """A shape that holds the model and meets the SLO of some work."""
+
+    shape: Shape
+    work: Work
     engine: EngineProfile
     memory: MemoryUse
     step: StepCost
     cache_tokens: int
-    requests_per_s: float  # the most at which the SLO holds for its fraction of the requests
-    full: ServingPoint  # with as many requests as the SLO's time per token allows, always
-    limited_by: Limit  # what keeps `requests_per_s` from growing
+    places: int  # for requests that are under way: cache, and the engine's own limit
+    requests_per_s: float = 0.0  # the most at which the SLO, or its side's part of it, holds for its fraction of them
+    limited_by: Limit = "engine"  # what keeps `requests_per_s` from growing
+
+    @property
+    def node(self) -> Node:
+        return self.shape.node
+
+    @property
+    def layout(self) -> Layout:
+        return self.shape.layout
+
+    @property
+    def precision(self) -> str:
+        return self.shape.precision
+
+    @property
+    def role(self) -> Role:
+        return self.shape.role
+
+    @property
+    def lengths(self) -> Lengths:
+        """Of the work; rates that were measured count the tokens found in the cache, so those are read like others."""
+        return replace(self.work.lengths, prefix_hit=0.0) if self.shape.measured else self.work.lengths
+
+    @property
+    def full(self) -> ServingPoint:
+        """With as many requests as the SLO's time per token allows, always."""
+        return _full(self.step, self.places, self.work)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rejection:
-    """A layout that does not do, and why."""
+    """A shape that does not do, and why."""
 
-    node: Node
-    layout: Layout
-    precision: str
+    shape: Shape
     binding: str  # "precision", "memory", "ttft" or "tpot"
     shortfall: float  # how far from doing: bytes for memory, seconds for times; less is nearer
     reason: str
+
+    @property
+    def role(self) -> Role:
+        return self.shape.role
+
+    @property
+    def layout(self) -> Layout:
+        return self.shape.layout
+
+    @property
+    def precision(self) -> str:
+        return self.shape.precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """A replica at a rate that it sustains."""
+
+    ttft_s: float  # what the SLO's fraction of the requests keep to; of a replica that only writes: 0
+    tpot_s: float  # likewise; of one that only reads: 0
+    read_s: float  # a prompt of mean length, others decoding along
+    plain_s: float  # a step without prompts
+    batch: float  # answers under way, mean
+
+
+# --- What is worth pricing ------------------------------------------------------------------------------------------
 
 
 def layouts(llm: Llm, node: Node, nodes: int) -> Iterator[Layout]:
@@ -78,77 +171,269 @@ def layouts(llm: Llm, node: Node, nodes: int) -> Iterator[Layout]:
         yield Layout(tp=whole_node, pp=count)
 
 
-def price(llm: Llm, node: Node, layout: Layout, precision: str, engine: str, work: Work) -> Candidate | Rejection:
+def expert_layouts(llm: Llm, node: Node, nodes: int) -> Iterator[Layout]:
+    """Yield what else a model of experts is run as: whole experts on each card, attention divided or on each card.
+
+    Attention on each card for itself (data-parallel) is for models whose cache tensor parallelism does not divide: MLA,
+    or fewer heads of keys than cards. Over several nodes it needs `fast_fabric`.
+    """
+    experts = max((layers.experts for layers in llm.feed_forward), default=0)
+    if experts < node.gpus or node.gpus == 1:
+        return
+    if all(group.query_heads % node.gpus == 0 for group in llm.attention):
+        yield Layout(tp=node.gpus, ep=node.gpus)
+    if not any(group.kind == "latent" or group.kv_heads < node.gpus for group in llm.attention):
+        return
+    yield Layout(dp=node.gpus, ep=node.gpus)
+    for count in WIDE_NODES if fast_fabric(node.gpu) else ():
+        if count <= nodes and count * node.gpus <= experts:
+            yield Layout(dp=count * node.gpus, ep=count * node.gpus)
+
+
+def fast_fabric(gpu: Gpu) -> bool:
+    """Return whether machines with this card are built with a port to other nodes for each card."""
+    return gpu.link.kind.startswith(("nvlink", "xgmi")) and not gpu.link.kind.endswith("-bridge")
+
+
+def shapes(
+    llm: Llm, node: Node, nodes: int, precisions: Sequence[str], engine: str, measured: Sequence[Measured] = ()
+) -> list[Shape]:
+    """Return everything worth pricing of a model on a kind of node: layouts, precisions, and roles.
+
+    A kind of GPU that was `measured` has that one shape, in the first precision.
+    """
+    for one in measured:
+        if one.gpu == node.gpu.id:
+            return [
+                Shape(
+                    llm=llm, node=node, nodes=nodes, layout=measured_layout(llm, node, one.gpus),
+                    precision=precisions[0], engine=engine, role=role, measured=one,
+                )
+                for role in roles(node.gpu, engine)
+            ]  # fmt: skip
+    found = [*layouts(llm, node, nodes)]
+    if engine != "llamacpp":
+        found += expert_layouts(llm, node, nodes)
+    return [
+        Shape(llm=llm, node=node, nodes=nodes, layout=layout, precision=precision, engine=engine, role=role)
+        for precision in precisions
+        for layout in found
+        if layout.pp == 1 or _worth_stages(weights_bytes(llm, precision), node.gpu, layout)
+        for role in (roles(node.gpu, engine) if layout.pp == 1 else ROLES[:1])
+    ]
+
+
+def _worth_stages(weights: int, gpu: Gpu, layout: Layout) -> bool:
+    """Return whether one stage fewer would leave little room: more stages are no faster, they only hold more."""
+    return weights > LITTLE_ROOM * gpu.memory_bytes * layout.tp * (layout.pp - 1)
+
+
+def roles(gpu: Gpu, engine: str) -> tuple[Role, ...]:
+    """Return what replicas on a card can be for."""
+    return ROLES if fast_fabric(gpu) and engine in SPLITTING else ("both",)
+
+
+def measured_layout(llm: Llm, node: Node, gpus: int) -> Layout:
+    """Return how GPUs that were measured together are named: models of experts with attention on each, others divided.
+
+    More of them than a node has are the stages of a pipeline, where they are not data-parallel.
+    """
+    if any(layers.experts for layers in llm.feed_forward):
+        return Layout(dp=gpus, ep=gpus)
+    if gpus <= node.gpus:
+        return Layout(tp=gpus)
+    stages = -(-gpus // node.gpus)
+    return Layout(tp=gpus // stages, pp=stages) if gpus % stages == 0 else Layout(pp=gpus)
+
+
+# --- Pricing --------------------------------------------------------------------------------------------------------
+
+
+def price(
+    llm: Llm, node: Node, layout: Layout, precision: str, engine: str, work: Work, role: Role = "both"
+) -> Candidate | Rejection:
     """Price one replica, at the largest rate at which the work meets its SLO."""
+    shape = Shape(llm=llm, node=node, nodes=1, layout=layout, precision=precision, engine=engine, role=role)
+    return price_all([shape], [work])[0][0]
 
-    def reject(binding: str, shortfall: float, reason: str) -> Rejection:
-        return Rejection(
-            node=node, layout=layout, precision=precision, binding=binding, shortfall=shortfall, reason=reason
-        )
 
-    gpu = node.gpu
-    profile = find_engine(engine).on(gpu)
-    if not any(rate in gpu.flops_per_s for rate in PRECISIONS[precision].compute):
-        return reject("precision", math.inf, f"{gpu.id} has no units for {precision}")
-    memory = memory_use(llm, gpu, layout, precision, profile)
-    tokens = cache_tokens(llm, layout, memory, work.max_context_tokens)
+def price_all(shapes: Sequence[Shape], works: Sequence[Work]) -> list[list[Candidate | Rejection]]:
+    """Price every shape for every work, many at a time; the result is [work][shape]."""
+    steps: dict[object, StepCost] = {}
+    distinct = dict.fromkeys(works)
+    priced = {work: [_hold(shape, work, steps) for shape in shapes] for work in distinct}
+    for role in ROLES:
+        places = [
+            (work, index)
+            for work, row in priced.items()
+            for index, one in enumerate(row)
+            if isinstance(one, Candidate) and one.role == role
+        ]
+        held = [one for work, index in places if isinstance(one := priced[work][index], Candidate)]
+        if held:
+            for (work, index), answer in zip(places, _Together(role, held).priced(), strict=True):
+                priced[work][index] = answer
+    return [priced[work] for work in works]
+
+
+def expected(candidate: Candidate, requests_per_s: float) -> Expected:
+    """Return what is expected of one candidate at a rate; see `expected_all`."""
+    return expected_all([candidate], [requests_per_s])[0]
+
+
+def expected_all(candidates: Sequence[Candidate], requests_per_s: Sequence[float]) -> list[Expected]:
+    """Return what is expected of candidates that are given a rate each, none more than it sustains."""
+    found: dict[int, Expected] = {}
+    for role in ROLES:
+        chosen = [index for index, one in enumerate(candidates) if one.role == role]
+        if chosen:
+            rates = np.array([min(requests_per_s[index], candidates[index].requests_per_s) for index in chosen])
+            together = _Together(role, [candidates[index] for index in chosen])
+            found |= zip(chosen, together.expected(rates), strict=True)
+    return [found[index] for index in range(len(candidates))]
+
+
+def _hold(shape: Shape, work: Work, steps: dict[object, StepCost]) -> Candidate | Rejection:
+    """Return a shape that holds the model and one request, its rate not known yet; `steps` keeps what was priced."""
+    node, layout, precision = shape.node, shape.layout, shape.precision
+    engine = find_engine(shape.engine).on(node.gpu)
+    memory = memory_use(shape.llm, node.gpu, layout, precision, engine)
+    if shape.measured:  # it ran, whatever we make of its memory
+        tokens, places = MOST_MEASURED_BATCH * work.max_context_tokens, MOST_MEASURED_BATCH
+    elif not any(rate in node.gpu.flops_per_s for rate in PRECISIONS[precision].compute):
+        reason = f"{node.gpu.id} has no units for {precision}"
+        return Rejection(shape=shape, binding="precision", shortfall=math.inf, reason=reason)
+    else:
+        tokens = cache_tokens(shape.llm, layout, memory, work.max_context_tokens)
+        places = min(engine.max_batch * layout.dp, max(1, tokens // work.lengths.context_tokens))
     if tokens == 0:
-        return reject("memory", *_memory_shortfall(llm, node, layout, memory, work))
-    step = step_cost(llm, gpu, layout, precision, profile)
-    most = min(profile.max_batch, max(1, tokens // work.lengths.context_tokens))
-    requests_per_s = sustained_requests_per_s(step, work.lengths, most, work.slo)
-    if requests_per_s == 0.0:
-        return reject(*_slo_shortfall(pace_of(step, 0.0, work), work.slo))
+        shortfall, reason = _memory_shortfall(shape, memory, work)
+        return Rejection(shape=shape, binding="memory", shortfall=shortfall, reason=reason)
+    key = (id(shape.llm), node.gpu.id, layout, precision, shape.engine, shape.measured)
+    if key not in steps:
+        steps[key] = (
+            _measured_step(shape.measured)
+            if shape.measured
+            else step_cost(shape.llm, node.gpu, layout, precision, engine)
+        )
     return Candidate(
-        node=node,
-        layout=layout,
-        precision=precision,
-        engine=profile,
-        memory=memory,
-        step=step,
-        cache_tokens=tokens,
-        requests_per_s=requests_per_s,
-        full=_full(step, most, work),
-        limited_by=_limit(pace_of(step, requests_per_s, work), work.slo, profile.max_batch > most),
+        shape=shape, work=work, engine=engine, memory=memory, step=steps[key], cache_tokens=tokens, places=places
     )
 
 
-def pace_of(step: StepCost, requests_per_s: float, work: Work) -> Pace:
-    """Return the pace at a rate that is known to be sustained."""
-    pace = pace_at(step, requests_per_s, work.lengths)
-    assert pace is not None  # noqa: S101 - what was sustained does not fall behind
-    return pace
+def _measured_step(measured: Measured) -> StepCost:
+    """Return steps in which every prompt token takes the same time, and every decode."""
+    decode_ps = round(PICOSECONDS_PER_S / measured.output_tokens_per_s)
+    attention = AttentionCost(
+        window_tokens=0,
+        decode_ps=tuple(range(0, decode_ps * (MOST_MEASURED_BATCH + 1), decode_ps)),
+        decode_ps_per_token=(0,) * (MOST_MEASURED_BATCH + 1),
+        prefill_ps=0,
+        prefill_ps_per_token=round(PICOSECONDS_PER_S / measured.prompt_tokens_per_s),
+        prefill_ps_per_pair=0,
+    )
+    return StepCost(
+        tokens_ps=(0,), more_ps_per_token=0, head_ps=(0,), attention=(attention,), step_tokens=MEASURED_STEP_TOKENS
+    )
 
 
-def expected_times_s(pace: Pace, slo: Slo) -> tuple[float, float]:
-    """Return the TTFT and TPOT that the SLO's fraction of the requests keep to."""
-    return quantile_s(pace.late_first_fraction, slo.fraction), quantile_s(pace.late_tokens_fraction, slo.fraction)
+class _Together:
+    """Candidates for one role that are priced together; every array has an entry a candidate."""
+
+    def __init__(self, role: Role, held: Sequence[Candidate]) -> None:
+        self.role, self.held = role, held
+        self.load = Load([one.step for one in held], [one.lengths for one in held], reads=role != "decode")
+        self.slos = Slos([one.work.slo for one in held], share=1.0 if role == "both" else SIDE)
+        self.places = np.array([one.places for one in held])
+        self.transfer_s = np.array([_transfer_s(one) if role == "prefill" else 0.0 for one in held])
+
+    def priced(self) -> list[Candidate | Rejection]:
+        """Return each with the largest rate at which its SLO holds, or why there is none."""
+        if self.role == "prefill":
+            rates = sustained_reading(self.load, self.slos, self.transfer_s)
+        else:
+            rates = sustained(self.load, self.places, self.slos)
+        limits = self._limits(self._paces(rates))
+        found: list[Candidate | Rejection] = [
+            replace(one, requests_per_s=rate, limited_by=limit)
+            for one, rate, limit in zip(self.held, rates.tolist(), limits, strict=True)
+        ]
+        slow = np.flatnonzero(rates == 0).tolist()
+        alone = expected_all([self.held[index] for index in slow], [0.0] * len(slow))
+        for index, times in zip(slow, alone, strict=True):
+            found[index] = _too_slow(self.held[index], times)
+        return found
+
+    def expected(self, requests_per_s: Numbers) -> list[Expected]:
+        """Return what is expected at rates that are sustained."""
+        pace = self._paces(requests_per_s)
+        allowed, alone_s = self.slos.late_fraction, pace.first_token_s + pace.plain_s + pace.own_s
+        ttft_s = quantile_s(pace.late_first_fraction, allowed, alone_s)
+        tpot_s = quantile_s(pace.late_tokens_fraction, allowed, pace.plain_s * (1 + 1e-6))
+        if self.role == "prefill":
+            tpot_s = np.zeros_like(tpot_s)
+        elif self.role == "decode":
+            ttft_s, tpot_s = np.zeros_like(ttft_s), self.load.times(self._crowd(pace)).plain_s
+        columns = (ttft_s, tpot_s, pace.read_s, pace.plain_s, pace.batch)
+        return [
+            Expected(ttft_s=ttft_s, tpot_s=tpot_s, read_s=read_s, plain_s=plain_s, batch=batch)
+            for ttft_s, tpot_s, read_s, plain_s, batch in zip(*(one.tolist() for one in columns), strict=True)
+        ]
+
+    def _paces(self, requests_per_s: Numbers) -> Pace:
+        if self.role == "prefill":
+            return reading_paces(self.load, self.slos, self.transfer_s, requests_per_s)
+        return paces(self.load, requests_per_s)[0]
+
+    def _crowd(self, pace: Pace) -> Numbers:
+        """Return how many answers are under way at once, but for the late fraction of the time."""
+        return pace.crowd(self.slos.deviations)
+
+    def _limits(self, pace: Pace) -> list[Limit]:
+        """Say what breaks just beyond the sustained rates: the room for requests, or else the times."""
+        if self.role == "prefill":
+            return ["ttft"] * len(self.held)
+        late_first = pace.late_first_fraction(self.slos.ttft_s) > pace.late_tokens_fraction(self.slos.tpot_s)
+        found: list[Limit] = []
+        for one, crowd, first in zip(self.held, self._crowd(pace), late_first & (self.role == "both"), strict=True):
+            if crowd > NEARLY * one.places:
+                found.append("memory" if one.places < one.engine.max_batch * one.layout.dp else "engine")
+            else:
+                found.append("ttft" if first else "tpot")
+        return found
 
 
-def _limit(pace: Pace, slo: Slo, fewer_than_the_engine_allows: bool) -> Limit:  # noqa: FBT001 - read at its one call
-    """Say what breaks just beyond the sustained rate: the times, or else the room for requests."""
-    late_first, late_tokens = pace.late_first_fraction(slo.ttft_s), pace.late_tokens_fraction(slo.tpot_s)
-    if late_first + late_tokens > 0.9 * (1 - slo.fraction):
-        return "ttft" if late_first > late_tokens else "tpot"
-    return "memory" if fewer_than_the_engine_allows else "engine"
-
-
-def _slo_shortfall(alone: Pace, slo: Slo) -> tuple[str, float, str]:
-    ttft_s, tpot_s = expected_times_s(alone, slo)
-    binding, got_s, goal_s = ("tpot", tpot_s, slo.tpot_s) if tpot_s > slo.tpot_s else ("ttft", ttft_s, slo.ttft_s)
+def _too_slow(candidate: Candidate, alone: Expected) -> Rejection:
+    """Say by how much a lone request is late."""
+    slo = candidate.work.slo
+    slow_tokens = candidate.role == "decode" or alone.tpot_s > slo.tpot_s
+    binding, got_s, goal_s = ("tpot", alone.tpot_s, slo.tpot_s) if slow_tokens else ("ttft", alone.ttft_s, slo.ttft_s)
     reason = f"{binding.upper()} is {seconds_text(got_s)} for {slo.fraction:.4g} of the requests, even one at a time"
-    return binding, got_s - goal_s, f"{reason}; the SLO allows {seconds_text(goal_s)}"
+    reason += f"; the SLO allows {seconds_text(goal_s)}"
+    return Rejection(shape=candidate.shape, binding=binding, shortfall=got_s - goal_s, reason=reason)
 
 
-def _memory_shortfall(llm: Llm, node: Node, layout: Layout, memory: MemoryUse, work: Work) -> tuple[float, str]:
+def _transfer_s(candidate: Candidate) -> float:
+    """Return the time to send the cache of a prompt of mean length to another node, each card through its own port."""
+    sent = sequence_cache_bytes(
+        candidate.shape.llm,
+        candidate.lengths.prompt_tokens,
+        candidate.layout,
+        block_tokens=candidate.memory.block_tokens,
+        element_bytes=candidate.memory.cache_element_bytes,
+    )
+    return sent / NETWORK_BYTES_PER_S
+
+
+def _memory_shortfall(shape: Shape, memory: MemoryUse, work: Work) -> tuple[float, str]:
     """Return the missing bytes over all cards, and the sentence that says so."""
-    gpus = layout.gpus
-    cards = f"one {node.gpu.id} offers" if gpus == 1 else f"each of {gpus} {node.gpu.id} offers"
+    gpus, gpu = shape.layout.gpus, shape.node.gpu.id
+    cards = f"one {gpu} offers" if gpus == 1 else f"each of {gpus} {gpu} offers"
     offer = f"{cards} {gib_text(memory.usable_bytes)}"
     if memory.cache_bytes <= 0:
         weights = f"weights {gib_text(memory.weights_bytes * gpus)} in all"
         return -memory.cache_bytes * gpus, f"needs {gib_text(memory.needed_bytes)} a card ({weights}), {offer}"
-    sequence = sequence_cache_bytes(llm, work.max_context_tokens, layout)
+    sequence = sequence_cache_bytes(shape.llm, work.max_context_tokens, shape.layout)
     needed = f"{gib_text(memory.needed_bytes)} and {gib_text(sequence)} of cache a card"
     return (
         (sequence - memory.cache_bytes) * gpus,

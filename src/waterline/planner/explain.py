@@ -8,7 +8,7 @@ from waterline.fleet import Fleet
 from waterline.hardware import Node
 from waterline.llm import PRECISIONS
 from waterline.plan import TenantPlan
-from waterline.planner.candidates import Candidate, Rejection, Work, expected_times_s, layouts, pace_of, price
+from waterline.planner.candidates import Candidate, Rejection, Work, expected, layouts, price
 from waterline.planner.needs import Need
 from waterline.units import usd_text
 from waterline.workload import Slo
@@ -69,8 +69,8 @@ def _remedies(need: Need, fleet: Fleet) -> list[str]:
             break
     patient = replace(need.work, slo=Slo(ttft_s=1e9, tpot_s=1e9, fraction=need.work.slo.fraction))
     if runs := _first(need, fleet, patient, need.model.precisions):
-        ttft_s, tpot_s = expected_times_s(pace_of(runs[1].step, 0.0, patient), patient.slo)
-        slo = f"ttft_s = {ttft_s * 1.2:.2g}, tpot_s = {tpot_s * 1.2:.2g}"
+        alone = expected(runs[1], 0.0)
+        slo = f"ttft_s = {alone.ttft_s * 1.2:.2g}, tpot_s = {alone.tpot_s * 1.2:.2g}"
         found.append(f"loosen its slo to {slo} ({runs[1].layout} on '{runs[0]}')")
     return found
 

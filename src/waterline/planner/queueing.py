@@ -2,29 +2,48 @@
 
 Requests come independently (Poisson), and lengths vary like a lognormal of `LENGTH_SIGMA`, as the traces we have
 measured do. Reading prompts is then a queue with one server (M/G/1): its mean wait is the formula of Pollaczek and
-Khinchine, and a long wait has either many causes, and is exponential, or one very long prompt.
+Khinchine, and a long wait has either many causes, and is exponential, or one very long prompt. Ranks of data-parallel
+attention read side by side; together they are taken to be one server that is so many times as fast.
 
 Whoever reads goes before whoever answers: an answer of n tokens is work that prompts interrupt, those that wait behind
 it at its first token and those that come while it lasts. How long it takes is the delay cycle of that queue, of which
 mean and variance are known (Conway, Maxwell and Miller, Theory of Scheduling, 1967, section 8-3); beyond its shortest
 time it is taken to be a gamma. Answers under way are a Poisson number.
 
-The tests hold the result against the step-by-step rehearsal.
+Replicas are priced many at a time: a `Load` holds a table of replicas and what each is asked, and every number below is
+an array with an entry a replica. The tests hold the result against the step-by-step rehearsal.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from operator import getitem
 from statistics import NormalDist
+from typing import Self
 
-from waterline.cost import StepCost
-from waterline.cost.step import prefill_pairs
+import numpy as np
+from numpy.typing import NDArray
+
+from waterline.cost.step import AttentionCost, StepCost, prefill_pairs
 from waterline.units import PICOSECONDS_PER_S
 from waterline.workload import LENGTH_SIGMA, Slo
 
-NORMAL = NormalDist()
+Numbers = NDArray[np.float64]
+Counts = NDArray[np.int64]
 PARTS = 24
+MIDDLES = np.array([NormalDist().inv_cdf((part + 0.5) / PARTS) for part in range(PARTS)])  # of equally likely parts
+LEAST_REQUESTS_PER_S = 1e-3  # a replica that cannot do this cannot do anything
+PRECISION = 1e-3  # of a rate that is searched for
+MOST_BUSY = 1 - 1e-9  # of a server that waits keep finite for
+CROWD = 1.25  # how much larger a batch is tried, to learn what one more request costs
+FREE = AttentionCost(
+    window_tokens=0,
+    decode_ps=(0,),
+    decode_ps_per_token=(0,),
+    prefill_ps=0,
+    prefill_ps_per_token=0,
+    prefill_ps_per_pair=0,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +55,15 @@ class Lengths:
     prompt_sigma: float  # of the logarithm
     output_sigma: float
     context_tokens: int  # mean of the answers under way; long answers are under way for longer, so they weigh more
+    prefix_hit: float = 0.0  # share of a prompt's tokens that are in the cache already, and need not be read
 
     @property
-    def prompt_square(self) -> float:
-        """Mean of the square of a prompt's length, over the square of its mean."""
-        return math.exp(self.prompt_sigma**2)
+    def cached_tokens(self) -> int:
+        """Of a prompt of mean length; at least its last token is read."""
+        return min(round(self.prefix_hit * self.prompt_tokens), self.prompt_tokens - 1)
 
 
-def usual_lengths(prompt_tokens: int, output_tokens: int) -> Lengths:
+def usual_lengths(prompt_tokens: int, output_tokens: int, prefix_hit: float = 0.0) -> Lengths:
     """Return lengths of which only the means are known: they vary like those of the traces we have measured."""
     return Lengths(
         prompt_tokens=prompt_tokens,
@@ -51,174 +71,433 @@ def usual_lengths(prompt_tokens: int, output_tokens: int) -> Lengths:
         prompt_sigma=LENGTH_SIGMA,
         output_sigma=LENGTH_SIGMA,
         context_tokens=prompt_tokens + round(output_tokens * math.exp(LENGTH_SIGMA**2) / 2),
+        prefix_hit=prefix_hit,
     )
 
 
-@cache
-def multiples(sigma: float) -> tuple[float, ...]:
-    """Return the middle of each of PARTS equally likely parts of a lognormal, over its mean."""
-    return tuple(math.exp(NORMAL.inv_cdf((part + 0.5) / PARTS) * sigma - sigma**2 / 2) for part in range(PARTS))
+# --- Steps of many replicas -----------------------------------------------------------------------------------------
+
+
+class Steps:
+    """The steps of many replicas, side by side: as `StepCost.step_ps`, with an entry a replica."""
+
+    def __init__(self, costs: Sequence[StepCost]) -> None:
+        self.costs = costs
+        self.ranks = _counts(cost.ranks for cost in costs)
+        self.step_tokens = _counts(cost.step_tokens for cost in costs)
+        self.first_token_s = np.array([cost.first_token_ps / PICOSECONDS_PER_S for cost in costs])
+        self._tokens = [cost.tokens_ps for cost in costs]
+        self._last = _counts(len(cost.tokens_ps) - 1 for cost in costs)
+        self._more = _counts(cost.more_ps_per_token for cost in costs)
+        self._heads = [cost.head_ps for cost in costs]
+        self._last_head = _counts(len(cost.head_ps) - 1 for cost in costs)
+        most = max((len(cost.attention) for cost in costs), default=0)
+        padded = [(*cost.attention, *(FREE,) * (most - len(cost.attention))) for cost in costs]
+        self._layers = [_Layers([layers[index] for layers in padded]) for index in range(most)]
+
+    def plain_ps(self, decodes: Counts, cached_tokens: Counts) -> Counts:
+        """Return the time of a step without prompts."""
+        row = -(-decodes // self.ranks)
+        return self._shared_ps(row, row) + self._decode_ps(row, cached_tokens)
+
+    def reading_ps(
+        self, decodes: Counts, cached_tokens: Counts, prompts: Sequence[tuple[Counts, Counts]]
+    ) -> list[Counts]:
+        """Return the times of steps of so many decodes and each of these tokens of prompts, with their pairs."""
+        row = -(-decodes // self.ranks)
+        same = self._decode_ps(row, cached_tokens)
+        return [
+            self._shared_ps(-(-(tokens + decodes) // self.ranks), row + 1)
+            + sum((layers.prefill_ps(tokens, pairs) for layers in self._layers), start=same)
+            for tokens, pairs in prompts
+        ]
+
+    def _shared_ps(self, tokens: Counts, sampled: Counts) -> Counts:
+        """Return everything but attention, for so many tokens and sampled sequences of a rank."""
+        beyond = self._more * np.maximum(0, tokens - self._last)
+        sampled = np.minimum(sampled, self._last_head)
+        return _at(self._tokens, np.minimum(tokens, self._last)) + beyond + _at(self._heads, sampled)
+
+    def _decode_ps(self, row: Counts, cached_tokens: Counts) -> Counts:
+        none = np.zeros_like(row)
+        return (row > 0) * sum(
+            (layers.decode_ps(row, self.ranks, cached_tokens) for layers in self._layers), start=none
+        )
+
+
+class _Layers:
+    """One kind of attention layers of each replica."""
+
+    def __init__(self, costs: Sequence[AttentionCost]) -> None:
+        self.window = _counts(cost.window_tokens or 2**40 for cost in costs)
+        self.decode = [cost.decode_ps for cost in costs]
+        self.per_token = [cost.decode_ps_per_token for cost in costs]
+        self.last = _counts(len(cost.decode_ps) - 1 for cost in costs)
+        self.fixed = _counts(cost.prefill_ps for cost in costs)
+        self.per_prompt_token = _counts(cost.prefill_ps_per_token for cost in costs)
+        self.per_pair = _counts(cost.prefill_ps_per_pair for cost in costs)
+
+    def decode_ps(self, decodes: Counts, ranks: Counts, cached_tokens: Counts) -> Counts:
+        row = np.minimum(decodes, self.last)
+        kept = np.minimum(cached_tokens, decodes * ranks * self.window)
+        return _at(self.decode, row) + _at(self.per_token, row) * kept
+
+    def prefill_ps(self, tokens: Counts, pairs: Counts) -> Counts:
+        pairs = np.minimum(pairs, tokens * self.window)
+        return self.fixed + self.per_prompt_token * tokens + self.per_pair * pairs
+
+
+def _counts(values: object) -> Counts:
+    return np.fromiter(values, np.int64)  # type: ignore[call-overload, no-any-return] # an iterable of integers
+
+
+def _at(tables: list[tuple[int, ...]], index: Counts) -> Counts:
+    """Return an entry of each replica's table; in one array the tables of all replicas would be many megabytes."""
+    return np.fromiter(map(getitem, tables, index.tolist()), np.int64, len(tables))
+
+
+# --- A replica at a rate --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """A replica at a steady rate."""
+    """Replicas at a steady rate; every field is a number, or an array with an entry a replica."""
 
-    requests_per_s: float
-    lengths: Lengths
-    plain_s: float  # a step without prompts
-    read_s: float  # a prompt of mean length, the tokens of the others decoded along
-    delay_s: float  # by which it makes those tokens late
-    longest_s: float  # a step with as much of prompts as there is room for: no token takes longer
-    batch: float  # answers under way, mean
-    crowd_variance: float  # of their number; the less a larger batch yields, the further it strays
+    requests_per_s: Numbers
+    first_token_s: Numbers  # by which a first token comes later than its last step
+    plain_s: Numbers  # a step without prompts
+    read_s: Numbers  # a prompt of mean length, the tokens of the others decoded along, over the ranks that read at once
+    own_s: Numbers  # the same of one prompt by itself
+    delay_s: Numbers  # by which it makes those tokens late
+    longest_s: Numbers  # a step with as much of prompts as there is room for: no token takes longer
+    batch: Numbers  # answers under way, mean
+    crowd_variance: Numbers  # of their number; the less a larger batch yields, the further it strays
+    output_tokens: Numbers  # mean
+    prompt_sigma: Numbers  # of the logarithm
+    output_sigma: Numbers
 
     @property
-    def reading_fraction(self) -> float:
+    def reading_fraction(self) -> Numbers:
         """Of the time that prompts are being read."""
         return self.requests_per_s * self.read_s
 
     @property
-    def mean_wait_s(self) -> float:
+    def mean_wait_s(self) -> Numbers:
         """For the prompts before."""
-        return self.reading_fraction * self.read_s * self.lengths.prompt_square / (2 * (1 - self.reading_fraction))
+        busy = np.minimum(self.reading_fraction, MOST_BUSY)
+        return busy * self.read_s * self.prompt_square / (2 * (1 - busy))
 
-    def late_first_fraction(self, ttft_s: float) -> float:
+    @property
+    def prompt_square(self) -> Numbers:
+        """Mean of the square of a prompt's length, over the square of its mean."""
+        return np.exp(np.square(self.prompt_sigma))
+
+    def crowd(self, deviations: Numbers) -> Numbers:
+        """Return how many answers are under way, so many standard deviations above the mean."""
+        return self.batch + deviations * np.sqrt(self.crowd_variance)
+
+    def take(self, chosen: NDArray[np.intp] | int) -> Self:
+        """Return the pace of some replicas, or of one."""
+        return type(self)(**{name: getattr(self, name)[chosen] for name in self.__slots__})
+
+    def late_first_fraction(self, ttft_s: Numbers | float) -> Numbers:
         """Return the fraction of requests whose first token takes longer than that."""
+        sigma = np.asarray(self.prompt_sigma)[..., None]
+        left_s = np.asarray(ttft_s - self.first_token_s - self.plain_s)[..., None]
+        left_s = left_s - np.asarray(self.own_s)[..., None] * _multiples(sigma)
+        return np.where(left_s > 0, self._long_wait_fraction(np.maximum(left_s, 1e-12), sigma), 1.0).mean(axis=-1)
 
-        def late(multiple: float) -> float:
-            left_s = ttft_s - self.plain_s - self.read_s * multiple
-            return self._long_wait_fraction(left_s) if left_s > 0 else 1.0
-
-        return sum(late(multiple) for multiple in multiples(self.lengths.prompt_sigma)) / PARTS
-
-    def _long_wait_fraction(self, wait_s: float) -> float:
+    def _long_wait_fraction(self, wait_s: Numbers, sigma: Numbers) -> Numbers:
         """Return the chance to wait longer: behind many prompts, or behind a single one that is very long."""
-        busy = self.reading_fraction
-        if busy <= 0:
-            return 0.0
-        behind_many = busy * math.exp(-busy * wait_s / self.mean_wait_s)
-        behind_one = busy / (1 - busy) * _mean_excess(wait_s / self.read_s, self.lengths.prompt_sigma)
-        return min(1.0, behind_many + behind_one)
+        busy, read_s = np.asarray(self.reading_fraction)[..., None], np.asarray(self.read_s)[..., None]
+        read_s = np.maximum(read_s, 1e-12)  # 0 where no prompts are read
+        mean_wait_s = np.maximum(np.asarray(self.mean_wait_s)[..., None], 1e-300)
+        behind_many = busy * np.exp(-np.minimum(busy * wait_s / mean_wait_s, 700.0))
+        behind_one = busy / (1 - np.minimum(busy, MOST_BUSY)) * _mean_excess(wait_s / read_s, sigma)
+        return np.minimum(1.0, behind_many + behind_one)
 
-    def late_tokens_fraction(self, tpot_s: float) -> float:
+    def late_tokens_fraction(self, tpot_s: Numbers | float) -> Numbers:
         """Return the fraction of requests whose tokens take longer than that, in the mean of their answer."""
-        if tpot_s <= self.plain_s:
-            return 1.0
-        if tpot_s >= self.longest_s:
-            return 0.0
-        outputs = (multiple * self.lengths.output_tokens for multiple in multiples(self.lengths.output_sigma))
-        return sum(self._interrupted_fraction(tokens - 1, tpot_s) for tokens in outputs) / PARTS
+        sigma = np.asarray(self.output_sigma)[..., None]
+        tokens = _multiples(sigma) * np.asarray(self.output_tokens)[..., None] - 1
+        late = self._interrupted_fraction(tokens, np.asarray(tpot_s)[..., None]).mean(axis=-1)
+        return np.where(tpot_s <= self.plain_s, 1.0, np.where(tpot_s >= self.longest_s, 0.0, late))
 
-    def _interrupted_fraction(self, tokens: float, tpot_s: float) -> float:
+    def _interrupted_fraction(self, tokens: Numbers, tpot_s: Numbers) -> Numbers:
         """Return the chance that prompts hold up so many tokens after the first for more than they can bear."""
-        if tokens < 0.5:  # an answer of one token has none that could be late
-            return 0.0
-        rate, idle = self.requests_per_s, 1 - self.requests_per_s * self.delay_s
-        before_s = self.mean_wait_s + self.read_s  # from arrival to the first token; who comes then is read next
-        square_s2 = self.delay_s**2 * self.lengths.prompt_square
-        work_s = tokens * self.plain_s + rate * before_s * self.delay_s
-        before_variance = self.mean_wait_s**2 * (2 / max(self.reading_fraction, 1e-9) - 1)
-        before_variance += self.read_s**2 * (self.lengths.prompt_square - 1)
-        work_variance = rate * before_s * square_s2 + (rate * self.delay_s) ** 2 * before_variance
-        delayed_s = work_s / idle - tokens * self.plain_s
+        rate, plain_s, read_s, delay_s, wait_s, busy, square = (
+            np.asarray(one)[..., None]
+            for one in (
+                self.requests_per_s, self.plain_s, self.read_s, self.delay_s, self.mean_wait_s, self.reading_fraction,
+                self.prompt_square,
+            )
+        )  # fmt: skip
+        idle = 1 - rate * delay_s
+        before_s = wait_s + read_s  # from arrival to the first token; who comes then is read next
+        square_s2 = delay_s**2 * square
+        work_s = tokens * plain_s + rate * before_s * delay_s
+        before_variance = wait_s**2 * (2 / np.maximum(busy, 1e-9) - 1) + read_s**2 * (square - 1)
+        work_variance = rate * before_s * square_s2 + (rate * delay_s) ** 2 * before_variance
+        delayed_s = work_s / idle - tokens * plain_s
         variance = rate * square_s2 * work_s / idle**3 + work_variance / idle**2
-        if delayed_s <= 0 or variance <= 0:
-            return 0.0
-        shape = delayed_s**2 / variance
-        excess = tokens * (tpot_s - self.plain_s) / delayed_s
+        # An answer of one token has none that could be late.
+        possible = (tokens >= 0.5) & (delayed_s > 0) & (variance > 0)
+        delayed_s, variance = np.where(possible, delayed_s, 1.0), np.where(possible, variance, 1.0)
+        root = 3 * delayed_s / np.sqrt(variance)  # of 9 times the shape of the gamma
+        excess = np.maximum(tokens * (tpot_s - plain_s), 0.0) / delayed_s
         # Wilson and Hilferty: the cube root of a gamma over its mean is nearly normal.
-        late = 1 - NORMAL.cdf((excess ** (1 / 3) - (1 - 1 / (9 * shape))) * math.sqrt(9 * shape))
-        anybody = 1 - math.exp(-rate * (before_s + tokens * self.plain_s))
-        return min(late, anybody)
+        late = 1 - normal_fraction((np.cbrt(excess) - (1 - 1 / root**2)) * root)
+        anybody = 1 - np.exp(-rate * (before_s + tokens * plain_s))
+        return np.where(possible, np.minimum(late, anybody), 0.0)
+
+
+def _multiples(sigma: Numbers) -> Numbers:
+    """Return the middle of each of PARTS equally likely parts of a lognormal, over its mean."""
+    return np.exp(MIDDLES * sigma - sigma**2 / 2)
+
+
+def _mean_excess(multiple: Numbers, sigma: Numbers) -> Numbers:
+    """Return by how much a lognormal of mean 1 exceeds a value, in the mean."""
+    upper = (sigma**2 / 2 - np.log(multiple)) / sigma
+    return normal_fraction(upper) - multiple * normal_fraction(upper - sigma)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """What replicas that decode so many take; see `Pace`."""
+
+    output_tokens: Numbers
+    plain_s: Numbers
+    read_s: Numbers
+    own_s: Numbers
+    delay_s: Numbers
+    longest_s: Numbers
+
+    def requests_per_s(self, batch: Numbers) -> Numbers:
+        """Return the rate that keeps a batch as it is."""
+        return batch / (self.output_tokens * self.plain_s + batch * self.delay_s)
+
+    def batch(self, requests_per_s: Numbers) -> Numbers:
+        """Return the batch that a rate settles to."""
+        return requests_per_s * self.output_tokens * self.plain_s / (1 - requests_per_s * self.delay_s)
+
+
+class Load:
+    """Replicas, and how long the requests are that each is given."""
+
+    def __init__(self, costs: Sequence[StepCost], lengths: Sequence[Lengths], *, reads: bool = True) -> None:
+        self.steps = Steps(costs)
+        self.reads = reads  # False: prompts are read elsewhere, and here answers are written
+        self.ranked = bool((self.steps.ranks > 1).any())
+        self.new_tokens = _counts(one.prompt_tokens - one.cached_tokens for one in lengths)  # of a prompt, to be read
+        pairs = [prefill_pairs(one.cached_tokens, one.prompt_tokens - one.cached_tokens) for one in lengths]
+        self.pairs_per_token = np.array(pairs, dtype=np.float64) / self.new_tokens
+        self.output_tokens = np.array([one.output_tokens for one in lengths], dtype=np.float64)
+        self.context_tokens = _counts(one.context_tokens for one in lengths)
+        self.prompt_sigma = np.array([one.prompt_sigma for one in lengths])
+        self.output_sigma = np.array([one.output_sigma for one in lengths])
+
+    def times(self, batch: Numbers, *, longest: bool = True) -> Times:
+        """Return what replicas take whose answers under way are so many in the mean; a part of one is one alone.
+
+        Without `longest` the longest step and the prompt by itself are left out.
+        """
+        few = np.maximum(1, np.floor(batch)).astype(np.int64)
+        share = np.clip(batch - few, 0.0, 1.0)  # of the time that there is one more
+        fewer, more = self._times_s(few, longest=longest), self._times_s(few + 1, longest=longest)
+        return self._times(fewer + share * (more - fewer))
+
+    def reading_times(self) -> Times:
+        """Return what replicas take that write no answers."""
+        return self._times(self._times_s(np.zeros_like(self.new_tokens), longest=True))
+
+    def _times(self, found_s: Numbers) -> Times:
+        plain_s, read_s, own_s, delay_s, longest_s = found_s
+        return Times(
+            output_tokens=self.output_tokens,
+            plain_s=plain_s,
+            read_s=read_s * self.reads,
+            own_s=own_s * self.reads,
+            delay_s=delay_s * self.reads,
+            longest_s=longest_s,
+        )
+
+    def _times_s(self, decodes: Counts, *, longest: bool) -> Numbers:
+        """Return [time of `Times`, replica]."""
+        steps, new = self.steps, self.new_tokens
+        room = np.maximum(1, steps.step_tokens - decodes)
+        chunk = np.minimum(room, new)
+        own_chunk = np.minimum(np.maximum(1, room // steps.ranks), new)  # of one prompt, on one rank
+        prompts = [chunk]
+        if longest:  # whose later parts of prompts attend to more than the mean, which is left out
+            prompts += [room, own_chunk * steps.ranks] if self.ranked else [room]
+        cached = decodes * self.context_tokens
+        with_pairs = [(tokens, np.rint(self.pairs_per_token * tokens).astype(np.int64)) for tokens in prompts]
+        plain_s = steps.plain_ps(decodes, cached) / PICOSECONDS_PER_S
+        chunk_s, *others_s = (took / PICOSECONDS_PER_S for took in steps.reading_ps(decodes, cached, with_pairs))
+        chunks = new / chunk
+        read_s = chunks * chunk_s
+        longest_s = others_s[0] if others_s else chunk_s
+        own_s = new / own_chunk * others_s[1] if len(others_s) > 1 else read_s
+        return np.stack([plain_s, read_s, own_s, chunks * (chunk_s - plain_s), longest_s])
+
+    def pace(self, times: Times, batch: Numbers, requests_per_s: Numbers) -> Pace:
+        """Return the pace of replicas that hold such a batch at such a rate."""
+        crowd = np.maximum(1.0, CROWD * batch)
+        crowded = self.times(crowd, longest=False).requests_per_s(crowd)
+        growth = np.log(crowded / np.maximum(requests_per_s, 1e-300)) / math.log(CROWD)
+        growth = np.where(requests_per_s > 0, growth, 1.0)
+        return Pace(
+            requests_per_s=requests_per_s,
+            first_token_s=self.steps.first_token_s,
+            plain_s=times.plain_s,
+            read_s=times.read_s,
+            own_s=times.own_s,
+            delay_s=times.delay_s,
+            longest_s=times.longest_s,
+            batch=batch,
+            crowd_variance=batch / np.minimum(1.0, np.maximum(0.05, growth)),
+            output_tokens=self.output_tokens,
+            prompt_sigma=self.prompt_sigma,
+            output_sigma=self.output_sigma,
+        )
+
+
+def paces(load: Load, requests_per_s: Numbers) -> tuple[Pace, NDArray[np.bool_]]:
+    """Return the paces replicas settle to at a rate, and which of them do not fall behind.
+
+    The batch sets the pace, and the pace the batch: it is the one that gets as much done as is asked.
+    """
+    most = load.steps.step_tokens.astype(np.float64)
+    keeps_up = load.times(most).requests_per_s(most) > requests_per_s
+    rate = np.where(keeps_up, requests_per_s, 0.0)
+    batch = _largest(
+        lambda batch: load.times(batch).requests_per_s(batch) <= rate, np.full_like(most, 1e-9), most, 1e-6
+    )
+    times = load.times(batch)
+    keeps_up &= rate * times.read_s < 1
+    rate = np.where(keeps_up, rate, 0.0)
+    return load.pace(times, times.batch(rate), rate), keeps_up
 
 
 def pace_at(step: StepCost, requests_per_s: float, lengths: Lengths) -> Pace | None:
-    """Return the pace a replica settles to at a rate; None when it falls behind."""
-    batch = 1.0
-    for _ in range(50):  # the batch sets the pace, and the pace the batch; it settles from below
-        plain_s, read_s, delay_s = _steps(step, max(1, round(batch)), lengths)
-        if requests_per_s * read_s >= 1 or batch > step.step_tokens:
-            return None
-        settled, batch = batch, requests_per_s * lengths.output_tokens * plain_s / (1 - requests_per_s * delay_s)
-        if round(settled) == round(batch):
-            break
-    crowded = _throughput(step, max(1, round(1.25 * batch)), lengths)
-    growth = math.log(crowded / requests_per_s, 1.25) if requests_per_s > 0 else 1.0
-    return Pace(
-        requests_per_s=requests_per_s,
-        lengths=lengths,
-        plain_s=plain_s,
-        read_s=read_s,
-        delay_s=delay_s,
-        longest_s=_longest_s(step, max(1, round(batch)), lengths),
-        batch=batch,
-        crowd_variance=batch / min(1.0, max(0.05, growth)),
-    )
+    """Return the pace one replica settles to at a rate; None when it falls behind."""
+    found, keeps_up = paces(Load([step], [lengths]), np.array([requests_per_s]))
+    return found.take(0) if keeps_up[0] else None
 
 
-def _throughput(step: StepCost, batch: int, lengths: Lengths) -> float:
-    """Return the requests per second that keep a batch as it is."""
-    plain_s, _, delay_s = _steps(step, batch, lengths)
-    return batch / (lengths.output_tokens * plain_s + batch * delay_s)
+# --- The most a replica can take ------------------------------------------------------------------------------------
 
 
-def _steps(step: StepCost, decodes: int, lengths: Lengths) -> tuple[float, float, float]:
-    """Return a step without prompts, a prompt's reading while others decode, and by how much that delays them."""
-    cached_tokens = decodes * lengths.context_tokens
-    plain_s = step.step_ps(0, 0, decodes, cached_tokens) / PICOSECONDS_PER_S
-    chunk_tokens = min(max(1, step.step_tokens - decodes), lengths.prompt_tokens)
-    pairs = round(prefill_pairs(0, lengths.prompt_tokens) / lengths.prompt_tokens * chunk_tokens)
-    chunk_s = step.step_ps(chunk_tokens, pairs, decodes, cached_tokens) / PICOSECONDS_PER_S
-    chunks = lengths.prompt_tokens / chunk_tokens
-    return plain_s, chunks * chunk_s, chunks * (chunk_s - plain_s)
+class Slos:
+    """What each replica is held to; `share` is the part of the late requests that its side of a split is allowed."""
+
+    def __init__(self, slos: Sequence[Slo], share: float = 1.0) -> None:
+        self.ttft_s = np.array([slo.ttft_s for slo in slos])
+        self.tpot_s = np.array([slo.tpot_s for slo in slos])
+        self.late_fraction = share * (1 - np.array([slo.fraction for slo in slos]))
+        found = {fraction: NormalDist().inv_cdf(1 - fraction) for fraction in set(self.late_fraction.tolist())}
+        self.deviations = np.array([found[fraction] for fraction in self.late_fraction.tolist()])
 
 
-def _longest_s(step: StepCost, decodes: int, lengths: Lengths) -> float:
-    """Return a step full of prompts; their later parts attend to more than the mean, which is left out."""
-    room = max(1, step.step_tokens - decodes)
-    pairs = round(prefill_pairs(0, lengths.prompt_tokens) / lengths.prompt_tokens * room)
-    return step.step_ps(room, pairs, decodes, decodes * lengths.context_tokens) / PICOSECONDS_PER_S
+def sustained(load: Load, most: Counts, slos: Slos) -> Numbers:
+    """Return the largest rates at which the SLO holds for its fraction of the requests; 0 where it does for none.
+
+    So many are in time, and but for as many every request finds one of `most` places. The batch is searched for, not
+    the rate, because the time of a step is known by the batch.
+    """
+
+    def holds(batch: Numbers) -> NDArray[np.bool_]:
+        times = load.times(batch)
+        pace = load.pace(times, batch, times.requests_per_s(batch))
+        crowd = pace.crowd(slos.deviations)
+        if load.reads:
+            late = pace.late_first_fraction(slos.ttft_s) + pace.late_tokens_fraction(slos.tpot_s)
+            return (late <= slos.late_fraction) & (crowd <= most)
+        return (load.times(crowd, longest=False).plain_s <= slos.tpot_s) & (crowd <= most)
+
+    least = load.times(np.ones(len(most))).batch(np.full(len(most), LEAST_REQUESTS_PER_S))
+    batch = _largest(holds, np.where(holds(least), least, 0.0), np.minimum(most, load.steps.step_tokens) * 1.0)
+    return load.times(batch).requests_per_s(batch)
 
 
-def _mean_excess(multiple: float, sigma: float) -> float:
-    """Return how far a lognormal lies beyond a multiple of its mean, in the mean, over its mean."""
-    upper = (sigma**2 / 2 - math.log(multiple)) / sigma
-    return NORMAL.cdf(upper) - multiple * NORMAL.cdf(upper - sigma)
+def sustained_reading(load: Load, slos: Slos, transfer_s: Numbers) -> Numbers:
+    """Return the largest rates at which replicas that do nothing but read prompts are in time; see `reading_paces`."""
+    alone = reading_paces(load, slos, transfer_s, np.zeros_like(transfer_s))
+
+    def in_time(busy_fraction: Numbers) -> NDArray[np.bool_]:
+        pace = replace(alone, requests_per_s=busy_fraction / alone.read_s)
+        return pace.late_first_fraction(slos.ttft_s) <= slos.late_fraction
+
+    least = LEAST_REQUESTS_PER_S * alone.read_s
+    return _largest(in_time, np.where(in_time(least), least, 0.0), np.ones_like(least)) / alone.read_s
 
 
-def holds(pace: Pace | None, max_batch: int, slo: Slo) -> bool:
-    """Return whether the SLO's fraction of the requests is in time, and finds a free place but for as many."""
-    if pace is None:
-        return False
-    late = pace.late_first_fraction(slo.ttft_s) + pace.late_tokens_fraction(slo.tpot_s)
-    crowd = pace.batch + NORMAL.inv_cdf(slo.fraction) * math.sqrt(pace.crowd_variance)
-    return late <= 1 - slo.fraction and crowd <= max_batch
+def reading_paces(load: Load, slos: Slos, transfer_s: Numbers, requests_per_s: Numbers) -> Pace:
+    """Return the paces of replicas that read prompts at a rate and write nothing.
+
+    A first token waits for the prompts before, its own prompt, the transfer of its cache to where the answer is written
+    (of a prompt of mean length `transfer_s`) and a step there, which takes the SLO's time per token at most.
+    """
+    none = np.zeros_like(requests_per_s)
+    alone = load.reading_times()
+    alone = replace(alone, plain_s=slos.tpot_s, own_s=alone.own_s + transfer_s)
+    return load.pace(alone, none, requests_per_s)
 
 
-def sustained_requests_per_s(step: StepCost, lengths: Lengths, max_batch: int, slo: Slo) -> float:
-    """Return the largest rate at which the SLO holds for its fraction of the requests; 0 if it does for none."""
-
-    def sustains(requests_per_s: float) -> bool:
-        return holds(pace_at(step, requests_per_s, lengths), max_batch, slo)
-
-    low, high = 0.0, 1e-3
-    while sustains(high):
-        low, high = high, 4 * high
-    if low == 0.0:
-        return 0.0
-    while high - low > 0.001 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if sustains(middle) else (low, middle)
+def _largest(
+    does: Callable[[Numbers], NDArray[np.bool_]], low: Numbers, high: Numbers, precision: float = PRECISION
+) -> Numbers:
+    """Return the largest values that do, between some that do and some that may not; where `low` is 0 none does."""
+    low = np.where((low > 0) & does(high), high, low)
+    high = np.where(low > 0, high, 0.0)
+    while (high - low > precision * high).any():
+        middle = np.sqrt(low * high)
+        good = does(middle)
+        low, high = np.where(good, middle, low), np.where(good, high, middle)
     return low
 
 
-def quantile_s(late_fraction: Callable[[float], float], fraction: float) -> float:
-    """Return the time that all but 1 - `fraction` of the requests keep to, to a tenth of a percent."""
-    low, high = 0.0, 1e-3
-    while late_fraction(high) > 1 - fraction:
-        low, high = high, 2 * high
-    while high - low > 0.001 * high:
+def quantile_s(late_fraction: Callable[[Numbers], Numbers], allowed: Numbers | float, high_s: Numbers) -> Numbers:
+    """Return the times that all but the `allowed` fraction keep to, searched from `high_s` upwards."""
+    low, high = np.zeros_like(high_s), high_s
+    while (late := late_fraction(high) > allowed).any():
+        low, high = np.where(late, high, low), np.where(late, 2 * high, high)
+    while (high - low > PRECISION * high).any():
         middle = (low + high) / 2
-        low, high = (low, middle) if late_fraction(middle) <= 1 - fraction else (middle, high)
+        good = late_fraction(middle) <= allowed
+        low, high = np.where(good, low, middle), np.where(good, middle, high)
     return high
+
+
+def sustained_requests_per_s(step: StepCost, lengths: Lengths, most: int, slo: Slo) -> float:
+    """Return the largest rate at which the SLO holds on one replica; 0 if it does for none."""
+    return float(sustained(Load([step], [lengths]), np.array([most]), Slos([slo]))[0])
+
+
+# --- The normal distribution ----------------------------------------------------------------------------------------
+
+NUMERATOR = (
+    3.52624965998911e-02, 0.700383064443688, 6.37396220353165, 33.912866078383, 112.079291497871, 221.213596169931,
+    220.206867912376,
+)  # fmt: skip
+DENOMINATOR = (
+    8.83883476483184e-02, 1.75566716318264, 16.064177579207, 86.7807322029461, 296.564248779674, 637.333633378831,
+    793.826512519948, 440.413735824752,
+)  # fmt: skip
+FAR = 7.0  # standard deviations; beyond them a part in 1e12 is left
+
+
+def normal_fraction(value: Numbers) -> Numbers:
+    """Return the fraction of a normal distribution below so many standard deviations, to 1e-12.
+
+    Hart's rational approximation (Computer Approximations, 1968, no. 5666), which NumPy has none of its own for.
+    """
+    size = np.minimum(np.abs(value), FAR)
+    above, below = np.full_like(size, NUMERATOR[0]), np.full_like(size, DENOMINATOR[0])
+    for factor in NUMERATOR[1:]:
+        above = above * size + factor
+    for factor in DENOMINATOR[1:]:
+        below = below * size + factor
+    tail = np.exp(-size * size / 2) * above / below
+    return np.where(value > 0, 1 - tail, tail)
