@@ -67,7 +67,7 @@ def test_full_all_the_time_is_an_upper_bound() -> None:
 def test_a_quantile_is_where_the_late_fraction_says() -> None:
     pace = pace_at(STEP, 20.0, LENGTHS)
     assert pace is not None
-    ttft_s = quantile_s(pace.late_first_fraction, 0.95)
+    ttft_s = quantile_s(pace.late_first_fraction, 0.05, pace.read_s)
     assert pace.late_first_fraction(ttft_s) <= 0.05 < pace.late_first_fraction(ttft_s * 0.98)
 
 

@@ -12,7 +12,7 @@ from waterline.errors import InfeasibleError
 from waterline.fleet import Fleet, Pool
 from waterline.hardware import Node
 from waterline.plan import ModelPlan, Plan, Replica, TenantPlan
-from waterline.planner.candidates import Candidate, Expected, Rejection, expected, layouts, price
+from waterline.planner.candidates import Candidate, Expected, Rejection, Shape, expected, layouts, price_all
 from waterline.planner.explain import why, why_not, why_not_enough, why_over_limit
 from waterline.planner.needs import Need, needs
 from waterline.planner.packing import FreeGpus
@@ -73,13 +73,16 @@ def _options(fleet: Fleet, need: Need) -> list[Option]:
     options, rejections = [], []
     for pool in fleet.pools:
         node = Node(gpu=fleet.gpu_of(pool), gpus=pool.gpus_per_node)
-        for precision in need.model.precisions:
-            for layout in layouts(llm, node, pool.nodes):
-                priced = price(llm, node, layout, precision, need.model.engine, need.work)
-                if isinstance(priced, Rejection):
-                    rejections.append((pool.name, priced))
-                else:
-                    options.append(Option(pool=pool, candidate=priced))
+        wanted = [
+            Shape(llm=llm, node=node, nodes=pool.nodes, layout=layout, precision=precision, engine=need.model.engine)
+            for precision in need.model.precisions
+            for layout in layouts(llm, node, pool.nodes)
+        ]
+        for priced in price_all(wanted, [need.work])[0]:
+            if isinstance(priced, Rejection):
+                rejections.append((pool.name, priced))
+            else:
+                options.append(Option(pool=pool, candidate=priced))
     if not options:
         raise InfeasibleError(why_not(need, fleet, rejections))
     return sorted(options, key=lambda option: option.total(need.requests_per_s))

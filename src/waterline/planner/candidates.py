@@ -350,10 +350,10 @@ class _Together:
     def priced(self) -> list[Candidate | Rejection]:
         """Return each with the largest rate at which its SLO holds, or why there is none."""
         if self.role == "prefill":
-            rates = sustained_reading(self.load, self.slos, self.transfer_s)
+            pace = sustained_reading(self.load, self.slos, self.transfer_s)
         else:
-            rates = sustained(self.load, self.places, self.slos)
-        limits = self._limits(self._paces(rates))
+            pace = sustained(self.load, self.places, self.slos)
+        rates, limits = pace.requests_per_s, self._limits(pace)
         found: list[Candidate | Rejection] = [
             replace(one, requests_per_s=rate, limited_by=limit)
             for one, rate, limit in zip(self.held, rates.tolist(), limits, strict=True)

@@ -106,17 +106,21 @@ class Steps:
         """Return the times of steps of so many decodes and each of these tokens of prompts, with their pairs."""
         row = -(-decodes // self.ranks)
         same = self._decode_ps(row, cached_tokens)
-        return [
-            self._shared_ps(-(-(tokens + decodes) // self.ranks), row + 1)
-            + sum((layers.prefill_ps(tokens, pairs) for layers in self._layers), start=same)
-            for tokens, pairs in prompts
-        ]
+        found = []
+        for tokens, pairs in prompts:
+            took = same + self._shared_ps(-(-(tokens + decodes) // self.ranks), row + 1)
+            for layers in self._layers:
+                took = took + layers.prefill_ps(tokens, pairs)
+            found.append(took)
+        return found
 
     def _shared_ps(self, tokens: Counts, sampled: Counts) -> Counts:
         """Return everything but attention, for so many tokens and sampled sequences of a rank."""
-        beyond = self._more * np.maximum(0, tokens - self._last)
-        sampled = np.minimum(sampled, self._last_head)
-        return _at(self._tokens, np.minimum(tokens, self._last)) + beyond + _at(self._heads, sampled)
+        took = _at(self._tokens, np.minimum(tokens, self._last)) + _at(
+            self._heads, np.minimum(sampled, self._last_head)
+        )
+        took += self._more * np.maximum(0, tokens - self._last)
+        return took
 
     def _decode_ps(self, row: Counts, cached_tokens: Counts) -> Counts:
         none = np.zeros_like(row)
@@ -140,11 +144,14 @@ class _Layers:
     def decode_ps(self, decodes: Counts, ranks: Counts, cached_tokens: Counts) -> Counts:
         row = np.minimum(decodes, self.last)
         kept = np.minimum(cached_tokens, decodes * ranks * self.window)
-        return _at(self.decode, row) + _at(self.per_token, row) * kept
+        took = _at(self.decode, row)
+        took += _at(self.per_token, row) * kept
+        return took
 
     def prefill_ps(self, tokens: Counts, pairs: Counts) -> Counts:
         pairs = np.minimum(pairs, tokens * self.window)
-        return self.fixed + self.per_prompt_token * tokens + self.per_pair * pairs
+        took: Counts = self.fixed + self.per_prompt_token * tokens + self.per_pair * pairs
+        return took
 
 
 def _counts(values: object) -> Counts:
@@ -185,7 +192,8 @@ class Pace:
     def mean_wait_s(self) -> Numbers:
         """For the prompts before."""
         busy = np.minimum(self.reading_fraction, MOST_BUSY)
-        return busy * self.read_s * self.prompt_square / (2 * (1 - busy))
+        wait_s: Numbers = busy * self.read_s * self.prompt_square / (2 * (1 - busy))
+        return wait_s
 
     @property
     def prompt_square(self) -> Numbers:
@@ -194,7 +202,8 @@ class Pace:
 
     def crowd(self, deviations: Numbers) -> Numbers:
         """Return how many answers are under way, so many standard deviations above the mean."""
-        return self.batch + deviations * np.sqrt(self.crowd_variance)
+        crowd: Numbers = self.batch + deviations * np.sqrt(self.crowd_variance)
+        return crowd
 
     def take(self, chosen: NDArray[np.intp] | int) -> Self:
         """Return the pace of some replicas, or of one."""
@@ -205,7 +214,8 @@ class Pace:
         sigma = np.asarray(self.prompt_sigma)[..., None]
         left_s = np.asarray(ttft_s - self.first_token_s - self.plain_s)[..., None]
         left_s = left_s - np.asarray(self.own_s)[..., None] * _multiples(sigma)
-        return np.where(left_s > 0, self._long_wait_fraction(np.maximum(left_s, 1e-12), sigma), 1.0).mean(axis=-1)
+        late = np.where(left_s > 0, self._long_wait_fraction(np.maximum(left_s, 1e-12), sigma), 1.0)
+        return np.asarray(late.mean(axis=-1))
 
     def _long_wait_fraction(self, wait_s: Numbers, sigma: Numbers) -> Numbers:
         """Return the chance to wait longer: behind many prompts, or behind a single one that is very long."""
@@ -214,7 +224,7 @@ class Pace:
         mean_wait_s = np.maximum(np.asarray(self.mean_wait_s)[..., None], 1e-300)
         behind_many = busy * np.exp(-np.minimum(busy * wait_s / mean_wait_s, 700.0))
         behind_one = busy / (1 - np.minimum(busy, MOST_BUSY)) * _mean_excess(wait_s / read_s, sigma)
-        return np.minimum(1.0, behind_many + behind_one)
+        return np.asarray(np.minimum(1.0, behind_many + behind_one))
 
     def late_tokens_fraction(self, tpot_s: Numbers | float) -> Numbers:
         """Return the fraction of requests whose tokens take longer than that, in the mean of their answer."""
@@ -368,12 +378,15 @@ def paces(load: Load, requests_per_s: Numbers) -> tuple[Pace, NDArray[np.bool_]]
 
     The batch sets the pace, and the pace the batch: it is the one that gets as much done as is asked.
     """
+
+    def done(batch: Numbers) -> Numbers:
+        return load.times(batch, longest=False).requests_per_s(batch)
+
     most = load.steps.step_tokens.astype(np.float64)
-    keeps_up = load.times(most).requests_per_s(most) > requests_per_s
+    keeps_up = done(most) > requests_per_s
     rate = np.where(keeps_up, requests_per_s, 0.0)
-    batch = _largest(
-        lambda batch: load.times(batch).requests_per_s(batch) <= rate, np.full_like(most, 1e-9), most, 1e-6
-    )
+    one = done(np.ones_like(most))
+    batch = _largest(lambda batch: done(batch) <= rate, np.where(rate > one, 1.0, 0.0), most, PRECISION / 10)
     times = load.times(batch)
     keeps_up &= rate * times.read_s < 1
     rate = np.where(keeps_up, rate, 0.0)
@@ -400,16 +413,19 @@ class Slos:
         self.deviations = np.array([found[fraction] for fraction in self.late_fraction.tolist()])
 
 
-def sustained(load: Load, most: Counts, slos: Slos) -> Numbers:
-    """Return the largest rates at which the SLO holds for its fraction of the requests; 0 where it does for none.
+def sustained(load: Load, most: Counts, slos: Slos) -> Pace:
+    """Return the paces at the largest rates at which the SLO holds for its fraction of the requests; 0 where for none.
 
     So many are in time, and but for as many every request finds one of `most` places. The batch is searched for, not
     the rate, because the time of a step is known by the batch.
     """
 
-    def holds(batch: Numbers) -> NDArray[np.bool_]:
+    def at(batch: Numbers) -> Pace:
         times = load.times(batch)
-        pace = load.pace(times, batch, times.requests_per_s(batch))
+        return load.pace(times, batch, times.requests_per_s(batch))
+
+    def holds(batch: Numbers) -> NDArray[np.bool_]:
+        pace = at(batch)
         crowd = pace.crowd(slos.deviations)
         if load.reads:
             late = pace.late_first_fraction(slos.ttft_s) + pace.late_tokens_fraction(slos.tpot_s)
@@ -417,20 +433,21 @@ def sustained(load: Load, most: Counts, slos: Slos) -> Numbers:
         return (load.times(crowd, longest=False).plain_s <= slos.tpot_s) & (crowd <= most)
 
     least = load.times(np.ones(len(most))).batch(np.full(len(most), LEAST_REQUESTS_PER_S))
-    batch = _largest(holds, np.where(holds(least), least, 0.0), np.minimum(most, load.steps.step_tokens) * 1.0)
-    return load.times(batch).requests_per_s(batch)
+    return at(_largest(holds, np.where(holds(least), least, 0.0), np.minimum(most, load.steps.step_tokens) * 1.0))
 
 
-def sustained_reading(load: Load, slos: Slos, transfer_s: Numbers) -> Numbers:
-    """Return the largest rates at which replicas that do nothing but read prompts are in time; see `reading_paces`."""
+def sustained_reading(load: Load, slos: Slos, transfer_s: Numbers) -> Pace:
+    """Return the paces at the largest rates at which replicas that only read are in time; see `reading_paces`."""
     alone = reading_paces(load, slos, transfer_s, np.zeros_like(transfer_s))
 
+    def at(busy_fraction: Numbers) -> Pace:
+        return replace(alone, requests_per_s=busy_fraction / alone.read_s)
+
     def in_time(busy_fraction: Numbers) -> NDArray[np.bool_]:
-        pace = replace(alone, requests_per_s=busy_fraction / alone.read_s)
-        return pace.late_first_fraction(slos.ttft_s) <= slos.late_fraction
+        return at(busy_fraction).late_first_fraction(slos.ttft_s) <= slos.late_fraction
 
     least = LEAST_REQUESTS_PER_S * alone.read_s
-    return _largest(in_time, np.where(in_time(least), least, 0.0), np.ones_like(least)) / alone.read_s
+    return at(_largest(in_time, np.where(in_time(least), least, 0.0), np.ones_like(least)))
 
 
 def reading_paces(load: Load, slos: Slos, transfer_s: Numbers, requests_per_s: Numbers) -> Pace:
@@ -472,7 +489,7 @@ def quantile_s(late_fraction: Callable[[Numbers], Numbers], allowed: Numbers | f
 
 def sustained_requests_per_s(step: StepCost, lengths: Lengths, most: int, slo: Slo) -> float:
     """Return the largest rate at which the SLO holds on one replica; 0 if it does for none."""
-    return float(sustained(Load([step], [lengths]), np.array([most]), Slos([slo]))[0])
+    return float(sustained(Load([step], [lengths]), np.array([most]), Slos([slo])).requests_per_s[0])
 
 
 # --- The normal distribution ----------------------------------------------------------------------------------------
