@@ -260,8 +260,7 @@ def price(
 def price_all(shapes: Sequence[Shape], works: Sequence[Work]) -> list[list[Candidate | Rejection]]:
     """Price every shape for every work, many at a time; the result is [work][shape]."""
     steps: dict[object, StepCost] = {}
-    distinct = dict.fromkeys(works)
-    priced = {work: [_hold(shape, work, steps) for shape in shapes] for work in distinct}
+    priced = {work: [hold(shape, work, steps) for shape in shapes] for work in dict.fromkeys(works)}
     for role in ROLES:
         places = [
             (work, index)
@@ -293,8 +292,11 @@ def expected_all(candidates: Sequence[Candidate], requests_per_s: Sequence[float
     return [found[index] for index in range(len(candidates))]
 
 
-def _hold(shape: Shape, work: Work, steps: dict[object, StepCost]) -> Candidate | Rejection:
-    """Return a shape that holds the model and one request, its rate not known yet; `steps` keeps what was priced."""
+def hold(shape: Shape, work: Work, steps: dict[object, StepCost] | None = None) -> Candidate | Rejection:
+    """Return a shape that holds the model and one request, its rate not known yet, or why it does not.
+
+    `steps` keeps what was priced, for other roles and other work of the same replica.
+    """
     node, layout, precision = shape.node, shape.layout, shape.precision
     engine = find_engine(shape.engine).on(node.gpu)
     memory = memory_use(shape.llm, node.gpu, layout, precision, engine)
@@ -309,16 +311,24 @@ def _hold(shape: Shape, work: Work, steps: dict[object, StepCost]) -> Candidate 
     if tokens == 0:
         shortfall, reason = _memory_shortfall(shape, memory, work)
         return Rejection(shape=shape, binding="memory", shortfall=shortfall, reason=reason)
-    key = (id(shape.llm), node.gpu.id, layout, precision, shape.engine, shape.measured)
-    if key not in steps:
-        steps[key] = (
-            _measured_step(shape.measured)
-            if shape.measured
-            else step_cost(shape.llm, node.gpu, layout, precision, engine)
-        )
     return Candidate(
-        shape=shape, work=work, engine=engine, memory=memory, step=steps[key], cache_tokens=tokens, places=places
+        shape=shape,
+        work=work,
+        engine=engine,
+        memory=memory,
+        step=_step_of(shape, engine, {} if steps is None else steps),
+        cache_tokens=tokens,
+        places=places,
     )
+
+
+def _step_of(shape: Shape, engine: EngineProfile, known: dict[object, StepCost]) -> StepCost:
+    llm, gpu, layout, precision = shape.llm, shape.node.gpu, shape.layout, shape.precision
+    key = (id(llm), gpu.id, layout, precision, engine.name, shape.measured)
+    if key not in known:
+        measured = shape.measured
+        known[key] = _measured_step(measured) if measured else step_cost(llm, gpu, layout, precision, engine)
+    return known[key]
 
 
 def _measured_step(measured: Measured) -> StepCost:

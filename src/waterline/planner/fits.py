@@ -11,7 +11,7 @@ from waterline.errors import InputError
 from waterline.hardware import Gpu, Node
 from waterline.llm import PRECISIONS, Llm
 from waterline.plan import Layout
-from waterline.planner.candidates import Candidate, Work, layouts, price
+from waterline.planner.candidates import Candidate, Shape, Work, hold, layouts
 from waterline.planner.queueing import usual_lengths
 from waterline.units import HOUR_S, MEGA
 from waterline.workload import Slo
@@ -89,7 +89,8 @@ def _fit(llm: Llm, gpu: Gpu, precisions: tuple[str, ...], engine: str, work: Wor
     node = Node(gpu=gpu, gpus=gpu.gpus_per_node)
     why_not, nearest = "", math.inf
     for precision, layout in _smallest_first(llm, node, precisions):
-        priced = price(llm, node, layout, precision, engine, work)
+        shape = Shape(llm=llm, node=node, nodes=MOST_NODES, layout=layout, precision=precision, engine=engine)
+        priced = hold(shape, work)
         if isinstance(priced, Candidate):
             most = min(priced.cache_tokens // work.max_context_tokens, priced.engine.max_batch)
             if most >= concurrency:
