@@ -176,7 +176,8 @@ def failed(*arguments: str | Path) -> InputError:
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     points = write(tmp_path / "points.csv", [USUAL], ["model", "gpu", "isl"])
     assert str(failed("--points", points)) == (
-        f"{points} has no column osl, concurrency. It needs model, gpu, isl, osl, concurrency."
+        f"{points} has no column osl, concurrency or request_rate. It needs model, gpu, isl, osl, concurrency or "
+        "request_rate."
     )
 
 

@@ -1,3 +1,4 @@
+import random
 from dataclasses import replace
 
 import pytest
@@ -6,8 +7,11 @@ from hypothesis import strategies as st
 
 from waterline.catalog.calibration import Calibration
 from waterline.cost.estimate import closed_loop
-from waterline.cost.serving import Pieces, pieces, serving_point
+from waterline.cost.serving import OpenPoint, Pieces, open_point, pieces, serving_point, sustained_requests_per_s
 from waterline.cost.step import AttentionCost, StepCost, prefill_pairs
+from waterline.rehearsal.oracle import Capacity, serve
+from waterline.units import PICOSECONDS_PER_S
+from waterline.workload import Request
 
 # A step takes 1 ms and 10 us a token, reading the cache 1 ns a token, multiplying a pair 2 ns.
 STEP = StepCost(
@@ -104,3 +108,74 @@ def test_ranks_that_read_a_prompt_each_take_as_long_as_one(batch: int, prompt: i
     ranks = replace(STEP, ranks=4, step_tokens=400)
     assert pieces(ranks, 4, prompt, 0).alone_s <= pieces(STEP, 1, 4 * prompt, 0).alone_s
     assert pieces(ranks, batch, prompt, 10).plain_s <= pieces(STEP, batch, prompt, 10).plain_s
+
+
+# --- at a rate ------------------------------------------------------------------------------------------------------
+
+
+def at_rate(requests_per_s: float, prompt: int, output: int, most: int = 60, slower: float = 1.0) -> OpenPoint | None:
+    def price(batch: int) -> Pieces:
+        return pieces(STEP, batch, prompt, prompt + output // 2)
+
+    return open_point(price, most, output, requests_per_s, slower)
+
+
+def sustained(prompt: int, output: int, most: int = 60) -> float:
+    return sustained_requests_per_s(lambda batch: pieces(STEP, batch, prompt, prompt + output // 2), most, output)[0]
+
+
+def stepped(requests_per_s: float, prompt: int, output: int, most: int = 60) -> tuple[float, float]:
+    """Return mean TTFT and TPOT of the step-by-step rehearsal for requests that come independently."""
+    generator, now_s, requests = random.Random(1), 0.0, []
+    for _ in range(2500):
+        now_s += generator.expovariate(requests_per_s)
+        requests.append(Request(arrival_s=now_s, prompt_tokens=prompt, output_tokens=output))
+    capacity = Capacity(
+        replica="r", gpus=1, step=STEP, max_batch=most, cache_tokens=10**9, max_context_tokens=10**6,
+        prefill_tokens_per_s=1e9, tokens_per_s=1e9,
+    )  # fmt: skip
+    done = serve([capacity], requests, deadline_s=1e9, expected_prompt_tokens=prompt, expected_output_tokens=output)
+    settled = done[len(done) // 10 :]
+    first = sum(one.first_token_ps - one.arrival_ps for one in settled)
+    rest = sum(one.finish_ps - one.first_token_ps for one in settled) / (output - 1)
+    return first / len(settled) / PICOSECONDS_PER_S, rest / len(settled) / PICOSECONDS_PER_S
+
+
+@pytest.mark.parametrize(("prompt", "output"), [(60, 40), (200, 20), (20, 100)])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_rate_is_served_as_the_rehearsal_steps_through_it(prompt: int, output: int, share: float) -> None:
+    rate = share * sustained(prompt, output)
+    point = at_rate(rate, prompt, output)
+    assert point is not None
+    ttft_s, tpot_s = stepped(rate, prompt, output)
+    assert point.alone_s + point.others_s + point.wait_s == pytest.approx(ttft_s, rel=0.15)
+    assert point.tpot_s == pytest.approx(tpot_s, rel=0.25 if prompt > 100 else 0.05)  # read in chunks: too slow
+
+
+@pytest.mark.parametrize(("prompt", "output"), [(60, 40), (200, 20), (20, 100)])
+def test_beyond_the_sustained_rate_the_rehearsal_falls_behind_too(prompt: int, output: int) -> None:
+    most = sustained(prompt, output)
+    assert at_rate(1.001 * most, prompt, output) is None
+    assert at_rate(0.999 * most, prompt, output) is not None
+    below_s, above_s = (stepped(share * most, prompt, output)[0] for share in (0.7, 1.3))
+    assert above_s > 5 * below_s
+
+
+@given(st.floats(0.01, 0.97), st.floats(1.01, 1.5), st.integers(1, 500), st.integers(1, 500))
+def test_more_requests_a_second_are_never_served_sooner(share: float, times: float, prompt: int, output: int) -> None:
+    most = sustained(prompt, output)
+    few, many = at_rate(share * most, prompt, output), at_rate(min(0.98, share * times) * most, prompt, output)
+    assert few is not None
+    assert many is not None
+    assert many.tpot_s >= 0.99 * few.tpot_s  # decodes leave prompts less of a step, which makes chunks a little smaller
+    assert many.batch >= few.batch
+
+
+@given(st.floats(0.01, 0.7), st.floats(1.0, 1.4), st.integers(1, 500), st.integers(1, 500))
+def test_a_slower_clock_makes_everything_longer(share: float, slower: float, prompt: int, output: int) -> None:
+    rate = share * sustained(prompt, output)
+    plain, slow = at_rate(rate, prompt, output), at_rate(rate, prompt, output, slower=slower)
+    assert plain is not None
+    assert slow is not None
+    assert slow.tpot_s >= slower * plain.tpot_s * (1 - 1e-9)
+    assert slow.alone_s >= slower * plain.alone_s * (1 - 1e-9)

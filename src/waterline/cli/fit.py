@@ -8,6 +8,7 @@ import msgspec
 
 from waterline import catalog
 from waterline.cli.tables import console, draw
+from waterline.cost.estimate import MEANING
 from waterline.errors import InputError, UnknownNameError, nearest
 from waterline.llm import PRECISIONS
 from waterline.planner.fits import Fit, default_fit_precisions, example_lengths, fits
@@ -105,14 +106,6 @@ def show(found: Sequence[Fit], title: str, context_tokens: int) -> None:
             *_worth(found),
         ]
         screen.print("\n".join(lines), style="dim")
-
-
-MEANING = {
-    "measured": "kernels and engine were measured on the card",
-    "interpolated": "kernels were measured on the card, the engine on others",
-    "transferred": "from the nearest card measured, scaled to the card's peaks",
-    "physics": "bytes, operations and usual efficiencies",
-}
 
 
 def _worth(found: Sequence[Fit]) -> list[str]:

@@ -1,6 +1,6 @@
 """How many bytes, how many seconds, how many dollars: a model on a card in a layout. It knows no requests."""
 
-from waterline.cost.estimate import Between, Estimate, estimate_replica
+from waterline.cost.estimate import Asked, Between, Estimate, Priced, estimate_at_rate, estimate_replica
 from waterline.cost.memory import (
     MemoryFit,
     MemoryUse,
@@ -14,18 +14,24 @@ from waterline.cost.memory import (
     weights_bytes,
 )
 from waterline.cost.serving import ServingPoint, serving_point
+from waterline.cost.split import Half, estimate_split
 from waterline.cost.step import StepCost, replica_step_cost, step_cost
 
 __all__ = [
+    "Asked",
     "Between",
     "Estimate",
+    "Half",
     "MemoryFit",
     "MemoryUse",
+    "Priced",
     "ServingPoint",
     "StepCost",
     "cache_tokens",
     "embedding_parameters",
+    "estimate_at_rate",
     "estimate_replica",
+    "estimate_split",
     "longest_context",
     "memory_fit",
     "memory_use",
