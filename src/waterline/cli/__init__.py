@@ -18,6 +18,7 @@ COMMANDS = {
     "estimate": ("waterline.cli.estimate", "What if: TTFT, TPOT and throughput for a table of points."),
     "plan": ("waterline.cli.plan", "Choose layouts and replicas for a fleet file."),
     "rehearse": ("waterline.cli.rehearse", "Replay traffic against a plan: who waits, and what it costs."),
+    "launch": ("waterline.cli.launch", "The command that starts each engine of a plan, node by node."),
     "up": ("waterline.cli.up", "Start the engines and serve an OpenAI-compatible API."),
     "model": ("waterline.cli.model", "What one model weighs, keeps and is made of."),
     "catalog": ("waterline.cli.catalog", "Show the GPUs, models and prices Waterline knows."),

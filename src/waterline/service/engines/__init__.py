@@ -71,6 +71,13 @@ STARTABLE = {
     "fake": "waterline.service.engines.fake",
 }
 
+# name -> the file that knows it; its `command(plan, replica, seat)` returns what starts one process on one node
+COMMANDED = {
+    "vllm": "waterline.service.engines.vllm",
+    "sglang": "waterline.service.engines.sglang",
+    "llamacpp": "waterline.service.engines.llamacpp",
+}
+
 
 def prepare_engines(plan: Plan, instead: str = "", *, fleet: str = "FLEET") -> dict[str, Engine]:
     """Return an engine for each replica of the plan, by its id; `instead` of what was planned where it is given.

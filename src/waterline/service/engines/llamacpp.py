@@ -1,7 +1,7 @@
-"""llama.cpp, from the `xllamacpp` wheel: the engine, and its process.
+"""llama.cpp: the command of its server, and the engine from the `xllamacpp` wheel with its process.
 
-It gets a process of its own because it cannot be stopped otherwise while a request is in flight, and because only a
-process's standard error says why it did not start.
+The wheel's engine gets a process of its own because it cannot be stopped otherwise while a request is in flight, and
+because only a process's standard error says why it did not start.
 """
 
 import os
@@ -15,10 +15,13 @@ from pathlib import Path
 import aiohttp
 import click
 
+from waterline.catalog.engines import find_engine
 from waterline.errors import EngineError, MissingExtraError
 from waterline.plan import Plan, Replica
 from waterline.service.engines import ask
+from waterline.service.engines import seat as seats
 from waterline.service.engines.lifeline import announce, end_with_parent
+from waterline.service.engines.seat import Command, Seat
 from waterline.units import MIB
 
 BYTES_PER_THREAD = 32 * MIB  # threads wait for one another many times a token: below this, more of them are slower
@@ -32,7 +35,6 @@ FAULTS = {  # it says some of them with 500
     "unknown": "invalid_value",
     "invalid": "invalid_value",
 }
-VISIBLE_DEVICES = {"nvidia": "CUDA_VISIBLE_DEVICES", "amd": "HIP_VISIBLE_DEVICES"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,37 +55,67 @@ class LlamaCpp:
         return self.name
 
 
+def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
+    """Return how llama-server is started, built for CUDA, for ROCm or for none. Raises EngineError for what it cannot.
+
+    Source of the flags: llama.cpp at 00dc8057.
+    """
+    fleet, layout, slots = plan.fleet, replica.layout, _slots(replica)
+    gpu, profile = fleet.gpu_of(fleet.pool(replica.pool)), find_engine("llamacpp")
+    if len(replica.places) > 1 or layout.dp > 1 or replica.role != "both":
+        raise EngineError(
+            f"replica '{replica.id}' is planned as {layout} on {len(replica.places)} nodes for role '{replica.role}', "
+            "and llama.cpp runs one copy on one node, for both roles. Plan the model with another engine."
+        )
+    split = "none" if layout.gpus == 1 else "row" if layout.tp > 1 else "layer"
+    arguments = (
+        *("llama-server", "--model", _weights_file(plan, replica)),
+        *("--alias", replica.model),
+        *seat.listening,
+        *("--parallel", str(slots)),
+        *("--ctx-size", str(slots * replica.max_context_tokens)),  # shared out evenly among the slots
+        *("--ubatch-size", str(profile.step_tokens)),
+        *(("--n-gpu-layers", "all", "--split-mode", split) if gpu.vendor in seats.VISIBLE_DEVICES else ()),
+        *("--fit", "off"),  # what was planned fits; it would rather shrink than say so if not
+        *("--cache-ram", str(PROMPT_CACHE_MIB)),
+        *("--threads-http", str(_http_threads(slots))),
+        *("--no-webui", "--metrics"),
+    )
+    return arguments, seats.devices(gpu, replica, seat)
+
+
+def _weights_file(plan: Plan, replica: Replica) -> str:
+    file = plan.fleet.llm_of(plan.fleet.model(replica.model)).weights_file
+    if not file:
+        raise EngineError(f"llama.cpp needs a .gguf file; write it as 'weights' of model '{replica.model}'.")
+    return file
+
+
+def _slots(replica: Replica) -> int:
+    return max(1, min(replica.max_batch, replica.cache_tokens // replica.max_context_tokens))
+
+
+def _http_threads(slots: int) -> int:
+    """Each connection holds one, and idle ones stay a while."""
+    return 2 * slots + 4
+
+
 def prepare(plan: Plan, replica: Replica) -> LlamaCpp:
     """Return the server of a replica. Raises MissingExtraError, or EngineError for a model without a GGUF file."""
     if find_spec("xllamacpp") is None:
         raise MissingExtraError(f"The engine 'llamacpp' of model '{replica.model}'", extra="embedded")
-    fleet = plan.fleet
-    weights = fleet.llm_of(fleet.model(replica.model)).weights_file
-    if not weights:
-        raise EngineError(f"llama.cpp needs a .gguf file; write it as 'weights' of model '{replica.model}'.")
-    far = next((place.node for place in replica.places if place.node > 0), None)
-    if far is not None:
-        raise EngineError(
-            f"replica '{replica.id}' is planned on node {far} of pool '{replica.pool}', but engines are started on "
-            "this machine only. Write nodes = 1 there, or start the server on that node yourself and attach to it with "
-            'engine = "openai" and url = "http://…/v1".'
-        )
-    gpu = fleet.gpu_of(fleet.pool(replica.pool))
-    slots = max(1, min(replica.max_batch, replica.cache_tokens // replica.max_context_tokens))
+    weights = _weights_file(plan, replica)
+    seats.check_here(replica)
     return LlamaCpp(
         name=replica.model,
         command=(
             *(sys.executable, "-m", "waterline.service.engines.llamacpp"),
             *("--model", weights),
             *("--alias", replica.model),
-            *("--slots", str(slots)),
+            *("--slots", str(_slots(replica))),
             *("--context", str(replica.max_context_tokens)),
         ),
-        environment=(
-            {VISIBLE_DEVICES[gpu.vendor]: ",".join(str(gpu) for place in replica.places for gpu in place.gpus)}
-            if gpu.vendor in VISIBLE_DEVICES
-            else {}
-        ),
+        environment=seats.devices(plan.fleet.gpu_of(plan.fleet.pool(replica.pool)), replica, Seat()),
     )
 
 
@@ -103,7 +135,7 @@ def main(model: str, alias: str, slots: int, context: int) -> None:
     parameters.model_alias = {alias}
     parameters.n_parallel = slots
     parameters.n_ctx = slots * context  # shared out evenly among the slots
-    parameters.n_threads_http = 2 * slots + 4  # each connection holds one, and idle ones stay a while
+    parameters.n_threads_http = _http_threads(slots)
     parameters.hostnames = ["127.0.0.1"]
     parameters.port = 0
     parameters.cpuparams.n_threads = threads

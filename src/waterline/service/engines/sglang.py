@@ -1,0 +1,67 @@
+"""SGLang, on CUDA and on ROCm: the command of one process."""
+
+from waterline.catalog.engines import find_engine
+from waterline.plan import Plan, Replica
+from waterline.service.engines import seat as seats
+from waterline.service.engines.seat import Command, Seat
+
+WHILE_LOADING = {"fp8": "fp8", "nvfp4": "nvfp4_online"}  # what it makes of 16-bit weights
+CACHE_DTYPES = {"fp8": "fp8_e4m3"}  # our words in its own, where they differ
+
+
+def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
+    """Return how one process of a replica is started. Raises EngineError for what SGLang cannot do.
+
+    Source of the flags: SGLang 0.5.23. --mem-fraction-static is SGLang's own choice, which the cost model follows.
+    """
+    fleet = plan.fleet
+    model, gpu = fleet.model(replica.model), fleet.gpu_of(fleet.pool(replica.pool))
+    llm, profile, layout = fleet.llm_of(model), find_engine("sglang").on(gpu), replica.layout
+    seats.check_stack(gpu, replica, "SGLang")
+    seats.check_even(replica, "SGLang")
+    cache_dtype = profile.cache_dtype(replica.precision)
+    arguments = (
+        *("python3", "-m", "sglang.launch_server", "--model-path", seats.checkpoint(model, llm)),
+        *("--served-model-name", model.name),
+        *seat.listening,
+        *("--tp-size", str(layout.tp * layout.dp)),  # it counts the ranks of data-parallel attention in
+        *(("--pp-size", str(layout.pp)) if layout.pp > 1 else ()),
+        *(("--attn-dp-size", str(layout.dp)) if layout.dp > 1 else ()),
+        *(("--ep-size", str(layout.ep)) if layout.ep > 1 else ()),
+        *_nodes(replica, seat),
+        *("--context-length", str(replica.max_context_tokens)),
+        *("--max-running-requests", str(seats.batch_of_rank(replica) * layout.dp)),  # of all data-parallel ranks
+        *("--chunked-prefill-size", str(profile.step_tokens * layout.dp)),  # likewise
+        *seats.dtype_flags(replica.precision),
+        *seats.quantization_flags(plan, replica, llm, "SGLang", WHILE_LOADING),
+        *("--kv-cache-dtype", CACHE_DTYPES.get(cache_dtype, cache_dtype)),
+        "--enable-priority-scheduling",
+        "--schedule-low-priority-values-first",  # as vLLM does, so that the gateway need not know which it is
+        *("--max-queued-requests", str(replica.max_batch)),  # the queue is in the gateway
+        "--enable-metrics",
+        *_role(replica),
+    )
+    return arguments, seats.devices(gpu, replica, seat) | _aiter(gpu.target)
+
+
+def _nodes(replica: Replica, seat: Seat) -> tuple[str, ...]:
+    """Return how the processes of several nodes find each other; only the first of them answers requests."""
+    meeting = ("--dist-init-addr", f"{seat.head_address}:{seats.inner_port(replica, 0, seats.MEETING)}")
+    if len(replica.places) > 1:
+        return ("--nnodes", str(len(replica.places)), "--node-rank", str(seat.rank), *meeting)
+    return meeting if replica.layout.dp > 1 else ()  # its own choice of ports might be a neighbour's
+
+
+def _role(replica: Replica) -> tuple[str, ...]:
+    if replica.role == "both":
+        return ()
+    port = str(seats.inner_port(replica, 0, seats.TRANSFER))
+    return (
+        *("--disaggregation-mode", replica.role),
+        *("--disaggregation-transfer-backend", "nixl"),
+        *(("--disaggregation-bootstrap-port", port) if replica.role == "prefill" else ()),
+    )
+
+
+def _aiter(target: str) -> dict[str, str]:
+    return {"SGLANG_USE_AITER": "1"} if target in seats.AITER_TARGETS else {}

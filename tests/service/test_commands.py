@@ -1,0 +1,291 @@
+"""The commands that start engines, held against the engines' own flags.
+
+`data/*.json` has the flags of vLLM, SGLang and llama-server with the values they take, recorded from the version it
+names. Where vLLM itself is installed, its parser is asked too.
+"""
+
+import argparse
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from plans import one_replica
+from waterline.errors import EngineError
+from waterline.plan import Layout, Plan
+from waterline.service.engines import COMMANDED
+from waterline.service.engines.seat import Command, Seat, api_port
+
+ALONE = Seat()
+DATA = Path(__file__).with_name("data")
+DEEPSEEK = "deepseek-ai/DeepSeek-R1"
+BEFORE_THE_OPTIONS = {"vllm": 3, "sglang": 3, "llamacpp": 1}
+
+
+def recorded(engine: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((DATA / f"{engine}.json").read_text())
+    return record
+
+
+class MisuseError(Exception):
+    pass
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise MisuseError(message)
+
+
+def parser_of(engine: str) -> Parser:
+    """Return a parser of an engine's flags that takes no abbreviations and wants every flag at most as recorded."""
+    kinds = {"int": int, "float": float, "str": str, "json": json.loads}
+    parser = Parser(allow_abbrev=False, add_help=False)
+    for flag, facts in recorded(engine)["flags"].items():
+        if not flag.startswith("--"):
+            continue
+        if facts["values"] == 0:
+            parser.add_argument(flag, action="store_true")
+        else:
+            nargs = None if facts["values"] == 1 else facts["values"]
+            kind = kinds[facts["type"]]
+            choices = [kind(choice) for choice in facts["choices"]] if "choices" in facts else None
+            parser.add_argument(flag, nargs=nargs, type=kind, choices=choices)
+    return parser
+
+
+def command(plan: Plan, seat: Seat = ALONE, replica: int = 0) -> Command:
+    made = plan.replicas[replica]
+    answer: Command = import_module(COMMANDED[made.engine]).command(plan, made, seat)
+    return answer
+
+
+def parsed(plan: Plan, seat: Seat = ALONE) -> argparse.Namespace:
+    engine = plan.replicas[0].engine
+    arguments, _ = command(plan, seat)
+    options = arguments[BEFORE_THE_OPTIONS[engine] :]
+    assert len([word for word in options if word.startswith("--")]) == len({w for w in options if w.startswith("--")})
+    return parser_of(engine).parse_args(options)
+
+
+PLANS = {
+    "one H100": one_replica,
+    "tensor parallel on AMD": lambda engine: one_replica(
+        engine, "mi300x", Layout(tp=8), weights=DEEPSEEK, precision="fp8"
+    ),
+    "quantised while loading": lambda engine: one_replica(engine, precision="fp8"),
+    "two nodes in a pipeline": lambda engine: one_replica(
+        engine, "h100-sxm-80g", Layout(tp=8, pp=2), 2, DEEPSEEK, "fp8"
+    ),
+    "wide expert parallelism": lambda engine: one_replica(
+        engine, "h200-sxm", Layout(tp=1, dp=16, ep=16), 2, DEEPSEEK, "fp8", max_batch=500
+    ),
+    "reads prompts": lambda engine: one_replica(engine, role="prefill"),
+    "writes answers": lambda engine: one_replica(engine, "mi300x", role="decode"),
+    "half precision": lambda engine: one_replica(engine, precision="fp16"),
+}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("case", PLANS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_flag_is_one_of_the_engine_with_a_value_it_takes(engine: str, case: str, rank: int) -> None:
+    plan = PLANS[case](engine)
+    if rank < len(plan.replicas[0].places):
+        parsed(plan, Seat(rank=rank, host="0.0.0.0", port=8100, address="box-1", head_address="box-0"))
+
+
+def vllm_parser() -> Any:
+    """Return vLLM's own parser. It can be built only where vLLM finds a device it knows."""
+    pytest.importorskip("vllm", reason="vLLM is not installed: its recorded flags are all there is")
+    cli_args = pytest.importorskip("vllm.entrypoints.common.cli_args")
+    utils = pytest.importorskip("vllm.utils.argparse_utils")
+    try:
+        return cli_args.make_arg_parser(utils.FlexibleArgumentParser())
+    except RuntimeError as error:
+        pytest.skip(f"vLLM does not build its parser on this machine: {error}")
+
+
+def test_vllm_itself_takes_every_command() -> None:
+    parser = vllm_parser()
+    for case in PLANS.values():
+        plan = case("vllm")
+        for rank in range(len(plan.replicas[0].places)):
+            arguments, _ = command(plan, Seat(rank=rank, port=8100))
+            parser.parse_args(arguments[2:])
+
+
+@pytest.mark.parametrize(
+    ("engine", "right", "wrong", "message"),
+    [
+        ("vllm", "--max-model-len", "--max-model-length", "unrecognized arguments: --max-model-length"),
+        ("vllm", "priority", "prio", "invalid choice: 'prio'"),
+        ("vllm", "16", "sixteen", "invalid int value: 'sixteen'"),
+        ("vllm", "256", "", "expected one argument"),
+        ("sglang", "--tp-size", "--tp", "unrecognized arguments: --tp"),
+        ("sglang", "decode", "decoder", "invalid choice: 'decoder'"),
+        ("llamacpp", "row", "rows", "invalid choice: 'rows'"),
+        ("llamacpp", "--ctx-size", "--ctxsize", "unrecognized arguments: --ctxsize"),
+    ],
+)
+def test_a_flag_that_is_misspelt_or_misused_is_noticed(engine: str, right: str, wrong: str, message: str) -> None:
+    valid = {
+        "vllm": ["--scheduling-policy", "priority", "--max-model-len", "16", "--max-num-seqs", "256"],
+        "sglang": ["--disaggregation-mode", "decode", "--tp-size", "2"],
+        "llamacpp": ["--split-mode", "row", "--ctx-size", "4096"],
+    }[engine]
+    parser_of(engine).parse_args(valid)
+    with pytest.raises(MisuseError) as caught:
+        parser_of(engine).parse_args([w for word in valid if (w := wrong if word == right else word)])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llamacpp"])
+def test_recorded_flags_say_of_which_version_they_are(engine: str) -> None:
+    record = recorded(engine)
+    assert record["version"]
+    assert record["source"]
+    assert len(record["flags"]) > 80
+
+
+def test_vllm_is_told_what_was_planned() -> None:
+    arguments, environment = command(one_replica(), Seat(port=8100))
+    assert " ".join(arguments) == (
+        "vllm serve meta-llama/Llama-3.1-8B --served-model-name chat --host 127.0.0.1 --port 8100 "
+        "--tensor-parallel-size 1 --max-model-len 4096 --max-num-seqs 8 --max-num-batched-tokens 8192 "
+        "--gpu-memory-utilization 0.9 --dtype bfloat16 --kv-cache-dtype auto --enable-prefix-caching "
+        "--scheduling-policy priority --max-num-queued-reqs 16"
+    )
+    assert environment == {"CUDA_VISIBLE_DEVICES": "0"}
+
+
+def test_sglang_is_told_what_was_planned() -> None:
+    arguments, environment = command(one_replica("sglang"), Seat(port=8100))
+    assert " ".join(arguments) == (
+        "python3 -m sglang.launch_server --model-path meta-llama/Llama-3.1-8B --served-model-name chat "
+        "--host 127.0.0.1 --port 8100 --tp-size 1 --context-length 4096 --max-running-requests 8 "
+        "--chunked-prefill-size 8192 --dtype bfloat16 --kv-cache-dtype auto --enable-priority-scheduling "
+        "--schedule-low-priority-values-first --max-queued-requests 8 --enable-metrics"
+    )
+    assert environment == {"CUDA_VISIBLE_DEVICES": "0"}
+
+
+def test_a_small_card_reads_fewer_tokens_a_step_as_was_planned() -> None:
+    assert parsed(one_replica(gpu="rtx-4090")).max_num_batched_tokens == 2048
+    assert parsed(one_replica("sglang", "rtx-4090")).chunked_prefill_size == 2048
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpu", "environment"),
+    [
+        ("vllm", "h100-sxm-80g", {"CUDA_VISIBLE_DEVICES": "0,1"}),
+        ("vllm", "mi300x", {"HIP_VISIBLE_DEVICES": "0,1", "VLLM_ROCM_USE_AITER": "1"}),
+        ("vllm", "mi250x", {"HIP_VISIBLE_DEVICES": "0,1"}),  # AITER's kernels are for later ones
+        ("sglang", "mi355x", {"HIP_VISIBLE_DEVICES": "0,1", "SGLANG_USE_AITER": "1"}),
+        ("sglang", "rx-7900-xtx", {"HIP_VISIBLE_DEVICES": "0,1"}),
+    ],
+)
+def test_each_vendor_has_its_mask_and_its_kernels(engine: str, gpu: str, environment: dict[str, str]) -> None:
+    assert command(one_replica(engine, gpu, Layout(tp=2)))[1] == environment
+
+
+def test_the_mask_has_the_cards_of_that_node() -> None:
+    plan = one_replica("vllm", layout=Layout(tp=4, pp=2), nodes=2)
+    assert command(plan, Seat(rank=1))[1] == {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+
+
+def test_several_nodes_meet_at_the_first_which_alone_answers() -> None:
+    plan = one_replica("vllm", layout=Layout(tp=8, pp=2), nodes=2, weights=DEEPSEEK, precision="fp8")
+    first = parsed(plan, Seat(rank=0, head_address="box-0"))
+    second = parsed(plan, Seat(rank=1, head_address="box-0"))
+    for one in (first, second):
+        assert (one.nnodes, one.master_addr, one.master_port) == (2, "box-0", 20000)
+        assert one.distributed_executor_backend == "mp"
+        assert (one.tensor_parallel_size, one.pipeline_parallel_size) == (8, 2)
+    assert (first.node_rank, second.node_rank) == (0, 1)
+    assert (first.headless, second.headless) == (False, True)
+
+    plan = one_replica("sglang", layout=Layout(tp=8, pp=2), nodes=2, weights=DEEPSEEK, precision="fp8")
+    second = parsed(plan, Seat(rank=1, head_address="box-0"))
+    assert (second.nnodes, second.node_rank, second.dist_init_addr) == (2, 1, "box-0:20000")
+
+
+def test_a_batch_is_dealt_to_the_data_parallel_ranks_as_each_engine_counts() -> None:
+    layout = Layout(dp=16, ep=16)
+    vllm = parsed(one_replica("vllm", "h200-sxm", layout, 2, DEEPSEEK, "fp8", max_batch=500))
+    assert (vllm.data_parallel_size, vllm.enable_expert_parallel, vllm.max_num_seqs) == (16, True, 32)  # a rank
+    sglang = parsed(one_replica("sglang", "h200-sxm", layout, 2, DEEPSEEK, "fp8", max_batch=500))
+    assert (sglang.tp_size, sglang.attn_dp_size, sglang.ep_size) == (16, 16, 16)
+    assert (sglang.max_running_requests, sglang.chunked_prefill_size) == (512, 16 * 8192)  # all ranks together
+
+
+@pytest.mark.parametrize(("role", "kv_role"), [("prefill", "kv_producer"), ("decode", "kv_consumer")])
+def test_a_replica_with_one_role_hands_its_cache_on_or_takes_it(role: str, kv_role: str) -> None:
+    arguments, environment = command(one_replica(role=role), Seat(address="box-0"))
+    config = json.loads(arguments[arguments.index("--kv-transfer-config") + 1])
+    assert config == {"kv_connector": "NixlConnector", "kv_role": kv_role}
+    assert set(config) <= set(recorded("vllm")["flags"]["--kv-transfer-config"]["keys"])
+    assert environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "box-0"
+    sglang = parsed(one_replica("sglang", role=role))
+    assert (sglang.disaggregation_mode, sglang.disaggregation_transfer_backend) == (role, "nixl")
+    assert (sglang.disaggregation_bootstrap_port is not None) == (role == "prefill")
+
+
+@pytest.mark.parametrize(("engine", "method"), [("vllm", "fp8_per_channel"), ("sglang", "fp8")])
+def test_weights_are_quantised_while_they_load_only_where_the_checkpoint_is_not(engine: str, method: str) -> None:
+    assert parsed(one_replica(engine, precision="fp8")).quantization == method
+    assert parsed(one_replica(engine, weights=DEEPSEEK, precision="fp8")).quantization is None
+    assert parsed(one_replica(engine)).quantization is None
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_what_an_engine_cannot_do_is_said_with_what_to_do_instead(engine: str) -> None:
+    with pytest.raises(
+        EngineError, match="planned in int8, but 'deepseek-ai/DeepSeek-R1' is stored in fp8.*checkpoint"
+    ):
+        command(one_replica(engine, "a100-sxm-80g", Layout(tp=8), 1, DEEPSEEK, "int8"))
+    with pytest.raises(EngineError, match="is started on CUDA and on ROCm, and 'ascend-910b' .* runs cann"):
+        command(one_replica(engine, "ascend-910b"))
+
+
+def test_a_name_of_the_catalogue_becomes_an_id_of_the_hub_and_a_path_stays() -> None:
+    assert command(one_replica(weights="qwen3-32b"))[0][2] == "Qwen/Qwen3-32B"
+    assert command(one_replica(weights="meta-llama/Llama-3.1-8B-Instruct"))[0][2] == "meta-llama/Llama-3.1-8B-Instruct"
+
+
+ABACUS = str(Path(__file__).parents[2] / "src/waterline/catalog/weights/abacus-q8_0.gguf")
+
+
+def test_llama_cpp_is_told_what_was_planned() -> None:
+    plan = one_replica("llamacpp", "mi300x", Layout(tp=2), 1, ABACUS, "q8_0", name="abacus")
+    arguments, environment = command(plan, Seat(port=8100))
+    assert " ".join(arguments) == (
+        f"llama-server --model {ABACUS} --alias abacus --host 127.0.0.1 --port 8100 --parallel 7 --ctx-size 28672 "
+        "--ubatch-size 512 --n-gpu-layers all --split-mode row --fit off --cache-ram 256 --threads-http 18 "
+        "--no-webui --metrics"
+    )
+    assert environment == {"HIP_VISIBLE_DEVICES": "0,1"}
+    parsed(plan)
+
+
+def test_llama_cpp_splits_as_the_layout_says_and_not_at_all_without_cards() -> None:
+    for layout, split in ((Layout(), "none"), (Layout(pp=2), "layer"), (Layout(tp=2), "row")):
+        assert parsed(one_replica("llamacpp", "rtx-4090", layout, 1, ABACUS, "q8_0")).split_mode == split
+    on_cpu = parsed(one_replica("llamacpp", "cpu", Layout(), 1, ABACUS, "q8_0"))
+    assert (on_cpu.split_mode, on_cpu.n_gpu_layers) == (None, None)
+
+
+def test_llama_cpp_wants_a_file_and_one_node() -> None:
+    with pytest.raises(EngineError, match="llama.cpp needs a .gguf file"):
+        command(one_replica("llamacpp"))
+    with pytest.raises(EngineError, match="planned as pp2 on 2 nodes for role 'both', and llama.cpp runs one copy"):
+        command(one_replica("llamacpp", "rtx-4090", Layout(pp=2), 2, ABACUS, "q8_0"))
+
+
+def test_neighbours_on_a_node_share_no_port() -> None:
+    plan = one_replica()
+    first = plan.replicas[0]
+    second = replace(first, id="chat/1", places=(replace(first.places[0], gpus=(4,)),))
+    assert (api_port(first), api_port(second)) == (8100, 8104)
