@@ -1,6 +1,7 @@
 """`waterline estimate`: tables in, tables out, and a row that cannot be says why without stopping the others."""
 
 import csv
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from waterline import catalog
 from waterline.catalog.engines import find_engine
 from waterline.cli.estimate import FIGURES, FOUND, estimate, read_layout, read_precision
 from waterline.cost import estimate_replica, step_cost
-from waterline.errors import InputError, UnknownNameError
+from waterline.errors import InfeasibleError, InputError, UnknownNameError
 from waterline.plan import Layout
 
 IN = (
@@ -225,6 +226,193 @@ def test_an_answer_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     assert str(failed("--points", points, "-o", out)) == f"{out} cannot be written: No such file or directory."
     blocked = points / "out.csv"
     assert str(blocked) in str(failed("--points", points, "-o", blocked))
+
+
+# --- At a rate, and split -------------------------------------------------------------------------------------------
+
+AT_RATE = {**{name: cell for name, cell in USUAL.items() if name != "concurrency"}, "request_rate": "4"}
+SPLIT = {
+    "model": "deepseek-ai/DeepSeek-V3", "gpu": "h800_sxm", "engine": "sglang", "isl": "4096", "osl": "1024",
+    "prefix_hit": "0.563", "prefill_attention_dp": "32", "prefill_moe_ep": "32",
+    "decode_attention_dp": "144", "decode_moe_ep": "144",
+}  # fmt: skip
+
+
+def asked(tmp_path: Path, *rows: dict[str, str]) -> list[dict[str, str]]:
+    """Return what is found for rows as they are."""
+    points = write(tmp_path / "points.csv", rows, list(dict.fromkeys(name for row in rows for name in row)))
+    result = run("--points", points)
+    assert result.exit_code == 0, result.output
+    return list(csv.DictReader(result.output.splitlines()))
+
+
+def test_a_rate_answers_all_that_comes_and_says_what_it_could(tmp_path: Path) -> None:
+    slow, fast, loop = asked(tmp_path, AT_RATE, AT_RATE | {"request_rate": "12"}, USUAL)
+    assert [slow["error"], fast["error"], loop["error"]] == ["", "", ""]
+    assert float(slow["tokens_per_s_per_gpu"]) == pytest.approx(4 * 200)
+    assert float(fast["tokens_per_s_per_gpu"]) == pytest.approx(12 * 200)
+    assert float(slow["sustained_request_rate"]) == float(fast["sustained_request_rate"]) > 12
+    assert not loop["sustained_request_rate"]
+    for name in ("ttft_ms", "tpot_ms"):
+        assert float(slow[name]) < float(fast[name])
+        assert float(fast[name + "_low"]) < float(fast[name]) < float(fast[name + "_high"])
+
+
+def test_a_replica_that_falls_behind_says_at_which_rate_it_would_not(tmp_path: Path) -> None:
+    (fine,) = asked(tmp_path, AT_RATE)
+    most = float(fine["sustained_request_rate"])
+    within, near, beyond = asked(
+        tmp_path, *(AT_RATE | {"request_rate": f"{most * share}"} for share in (0.5, 0.99, 1.01))
+    )
+    assert not within["note"]
+    assert "may fall behind: " in near["note"]
+    assert near["ttft_ms_high"] == "inf"
+    assert f"answer {most:.4g} (" in beyond["error"]
+    assert beyond["error"].endswith("and fall behind. Take at least 2 such replicas.")
+
+
+def test_split_replicas_express_what_deepseek_ran(tmp_path: Path) -> None:
+    rate, loop, mean = asked(
+        tmp_path, SPLIT | {"request_rate": "40", "concurrency": ""}, SPLIT | {"concurrency": "1000"}, USUAL
+    )
+    assert [rate["error"], loop["error"], mean["error"]] == ["", "", ""]
+    assert float(rate["tokens_per_s_per_gpu"]) == pytest.approx(40 * 1024 / (32 + 144), rel=1e-5)
+    assert "prefill " in rate["note"]
+    assert "decode " in rate["note"]
+    for row in (rate, loop):
+        assert row["provenance"] != "measured"
+        assert float(row["sustained_request_rate"]) > 40
+        for name in FIGURES:
+            assert 0 < float(row[name + "_low"]) <= float(row[name]) <= float(row[name + "_high"])
+
+
+def test_a_split_closed_loop_has_as_many_requests_under_way_as_clients(tmp_path: Path) -> None:
+    few, many, full = asked(tmp_path, *(SPLIT | {"concurrency": clients} for clients in ("16", "1000", "100000")))
+    rates = [float(row["tokens_per_s_per_gpu"]) * (32 + 144) / 1024 for row in (few, many, full)]
+    (open_loop,) = asked(tmp_path, SPLIT | {"request_rate": str(rates[1])})
+    assert open_loop["tpot_ms"] == many["tpot_ms"]
+    assert float(open_loop["ttft_ms"]) == pytest.approx(float(many["ttft_ms"]), rel=0.02)  # they wait for 999, not 1000
+    assert rates == sorted(rates)
+    assert rates[2] == pytest.approx(float(full["sustained_request_rate"]), rel=1e-3)
+
+
+def test_more_replicas_of_both_sides_sustain_more(tmp_path: Path) -> None:
+    plain = SPLIT | {"request_rate": "10"}
+    one, two = asked(tmp_path, plain, plain | {"prefill_replicas": "2", "decode_replicas": "2"})
+    assert float(two["sustained_request_rate"]) == pytest.approx(2 * float(one["sustained_request_rate"]), rel=1e-3)
+
+
+def test_sides_may_be_of_different_cards(tmp_path: Path) -> None:
+    plain = {
+        "model": "Qwen/Qwen3-32B", "gpu": "h100_sxm", "isl": "2000", "osl": "500", "request_rate": "1",
+        "prefill_tp": "2", "decode_tp": "2",
+    }  # fmt: skip
+    same, other = asked(tmp_path, plain, plain | {"decode_gpu": "a100_sxm"})
+    assert float(other["tpot_ms"]) > float(same["tpot_ms"])
+    assert other["provenance"] == "interpolated"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (AT_RATE | {"request_rate": "0"}, "request_rate = '0' should be above 0"),
+        (AT_RATE | {"request_rate": "-1"}, "request_rate = '-1' should be above 0"),
+        (AT_RATE | {"request_rate": "nan"}, "request_rate = 'nan' is not a number"),
+        (AT_RATE | {"request_rate": "fast"}, "request_rate = 'fast' is not a number"),
+        (AT_RATE | {"request_rate": "inf"}, "request_rate = 'inf' is not a number"),
+        (AT_RATE | {"request_rate": ""}, "neither concurrency nor request_rate given"),
+        (AT_RATE | {"concurrency": "1"}, "concurrency and request_rate given. Give one of them."),
+        (SPLIT | {"request_rate": "1", "tp": "8"}, "tp stands beside prefill and decode layouts"),
+        (SPLIT | {"request_rate": "1000"}, "prefill replicas read"),
+        (SPLIT | {"request_rate": "1", "prefill_replicas": "-1"}, "prefill_replicas = '-1' should be a whole number"),
+        (SPLIT | {"request_rate": "1", "decode_moe_ep": "7"}, "moe_ep = 7 does not divide"),
+        (SPLIT | {"request_rate": "1", "prefill_gpu": "h900"}, "'h900'"),
+        (SPLIT | {"request_rate": "1", "prefill_attention_dp": "1", "prefill_moe_ep": "1"}, "does not fit"),
+        (USUAL | {"tp": "3"}, "tp = 3 does not divide the 32 heads of meta-llama/Llama-3.1-8B"),
+        (USUAL | {"pp": "33"}, "pp = 33 is more than the 32 layers"),
+    ],
+)
+def test_what_cannot_be_is_said(tmp_path: Path, row: dict[str, str], message: str) -> None:
+    (found,) = asked(tmp_path, row)
+    assert message in found["error"]
+    assert not found["ttft_ms"]
+
+
+def test_shorter_names_of_columns_mean_the_same(tmp_path: Path) -> None:
+    sparse = USUAL | {"model": "Qwen/Qwen3-30B-A3B"}
+    (short,) = asked(tmp_path, sparse | {"dp": "4", "ep": "4"})
+    (long,) = asked(tmp_path, sparse | {"attention_dp": "4", "moe_ep": "4"})
+    assert short["ttft_ms"] == long["ttft_ms"]
+
+
+@pytest.mark.parametrize("name", ["Request-Rate", "prefix-hit", "request_rates", "prefil_tp", "Attention DP"])
+def test_a_column_that_is_nearly_one_of_ours_is_not_overlooked(tmp_path: Path, name: str) -> None:
+    points = write(tmp_path / "points.csv", [USUAL | {name: "1"}], [*USUAL, name])
+    assert f"has a column '{name}'. Is it '" in str(failed("--points", points))
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    points = tmp_path / "points.csv"
+    points.write_text("model,gpu,isl,osl,concurrency,isl\n")
+    assert str(failed("--points", points)) == f"{points} has the column 'isl' 2 times."
+
+
+# --- One point ------------------------------------------------------------------------------------------------------
+
+ONE = ("llama-3.1-8b", "--gpu", "h100_sxm", "--isl", "1000", "--osl", "200")
+
+
+def test_one_point_needs_no_table(tmp_path: Path) -> None:
+    (row,) = answers(tmp_path, {"tp": "2", "prefix_hit": "0.5"})
+    result = run(*ONE, "--concurrency", "8", "--tp", "2", "--prefix-hit", "0.5", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert found["model"] == "llama-3.1-8b"
+    assert found["tp"] == 2
+    for name in (*FIGURES, "memory_gib_per_gpu"):
+        assert found[name] == pytest.approx(float(row[name]))
+    assert found["provenance"] == row["provenance"]
+
+
+def test_one_point_is_drawn_with_its_interval_and_where_it_comes_from() -> None:
+    result = run(*ONE, "--request-rate", "2")
+    assert result.exit_code == 0, result.output
+    for said in ("TTFT", "TPOT", "four of five between", "requests/s sustained", "GiB", "measured on the card"):
+        assert said in result.output
+
+
+def test_a_table_comes_back_as_json_too(tmp_path: Path) -> None:
+    points = write(tmp_path / "points.csv", [USUAL, USUAL | {"tp": "3"}])
+    fine, wrong = json.loads(run("--points", points, "--json").output)
+    assert fine["isl"] == 1000
+    assert fine["ttft_ms_low"] < fine["ttft_ms"]
+    assert "error" not in fine
+    assert "does not divide" in wrong["error"]
+    assert "ttft_ms" not in wrong
+
+
+def test_one_point_that_cannot_be_ends_in_its_error() -> None:
+    wrong = run(*ONE, "--concurrency", "many")
+    assert isinstance(wrong.exception, InputError)
+    assert str(wrong.exception) == "concurrency = 'many' is not a number."
+    much = run("llama-3.1-405b", "--gpu", "l4", "--isl", "10", "--osl", "10", "--concurrency", "1")
+    assert isinstance(much.exception, InfeasibleError)
+    assert "does not fit" in str(much.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("llama-3.1-8b",), "--gpu, --isl, --osl is missing"),
+        (("--gpu", "h100_sxm"), "Give a MODEL and --gpu"),
+        ((), "Give a MODEL and --gpu"),
+        ((*ONE, "--points", __file__), "llama-3.1-8b has no place beside --points"),
+    ],
+)
+def test_half_a_question_is_a_usage_error(arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 # --- What cells mean -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import click
@@ -24,10 +24,12 @@ from waterline.workload import write_whole
 
 LOADS = ("concurrency", "request_rate")
 NEEDED = ("model", "gpu", "isl", "osl")
+SPELLED_COLUMNS = {"dp": "attention_dp", "ep": "moe_ep"}
 DEGREES = ("tp", "pp", "attention_dp", "moe_tp", "moe_ep")
 SIDES = ("prefill_", "decode_")
 OF_SIDES = tuple(side + name for side in SIDES for name in ("gpu", "replicas", *DEGREES))
 OPTIONAL = ("engine", "precision", *DEGREES, "prefix_hit", *OF_SIDES)
+OF_REPLICA = ("model", "gpu", "engine", "precision", *DEGREES, *SPELLED_COLUMNS, *OF_SIDES)
 KNOWN = (*NEEDED, *LOADS, *OPTIONAL)
 FIGURES = ("ttft_ms", "tpot_ms", "tokens_per_s_per_gpu")
 FOUND = (
@@ -37,7 +39,6 @@ FOUND = (
 NUMBERS = {*FOUND, *KNOWN} - {"model", "gpu", "prefill_gpu", "decode_gpu", "engine", "precision"}
 NUMBERS -= {"provenance", "note", "error"}
 SPELLED = {"fp4": "nvfp4", "fp16": "bf16", "int4 awq": "int4", "awq": "int4", "gptq": "int4"}
-SPELLED_COLUMNS = {"dp": "attention_dp", "ep": "moe_ep"}
 MOST = 10**9
 HELP = {
     "gpu": "The card; `waterline catalog gpus` lists them.",
@@ -96,7 +97,7 @@ def estimate(
                 f"{model or '--' + next(iter(given)).replace('_', '-')} has no place beside --points."
             )
         columns, rows = read_points(points)
-        answers = [answer(row) for row in rows]
+        answers = answer_all(rows)
         text = _json(map(_typed, rows, answers)) if as_json else _csv(columns, rows, answers)
         _put(text, output, f"{sum(not one['error'] for one in answers)} of {len(rows)} points estimated; {output}")
         return
@@ -164,6 +165,14 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
         near = get_close_matches(squeezed, [known for known in KNOWN if known not in columns], n=1, cutoff=0.9)
         if near and name not in {*KNOWN, *FOUND, *SPELLED_COLUMNS}:
             raise InputError(f"{path} has a column '{name[:40]}'. Is it '{near[0]}'? Write it so, or take it out.")
+
+
+def answer_all(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Return the columns found for every row, in their order; rows about one replica are answered one after another."""
+    answers: list[dict[str, str]] = [{}] * len(rows)
+    for index in sorted(range(len(rows)), key=lambda index: [rows[index].get(name) or "" for name in OF_REPLICA]):
+        answers[index] = answer(rows[index])
+    return answers
 
 
 def answer(row: Mapping[str, str]) -> dict[str, str]:
@@ -265,15 +274,18 @@ def _placed(row: Mapping[str, str], gpu: str, side: str) -> tuple[Priced, str]:
     return _priced(row["model"].strip(), gpu.strip(), row.get("precision", "").strip(), engine, layout), note
 
 
-@cache
+@lru_cache(maxsize=16)
 def _priced(model: str, gpu_name: str, precision: str, engine_name: str, layout: Layout) -> Priced:
-    """Price the steps of a replica, once for all rows about it."""
-    llm, gpu = catalog.load_model(model, Path()), catalog.find_gpu(gpu_name)
+    """Price the steps of a replica, once for all rows about it; a priced replica takes half a megabyte."""
+    llm, gpu = catalog.load_model(model, Path()), _card(gpu_name)
     precision = read_precision(precision, llm)
     engine = find_engine(engine_name).on(gpu)
     if engine_name != "llamacpp":  # which deals out layers and rows as they come
         _check_layout(llm, layout)
     return Priced(llm, gpu, layout, precision, engine, step_cost(llm, gpu, layout, precision, engine))
+
+
+_card = cache(catalog.find_gpu)
 
 
 def _check_layout(llm: Llm, layout: Layout) -> None:

@@ -114,8 +114,7 @@ def split_point(
         decode, requests_per_s / decode.replicas, prompt_tokens + output_tokens // 2, output_tokens
     )
     wait_s = reading.wait_s(requests_per_s, clients)
-    together = calibration.together * clients / reading.ranks / 2  # prompts in front of those that start together
-    own_s = calibration.request_s + (calibration.reading + together) * reading.alone_s
+    own_s = calibration.request_s + calibration.reading * reading.alone_s
     return SplitPoint(
         ttft_s=own_s + wait_s + transfer_s + tpot_s,  # passed on over there, in a step
         tpot_s=tpot_s,
