@@ -66,9 +66,10 @@ class _Reading:
     def wait_s(self, requests_per_s: float, clients: int = 0, slower: float = 1.0) -> float:
         """Return the mean wait for the prompts before, which come independently (Pollaczek and Khinchine).
 
-        Of so many clients in a closed loop each finds the queue that the others make.
+        Of the clients of a rank in a closed loop each finds the queue that the others make.
         """
-        busy = slower * requests_per_s / self.requests_per_s * (1 - 1 / clients if clients else 1)
+        others = max(0.0, 1 - self.ranks / clients) if clients else 1.0
+        busy = slower * requests_per_s / self.requests_per_s * others
         return slower * self.busy_s * busy / (2 * (1 - busy)) if busy < 1 else math.inf
 
 
