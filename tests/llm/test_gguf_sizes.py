@@ -5,7 +5,7 @@ import pytest
 
 from waterline import catalog
 from waterline.llm import PRECISIONS, Llm
-from waterline.llm.gguf_sizes import MIXES, file_bytes
+from waterline.llm.gguf_sizes import MIXES, Epoch, file_bytes
 
 
 # sizes of published files: gguf-parser dumps, llama.cpp tools/quantize/README.md, bartowski's cards; in units of 1e9
@@ -30,6 +30,35 @@ from waterline.llm.gguf_sizes import MIXES, file_bytes
 )
 def test_published_files_are_foreseen_within_a_hundredth(model: str, precision: str, published: float) -> None:
     assert file_bytes(catalog.find_model(model), precision) / 1e9 == pytest.approx(published, rel=0.01)
+
+
+# cards of TheBloke (GGUF, 2023) and of Llama 2 as GGML v3; in units of 1e9
+@pytest.mark.parametrize(
+    ("model", "precision", "epoch", "published"),
+    [
+        ("llama-2-7b", "q2_k", "2023", 2.825940672),
+        ("llama-2-7b", "q3_k_m", "2023", 3.298004672),
+        ("llama-2-7b", "q4_k_m", "2023", 4.081004224),
+        ("mixtral-8x7b", "q2_k", "2023", 15.64),  # each expert a tensor of its own, which no rule knew
+        ("mixtral-8x7b", "q3_k_m", "2023", 20.36),
+        ("mixtral-8x7b", "q4_k_m", "2023", 26.44),
+        ("mixtral-8x7b", "q5_k_m", "2023", 32.23),
+    ],
+)
+def test_files_of_earlier_rules_are_foreseen_by_those(
+    model: str, precision: str, epoch: Epoch, published: float
+) -> None:
+    llm = catalog.find_model(model)
+    assert file_bytes(llm, precision, epoch) / 1e9 == pytest.approx(published, rel=0.002)
+    if precision == "q2_k":
+        assert file_bytes(llm, precision) / 1e9 != pytest.approx(published, rel=0.05)
+
+
+def test_before_gguf_fewer_tensors_had_more_bits() -> None:
+    llm = catalog.find_model("llama-2-7b")
+    for mix in ("q4_0", "q4_k_s", "q3_k_m"):
+        assert 0.98 < file_bytes(llm, mix, "ggml") / file_bytes(llm, mix) < 1
+    assert file_bytes(llm, "q2_k", "ggml") > 1.1 * file_bytes(llm, "q2_k")
 
 
 def test_every_format_of_llama_cpp_has_its_rules() -> None:

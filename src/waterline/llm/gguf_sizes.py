@@ -2,16 +2,28 @@
 
 A mix such as Q4_K_M keeps some tensors in more bits than its name says: which ones depends on the layer, on the shape
 and on the number of experts. The rules are those of `llama_tensor_get_type` in llama.cpp `src/llama-quant.cpp` (read
-2026-11-24). IQ1 to IQ3 are taken as made with an importance matrix, the others without. Files of before 2024 differ.
+2026-11-24). IQ1 to IQ3 are taken as made with an importance matrix, the others without.
+
+Older files differ, see `Epoch`: their rules are those that reproduce published files, which agree with what comments in
+today's source say was taken out.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from waterline.llm import FeedForwardLayers, Llm
 from waterline.llm.gguf_header import TENSOR_TYPES
 
-__all__ = ["MIXES", "file_bytes"]
+__all__ = ["MIXES", "Epoch", "file_bytes"]
+
+Epoch = Literal["today", "2023", "ggml"]
+"""When a file was made, where that changes its mix.
+
+``today``  since January 2024
+``2023``   GGUF before: gate and up of Q2_K had the bits of Q3_K, and no rule knew the tensors of single experts
+``ggml``   the format before GGUF, until August 2023: fewer rules, and no output head of Q6_K for formats without a K
+"""
 
 MIXES: Mapping[str, str] = {
     "fp32": "f32",
@@ -70,6 +82,7 @@ class _Model:
     layers: int
     experts: int
     queries_per_key: int
+    epoch: Epoch
 
     @property
     def few_keys(self) -> bool:
@@ -80,7 +93,7 @@ class _Model:
         return self.experts == 8
 
 
-def file_bytes(llm: Llm, precision: str) -> int:
+def file_bytes(llm: Llm, precision: str, epoch: Epoch = "today") -> int:
     """Return the bytes of the GGUF file of a model in a precision, its vocabulary included.
 
     Raises:
@@ -92,13 +105,15 @@ def file_bytes(llm: Llm, precision: str) -> int:
         layers=llm.layers,
         experts=max((group.experts for group in llm.feed_forward), default=0),
         queries_per_key=mixer.query_heads // mixer.kv_heads if mixer is not None else 1,
+        epoch=epoch,
     )
 
     def stored(elements: float, row: int, kind: str) -> float:
         return elements * BITS[_fitting(kind, row)] / 8
 
     table = llm.vocabulary * llm.hidden
-    total = stored(table, llm.hidden, _output(precision, base, llm.hidden))
+    legacy = epoch == "ggml" and not base.endswith("_k")
+    total = stored(table, llm.hidden, base if legacy else _output(precision, base, llm.hidden))
     if not llm.tied_embeddings:
         total += stored(table, llm.hidden, _embedding(precision, base))
     networks = sum(_network_bytes(group, precision, model, llm.hidden, first, stored) for first, group in _placed(llm))
@@ -134,6 +149,8 @@ def _network_bytes(
     total = 4.0 * group.layers * hidden * group.experts  # the router stays in 32 bits
     for layer in range(first, first + group.layers):
         into, out = _entering(precision, model, layer), _leaving(precision, model, layer)
+        if group.experts and model.epoch != "today":
+            into = out = MIXES[precision]
         for elements, enters, leaves, of_experts in (
             (routed, width, inner, True),
             (hidden * group.shared_intermediate, hidden, group.shared_intermediate, False),
@@ -214,7 +231,16 @@ def _embedding(mix: str, base: str) -> str:
     return {"tq1_0": "q4_k", "tq2_0": "q4_k", "mxfp4": "q8_0"}.get(mix, base)
 
 
+def _of_ggml(mix: str, layer: int, layers: int, *, rises: bool) -> str:
+    """Return the type of values, outputs and down before GGUF; values and down rise in some layers of two mixes."""
+    if rises and mix in {"q4_k_m", "q5_k_m"} and _more_bits(layer, layers):
+        return "q6_k"
+    return {"q2_k": "q4_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(mix, MIXES[mix])
+
+
 def _values(mix: str, model: _Model, layer: int, layers: int) -> str:
+    if model.epoch == "ggml":
+        return _of_ggml(mix, layer, layers, rises=True)
     if mix in TINY:
         if model.few_keys or model.experts >= 4:
             return "q4_k"
@@ -253,7 +279,9 @@ def _queries(mix: str) -> str:
 
 
 def _outputs(mix: str, model: _Model) -> str:
-    if model.like_mixtral:
+    if model.epoch == "ggml":
+        return _of_ggml(mix, 0, model.layers, rises=False)
+    if model.like_mixtral and model.epoch == "today":
         bumped = {
             "q2_k",
             "iq3_xs",
@@ -282,6 +310,8 @@ def _outputs(mix: str, model: _Model) -> str:
 def _entering(mix: str, model: _Model, layer: int) -> str:
     """Return the type of gate and up."""
     layers = model.layers
+    if model.epoch == "2023" and mix == "q2_k":
+        return "q3_k"
     if mix == "iq3_xs" and layers // 8 <= layer < 7 * layers // 8:
         return "iq3_xxs"
     return "q8_0" if mix == "mxfp4" else MIXES[mix]
@@ -290,6 +320,8 @@ def _entering(mix: str, model: _Model, layer: int) -> str:
 def _leaving(mix: str, model: _Model, layer: int) -> str:
     """Return the type of down."""
     layers = model.layers
+    if model.epoch == "ggml":
+        return _of_ggml(mix, layer, layers, rises=True)
     early, more = layer < layers // 8, _more_bits(layer, layers)
     if mix in TINY and early:
         return "iq3_s" if mix in {"iq2_s", "iq2_m"} else "q2_k"
