@@ -3,8 +3,12 @@ import re
 import pytest
 
 from waterline import catalog
+from waterline.catalog.engines import find_engine
+from waterline.cost.memory import memory_use
 from waterline.errors import InputError
-from waterline.planner.fits import Fit, default_fit_precisions, fits
+from waterline.llm.gguf_sizes import file_bytes
+from waterline.plan import Layout
+from waterline.planner.fits import Fit, default_fit_precisions, fits, whole_nodes
 
 
 def fit(
@@ -86,3 +90,25 @@ def test_those_that_run_come_first_the_cheapest_on_top() -> None:
         prices = [one.usd_per_hour or 0 for one in found if one.runs and one.price_kind in kinds]
         assert prices == sorted(prices)
     assert len(found) == len(catalog.gpus())
+
+
+def test_a_whole_node_is_one_replica_on_all_its_cards() -> None:
+    llm = catalog.find_model("deepseek-r1")
+    cards = [catalog.find_gpu(name) for name in ("h200-sxm-141g", "l40s", "cpu")]
+    (node,) = whole_nodes(llm, cards, ("fp8", "int4"), "vllm", 8192, 1)
+    assert (node.gpu, node.gpus, str(node.layout), node.precision, node.whole_node) == (
+        "h200-sxm-141g", 8, "tp8", "fp8", True,
+    )  # fmt: skip
+    (least,) = fits(llm, cards[:1], ("fp8", "int4"), "vllm", 8192, 1)
+    assert least.gpus < node.gpus
+    assert (least.usd_per_hour or 0) / least.gpus == pytest.approx((node.usd_per_hour or 0) / node.gpus)
+
+
+def test_llama_cpp_s_mixes_weigh_what_its_files_do() -> None:
+    llm, gpu = catalog.find_model("llama-2-7b-hf"), catalog.find_gpu("rtx-4060ti-8g")
+    engine = find_engine("llamacpp").on(gpu)
+    held = memory_use(llm, gpu, Layout(), "q4_k_m", engine).weights
+    assert held is not None
+    on_host = 32000 * 4096 * 4.5 / 8  # token_embd in Q4_K
+    assert held.total_bytes + on_host == pytest.approx(file_bytes(llm, "q4_k_m"), rel=0.002)
+    assert held.embedding_bytes == pytest.approx(32000 * 4096 * 6.5625 / 8, rel=1e-3)  # output in Q6_K

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import click
 import msgspec
+from msgspec.structs import replace
 
 from waterline import catalog
 from waterline.cli.tables import console, draw
 from waterline.cost.estimate import MEANING
 from waterline.errors import InputError, UnknownNameError, nearest
 from waterline.llm import PRECISIONS
-from waterline.planner.fits import Fit, default_fit_precisions, example_lengths, fits
+from waterline.planner.fits import Fit, default_fit_precisions, example_lengths, fits, whole_nodes
 from waterline.units import parameters_text, seconds_text, usd_text
 
 
@@ -22,6 +23,7 @@ from waterline.units import parameters_text, seconds_text, usd_text
 @click.option("--context", "context_tokens", type=click.IntRange(min=16), metavar="TOKENS", help="Of one request.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Requests at once.")
 @click.option("--engine", default="vllm", show_default=True, metavar="NAME", help="vllm, sglang, trtllm or llamacpp.")
+@click.option("--nodes", is_flag=True, help="Also a whole node of each card, as one replica.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def fit(
     model: str,
@@ -31,15 +33,17 @@ def fit(
     concurrency: int,
     engine: str,
     *,
+    nodes: bool,
     as_json: bool,
 ) -> None:
     """Show which cards run MODEL: how many, at which precision, how fast, at what price.
 
-    MODEL is an id of the catalogue, a Hugging Face id, a folder with config.json, or a .gguf file.
+    Of each card the smallest number that does; with --nodes also a whole node of it, as one replica. MODEL is an id of
+    the catalogue, a Hugging Face id, a folder with config.json, or a .gguf file.
 
     \b
     waterline fit deepseek-r1
-    waterline fit qwen3-32b --gpu 4090 --gpu mi300x --context 32768 --concurrency 8
+    waterline fit qwen3-32b --gpu 4090 --gpu mi300x --nodes --context 32768 --concurrency 8
     """  # noqa: D301 - click reads the backspace as: leave these lines alone
     llm = catalog.load_model(model, Path())
     for precision in precisions:
@@ -49,7 +53,11 @@ def fit(
     if context_tokens > llm.max_context_tokens:
         raise InputError(f"{llm.name} reads at most {llm.max_context_tokens} tokens. Write --context at most that.")
     cards = [catalog.find_gpu(name) for name in gpus] or list(catalog.gpus().values())
-    found = fits(llm, cards, precisions or default_fit_precisions(llm, engine), engine, context_tokens, concurrency)
+    precisions = precisions or default_fit_precisions(llm, engine)
+    found = fits(llm, cards, precisions, engine, context_tokens, concurrency)
+    if nodes:
+        whole = whole_nodes(llm, cards, precisions, engine, context_tokens, concurrency)
+        found += [one for one in whole if replace(one, whole_node=False) not in found]
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
     else:
@@ -63,7 +71,7 @@ def show(found: Sequence[Fit], title: str, context_tokens: int) -> None:
 
     rows = [
         (
-            one.gpu,
+            f"{one.gpu} node" if one.whole_node else one.gpu,
             str(one.gpus),
             one.precision,
             str(one.layout),

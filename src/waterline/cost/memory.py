@@ -12,6 +12,7 @@ from waterline.catalog.engines import EngineProfile
 from waterline.errors import InputError
 from waterline.hardware import Gpu
 from waterline.llm import PRECISIONS, AttentionLayers, FeedForwardLayers, Llm
+from waterline.llm.gguf_sizes import FileParts, file_parts
 from waterline.plan import Layout
 
 CACHE_ELEMENT_BYTES = 2  # the cache is kept in 16 bits, unless it is asked for in fewer
@@ -20,6 +21,7 @@ INDEX_ELEMENT_BYTES = 132 / 128  # the indexer's keys are kept in 8 bits, with a
 ACTIVATION_BYTES = 2
 BUSES = ("none", "pcie")  # links between GPUs that are no network of their own; nor are bridges between two
 VOCABULARY_BLOCK = 64  # vLLM, SGLang and TensorRT-LLM pad each GPU's share of the vocabulary to this
+MOST_MIXES = 256  # kept, of models and formats of llama.cpp
 LEADING_SHARE = 8  # dense layers fewer than 1 in so many are the first ones of the stack, not spread over it
 
 
@@ -107,12 +109,16 @@ def embedding_parameters(llm: Llm) -> int:
 def weights_bytes(llm: Llm, precision: str) -> int:
     """Return the size of all weights in a precision, vision tower included, as the engine loads them.
 
-    Exact for the precision a file was read in; else parameters times bits, with embedding and head in 16 bits where
-    the format leaves them so.
+    Exact for the precision a file was read in; for a format of llama.cpp what its quantize would write; else parameters
+    times bits, with embedding and head in 16 bits where the format leaves them so.
     """
     if llm.stored_bytes and precision == llm.precision:
         return llm.stored_bytes
     form = PRECISIONS[precision]
+    if form.gguf:
+        parts = _gguf_parts(llm, precision)
+        tensors = parts.head_bytes + parts.embedding_bytes + parts.layers_bytes
+        return math.ceil(tensors) + 2 * llm.vision_parameters
     sixteen_bit = (embedding_parameters(llm) if form.keeps_embeddings else 0) + llm.vision_parameters
     packed = llm.parameters + llm.vision_parameters - sixteen_bit
     sixteen_bit_size = max(form.bits, 16.0) if precision == "fp32" else 16.0
@@ -174,6 +180,10 @@ def _bits(llm: Llm, precision: str, body: int, experts: int) -> tuple[float, flo
     is spread over the other layers, as far as that leaves them between the format and 16 bits.
     """
     form = PRECISIONS[precision]
+    if form.gguf and not (llm.stored_bytes and precision == llm.precision):
+        parts = _gguf_parts(llm, precision)
+        bits = 8 * parts.layers_bytes / max(1, body + experts)
+        return bits, bits, 8 * parts.head_bytes / max(1, llm.vocabulary * llm.hidden)
     table_bits = 16.0 if form.keeps_embeddings and precision != "fp32" else form.bits
     if not (llm.stored_bytes and precision == llm.precision):
         return form.bits, form.bits, table_bits
@@ -188,6 +198,19 @@ def _bits(llm: Llm, precision: str, body: int, experts: int) -> tuple[float, flo
         return rest, form.bits, table_bits
     bits = max(0.0, layers) / max(1, body + experts)
     return bits, bits, table_bits
+
+
+_mixes: dict[tuple[int, str], tuple[Llm, FileParts]] = {}
+
+
+def _gguf_parts(llm: Llm, precision: str) -> FileParts:
+    """Return `file_parts`, once for the many layouts of a model; a model has no hash, so it is known by what it is."""
+    known = _mixes.get((id(llm), precision))
+    if known is None or known[0] is not llm:
+        if len(_mixes) >= MOST_MIXES:
+            _mixes.clear()
+        known = _mixes[id(llm), precision] = llm, file_parts(llm, precision)
+    return known[1]
 
 
 def _attention_share(llm: Llm, parameters: int, tp: int) -> float:

@@ -15,7 +15,7 @@ from typing import Literal
 from waterline.llm import FeedForwardLayers, Llm
 from waterline.llm.gguf_header import TENSOR_TYPES
 
-__all__ = ["MIXES", "Epoch", "file_bytes"]
+__all__ = ["MIXES", "Epoch", "FileParts", "file_bytes", "file_parts"]
 
 Epoch = Literal["today", "2023", "ggml"]
 """When a file was made, where that changes its mix.
@@ -93,12 +93,28 @@ class _Model:
         return self.experts == 8
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileParts:
+    """The tensors of a GGUF file, in bytes."""
+
+    head_bytes: float  # the output head, or the one table there is
+    embedding_bytes: float  # 0 where it is the same table
+    layers_bytes: float
+
+
 def file_bytes(llm: Llm, precision: str, epoch: Epoch = "today") -> int:
     """Return the bytes of the GGUF file of a model in a precision, its vocabulary included.
 
     Raises:
         KeyError: llama.cpp has no mix of this name; see `MIXES`.
     """
+    parts = file_parts(llm, precision, epoch)
+    tensors = parts.head_bytes + parts.embedding_bytes + parts.layers_bytes
+    return round(tensors) + TOKEN_BYTES * llm.vocabulary
+
+
+def file_parts(llm: Llm, precision: str, epoch: Epoch = "today") -> FileParts:
+    """Return what the tensors of that file take; see `file_bytes`."""
     base = MIXES[precision]
     mixer = next((group for group in llm.attention if group.kv_heads and group.kind != "state"), None)
     model = _Model(
@@ -113,12 +129,12 @@ def file_bytes(llm: Llm, precision: str, epoch: Epoch = "today") -> int:
 
     table = llm.vocabulary * llm.hidden
     legacy = epoch == "ggml" and not base.endswith("_k")
-    total = stored(table, llm.hidden, base if legacy else _output(precision, base, llm.hidden))
-    if not llm.tied_embeddings:
-        total += stored(table, llm.hidden, _embedding(precision, base))
     networks = sum(_network_bytes(group, precision, model, llm.hidden, first, stored) for first, group in _placed(llm))
-    total += networks + _attention_bytes(llm, precision, model, stored)
-    return round(total) + TOKEN_BYTES * llm.vocabulary
+    return FileParts(
+        head_bytes=stored(table, llm.hidden, base if legacy else _output(precision, base, llm.hidden)),
+        embedding_bytes=0.0 if llm.tied_embeddings else stored(table, llm.hidden, _embedding(precision, base)),
+        layers_bytes=networks + _attention_bytes(llm, precision, model, stored),
+    )
 
 
 def _fitting(kind: str, row: int) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from waterline import catalog
 from waterline.cost import estimate_replica
@@ -44,6 +45,7 @@ class Fit(Struct, frozen=True, kw_only=True):
     price_kind: str = ""  # "on_demand", "community", or "purchase": derived from what the card costs to buy
     usd_per_million_tokens: float | None = None  # prompt and output, at the largest concurrency
     why_not: str = ""
+    whole_node: bool = False  # all cards of a node as one replica, instead of as few as it takes
 
 
 def default_fit_precisions(llm: Llm, engine: str) -> tuple[str, ...]:
@@ -69,11 +71,15 @@ def fits(
             f"{llamacpp_only[0]} is a format of llama.cpp, {engine} does not run it. Add --engine llamacpp, or take "
             "another --precision."
         )
-    work = Work(
-        lengths=usual_lengths(*example_lengths(context_tokens)), max_context_tokens=context_tokens, slo=ANY_TIME
-    )
+    work = _work(context_tokens)
     found = [_fit(llm, gpu, precisions, engine, work, concurrency) for gpu in gpus]
     return sorted(found, key=_rank)
+
+
+def _work(context_tokens: int) -> Work:
+    return Work(
+        lengths=usual_lengths(*example_lengths(context_tokens)), max_context_tokens=context_tokens, slo=ANY_TIME
+    )
 
 
 def example_lengths(context_tokens: int) -> tuple[int, int]:
@@ -92,7 +98,7 @@ def _fit(llm: Llm, gpu: Gpu, precisions: tuple[str, ...], engine: str, work: Wor
         shape = Shape(llm=llm, node=node, nodes=MOST_NODES, layout=layout, precision=precision, engine=engine)
         priced = hold(shape, work)
         if isinstance(priced, Candidate):
-            most = min(priced.cache_tokens // work.max_context_tokens, priced.engine.max_batch)
+            most = _most(priced)
             if most >= concurrency:
                 return _runs(llm, priced, work, concurrency)
             cards = f"{layout.gpus} {gpu.id} hold" if layout.gpus > 1 else f"one {gpu.id} holds"
@@ -103,12 +109,42 @@ def _fit(llm: Llm, gpu: Gpu, precisions: tuple[str, ...], engine: str, work: Wor
     return Fit(gpu=gpu.id, vendor=gpu.vendor, runs=False, why_not=why_not)
 
 
+def whole_nodes(
+    llm: Llm, gpus: Iterable[Gpu], precisions: tuple[str, ...], engine: str, context_tokens: int, concurrency: int
+) -> list[Fit]:
+    """Return a fit for a whole node of each card as one replica, in the most bits that it holds; none it is not for.
+
+    That is a node of more than one card whose number divides the heads of the model.
+    """
+    work, found = _work(context_tokens), []
+    for gpu in gpus:
+        node = Node(gpu=gpu, gpus=gpu.gpus_per_node)
+        whole = [layout for layout in layouts(llm, node, 1) if layout.tp == node.gpus > 1]
+        shapes = (
+            Shape(llm=llm, node=node, nodes=1, layout=layout, precision=precision, engine=engine)
+            for layout in whole
+            for precision in _best_first(precisions)
+        )
+        held = (one for one in (hold(shape, work) for shape in shapes) if isinstance(one, Candidate))
+        if best := next((one for one in held if _most(one) >= concurrency), None):
+            found.append(replace(_runs(llm, best, work, concurrency), whole_node=True))
+    return found
+
+
+def _most(candidate: Candidate) -> int:
+    """Return the requests of the longest context that a replica holds."""
+    return min(candidate.cache_tokens // candidate.work.max_context_tokens, candidate.engine.max_batch)
+
+
 def _smallest_first(llm: Llm, node: Node, precisions: tuple[str, ...]) -> Iterator[tuple[str, Layout]]:
     """Fewer cards before more, and on the same cards the precision with more bits first."""
-    best_first = sorted(precisions, key=lambda name: -PRECISIONS[name].bits)
     for layout in layouts(llm, node, MOST_NODES):
-        for precision in best_first:
+        for precision in _best_first(precisions):
             yield precision, layout
+
+
+def _best_first(precisions: tuple[str, ...]) -> list[str]:
+    return sorted(precisions, key=lambda name: -PRECISIONS[name].bits)
 
 
 def _runs(llm: Llm, candidate: Candidate, work: Work, concurrency: int) -> Fit:
@@ -128,7 +164,7 @@ def _runs(llm: Llm, candidate: Candidate, work: Work, concurrency: int) -> Fit:
         precision=candidate.precision,
         layout=candidate.layout,
         max_context_tokens=min(candidate.cache_tokens, llm.max_context_tokens),
-        max_concurrency=min(candidate.cache_tokens // work.max_context_tokens, candidate.engine.max_batch),
+        max_concurrency=_most(candidate),
         ttft_s=now.ttft_s.value,
         ttft_low_s=now.ttft_s.low,
         ttft_high_s=now.ttft_s.high,
