@@ -240,9 +240,12 @@ class Kernels:
         ep: ArrayLike,
         form: str,
         *,
+        matrices: float = 3,
         balanced: bool = False,
     ) -> Seconds:
         """Return the time of the routed experts of one layer on the busiest GPU, communication left out.
+
+        An expert has three matrices with a gate and two without; both times count by their elements together.
 
         `tokens` are those of all GPUs that share the experts together, before dispatch, as in the measured points:
         there an even routing over more GPUs takes proportionally less time. Unbalanced is the mean of the measured
@@ -251,7 +254,7 @@ class Kernels:
         tokens, hidden, width, chosen, experts, tp, ep = _floats(
             tokens, hidden, intermediate, experts_per_token, experts, tp, ep
         )
-        load, held, matrix = tokens * chosen / experts, experts / ep, hidden * width / tp
+        load, held, matrix = tokens * chosen / experts, experts / ep, hidden * width / tp * matrices / 3
         kind = "experts_balanced" if balanced else "experts"
         peaks = self.peaks_of(kind, form)
         took = self._surface(kind, form)(load, held, ep, matrix)
@@ -381,10 +384,8 @@ class Kernels:
             group = np.maximum(1.0, a["query_heads"] / a["kv_heads"])
             return peaks.limit_s(*decode_work(peaks, a["requests"] * a["kv_heads"], read, group, a["head_dim"]))
         if kind.startswith("experts"):
-            load, matrix = (
-                a["tokens"] * a["experts_per_token"] / a["experts"],
-                a["hidden"] * a["intermediate"] / a["tp"],
-            )
+            load = a["tokens"] * a["experts_per_token"] / a["experts"]
+            matrix = a["hidden"] * a["intermediate"] / a["tp"] * a["matrices"] / 3
             even = kind == "experts_balanced"
             return self._experts_limit_s(peaks, load, a["experts"] / a["ep"], matrix, a["hidden"], even=even)
         if kind.startswith("latent"):

@@ -189,11 +189,12 @@ class Shard:
         sizes: Sizes = {
             "tokens": tokens, "hidden": layers.expert_hidden or self.llm.hidden, "intermediate": layers.intermediate,
             "experts_per_token": layers.experts_per_token, "experts": layers.experts, "tp": gpus // ep, "ep": ep,
+            "matrices": layers.matrices,
         }  # fmt: skip
         even = ep > EVEN_ABOVE
         took = self.kernels.experts_s(**sizes, form=self.forms["experts"], balanced=even)
         kind = "experts_balanced" if even else "experts"
-        return (layers.matrices / 3) * self._calibrated("experts", took, kind, self.forms["experts"], sizes)
+        return self._calibrated("experts", took, kind, self.forms["experts"], sizes)
 
     def _unaccounted_s(self, tokens: Numbers) -> Numbers:
         """Whatever else every token is multiplied with: the projections of states, indexers, biases, gates."""
