@@ -17,13 +17,16 @@ from waterline.cost import (
     ServingPoint,
     StepCost,
     cache_tokens,
+    embedding_parameters,
     memory_use,
     sequence_cache_bytes,
     serving_point,
     step_cost,
     weights_bytes,
 )
-from waterline.cost.layers import NETWORK_BYTES_PER_S
+from waterline.cost.kernels import find_kernels
+from waterline.cost.layers import NETWORK_BYTES_PER_S, forms
+from waterline.cost.memory import gpu_weights
 from waterline.cost.step import AttentionCost
 from waterline.fleet import Measured
 from waterline.hardware import Gpu, Node
@@ -52,6 +55,7 @@ MEASURED_STEP_TOKENS = 8192  # … and the tokens it puts into one step
 ROLES: tuple[Role, ...] = ("both", "prefill", "decode")
 SIDE = 0.5  # of the late requests that an SLO allows, for each side of a split
 LITTLE_ROOM = 1 / 3  # of the memory, for weights: with less than that there is more cache than a batch takes
+SURE = 0.9  # of the bytes and operations that a bound counts: biases, norms and scales are counted roughly
 NEARLY = 0.98  # full: rates are searched for to a tenth of a percent
 
 
@@ -192,7 +196,7 @@ def expert_layouts(llm: Llm, node: Node, nodes: int) -> Iterator[Layout]:
 
 def fast_fabric(gpu: Gpu) -> bool:
     """Return whether machines with this card are built with a port to other nodes for each card."""
-    return gpu.link.kind.startswith(("nvlink", "xgmi")) and not gpu.link.kind.endswith("-bridge")
+    return gpu.link.kind.startswith(("nvlink", "xgmi")) and not gpu.link.kind.endswith(("-bridge", "-c2c"))
 
 
 def shapes(
@@ -244,6 +248,47 @@ def measured_layout(llm: Llm, node: Node, gpus: int) -> Layout:
         return Layout(tp=gpus)
     stages = -(-gpus // node.gpus)
     return Layout(tp=gpus // stages, pp=stages) if gpus % stages == 0 else Layout(pp=gpus)
+
+
+# --- Bounds ---------------------------------------------------------------------------------------------------------
+
+
+def bound_requests_per_s(shape: Shape, work: Work) -> float:
+    """Return a rate that a shape cannot exceed, whatever its kernels: 0 where it does not do at all.
+
+    Prompts take their arithmetic at the card's peak, and a step reads what attention and dense networks weigh, and the
+    cache of those it decodes, at the card's bandwidth. The cost model never is faster, so what cannot be better by this
+    bound need not be priced. Much quicker than pricing.
+    """
+    llm, gpu, layout, lengths = shape.llm, shape.node.gpu, shape.layout, work.lengths
+    if shape.measured:
+        return math.inf
+    if not any(rate in gpu.flops_per_s for rate in PRECISIONS[shape.precision].compute):
+        return 0.0
+    engine = find_engine(shape.engine).on(gpu)
+    memory = memory_use(llm, gpu, layout, shape.precision, engine)
+    tokens = cache_tokens(llm, layout, memory, work.max_context_tokens)
+    if tokens == 0:
+        return 0.0
+    kernels = find_kernels(gpu)
+    peak = max(kernels.peaks_of("gemm", form).flops_per_s for form in set(forms(llm, shape.precision).values()))
+    flops = SURE * 2 * (llm.active_parameters - embedding_parameters(llm))  # a token, attention apart
+    read_s = (lengths.prompt_tokens - lengths.cached_tokens) * flops / (peak * layout.tp * layout.dp)
+    reads = 1 / read_s if shape.role != "decode" else math.inf
+    if shape.role == "prefill":
+        return reads
+    one_stage = Layout(tp=layout.tp, dp=layout.dp, ep=layout.ep)  # a step passes all of them
+    weights = gpu_weights(llm, shape.precision, one_stage)
+    weights_s = SURE * (weights.attention_bytes + weights.dense_bytes) / gpu.memory_bytes_per_s
+    kept = sequence_cache_bytes(llm, lengths.context_tokens, one_stage, element_bytes=memory.cache_element_bytes)
+    sparse = any(group.selected_tokens for group in llm.attention)
+    cache_s = 0.0 if sparse else SURE * kept / layout.dp / gpu.memory_bytes_per_s  # of one more request
+    if weights_s > work.slo.tpot_s:
+        return 0.0
+    batch: float = min(engine.max_batch * layout.dp, max(1, tokens // lengths.context_tokens))
+    if cache_s:
+        batch = min(batch, max(1.0, (work.slo.tpot_s - weights_s) / cache_s))
+    return min(reads, batch / (lengths.output_tokens * (weights_s + batch * cache_s)))
 
 
 # --- Pricing --------------------------------------------------------------------------------------------------------
