@@ -16,6 +16,7 @@ from waterline.errors import WaterlineError
 COMMANDS = {
     "fit": ("waterline.cli.fit", "Which cards run a model, and how fast."),
     "estimate": ("waterline.cli.estimate", "What if: TTFT, TPOT and throughput for a table of points."),
+    "size": ("waterline.cli.size", "How many GPUs a load takes, and which."),
     "plan": ("waterline.cli.plan", "Choose layouts and replicas for a fleet file."),
     "rehearse": ("waterline.cli.rehearse", "Replay traffic against a plan: who waits, and what it costs."),
     "launch": ("waterline.cli.launch", "The command that starts each engine of a plan, node by node."),

@@ -382,11 +382,13 @@ def paces(load: Load, requests_per_s: Numbers) -> tuple[Pace, NDArray[np.bool_]]
     def done(batch: Numbers) -> Numbers:
         return load.times(batch, longest=False).requests_per_s(batch)
 
-    most = load.steps.step_tokens.astype(np.float64)
-    keeps_up = done(most) > requests_per_s
+    high = np.ones_like(requests_per_s)
+    limit = np.maximum(1.0, load.steps.step_tokens / 2)  # beyond it prompts hardly find room in a step
+    while ((short := done(high) <= requests_per_s) & (high < limit)).any():
+        high = np.where(short, np.minimum(2 * high, limit), high)
+    keeps_up = ~short
     rate = np.where(keeps_up, requests_per_s, 0.0)
-    one = done(np.ones_like(most))
-    batch = _largest(lambda batch: done(batch) <= rate, np.where(rate > one, 1.0, 0.0), most, PRECISION / 10)
+    batch = _largest(lambda batch: done(batch) <= rate, np.where(high > 1, high / 2, 0.0), high, PRECISION / 10)
     times = load.times(batch)
     keeps_up &= rate * times.read_s < 1
     rate = np.where(keeps_up, rate, 0.0)
@@ -433,7 +435,7 @@ def sustained(load: Load, most: Counts, slos: Slos) -> Pace:
         return (load.times(crowd, longest=False).plain_s <= slos.tpot_s) & (crowd <= most)
 
     least = load.times(np.ones(len(most))).batch(np.full(len(most), LEAST_REQUESTS_PER_S))
-    return at(_largest(holds, np.where(holds(least), least, 0.0), np.minimum(most, load.steps.step_tokens) * 1.0))
+    return at(_largest(holds, np.where(holds(least), least, 0.0), np.minimum(most, load.steps.step_tokens / 2)))
 
 
 def sustained_reading(load: Load, slos: Slos, transfer_s: Numbers) -> Pace:

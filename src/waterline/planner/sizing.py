@@ -1,0 +1,368 @@
+"""How many GPUs a load takes: one model, one rate, and every card, layout and split that could serve it.
+
+Cards are priced in the order of the least they could cost, by `bound_requests_per_s`, until the others cannot come
+among the best any more: the answer is that of pricing everything.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from msgspec import Struct
+
+from waterline.cost import estimate_replica
+from waterline.errors import InfeasibleError
+from waterline.hardware import Gpu, Node
+from waterline.llm import PRECISIONS, Llm
+from waterline.plan import Layout, Limit, Role
+from waterline.planner.candidates import (
+    MOST_STAGES,
+    Candidate,
+    Rejection,
+    Shape,
+    Work,
+    bound_requests_per_s,
+    expected_all,
+    price_all,
+    shapes,
+)
+from waterline.units import HOUR_S, MEGA
+from waterline.workload import Slo
+
+Aim = Literal["cheapest", "fewest"]
+
+Rank = tuple[float, float]  # dollars an hour and GPUs, or GPUs and dollars: less is better
+NOTHING: Rank = (math.inf, math.inf)
+
+NODES = MOST_STAGES  # of each card, that a replica may span
+CARDS_SHOWN = 6
+LAYOUTS_SHOWN = 6  # of the best card
+AT_ONCE = 4  # cards priced together
+MISSES_SHOWN = 3
+
+
+class Part(Struct, frozen=True, kw_only=True):
+    """Replicas that are alike."""
+
+    role: Role
+    layout: Layout
+    replicas: int
+    gpus: int
+    requests_per_s: float  # the most that one of them takes
+    limited_by: Limit
+
+
+class Choice(Struct, frozen=True, kw_only=True):
+    """Replicas on one card that serve the load; times are those that the SLO's fraction of the requests keep to."""
+
+    gpu: str
+    gpus: int
+    precision: str
+    layout: str
+    replicas: int
+    ttft_s: float
+    ttft_low_s: float  # four of five measurements lie between these two
+    ttft_high_s: float
+    tpot_s: float
+    tpot_low_s: float
+    tpot_high_s: float
+    usd_per_hour: float | None  # None: no price known
+    usd_per_million_tokens: float | None  # prompt and output
+    provenance: str  # of the times: a word of `waterline.cost.Estimate`
+    parts: tuple[Part, ...]  # one, or the sides of a split
+
+
+class Sizing(Choice, frozen=True, kw_only=True):
+    """The best choice, what it was asked for, and what comes next."""
+
+    model: str
+    engine: str
+    requests_per_s: float
+    prompt_tokens: int
+    output_tokens: int
+    prefix_hit: float
+    max_context_tokens: int
+    slo: Slo
+    aim: Aim  # what was best: dollars, or GPUs
+    alternatives: tuple[Choice, ...]  # the best of the other cards, and other layouts of the best card; the best first
+    unpriced: tuple[str, ...] = ()  # cards left out, because no price is known
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A load, and what may serve it."""
+
+    llm: Llm
+    requests_per_s: float
+    work: Work
+    gpus: Sequence[Gpu]
+    precisions: Sequence[str]
+    engine: str
+    aim: Aim
+    usd_per_gpu_hour: Mapping[str, float]  # by the id of the card
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """Candidates that serve the load together, and how many replicas of each."""
+
+    parts: tuple[tuple[Candidate, int], ...]
+    rank: Rank
+
+    @property
+    def gpu(self) -> str:
+        return self.parts[0][0].node.gpu.id
+
+    def __str__(self) -> str:
+        return " + ".join(
+            f"{candidate.layout}" + ("" if candidate.role == "both" else f" {candidate.role}")
+            for candidate, _ in self.parts
+        )
+
+
+def size(question: Question) -> Sizing:
+    """Return the best choice and the runners-up. Raises InfeasibleError saying why there is none, and what would do.
+
+    Cards of which no price is known cannot be the cheapest, so they are left out of that question, unless all are.
+    """
+    priced = [gpu for gpu in question.gpus if gpu.id in question.usd_per_gpu_hour]
+    unpriced = tuple(gpu.id for gpu in question.gpus if gpu.id not in question.usd_per_gpu_hour)
+    if question.aim == "cheapest":
+        question = replace(question, gpus=priced) if priced else replace(question, aim="fewest")
+    options, rejections = _options(question)
+    if not options:
+        raise InfeasibleError(_why_not(question, rejections))
+    choices = _choices(question, [options[0], *_shown(options)])
+    lengths = question.work.lengths
+    return Sizing(
+        **{name: getattr(choices[0], name) for name in Choice.__struct_fields__},
+        model=question.llm.name,
+        engine=question.engine,
+        requests_per_s=question.requests_per_s,
+        prompt_tokens=lengths.prompt_tokens,
+        output_tokens=lengths.output_tokens,
+        prefix_hit=lengths.prefix_hit,
+        max_context_tokens=question.work.max_context_tokens,
+        slo=question.work.slo,
+        aim=question.aim,
+        alternatives=tuple(choices[1:]),
+        unpriced=unpriced,
+    )
+
+
+def _shown(options: Sequence[_Option]) -> list[_Option]:
+    """Return what stands beside the best one: the best of the other cards, and other layouts of its own."""
+    best = options[0]
+    others: dict[str, _Option] = {}
+    for option in options[1:]:
+        if option.gpu != best.gpu:
+            others.setdefault(option.gpu, option)
+    own = [option for option in options[1:] if option.gpu == best.gpu]
+    found = [*list(others.values())[: CARDS_SHOWN - 1], *own[: LAYOUTS_SHOWN - 1]]
+    return sorted(found, key=lambda option: option.rank)
+
+
+# --- Searching ------------------------------------------------------------------------------------------------------
+
+
+def _options(question: Question) -> tuple[list[_Option], list[Rejection]]:
+    """Return what serves the load, the best first: of each of the best cards, and all layouts of the best one.
+
+    Rejections are those of the cards that were priced.
+    """
+    waiting = sorted(((_bounds(question, gpu), gpu) for gpu in question.gpus), key=lambda pair: pair[0][0])
+    options: list[_Option] = []
+    rejections: list[Rejection] = []
+    while waiting and waiting[0][0][0] <= _worst_shown(options):
+        if options and waiting[0][0][0] == NOTHING:
+            break
+        some, waiting = waiting[:AT_ONCE], waiting[AT_ONCE:]
+        wanted = [shape for (_, found), _ in some for shape in found]
+        priced = price_all(wanted, [question.work])[0]
+        rejections += [one for one in priced if isinstance(one, Rejection)]
+        options += _combined(question, [one for one in priced if isinstance(one, Candidate)])
+    return sorted(options, key=lambda option: (option.rank, len(option.parts), str(option))), rejections
+
+
+def _worst_shown(options: Sequence[_Option]) -> Rank:
+    """Return the rank of the last card that would be shown; without so many every card has its chance."""
+    best: dict[str, Rank] = {}
+    for option in options:
+        best[option.gpu] = min(option.rank, best.get(option.gpu, option.rank))
+    ranks = sorted(best.values())
+    return ranks[CARDS_SHOWN - 1] if len(ranks) >= CARDS_SHOWN else NOTHING
+
+
+def _bounds(question: Question, gpu: Gpu) -> tuple[Rank, list[Shape]]:
+    """Return what a card ranks at best, and its shapes."""
+    node = Node(gpu=gpu, gpus=gpu.gpus_per_node)
+    found = shapes(question.llm, node, NODES, question.precisions, question.engine)
+    least: dict[Role, Rank] = {}
+    for shape in found:
+        bound = bound_requests_per_s(shape, question.work)
+        rank = _rank(question, shape, bound)
+        least[shape.role] = min(rank, least.get(shape.role, rank))
+    whole = least.get("both", NOTHING)
+    reading, writing = least.get("prefill", NOTHING), least.get("decode", NOTHING)
+    return min(whole, (reading[0] + writing[0], reading[1] + writing[1])), found
+
+
+def _rank(question: Question, shape: Shape, requests_per_s: float) -> Rank:
+    if requests_per_s <= 0:
+        return NOTHING
+    gpus = shape.layout.gpus * _replicas(question, requests_per_s)
+    usd = question.usd_per_gpu_hour.get(shape.node.gpu.id, 0.0) * gpus
+    return (usd, float(gpus)) if question.aim == "cheapest" else (float(gpus), usd)
+
+
+def _replicas(question: Question, requests_per_s: float) -> int:
+    return max(1, math.ceil(question.requests_per_s / requests_per_s))
+
+
+def _combined(question: Question, candidates: Sequence[Candidate]) -> Iterator[_Option]:
+    """Yield every layout that does it alone, and every layout that writes with the best one that reads for it."""
+    readers: dict[tuple[str, str], tuple[Rank, Candidate]] = {}
+    for one in candidates:
+        rank = _rank(question, one.shape, one.requests_per_s)
+        if one.role == "both":
+            yield _Option(((one, _replicas(question, one.requests_per_s)),), rank)
+        elif one.role == "prefill":
+            key = one.node.gpu.id, one.precision
+            if key not in readers or rank < readers[key][0]:
+                readers[key] = rank, one
+    for one in candidates:
+        if one.role == "decode" and (one.node.gpu.id, one.precision) in readers:
+            reading, reader = readers[one.node.gpu.id, one.precision]
+            rank = _rank(question, one.shape, one.requests_per_s)
+            parts = tuple((part, _replicas(question, part.requests_per_s)) for part in (reader, one))
+            yield _Option(parts, (reading[0] + rank[0], reading[1] + rank[1]))
+
+
+# --- Answering ------------------------------------------------------------------------------------------------------
+
+
+def _choices(question: Question, options: Sequence[_Option]) -> list[Choice]:
+    """Return options as people read them, each replica at its part of the rate."""
+    parts = [part for option in options for part in option.parts]
+    rates = [question.requests_per_s / replicas for _, replicas in parts]
+    expected = iter(expected_all([candidate for candidate, _ in parts], rates))
+    found = []
+    for option in options:
+        times = [next(expected) for _ in option.parts]
+        # A split is judged by the side that writes: it is there that requests spend their time.
+        writer, _ = option.parts[-1]
+        estimate = estimate_replica(
+            question.llm, writer.node.gpu, writer.layout, writer.precision, writer.engine, writer.step,
+            prompt_tokens=question.work.lengths.prompt_tokens,
+            output_tokens=question.work.lengths.output_tokens,
+            concurrency=max(1, round(times[-1].batch)),
+        )  # fmt: skip
+        ttft_s, tpot_s = times[0].ttft_s, times[-1].tpot_s
+        gpus = sum(candidate.layout.gpus * replicas for candidate, replicas in option.parts)
+        price = question.usd_per_gpu_hour.get(option.gpu)
+        usd_per_hour = None if price is None else price * gpus
+        lengths = question.work.lengths
+        tokens_per_hour = question.requests_per_s * (lengths.prompt_tokens + lengths.output_tokens) * HOUR_S
+        found.append(
+            Choice(
+                gpu=option.gpu,
+                gpus=gpus,
+                precision=writer.precision,
+                layout=str(option),
+                replicas=sum(replicas for _, replicas in option.parts),
+                ttft_s=ttft_s,
+                ttft_low_s=ttft_s * estimate.ttft_s.low / estimate.ttft_s.value,
+                ttft_high_s=ttft_s * estimate.ttft_s.high / estimate.ttft_s.value,
+                tpot_s=tpot_s,
+                tpot_low_s=tpot_s * estimate.tpot_s.low / estimate.tpot_s.value,
+                tpot_high_s=tpot_s * estimate.tpot_s.high / estimate.tpot_s.value,
+                usd_per_hour=usd_per_hour,
+                usd_per_million_tokens=None if usd_per_hour is None else usd_per_hour / tokens_per_hour * MEGA,
+                provenance=estimate.provenance,
+                parts=tuple(
+                    Part(
+                        role=candidate.role,
+                        layout=candidate.layout,
+                        replicas=replicas,
+                        gpus=candidate.layout.gpus * replicas,
+                        requests_per_s=candidate.requests_per_s,
+                        limited_by=candidate.limited_by,
+                    )
+                    for candidate, replicas in option.parts
+                ),
+            )
+        )
+    return found
+
+
+# --- When nothing does ----------------------------------------------------------------------------------------------
+
+
+def _why_not(question: Question, rejections: Sequence[Rejection]) -> str:
+    """Say how near the nearest cards come, and what would do: each remedy was tried."""
+    nearest: dict[str, Rejection] = {}
+    for one in sorted((one for one in rejections if one.role == "both"), key=lambda one: _distance(one, question)):
+        nearest.setdefault(one.shape.node.gpu.id, one)
+    shown = list(nearest.values())[:MISSES_SHOWN]
+    misses = "; ".join(f"{one.shape.node.gpu.id}, {one.precision} {one.layout}: {one.reason}" for one in shown)
+    more = f" ({len(nearest) - len(shown)} other cards miss by more)" if len(nearest) > len(shown) else ""
+    advice = "; or ".join(_remedies(question)) or "other cards, or a smaller model"
+    return f"{question.llm.name} cannot be served like that. {misses}{more}. What would do: {advice}."
+
+
+def _distance(rejection: Rejection, question: Question) -> tuple[int, float]:
+    """Order misses: late ones by the share they are late, before those that do not fit, by bytes."""
+    slo = question.work.slo
+    goals = {"ttft": (0, slo.ttft_s), "tpot": (0, slo.tpot_s), "memory": (1, 1.0), "precision": (2, 1.0)}
+    order, goal = goals[rejection.binding]
+    return order, rejection.shortfall / goal
+
+
+def _remedies(question: Question) -> Iterator[str]:
+    """Yield changes to the question that have an answer."""
+    work, slo = question.work, question.work.slo
+    others = [name for name, form in PRECISIONS.items() if form.gguf == (question.engine == "llamacpp")]
+    for precision in sorted(set(others) - set(question.precisions), key=lambda name: -PRECISIONS[name].bits):
+        if found := _best(replace(question, precisions=(precision,))):
+            yield f"--precision {precision} ({found})"
+            break
+    shortest = work.lengths.prompt_tokens + work.lengths.output_tokens
+    shorter = replace(question, work=replace(work, max_context_tokens=shortest))
+    if work.max_context_tokens > shortest and (found := _best(shorter)):
+        yield f"--context {shortest} ({found})"
+    for patient in ({"ttft_s": 1e9}, {"tpot_s": 1e9}, {"ttft_s": 1e9, "tpot_s": 1e9}):
+        times = {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, **patient}
+        if kept := _kept_slo(replace(question, work=replace(work, slo=Slo(**times, fraction=slo.fraction)))):
+            looser = {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, **{name: getattr(kept, name) for name in patient}}
+            wish = Slo(**looser, fraction=slo.fraction)
+            if found := _best(replace(question, work=replace(work, slo=wish))):
+                words = " ".join(f"--{name.removesuffix('_s')} {looser[name]:g}" for name in patient)
+                yield f"{words} ({found})"
+                break
+
+
+def _best(question: Question) -> str:
+    """Return the best choice in a few words; empty if there is none."""
+    options, _ = _options(question)
+    if not options:
+        return ""
+    gpus = sum(candidate.layout.gpus * replicas for candidate, replicas in options[0].parts)
+    return f"{gpus} x {options[0].gpu}"
+
+
+def _kept_slo(question: Question) -> Slo | None:
+    """Return times that a lone request keeps to with a fifth to spare, on the candidate that is nearest to its SLO."""
+    wanted = [shape for gpu in question.gpus for shape in _bounds(question, gpu)[1] if shape.role == "both"]
+    found = [one for one in price_all(wanted, [question.work])[0] if isinstance(one, Candidate)]
+    times = expected_all(found, [0.0] * len(found))
+    least = min(times, key=lambda one: one.ttft_s * one.tpot_s, default=None)
+    if least is None:
+        return None
+    return Slo(ttft_s=_rounded_up(1.2 * least.ttft_s), tpot_s=_rounded_up(1.2 * least.tpot_s))
+
+
+def _rounded_up(value: float) -> float:
+    """Return two digits that are not less."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / step) * step:.2g}")
