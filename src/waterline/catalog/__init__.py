@@ -45,6 +45,12 @@ def find_gpu(name: str) -> Gpu:
     return accelerators.table()[naming.find_id("GPU", name, accelerators.names(), see="waterline catalog gpus")]
 
 
+def find_gpus(name: str) -> list[Gpu]:
+    """Return every accelerator that a name could mean: all three of ``h100``. Raises UnknownNameError for none."""
+    ids = naming.find_ids("GPU", name, accelerators.names(), see="waterline catalog gpus")
+    return [accelerators.table()[id_] for id_ in ids]
+
+
 def models() -> Mapping[str, Llm]:
     """Return every model by id, the organisation included."""
     return MappingProxyType(llms.table())

@@ -23,17 +23,19 @@ def find_id(what: str, name: str, names: Mapping[str, Sequence[str]], *, see: st
     Raises:
         UnknownNameError: nothing or several entries are called so; offers the nearest names or the candidates.
     """
-    if name in names:
-        return name
-    whole = called(name, names)
-    candidates = whole or _begins(name, names) or _has_words(name, names)
+    candidates = find_ids(what, name, names, see=see)
     if len(candidates) == 1:
         return candidates[0]
-    if candidates:
-        listed = ", ".join(candidates[:LONGEST_LIST]) + (", …" if len(candidates) > LONGEST_LIST else "")
-        raise UnknownNameError(
-            f"'{name}' could be any of these {what}s: {listed}. Write one of them; `{see}` compares."
-        )
+    listed = ", ".join(candidates[:LONGEST_LIST]) + (", …" if len(candidates) > LONGEST_LIST else "")
+    raise UnknownNameError(f"'{name}' could be any of these {what}s: {listed}. Write one of them; `{see}` compares.")
+
+
+def find_ids(what: str, name: str, names: Mapping[str, Sequence[str]], *, see: str) -> list[str]:
+    """Return every id that `name` could mean; raises UnknownNameError when there is none."""
+    if name in names:
+        return [name]
+    if candidates := called(name, names) or _begins(name, names) or _has_words(name, names):
+        return candidates
     offered = nearest(name, (others[-1] for others in names.values()))
     raise UnknownNameError(f"no {what} is called '{name[:80]}'. {offered} `{see}` lists all.")
 

@@ -33,7 +33,7 @@ RENTED = ("on_demand", "community")
 )
 @click.option("--tpot", "tpot_s", type=float, metavar="S", help="For each token after it; likewise.")
 @click.option("--fraction", type=float, default=0.99, show_default=True, help="Of the requests that keep to both.")
-@click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="Only this card; may be given several times.")
+@click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="Only this card, or all called so; repeatable.")
 @click.option("--precision", "precisions", multiple=True, metavar="NAME", help="Only this precision; repeatable.")
 @click.option("--context", "context_tokens", type=int, metavar="TOKENS", help="Of one request, at most.")
 @click.option("--prefix-hit", type=float, default=0.0, help="Share of the prompts' tokens that are in the cache.")
@@ -80,7 +80,7 @@ def size(
     engine = engine or ("llamacpp" if llm.weights_file else "vllm")
     find_engine(engine)
     given = _prices(prices)
-    cards = [catalog.find_gpu(name) for name in gpus] or _rentable(given)
+    cards = [gpu for name in gpus for gpu in catalog.find_gpus(name)] or _rentable(given)
     answer = find_size(
         Question(
             llm=llm,
@@ -187,32 +187,25 @@ def show(answer: Sizing, llm: Llm) -> None:
 
     screen = console()
     cost = "" if answer.usd_per_hour is None else f", {usd_text(answer.usd_per_hour)} an hour"
-    screen.print(
-        f"{answer.gpus} x {answer.gpu}{cost}: {answer.replicas} x {answer.precision} {answer.layout}", style="bold"
-    )
+    parts = " + ".join(f"{part.replicas} x {part.layout} {part.role}".removesuffix(" both") for part in answer.parts)
+    screen.print(f"{answer.gpus} x {answer.gpu}{cost}: {parts} in {answer.precision}", style="bold")
     asked = f"{answer.requests_per_s:g} requests/s of {answer.prompt_tokens} + {answer.output_tokens} tokens"
     slo = answer.slo
     promise = f"{slo.fraction:.4g} of them within TTFT {seconds_text(slo.ttft_s)} and TPOT {seconds_text(slo.tpot_s)}"
     title = f"{llm.name} ({parameters_text(llm.parameters)}): {asked}, {promise}"
     columns = (
-        "card", "GPUs", "precision", "layout", "replicas", "limit", "TTFT", "TPOT", "times", "per hour", "per M tokens",
+        "card", "layout", "precision", "limit", "times", "replicas", "GPUs", "TTFT", "TPOT", "per hour", "per M tokens",
     )  # fmt: skip
     rows = [_row(one) for one in (answer, *answer.alternatives)]
-    draw(
-        screen,
-        title,
-        columns,
-        rows,
-        text_columns=1,
-        spare=("times", "limit", "per M tokens", "replicas", "TTFT", "TPOT"),
-    )
-    notes = [f"{answer.aim.capitalize()} first; times are what {slo.fraction:.4g} of the requests keep to."]
-    notes += [f"times {_worth(answer)}"]
+    spare = ("times", "limit", "per M tokens", "replicas", "TTFT", "TPOT")
+    draw(screen, title, columns, rows, text_columns=5, spare=spare)
+    first = "Cheapest first" if answer.aim == "cheapest" else "Fewest GPUs first"
+    notes = [f"{first}; TTFT and TPOT: what {slo.fraction:.4g} of the requests keep to. {_worth(answer)}"]
     if any(len(one.parts) > 1 for one in (answer, *answer.alternatives)):
         notes.append(
-            "prefill + decode: prompts are read on some replicas, answers written on others; each GPU is taken to"
+            "prefill + decode: prompts are read on some replicas and their cache is sent to others, which write; for "
+            "that each GPU is taken to have a 400 Gb/s port of its own."
         )
-        notes.append("have a 400 Gb/s port of its own to the other nodes.")
     if answer.unpriced:
         cards = ", ".join(answer.unpriced)
         notes.append(f"No price is known for {cards}: give one with --price {answer.unpriced[0]}=USD")
@@ -223,14 +216,14 @@ def _row(choice: Choice) -> tuple[str, ...]:
     parts = choice.parts
     return (
         choice.gpu,
-        str(choice.gpus),
-        choice.precision,
         choice.layout,
-        " + ".join(str(part.replicas) for part in parts),
+        choice.precision,
         " + ".join(part.limited_by for part in parts),
+        choice.provenance,
+        " + ".join(str(part.replicas) for part in parts),
+        str(choice.gpus),
         seconds_text(choice.ttft_s),
         seconds_text(choice.tpot_s),
-        choice.provenance,
         "?" if choice.usd_per_hour is None else usd_text(choice.usd_per_hour),
         "?" if choice.usd_per_million_tokens is None else usd_text(choice.usd_per_million_tokens),
     )
@@ -239,4 +232,4 @@ def _row(choice: Choice) -> tuple[str, ...]:
 def _worth(choice: Choice) -> str:
     ttft = f"TTFT {seconds_text(choice.ttft_low_s)} to {seconds_text(choice.ttft_high_s)}"
     tpot = f"TPOT {seconds_text(choice.tpot_low_s)} to {seconds_text(choice.tpot_high_s)}"
-    return f"{choice.provenance}: four of five measurements lie within {ttft}, {tpot}"
+    return f"Of the first, {choice.provenance}, four of five measurements lie within {ttft}, {tpot}."

@@ -6,11 +6,12 @@ like that give each card a port to other nodes, which is what the cost model tak
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from waterline.catalog.calibration import calibration_of
 from waterline.catalog.engines import EngineProfile, find_engine
 from waterline.cost import (
     MemoryUse,
@@ -24,7 +25,7 @@ from waterline.cost import (
     step_cost,
     weights_bytes,
 )
-from waterline.cost.kernels import find_kernels
+from waterline.cost.kernels import SKEWED_SHARE, find_kernels
 from waterline.cost.layers import NETWORK_BYTES_PER_S, forms
 from waterline.cost.memory import gpu_weights
 from waterline.cost.step import AttentionCost
@@ -256,9 +257,9 @@ def measured_layout(llm: Llm, node: Node, gpus: int) -> Layout:
 def bound_requests_per_s(shape: Shape, work: Work) -> float:
     """Return a rate that a shape cannot exceed, whatever its kernels: 0 where it does not do at all.
 
-    Prompts take their arithmetic at the card's peak, and a step reads what attention and dense networks weigh, and the
-    cache of those it decodes, at the card's bandwidth. The cost model never is faster, so what cannot be better by this
-    bound need not be priced. Much quicker than pricing.
+    Prompts take their arithmetic at the card's peak, and a step reads its weights and the cache of those it decodes at
+    the card's bandwidth, on top of what the engine's host does. The cost model never is faster, so what is not good
+    enough by this bound need not be priced.
     """
     llm, gpu, layout, lengths = shape.llm, shape.node.gpu, shape.layout, work.lengths
     if shape.measured:
@@ -277,18 +278,31 @@ def bound_requests_per_s(shape: Shape, work: Work) -> float:
     reads = 1 / read_s if shape.role != "decode" else math.inf
     if shape.role == "prefill":
         return reads
+    places = min(engine.max_batch * layout.dp, max(1, tokens // lengths.context_tokens))
+    plain_s = _least_plain_s(shape, lengths, memory)
+    if plain_s(1) > work.slo.tpot_s:
+        return 0.0
+    low, high = 1.0, float(places)  # the largest batch in time, from above: a step takes longer the more it decodes
+    while high > 1.05 * low:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if plain_s(middle) <= work.slo.tpot_s else (low, middle)
+    return min(reads, high / (lengths.output_tokens * plain_s(high)))
+
+
+def _least_plain_s(shape: Shape, lengths: Lengths, memory: MemoryUse) -> Callable[[float], float]:
+    """Return the least a step without prompts can take, by its decodes."""
+    llm, layout, bytes_per_s = shape.llm, shape.layout, shape.node.gpu.memory_bytes_per_s
     one_stage = Layout(tp=layout.tp, dp=layout.dp, ep=layout.ep)  # a step passes all of them
     weights = gpu_weights(llm, shape.precision, one_stage)
-    weights_s = SURE * (weights.attention_bytes + weights.dense_bytes) / gpu.memory_bytes_per_s
+    engine = calibration_of(find_engine(shape.engine).name, shape.node.gpu.stack)
+    always_s = engine.step_s + engine.layer_s * llm.layers + engine.stage_s * (layout.pp - 1)
+    always_s += SURE * (weights.attention_bytes + weights.dense_bytes) / bytes_per_s
+    experts_s = SURE * SKEWED_SHARE * weights.experts_bytes / bytes_per_s
+    chosen = min((group.experts_per_token / group.experts for group in llm.feed_forward if group.experts), default=0.0)
     kept = sequence_cache_bytes(llm, lengths.context_tokens, one_stage, element_bytes=memory.cache_element_bytes)
     sparse = any(group.selected_tokens for group in llm.attention)
-    cache_s = 0.0 if sparse else SURE * kept / layout.dp / gpu.memory_bytes_per_s  # of one more request
-    if weights_s > work.slo.tpot_s:
-        return 0.0
-    batch: float = min(engine.max_batch * layout.dp, max(1, tokens // lengths.context_tokens))
-    if cache_s:
-        batch = min(batch, max(1.0, (work.slo.tpot_s - weights_s) / cache_s))
-    return min(reads, batch / (lengths.output_tokens * (weights_s + batch * cache_s)))
+    one_more_s = (engine.token_s + (0.0 if sparse else SURE * kept / bytes_per_s)) / layout.dp
+    return lambda decodes: always_s + experts_s * -math.expm1(-decodes * chosen) + decodes * one_more_s
 
 
 # --- Pricing --------------------------------------------------------------------------------------------------------

@@ -130,9 +130,9 @@ def size(question: Question) -> Sizing:
     unpriced = tuple(gpu.id for gpu in question.gpus if gpu.id not in question.usd_per_gpu_hour)
     if question.aim == "cheapest":
         question = replace(question, gpus=priced) if priced else replace(question, aim="fewest")
-    options, rejections = _options(question)
+    options = _options(question)
     if not options:
-        raise InfeasibleError(_why_not(question, rejections))
+        raise InfeasibleError(_why_not(question))
     choices = _choices(question, [options[0], *_shown(options)])
     lengths = question.work.lengths
     return Sizing(
@@ -166,23 +166,54 @@ def _shown(options: Sequence[_Option]) -> list[_Option]:
 # --- Searching ------------------------------------------------------------------------------------------------------
 
 
-def _options(question: Question) -> tuple[list[_Option], list[Rejection]]:
-    """Return what serves the load, the best first: of each of the best cards, and all layouts of the best one.
+class _Card:
+    """A card, its shapes, and what they rank at best."""
 
-    Rejections are those of the cards that were priced.
-    """
-    waiting = sorted(((_bounds(question, gpu), gpu) for gpu in question.gpus), key=lambda pair: pair[0][0])
+    def __init__(self, question: Question, gpu: Gpu) -> None:
+        node = Node(gpu=gpu, gpus=gpu.gpus_per_node)
+        found = shapes(question.llm, node, NODES, question.precisions, question.engine)
+        self.gpu = gpu.id
+        self.shapes = [(_rank(question, one, bound_requests_per_s(one, question.work)), one) for one in found]
+        self.sides = {role: self._least(role) for role in ("prefill", "decode")}
+        self.least = min(self._least("both"), self._together(self.sides["prefill"], self.sides["decode"]))
+
+    def _least(self, role: Role) -> Rank:
+        return min((rank for rank, shape in self.shapes if shape.role == role), default=NOTHING)
+
+    @staticmethod
+    def _together(one: Rank, other: Rank) -> Rank:
+        return one[0] + other[0], one[1] + other[1]
+
+    def worth(self, worst: Rank) -> list[Shape]:
+        """Return the shapes that may be part of something that ranks no worse than that."""
+        other = {"both": (0.0, 0.0), "prefill": self.sides["decode"], "decode": self.sides["prefill"]}
+        return [
+            shape
+            for rank, shape in self.shapes
+            if self._together(rank, other[shape.role]) <= worst and self._together(rank, other[shape.role]) < NOTHING
+        ]
+
+
+def _options(question: Question) -> list[_Option]:
+    """Return what serves the load, the best first: the best of each of the best cards, and all of the best one."""
+    waiting = sorted((_Card(question, gpu) for gpu in question.gpus), key=lambda card: card.least)
+    candidates: list[Candidate] = []
     options: list[_Option] = []
-    rejections: list[Rejection] = []
-    while waiting and waiting[0][0][0] <= _worst_shown(options):
-        if options and waiting[0][0][0] == NOTHING:
-            break
-        some, waiting = waiting[:AT_ONCE], waiting[AT_ONCE:]
-        wanted = [shape for (_, found), _ in some for shape in found]
+
+    def price(wanted: Sequence[Shape]) -> None:
         priced = price_all(wanted, [question.work])[0]
-        rejections += [one for one in priced if isinstance(one, Rejection)]
-        options += _combined(question, [one for one in priced if isinstance(one, Candidate)])
-    return sorted(options, key=lambda option: (option.rank, len(option.parts), str(option))), rejections
+        candidates.extend(one for one in priced if isinstance(one, Candidate))
+        options[:] = sorted(_combined(question, candidates), key=lambda option: (option.rank, str(option)))
+
+    tried: dict[str, tuple[_Card, list[Shape]]] = {}
+    while waiting and waiting[0].least <= (worst := _worst_shown(options)) and waiting[0].least < NOTHING:
+        some, waiting = waiting[:AT_ONCE], waiting[AT_ONCE:]
+        tried |= {card.gpu: (card, card.worth(worst)) for card in some}
+        price([shape for card in some for shape in tried[card.gpu][1]])
+    if options:
+        card, priced = tried[options[0].gpu]
+        price([shape for shape in card.worth(NOTHING) if shape not in priced])
+    return options
 
 
 def _worst_shown(options: Sequence[_Option]) -> Rank:
@@ -192,20 +223,6 @@ def _worst_shown(options: Sequence[_Option]) -> Rank:
         best[option.gpu] = min(option.rank, best.get(option.gpu, option.rank))
     ranks = sorted(best.values())
     return ranks[CARDS_SHOWN - 1] if len(ranks) >= CARDS_SHOWN else NOTHING
-
-
-def _bounds(question: Question, gpu: Gpu) -> tuple[Rank, list[Shape]]:
-    """Return what a card ranks at best, and its shapes."""
-    node = Node(gpu=gpu, gpus=gpu.gpus_per_node)
-    found = shapes(question.llm, node, NODES, question.precisions, question.engine)
-    least: dict[Role, Rank] = {}
-    for shape in found:
-        bound = bound_requests_per_s(shape, question.work)
-        rank = _rank(question, shape, bound)
-        least[shape.role] = min(rank, least.get(shape.role, rank))
-    whole = least.get("both", NOTHING)
-    reading, writing = least.get("prefill", NOTHING), least.get("decode", NOTHING)
-    return min(whole, (reading[0] + writing[0], reading[1] + writing[1])), found
 
 
 def _rank(question: Question, shape: Shape, requests_per_s: float) -> Rank:
@@ -299,10 +316,11 @@ def _choices(question: Question, options: Sequence[_Option]) -> list[Choice]:
 # --- When nothing does ----------------------------------------------------------------------------------------------
 
 
-def _why_not(question: Question, rejections: Sequence[Rejection]) -> str:
+def _why_not(question: Question) -> str:
     """Say how near the nearest cards come, and what would do: each remedy was tried."""
+    rejections = [one for one in _priced_alone(question) if isinstance(one, Rejection)]
     nearest: dict[str, Rejection] = {}
-    for one in sorted((one for one in rejections if one.role == "both"), key=lambda one: _distance(one, question)):
+    for one in sorted(rejections, key=lambda one: _distance(one, question)):
         nearest.setdefault(one.shape.node.gpu.id, one)
     shown = list(nearest.values())[:MISSES_SHOWN]
     misses = "; ".join(f"{one.shape.node.gpu.id}, {one.precision} {one.layout}: {one.reason}" for one in shown)
@@ -342,9 +360,21 @@ def _remedies(question: Question) -> Iterator[str]:
                 break
 
 
+def _priced_alone(question: Question) -> list[Candidate | Rejection]:
+    """Return every shape that does it all, on every card, priced."""
+    found = [
+        shape
+        for gpu in question.gpus
+        for shape in shapes(
+            question.llm, Node(gpu=gpu, gpus=gpu.gpus_per_node), NODES, question.precisions, question.engine
+        )
+    ]
+    return price_all([shape for shape in found if shape.role == "both"], [question.work])[0]
+
+
 def _best(question: Question) -> str:
     """Return the best choice in a few words; empty if there is none."""
-    options, _ = _options(question)
+    options = _options(question)
     if not options:
         return ""
     gpus = sum(candidate.layout.gpus * replicas for candidate, replicas in options[0].parts)
@@ -353,8 +383,7 @@ def _best(question: Question) -> str:
 
 def _kept_slo(question: Question) -> Slo | None:
     """Return times that a lone request keeps to with a fifth to spare, on the candidate that is nearest to its SLO."""
-    wanted = [shape for gpu in question.gpus for shape in _bounds(question, gpu)[1] if shape.role == "both"]
-    found = [one for one in price_all(wanted, [question.work])[0] if isinstance(one, Candidate)]
+    found = [one for one in _priced_alone(question) if isinstance(one, Candidate)]
     times = expected_all(found, [0.0] * len(found))
     least = min(times, key=lambda one: one.ttft_s * one.tpot_s, default=None)
     if least is None:
