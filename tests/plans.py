@@ -77,9 +77,87 @@ def a_day(replicas: int = 4) -> Plan:
             tenants=tenants,
         ),
         models=(replace(small.models[0], replicas=replicas, gpus=cards),),
-        tenants=tuple(replace(small.tenants[0], tenant=tenant.name) for tenant in tenants),
+        tenants=(
+            replace(small.tenants[0], tenant="public", gpus=1.5 * replicas, deserved_gpus=0.4 * replicas),
+            replace(small.tenants[0], tenant="research", gpus=0.5 * replicas, deserved_gpus=3.6 * replicas),
+        ),
         replicas=made,
         hours=tuple(_hour(hour, made, replicas) for hour in EVERY_HOUR),
+    )
+
+
+def an_iceberg() -> Plan:
+    """Return a plan of 60,000 cards, 20 models and 8,000 replicas, most of which serve at some hours only."""
+    small = small_plan()
+    cards = ("h100-sxm-80g", "mi300x", "a100-sxm-80g", "h20-96g", "mi250x", "l40s")
+    pools = tuple(
+        Pool(name=f"pool-{card}", gpu=card, nodes=1250, gpus_per_node=8, usd_per_gpu_hour=1 + index / 2)
+        for index, card in enumerate(cards)
+    )
+    names = [f"model-{index:02d}" for index in range(20)]
+    tenants = (("public", 0.1), ("enterprise", 0.3), ("research", 0.6))
+    replicas = tuple(
+        replace(
+            small.replicas[0],
+            id=f"{names[index % 20]}/{index // 20}",
+            model=names[index % 20],
+            pool=pools[index % 6].name,
+            layout=Layout(tp=4),
+            places=(Place(node=index // 12, gpus=tuple(range(4 * (index // 6 % 2), 4 * (index // 6 % 2) + 4))),),
+            usd_per_hour=4 * (1 + index % 6 / 2),
+            hours=EVERY_HOUR if index % 3 == 0 else tuple(range(7 + index % 5, 18 + index % 6)),
+            load_s=300.0,
+            engine="vllm",
+        )
+        for index in range(8000)
+    )
+    return replace(
+        small,
+        fleet=replace(
+            small.fleet,
+            name="iceberg",
+            pools=pools,
+            models=tuple(replace(small.fleet.models[0], name=name) for name in names),
+            tenants=tuple(Tenant(name=name, deserved=deserved) for name, deserved in tenants),
+            demand=(),
+        ),
+        models=tuple(
+            replace(small.models[0], model=name, replicas=400, gpus=1600, limited_by="tpot") for name in names
+        ),
+        tenants=tuple(
+            replace(small.tenants[0], tenant=name, deserved_gpus=60_000 * part, gpus=20_000.0, limit_gpus=60_000.0)
+            for name, part in tenants
+        ),
+        replicas=replicas,
+        hours=tuple(_iceberg_hour(hour, replicas, names) for hour in EVERY_HOUR),
+    )
+
+
+def _iceberg_hour(hour: int, replicas: tuple[Replica, ...], names: list[str]) -> HourPlan:
+    serving = [replica for replica in replicas if hour in replica.hours]
+    stopped = [replica for replica in replicas if hour not in replica.hours and (hour - 1) % 24 in replica.hours]
+    cards = {name: 4.0 * sum(replica.model == name for replica in serving) for name in names}
+    public = 0.2 + 0.4 * (18 <= hour < 23)
+    parts = {"public": public, "enterprise": 0.3, "research": 0.7 - public}
+    return HourPlan(
+        hour=hour,
+        gpus=4 * len(serving),
+        usd=sum(replica.usd_per_hour for replica in serving) * 1.02,
+        watts=300.0 * 4 * len(serving),
+        shares=tuple(
+            Share(
+                tenant=tenant,
+                model=name,
+                asked_requests_per_s=10,
+                served_requests_per_s=9 if (name, tenant, hour) == ("model-03", "public", 20) else 10,
+                gpus=cards[name] * part,
+            )
+            for name in names
+            for tenant, part in parts.items()
+        ),
+        loans=(Loan(lender="research", borrower="public", gpus=100.0 * (hour - 15)),) if 18 <= hour < 23 else (),
+        starts=tuple(one.id for one in serving if (hour - 1) % 24 not in one.hours),
+        stops=tuple(one.id for one in stopped),
     )
 
 

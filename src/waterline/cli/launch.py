@@ -57,9 +57,10 @@ def launch(plan: Path, hour: int | None, nodes: tuple[str, ...], address: str, *
     waterline launch plan.json --hour 20 --node h100/0 | ssh h100-0 bash
     waterline launch plan.json --address 'gpu-{pool}-{node:03d}.lan' --json
     """  # noqa: D301 - click wants the character, not its name
+    from waterline.cli.plan import read_or_make
     from waterline.errors import EngineError
 
-    made = _plan(plan)
+    made = read_or_make(plan)
     at = made.busiest_hour if hour is None else hour
     _check_nodes(made, nodes)
     starts = list(_starts(made, at, nodes, address))
@@ -70,14 +71,6 @@ def launch(plan: Path, hour: int | None, nodes: tuple[str, ...], address: str, *
     problems = dict.fromkeys(start.problem for start in starts if start.problem)
     if problems:
         raise EngineError("\n".join(problems))
-
-
-def _plan(path: Path) -> "Plan":
-    from waterline.fleet import load_fleet
-    from waterline.plan import is_plan, read_plan
-    from waterline.planner import make_plan
-
-    return read_plan(path) if is_plan(path) else make_plan(load_fleet(path))
 
 
 def _check_nodes(plan: "Plan", nodes: tuple[str, ...]) -> None:

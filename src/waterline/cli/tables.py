@@ -91,6 +91,14 @@ def fitting(
     return shown, widths
 
 
+def drawn_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Return how wide a table is with every header on one line."""
+    from rich.cells import cell_len
+
+    cells = [max((cell_len(row[index]) for row in rows), default=0) for index in range(len(columns))]
+    return _drawn_width([max(cell_len(column), cell) for column, cell in zip(columns, cells, strict=True)])
+
+
 def _drawn_width(widths: Sequence[int]) -> int:
     """Each cell has a blank on both sides and a line to its left; one line closes the row."""
     return sum(width + 3 for width in widths) + 1
