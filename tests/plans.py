@@ -1,5 +1,6 @@
 """Plans that no planner has made, for what people see of one and do with it."""
 
+from functools import cache
 from typing import Any
 
 from msgspec.structs import replace
@@ -86,6 +87,7 @@ def a_day(replicas: int = 4) -> Plan:
     )
 
 
+@cache
 def an_iceberg() -> Plan:
     """Return a plan of 60,000 cards, 20 models and 8,000 replicas, most of which serve at some hours only."""
     small = small_plan()

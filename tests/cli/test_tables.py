@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from examples import small_plan
+from plans import a_day, an_iceberg
 from waterline.cli import plan as plan_command
 from waterline.cli import rehearse as rehearse_command
 from waterline.cli.fit import fit
@@ -143,3 +144,62 @@ def test_fit_says_what_its_times_are_worth() -> None:
     assert worth.split()[0] in result.output.split("Times are means")[0], "the row says the same"
     nothing = CliRunner().invoke(fit, ["qwen3-32b", "--gpu", "cpu"])
     assert "Times" not in nothing.output
+
+
+@pytest.mark.parametrize("width", [50, 80, 100, 130])
+def test_the_day_fits_any_console_and_no_figure_is_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    plan_command.show(an_iceberg())
+    drawn = capsys.readouterr().out
+    assert "…" not in drawn
+    assert max(len(line.rstrip()) for line in drawn.splitlines()) <= width
+    assert "\x1b" not in drawn  # no colour in a pipe
+    assert re.search(r"│ 18:00 │ +19,200 │", drawn)
+    assert len(drawn.splitlines()) < 260  # models, hours and moves; not replicas
+
+
+def test_the_day_of_a_plan_is_a_row_an_hour_and_what_moves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    plan_command.show(a_day(8))
+    drawn = capsys.readouterr().out
+    assert len(re.findall(r"(?m)^│ \d\d:00 │", drawn)) == 24
+    assert "│ 19:00 │       12 │          4 │     16 │ $6.40 │ ██████████████████▓▓▓▓▓▓" in drawn
+    assert "public borrows 8.8 from research 19:00-23:00.\n19:00 starts 6 chat.\n23:00 stops 6 chat.\n" in drawn
+    assert "Waterline: of 32 GPUs 3 at 00:00, 12 at 19:00 serve the public (38% at most)." in drawn
+    assert "In all $57.60 a day ($6.40 in the busiest hour, 19:00), $1,728 in 30 days." in drawn
+
+
+def test_a_plan_that_falls_back_to_goodput_says_who_goes_short(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_command.show(replace(an_iceberg(), objective="goodput"))
+    drawn = capsys.readouterr().out
+    assert "The fleet is too small for its demand: it serves as much as it can." in drawn
+    assert "Not served: 0.4% of what public asks of model-03 in a day; at 20:00 it gets 9 of 10 req/s." in drawn
+
+
+def test_many_tenants_share_a_column_whatever_they_are_called(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = a_day(8)
+    names = ["public", "others", "idle", "x", "y", "z"]
+    hours = tuple(
+        replace(hour, shares=tuple(replace(hour.shares[0], tenant=name, gpus=hour.gpus / 6) for name in names))
+        for hour in plan.hours
+    )
+    tenants = tuple(replace(plan.tenants[0], tenant=name) for name in names)
+    plan_command.show(replace(plan, hours=hours, tenants=tenants))
+    drawn = capsys.readouterr().out
+    assert re.search(r"public █ ┃ others ▓ ┃ idle ▒ ┃ others ░ ┃ idle · ┃", drawn)
+    assert re.search(r"│ 20:00 │ +2\.7 │ +2\.7 │ +2\.7 │ +8 │ +16 │", drawn)
+
+
+@given(st.lists(st.floats(0, 1e5), min_size=1, max_size=5), st.integers(1, 60))
+def test_a_bar_is_as_long_as_asked_and_each_part_near_its_share(parts: list[float], length: int) -> None:
+    drawn = plan_command.bar(dict(zip("abcde", parts, strict=False)), length)
+    if sum(parts) == 0:
+        assert drawn == ""
+        return
+    assert len(drawn) == length
+    for letter, part in zip("abcde", parts, strict=False):
+        assert abs(drawn.count(letter) - length * part / sum(parts)) <= 1

@@ -23,6 +23,7 @@ WIDTH, HEIGHT = 760, 300  # of the chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 60, 10, 12, 26  # margins
 STEP = (WIDTH - LEFT - RIGHT) / HOURS  # of an hour
 COLOURS = 6  # of tenants besides the public
+LONG = 32  # characters of a cell from which on it is folded
 SAID = {SPARE: "in replicas nobody asks", IDLE: "idle", STARTS: "starting replicas"}
 
 
@@ -230,26 +231,26 @@ def _table(
     bars: Sequence[str] = (),
 ) -> str:
     """Return a table; the first columns are text, the others numbers, and a bar closes each row where there are any."""
-    lines = list(rows)
-
-    def cell(tag: str, text: str, index: int) -> str:
-        kind = ' class="text"' if index < text_columns else ""
-        scope = f' scope="{"col" if tag == "th-col" else "row"}"' if tag != "td" else ""
-        return f"<{tag[:2]}{kind}{scope}>{escape(text)}</{tag[:2]}>"
-
-    head = "".join(cell("th-col", text, index) for index, text in enumerate(heads)) + ("<td></td>" if bars else "")
-    body = [
-        "".join(cell("td" if index else "th", text, index) for index, text in enumerate(row))
-        + (f'<td class="bar" aria-hidden="true">{bars[number]}</td>' if bars else "")
-        for number, row in enumerate(lines)
-    ]
-    wide = ' class="wide"' if bars else ""
+    head = "".join(_cell("th", text, "col", index < text_columns) for index, text in enumerate(heads))
+    body = []
+    for number, (first, *others) in enumerate(rows):
+        cells = [_cell("th", first, "row", text_columns > 0)]
+        cells += [_cell("td", text, "", index < text_columns) for index, text in enumerate(others, start=1)]
+        if bars:
+            cells.append(f'<td class="bar" aria-hidden="true">{bars[number]}</td>')
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    wide, last = (' class="wide"', "<td></td>") if bars else ("", "")
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table{wide}>'
-        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>"
-        + "".join(f"<tr>{row}</tr>" for row in body)
-        + "</tbody></table></div>"
+        f"<caption>{escape(caption)}</caption><thead><tr>{head}{last}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _cell(tag: str, text: str, scope: str, is_text: bool) -> str:  # noqa: FBT001 - read at its three calls
+    style = f' class="text{" long" if len(text) > LONG else ""}"' if is_text else ""
+    of = f' scope="{scope}"' if scope else ""
+    return f"<{tag}{style}{of}>{escape(text)}</{tag}>"
 
 
 def _bar(parts: Iterable[tuple[float, str]], whole: float) -> str:
@@ -300,9 +301,9 @@ def _cost_note(plan: Plan) -> str:
 
 def _costs(plan: Plan, colours: Mapping[str, str]) -> str:
     found = {
-        "model": day.usd_by(plan, lambda replica: replica.model),
         "tenant": day.usd_by_tenant(plan) if plan.hours else {},
         "pool": day.usd_by(plan, lambda replica: replica.pool),
+        "model": day.usd_by(plan, lambda replica: replica.model),
     }
     whole = day.usd_per_day(plan)
     tables = []
