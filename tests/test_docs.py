@@ -8,6 +8,7 @@ import pytest
 from waterline.cli import COMMANDS
 from waterline.errors import WaterlineError
 from waterline.fleet import ENGINES, Demand, Fleet, Model, Pool, Tenant
+from waterline.plan import VERSION, HourPlan, Layout, Loan, ModelPlan, Place, Plan, Replica, Share, TenantPlan
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -27,6 +28,32 @@ def test_the_reference_lists_every_key_of_the_fleet_file_and_no_other(heading: s
     section = page.split(f"## {heading}", 1)[1].split("\n## ", 1)[0]
     keys = re.findall(r"(?m)^\| `(\w+)` \|", section.split("\n\n| model |")[0])
     assert sorted(keys) == sorted(table.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("heading", "head", "table"),
+    [
+        ("Top level", "key", Plan),
+        ("`models`", "key", ModelPlan),
+        ("`tenants`", "key", TenantPlan),
+        ("`replicas`", "key", Replica),
+        ("`places`", "key of a place", Place),
+        ("`places`", "key of a layout", Layout),
+        ("`hours`", "key", HourPlan),
+        ("`shares`", "key of a share", Share),
+        ("`shares`", "key of a loan", Loan),
+    ],
+)
+def test_the_reference_lists_every_key_of_the_plan_file_with_its_default(heading: str, head: str, table: type) -> None:
+    page = (DOCS / "plan-file.md").read_text()
+    section = page.split(f"## {heading}", 1)[1].split("\n## ", 1)[0]
+    header, *rows = section.split(f"| {head} |", 1)[1].split("\n\n", 1)[0].splitlines()
+    keys = [re.match(r"\| `(\w+)` \|", row) for row in rows[1:]]
+    assert [key[1] if key else None for key in keys] == list(table.__struct_fields__)
+    if "default" in header:
+        without = [row for row in rows[1:] if re.match(r"\| `\w+` \| \|", row)]
+        assert len(without) == len(table.__struct_fields__) - len(table.__struct_defaults__)
+    assert f"`version` is {VERSION}." in page
 
 
 def test_the_reference_names_every_engine() -> None:

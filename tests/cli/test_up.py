@@ -295,7 +295,8 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     assert "pip install 'waterline-llm[embedded]'" in done.stderr
 
 
-def test_engines_that_cannot_be_started_yet_are_named_with_what_to_do() -> None:
+def test_engines_that_are_not_installed_are_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
     done = fails(EXAMPLES / "mixed.toml", "--port", "0")
     assert done.returncode == 5
     remedy = f"waterline up {EXAMPLES / 'mixed.toml'} --engine fake"

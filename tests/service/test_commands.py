@@ -6,7 +6,6 @@ names. Where vLLM itself is installed, its parser is asked too.
 
 import argparse
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from msgspec.structs import replace
 from plans import one_replica
 from waterline.errors import EngineError
 from waterline.plan import Layout, Plan
-from waterline.service.engines import COMMANDED
+from waterline.service.engines import command_of
 from waterline.service.engines.seat import Command, Seat, api_port
 
 ALONE = Seat()
 DATA = Path(__file__).with_name("data")
 DEEPSEEK = "deepseek-ai/DeepSeek-R1"
-BEFORE_THE_OPTIONS = {"vllm": 3, "sglang": 3, "llamacpp": 1}
+BEFORE_THE_OPTIONS = {"vllm": 3, "sglang": 2, "llamacpp": 1}
 
 
 def recorded(engine: str) -> dict[str, Any]:
@@ -57,9 +56,7 @@ def parser_of(engine: str) -> Parser:
 
 
 def command(plan: Plan, seat: Seat = ALONE, replica: int = 0) -> Command:
-    made = plan.replicas[replica]
-    answer: Command = import_module(COMMANDED[made.engine]).command(plan, made, seat)
-    return answer
+    return command_of(plan, plan.replicas[replica], seat)
 
 
 def parsed(plan: Plan, seat: Seat = ALONE) -> argparse.Namespace:
@@ -164,7 +161,7 @@ def test_vllm_is_told_what_was_planned() -> None:
 def test_sglang_is_told_what_was_planned() -> None:
     arguments, environment = command(one_replica("sglang"), Seat(port=8100))
     assert " ".join(arguments) == (
-        "python3 -m sglang.launch_server --model-path meta-llama/Llama-3.1-8B --served-model-name chat "
+        "sglang serve --model-path meta-llama/Llama-3.1-8B --served-model-name chat "
         "--host 127.0.0.1 --port 8100 --tp-size 1 --context-length 4096 --max-running-requests 8 "
         "--chunked-prefill-size 8192 --dtype bfloat16 --kv-cache-dtype auto --enable-priority-scheduling "
         "--schedule-low-priority-values-first --max-queued-requests 8 --enable-metrics"

@@ -4,7 +4,6 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +107,7 @@ def _starts(plan: "Plan", hour: int, nodes: tuple[str, ...], pattern: str) -> It
 
 def _start(plan: "Plan", replica: "Replica", rank: int, pattern: str) -> Start:
     from waterline.errors import EngineError
-    from waterline.service.engines import COMMANDED
+    from waterline.service.engines import COMMANDED, command_of
     from waterline.service.engines.seat import Seat, api_port
 
     seat = Seat(
@@ -124,7 +123,7 @@ def _start(plan: "Plan", replica: "Replica", rank: int, pattern: str) -> Start:
         remark = f"attached to at {url}" if url else f"played by waterline up: '{replica.engine}' is no server"
         return Start(replica=replica, seat=seat, node=node, environment={}, remark=remark)
     try:
-        command, environment = import_module(COMMANDED[replica.engine]).command(plan, replica, seat)
+        command, environment = command_of(plan, replica, seat)
     except EngineError as error:
         return Start(replica=replica, seat=seat, node=node, environment={}, problem=str(error))
     return Start(replica=replica, seat=seat, node=node, command=command, environment=environment)

@@ -1,6 +1,7 @@
 """Which engines Waterline can start or reach, and what each of them has to tell; one file per engine."""
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Protocol
@@ -9,6 +10,7 @@ import aiohttp
 
 from waterline.errors import EngineError
 from waterline.plan import Plan, Replica
+from waterline.service.engines.seat import Command, Seat
 
 ANSWER_S = 1.0  # a probe costs an engine nothing, so its answer is a matter of milliseconds
 
@@ -66,17 +68,15 @@ class Engine(Protocol):
 
 # name -> the file that knows it; its `prepare(plan, replica)` returns an Engine
 STARTABLE = {
+    "vllm": "waterline.service.engines.vllm",
+    "sglang": "waterline.service.engines.sglang",
     "llamacpp": "waterline.service.engines.llamacpp",
     "openai": "waterline.service.engines.openai",
     "fake": "waterline.service.engines.fake",
 }
-
-# name -> the file that knows it; its `command(plan, replica, seat)` returns what starts one process on one node
-COMMANDED = {
-    "vllm": "waterline.service.engines.vllm",
-    "sglang": "waterline.service.engines.sglang",
-    "llamacpp": "waterline.service.engines.llamacpp",
-}
+# of these, `command(plan, replica, seat)` returns what starts one process on one node
+COMMANDED = ("vllm", "sglang", "llamacpp")
+PROGRAMS = {"vllm": "pip install vllm", "sglang": "pip install sglang"}  # looked for on the path, and how to get them
 
 
 def prepare_engines(plan: Plan, instead: str = "", *, fleet: str = "FLEET") -> dict[str, Engine]:
@@ -87,15 +87,27 @@ def prepare_engines(plan: Plan, instead: str = "", *, fleet: str = "FLEET") -> d
     Raises EngineError or MissingExtraError before anything is started.
     """
     names = {replica.id: instead or replica.engine for replica in plan.replicas}
-    unknown = {replica.model: names[replica.id] for replica in plan.replicas if names[replica.id] not in STARTABLE}
-    if unknown:
-        models = ", ".join(f"'{model}' ({name})" for model, name in unknown.items())
+    absent = {
+        replica.model: names[replica.id]
+        for replica in plan.replicas
+        if names[replica.id] in PROGRAMS and shutil.which(names[replica.id]) is None
+    }
+    if absent:
+        models = ", ".join(f"'{model}' ({name})" for model, name in absent.items())
+        install = "; ".join(dict.fromkeys(PROGRAMS[name] for name in absent.values()))
         raise EngineError(
-            f"Waterline can plan but not yet start: {models}. Start these servers yourself and "
-            'attach to them with engine = "openai" and url = "http://…/v1" in the fleet file, or run the whole fleet '
-            f"in the time of the cost model with: waterline up {fleet} --engine fake"
+            f"not on the path of this machine is what is to serve {models}. Install it ({install}; for ROCm as its own "
+            f"guide says). Or start these servers elsewhere (waterline launch {fleet} prints how) and attach to them "
+            'with engine = "openai" and url = "http://…/v1" in the fleet file. Or run the whole fleet in the time of '
+            f"the cost model: waterline up {fleet} --engine fake"
         )
     return {replica.id: _prepare(names[replica.id])(plan, replica) for replica in plan.replicas}
+
+
+def command_of(plan: Plan, replica: Replica, seat: Seat) -> Command:
+    """Return how one process of a replica is started. Raises EngineError where its engine cannot do what is planned."""
+    command: Command = import_module(STARTABLE[replica.engine]).command(plan, replica, seat)
+    return command
 
 
 def _prepare(name: str) -> Callable[[Plan, Replica], Engine]:

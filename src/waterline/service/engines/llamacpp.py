@@ -5,6 +5,7 @@ because only a process's standard error says why it did not start.
 """
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from waterline.errors import EngineError, MissingExtraError
 from waterline.plan import Plan, Replica
 from waterline.service.engines import ask
 from waterline.service.engines import seat as seats
+from waterline.service.engines.hosted import Hosted, host
 from waterline.service.engines.lifeline import announce, end_with_parent
 from waterline.service.engines.seat import Command, Seat
 from waterline.units import MIB
@@ -100,8 +102,14 @@ def _http_threads(slots: int) -> int:
     return 2 * slots + 4
 
 
-def prepare(plan: Plan, replica: Replica) -> LlamaCpp:
-    """Return the server of a replica. Raises MissingExtraError, or EngineError for a model without a GGUF file."""
+def prepare(plan: Plan, replica: Replica) -> LlamaCpp | Hosted:
+    """Return the server of a replica: on cards llama-server where it is installed, else the wheel's.
+
+    Raises MissingExtraError, or EngineError for a model without a GGUF file.
+    """
+    vendor = plan.fleet.gpu_of(plan.fleet.pool(replica.pool)).vendor
+    if vendor in seats.VISIBLE_DEVICES and shutil.which("llama-server"):
+        return host(replica, command(plan, replica, Seat()))
     if find_spec("xllamacpp") is None:
         raise MissingExtraError(f"The engine 'llamacpp' of model '{replica.model}'", extra="embedded")
     weights = _weights_file(plan, replica)

@@ -1,10 +1,12 @@
-"""SGLang, on CUDA and on ROCm: the command of one process."""
+"""SGLang, on CUDA and on ROCm: the command of one process, and the engine that runs it here."""
 
 from waterline.catalog.engines import find_engine
 from waterline.plan import Plan, Replica
 from waterline.service.engines import seat as seats
+from waterline.service.engines.hosted import Hosted, host
 from waterline.service.engines.seat import Command, Seat
 
+QUICK_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}  # else a probe waits for a token in a full batch
 WHILE_LOADING = {"fp8": "fp8", "nvfp4": "nvfp4_online"}  # what it makes of 16-bit weights
 CACHE_DTYPES = {"fp8": "fp8_e4m3"}  # our words in its own, where they differ
 
@@ -21,7 +23,7 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
     seats.check_even(replica, "SGLang")
     cache_dtype = profile.cache_dtype(replica.precision)
     arguments = (
-        *("python3", "-m", "sglang.launch_server", "--model-path", seats.checkpoint(model, llm)),
+        *("sglang", "serve", "--model-path", seats.checkpoint(model, llm)),
         *("--served-model-name", model.name),
         *seat.listening,
         *("--tp-size", str(layout.tp * layout.dp)),  # it counts the ranks of data-parallel attention in
@@ -42,6 +44,12 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
         *_role(replica),
     )
     return arguments, seats.devices(gpu, replica, seat) | _aiter(gpu.target)
+
+
+def prepare(plan: Plan, replica: Replica) -> Hosted:
+    """Return the engine of a replica on this machine. Raises EngineError."""
+    arguments, environment = command(plan, replica, Seat())
+    return host(replica, (arguments, environment | QUICK_HEALTH))
 
 
 def _nodes(replica: Replica, seat: Seat) -> tuple[str, ...]:

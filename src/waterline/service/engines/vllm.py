@@ -1,10 +1,11 @@
-"""vLLM, on CUDA and on ROCm: the command of one process."""
+"""vLLM, on CUDA and on ROCm: the command of one process, and the engine that runs it here."""
 
 import json
 
 from waterline.catalog.engines import find_engine
 from waterline.plan import Plan, Replica
 from waterline.service.engines import seat as seats
+from waterline.service.engines.hosted import Hosted, host
 from waterline.service.engines.seat import Command, Seat
 
 WHILE_LOADING = {"fp8": "fp8_per_channel", "nvfp4": "nvfp4_per_token"}  # what it makes of 16-bit weights
@@ -43,6 +44,11 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
         *_transfer(replica),
     )
     return arguments, seats.devices(gpu, replica, seat) | _aiter(gpu.target) | _side_channel(replica, seat)
+
+
+def prepare(plan: Plan, replica: Replica) -> Hosted:
+    """Return the engine of a replica on this machine. Raises EngineError."""
+    return host(replica, command(plan, replica, Seat()))
 
 
 def _nodes(replica: Replica, seat: Seat) -> tuple[str, ...]:
