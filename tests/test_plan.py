@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from examples import small_plan
+from plans import a_day
 from waterline.errors import PlanFileError
-from waterline.plan import Layout, is_plan, read_plan, write_plan
+from waterline.plan import Layout, Plan, is_plan, read_plan, write_plan
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
@@ -52,10 +53,10 @@ def test_a_layout_says_only_what_is_not_one() -> None:
     assert Layout(tp=8, pp=2, ep=8).gpus == 16
 
 
-def edited(folder: Path, where: str, value: object) -> Path:
-    """Write the small plan with one value changed by hand, or added to; `where` is like ``replicas.0.layout.tp``."""
+def edited(folder: Path, where: str, value: object, plan: Plan | None = None) -> Path:
+    """Write a plan with one value changed by hand, or added to; `where` is like ``replicas.0.layout.tp``."""
     path = folder / "plan.json"
-    write_plan(small_plan(), path)
+    write_plan(plan or small_plan(), path)
     data = json.loads(path.read_text())
     *keys, last = [int(key) if key.isdigit() else key for key in where.split(".")]
     part: Any = data
@@ -111,6 +112,37 @@ def test_a_value_that_makes_no_sense_is_named_with_its_place(
     assert said.startswith(str(path))
     assert message in said
     assert said.endswith("Write it again with: waterline plan FLEET")
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("hours.3.hour", 4, "hours: they are [0, 1, 2, 4, 4, "),
+        ("hours.3.hour", 24, "hours[3].hour = 24: expected `int` <= 23"),
+        ("hours", [], ""),
+        (
+            "hours.19.shares.0.tenant",
+            "pubic",
+            "hour 19: tenant of a share = 'pubic' is not known. Did you mean 'public'",
+        ),
+        ("hours.19.shares.0.model", "chad", "hour 19: model of a share = 'chad' is not known. Did you mean 'chat'"),
+        ("hours.19.loans.0.lender", "x", "hour 19: lender of a loan = 'x' is not known"),
+        ("hours.19.loans.0.lender", "", ""),
+        ("hours.19.loans.0.borrower", "", "hours[19].loans[0].borrower = '': expected `str` of length >= 1"),
+        ("hours.19.starts", ["chat/9"], "hour 19: starts: replica = 'chat/9' is not known. Did you mean 'chat/"),
+        ("hours.23.stops", ["r1/0"], "hour 23: stops: replica = 'r1/0' is not known"),
+    ],
+)
+def test_a_day_that_makes_no_sense_is_named_with_its_hour(
+    tmp_path: Path, where: str, value: object, message: str
+) -> None:
+    path = edited(tmp_path, where, value, a_day(8))
+    if not message:
+        read_plan(path)
+        return
+    with pytest.raises(PlanFileError) as caught:
+        read_plan(path)
+    assert message in str(caught.value)
 
 
 def test_two_replicas_share_neither_an_id_nor_a_gpu(tmp_path: Path) -> None:

@@ -273,6 +273,28 @@ def _problems(plan: Plan) -> Iterator[str]:
         if not replica.hours or list(replica.hours) != sorted(set(replica.hours)):
             yield f"{where}: hours = {list(replica.hours)} must be hours of the day in their order, at least one."
     yield from _misplaced(plan.replicas, pools)
+    yield from _wrong_hours(plan)
+
+
+def _wrong_hours(plan: Plan) -> Iterator[str]:
+    numbers = [hour.hour for hour in plan.hours]
+    if numbers and numbers != list(EVERY_HOUR):
+        yield f"hours: they are {numbers}, and must be 0 to {HOURS - 1} in their order, or none at all."
+    tenants = {tenant.name for tenant in plan.fleet.tenants}
+    models = {model.name for model in plan.fleet.models}
+    ids = {replica.id for replica in plan.replicas}
+    for hour in plan.hours:
+        named = [
+            *(("tenant of a share", share.tenant, tenants) for share in hour.shares),
+            *(("model of a share", share.model, models) for share in hour.shares),
+            *(("borrower of a loan", loan.borrower, tenants) for loan in hour.loans),
+            *(("lender of a loan", loan.lender, tenants) for loan in hour.loans if loan.lender),
+            *(("starts: replica", id_, ids) for id_ in hour.starts),
+            *(("stops: replica", id_, ids) for id_ in hour.stops),
+        ]
+        for what, name, known in named:
+            if name not in known:
+                yield from _unknown(f"hour {hour.hour}: {what}", name, known)
 
 
 def _unknown(where: str, name: str, known: Iterable[str]) -> Iterator[str]:
