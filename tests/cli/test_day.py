@@ -101,6 +101,12 @@ def test_a_day_costs_the_same_however_it_is_divided() -> None:
     assert by_tenant["enterprise"] == pytest.approx(0.3 * whole / 1.02)
 
 
+def test_energy_is_that_of_the_gpus_that_serve() -> None:
+    # 300 W a GPU: 4 GPUs in 20 hours, 16 in 4
+    assert day.kwh_text(a_day(8)) == "43.2 kWh"
+    assert day.kwh_text(an_iceberg()) == "153,601 kWh"  # 512,004 GPU-hours
+
+
 def test_a_plan_without_hours_costs_a_day_of_all_its_replicas() -> None:
     plan = small_plan()
     assert day.usd_per_day(plan) == pytest.approx(24 * 0.4)

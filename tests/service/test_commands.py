@@ -267,6 +267,16 @@ def test_llama_cpp_is_told_what_was_planned() -> None:
     parsed(plan)
 
 
+def test_llama_cpp_itself_knows_every_flag_by_name() -> None:
+    xllamacpp = pytest.importorskip("xllamacpp", reason="the wheel with llama.cpp's library is not installed")
+    (library,) = Path(xllamacpp.__file__).parent.glob("xllamacpp*.so")
+    known = library.read_bytes()
+    arguments, _ = command(one_replica("llamacpp", "mi300x", Layout(tp=2), 1, ABACUS, "q8_0"), Seat(port=8100))
+    for flag in arguments:
+        assert not flag.startswith("--") or b"\0" + flag.encode() + b"\0" in known
+    assert b"\0--ctxsize\0" not in known
+
+
 def test_llama_cpp_splits_as_the_layout_says_and_not_at_all_without_cards() -> None:
     for layout, split in ((Layout(), "none"), (Layout(pp=2), "layer"), (Layout(tp=2), "row")):
         assert parsed(one_replica("llamacpp", "rtx-4090", layout, 1, ABACUS, "q8_0")).split_mode == split

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from waterline.fleet import HOURS
 from waterline.plan import EVERY_HOUR, HourPlan, Plan, Replica
+from waterline.units import KILO
 
 PUBLIC = "public"  # the tenant whose GPUs are the waterline
 SPARE = " spare"  # GPUs of replicas that run without being asked; no tenant's name begins with a blank
@@ -162,6 +163,12 @@ def unserved(plan: Plan) -> list[Unserved]:
 
 def usd_per_day(plan: Plan) -> float:
     return math.fsum(hour.usd for hour in plan.hours) if plan.hours else HOURS * plan.usd_per_hour
+
+
+def kwh_text(plan: Plan) -> str:
+    """Say what the GPUs that serve take in a day: ``9.6 kWh``, ``1,240 kWh``."""
+    kwh = math.fsum(hour.watts for hour in plan.hours) / KILO
+    return f"{kwh:,.0f} kWh" if kwh >= 100 else f"{kwh:.3g} kWh"
 
 
 def usd_by(plan: Plan, key: Callable[[Replica], str]) -> dict[str, float]:

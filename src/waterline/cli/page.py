@@ -78,6 +78,7 @@ def _figures(plan: Plan) -> str:
     a_day, at = day.usd_per_day(plan), plan.busiest_hour
     figures = [
         ("cost a day", usd_text(a_day), f"{usd_text(30 * a_day)} in 30 days"),
+        *([("energy a day", day.kwh_text(plan), "of the GPUs that serve")] if plan.hours else []),
         ("GPUs that serve", f"{plan.gpus:,}", f"of {plan.fleet.gpus:,}, in the busiest hour, {clock(at)}"),
         ("replicas", f"{len(plan.replicas_at(at)):,}", f"in that hour; {len(plan.replicas):,} in the plan"),
     ]
@@ -153,7 +154,7 @@ def _chart(
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="chart-title chart-said">'
         f'<title id="chart-title">GPUs by tenant and hour</title><desc id="chart-said">{escape(said)}</desc>'
-        f'{"".join(drawn)}{surface}<line id="marker" class="marker" hidden="" x1="0" x2="0" y1="{TOP}" '
+        f'{"".join(drawn)}{surface}<line id="marker" class="marker" visibility="hidden" x1="0" x2="0" y1="{TOP}" '
         f'y2="{HEIGHT - BOTTOM}"/></svg>'
     )
 

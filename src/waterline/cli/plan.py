@@ -83,6 +83,7 @@ def show(plan: Plan) -> None:
         a_day = day.usd_per_day(plan)
         busiest = f"{usd_text(plan.usd_per_hour)} in the busiest hour, {day.clock(plan.busiest_hour)}"
         screen.print(f"In all {usd_text(a_day)} a day ({busiest}), {usd_text(a_day * 30)} in 30 days.")
+        screen.print(f"The GPUs that serve take {day.kwh_text(plan)} a day.")
     else:
         month = usd_text(plan.usd_per_hour * 24 * 30)
         screen.print(f"In all {usd_text(plan.usd_per_hour)} per hour, {month} in 30 days.")
