@@ -80,7 +80,9 @@ def named(plan: Plan, name: str) -> Plan:
     )
 
 
-@pytest.mark.parametrize("plan", [small_plan(), a_day(8), an_iceberg(), one_replica(role="prefill")])
+@pytest.mark.parametrize(
+    "plan", [small_plan(), a_day(8), an_iceberg(), one_replica(role="prefill"), replace(small_plan(), replicas=())]
+)
 def test_every_plan_has_a_page_that_loads_nothing(plan: Plan) -> None:
     html = page(plan)
     reader = Reader(html)

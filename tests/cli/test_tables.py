@@ -180,6 +180,12 @@ def test_a_plan_that_falls_back_to_goodput_says_who_goes_short(capsys: pytest.Ca
     assert "Not served: 0.4% of what public asks of model-03 in a day; at 20:00 it gets 9 of 10 req/s." in drawn
 
 
+def test_a_model_that_found_no_room_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_command.show(replace(small_plan(), objective="goodput", replicas=()))
+    drawn = capsys.readouterr().out
+    assert re.search(r"│ chat  │ 0 +│ - +│ - +│ - +│ +0.5 │ +- │ +- │ +- │ +\$0.000 │ +- │", drawn)
+
+
 def test_many_tenants_share_a_column_whatever_they_are_called(capsys: pytest.CaptureFixture[str]) -> None:
     plan = a_day(8)
     names = ["public", "others", "idle", "x", "y", "z"]

@@ -111,6 +111,8 @@ def _draw_models(plan: Plan, screen: "Console") -> None:
     for group in day.groups_of(plan.replicas):
         groups[group.first.model].append(group)
     for model in plan.models:
+        if not groups[model.model]:  # the fleet is too small
+            rows.append((model.model, "0", *["-"] * 3, f"{model.requests_per_s:.3g}", *["-"] * 3, usd_text(0), "-"))
         for index, group in enumerate(groups[model.model]):
             one = group.first
             per_million = "-" if model.usd_per_million_tokens is None else usd_text(model.usd_per_million_tokens)
