@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waterline.cost.step import AttentionCost, StepCost, prefill_pairs
-from waterline.rehearsal.oracle import Capacity, Passage, Step, SteppedReplica, arrival_ps, serve, shares_ps
+from waterline.rehearsal.oracle import Capacity, Passage, Step, SteppedReplica, arrival_ps, serve
 from waterline.workload import Request
 
 ROUND = StepCost(tokens_ps=(0, 1001), more_ps_per_token=1, head_ps=(0,), attention=(), step_tokens=8)
@@ -105,9 +105,9 @@ def test_two_requests_share_steps_in_chunks() -> None:
     ]
     assert (a.first_token_ps, a.finish_ps) == (2015, 4018)
     assert (b.first_token_ps, b.finish_ps) == (2015, 3017)
-    # a: all of step 1, ⌊1007 x 2/7⌋ = 287 of step 2, half of step 3, all of step 4
-    assert a.busy_ps == 1008 + 287 + 501 + 1001
-    assert b.busy_ps == 720 + 501
+    # a picosecond count a token: 1008/8 = 126; 1007/7 = 143, 6 left; (1002 + 6)/2 = 504; 1001
+    assert a.busy_ps == 8 * 126 + 2 * 143 + 504 + 1001
+    assert b.busy_ps == 5 * 143 + 504
 
 
 def test_decodes_come_before_the_prompts_of_others() -> None:
@@ -255,7 +255,7 @@ def test_a_single_request_takes_the_sum_of_its_steps(prompt: int, output: int, b
     decode_ps = sum(step.step_ps(0, 0, 1, prompt + produced) for produced in range(1, output))
     assert passage.first_token_ps == 7000 + read_ps
     assert passage.finish_ps == 7000 + read_ps + decode_ps
-    assert passage.busy_ps == read_ps + decode_ps
+    assert 0 <= read_ps + decode_ps - passage.busy_ps < chunks[-1][1]  # a picosecond a token waits for the next step
 
 
 def test_a_full_batch_sustains_batch_over_step_time() -> None:
@@ -342,9 +342,10 @@ def test_what_always_holds(fleet: list[Capacity], requests: list[Request], deadl
             assert 1 <= step.decodes + step.prefill_tokens <= one.step.step_tokens
             assert step.begin_ps < step.end_ps
         assert all(before.end_ps <= after.begin_ps for before, after in pairwise(own_steps))
-        # busy time is shared to the picosecond
+        # busy time is shared, but for less than a picosecond a token of the last step
         busy_ps = sum(step.end_ps - step.begin_ps for step in own_steps)
-        assert sum(passage.busy_ps for passage in own) == busy_ps
+        last_tokens = own_steps[-1].decodes + own_steps[-1].prefill_tokens if own_steps else 1
+        assert 0 <= busy_ps - sum(passage.busy_ps for passage in own) < last_tokens
         # a step computes each token once, and again after a preemption
         computed = sum(step.decodes + step.prefill_tokens for step in own_steps)
         asked = sum(passage.request.prompt_tokens + passage.request.output_tokens - 1 for passage in own)
@@ -382,14 +383,6 @@ def test_under_heavy_cache_pressure_everybody_finishes() -> None:
     passages, _ = served([capacity(cache_tokens=100, max_batch=64)], requests)
     assert all(passage.produced_tokens == passage.request.output_tokens for passage in passages)
     assert sum(passage.preemptions for passage in passages) > 500
-
-
-@given(st.integers(0, 10**12), st.lists(st.integers(1, 10**4), min_size=1, max_size=300))
-def test_shares_add_up_and_are_fair_to_the_picosecond(step_ps: int, tokens: list[int]) -> None:
-    shares = shares_ps(step_ps, tokens)
-    assert sum(shares) == step_ps
-    for share, part in zip(shares, tokens, strict=True):
-        assert abs(share * sum(tokens) - step_ps * part) < sum(tokens)
 
 
 def test_arrivals_keep_the_digits_of_a_trace() -> None:

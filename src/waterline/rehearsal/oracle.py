@@ -18,8 +18,8 @@ request that was given to the replica up to and including s. In this order it ta
 The step takes `StepCost.step_ps` and everything it does happens at its end: the step that reads the last of a prompt
 produces a token too, the first one; a request that has all its tokens leaves and frees its cache. The next step begins
 at that instant, or, when there is no work, with the next request. The step's time is shared among its requests by the
-tokens they had processed, decodes first, then chunks: up to the k-th request ⌊time × tokens so far ÷ all tokens⌋, so
-that the shares add up to the step to the picosecond.
+tokens they had processed, in whole picoseconds a token; what does not divide (less than a picosecond a token) waits for
+the replica's next step. So shares of many steps add up whatever their number.
 
 **There is no livelock.** Prompts are read one after the other, so the running requests are, in the order of their
 admission, some that decode and at most one that reads. Room is made from the other end, and a single request always has
@@ -46,7 +46,6 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from waterline.cost.step import StepCost, prefill_pairs
 from waterline.policy.admission import ADMIT, retry_after_s
@@ -56,6 +55,7 @@ from waterline.workload import Request
 
 NEVER = -1  # no time: times are never negative
 PICOSECONDS_PER_NS = PICOSECONDS_PER_S // GIGA
+NOT_IN_SERVICE = "no replica of the model is in service"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +93,7 @@ class Passage:
     arrival_ps: int
     replica: str = ""
     reason: str = ""  # why it was refused
+    retry_s: float = 0.0  # after which it was told to come back, when it was refused for the deadline
     tokens: int  # of its prompt, and produced
     read_tokens: int = 0  # of them, by the chunks since it was admitted last
     produced_tokens: int = 0
@@ -118,6 +119,7 @@ class SteppedReplica:
         self.stepping = False
         self.begin_ps = 0  # of the step under way or the last one
         self.boundary_ps = 0  # when it ends, or when the next one may begin
+        self.undivided_ps = 0  # of the steps so far
         self.accepted = 0  # requests that have not ended
         self.unread_tokens = 0  # of the prompts of those without a first token
         self.backlog_tokens = 0  # expected, accepted and not yet produced
@@ -203,12 +205,13 @@ class SteppedReplica:
 
     def _end_step(self) -> None:
         self.stepping = False
-        processed = [1] * len(self.decoding) + self.chunks
-        shares = shares_ps(self.boundary_ps - self.begin_ps, processed)
-        for passage, share_ps in zip(self.decoding + self.reading, shares, strict=True):
-            passage.busy_ps += share_ps
+        step_ps = self.boundary_ps - self.begin_ps + self.undivided_ps
+        token_ps, self.undivided_ps = divmod(step_ps, len(self.decoding) + sum(self.chunks))
+        for passage in self.decoding:
+            passage.busy_ps += token_ps
         for passage, chunk in zip(self.reading, self.chunks, strict=True):
             passage.read_tokens += chunk
+            passage.busy_ps += token_ps * chunk
         self.decoding += [passage for passage in self.reading if passage.read_tokens == passage.tokens]
         self.reading = [passage for passage in self.reading if passage.read_tokens < passage.tokens]
         for passage in self.decoding:
@@ -241,16 +244,17 @@ class SteppedReplica:
         )
 
 
-def shares_ps(step_ps: int, tokens: Sequence[int]) -> list[int]:
-    """Share the time of a step among its requests by the tokens of each; the shares add up to it exactly."""
-    all_tokens = sum(tokens)
-    bounds = [step_ps * so_far // all_tokens for so_far in accumulate(tokens)]
-    return [bound - before for before, bound in zip([0, *bounds[:-1]], bounds, strict=True)]
-
-
 def arrival_ps(request: Request) -> int:
     """Return when a request arrives; the one place where seconds become picoseconds."""
     return round(request.arrival_s * GIGA) * PICOSECONDS_PER_NS
+
+
+def too_long(request_tokens: int, longest_tokens: int) -> str:
+    return f"{request_tokens} tokens, of which no replica of the model holds more than {longest_tokens}"
+
+
+def too_late(deadline_s: float, retry_s: float) -> str:
+    return f"would not start within {deadline_s:g} s; retry after {retry_s:.3g} s"
 
 
 def serve(
@@ -301,22 +305,23 @@ def _dispatch(
     candidates = [replica for replica in replicas if request_tokens <= replica.longest_tokens]
     if not candidates:
         longest_tokens = max((replica.longest_tokens for replica in replicas), default=0)
-        passage.reason = f"{request_tokens} tokens, of which no replica of the model holds more than {longest_tokens}"
+        passage.reason = too_long(request_tokens, longest_tokens)
         return None
     tokens_per_s = [replica.capacity.tokens_per_s for replica in candidates]
     ready = [replica for replica in candidates if replica.capacity.tokens_per_s > 0]
     retry_s = retry_after_s(
         sum([replica.unread_tokens for replica in ready]),
-        sum([replica.capacity.prefill_tokens_per_s for replica in ready]),
+        math.fsum(replica.capacity.prefill_tokens_per_s for replica in ready),
         expected_tokens * sum([replica.queued for replica in ready]),
-        sum(tokens_per_s),
+        math.fsum(tokens_per_s),
         deadline_s,
     )
     if retry_s > ADMIT:
-        passage.reason = f"would not start within {deadline_s:g} s; retry after {retry_s:.3g} s"
+        passage.retry_s = retry_s
+        passage.reason = too_late(deadline_s, retry_s)
         return None
     chosen = least_loaded([replica.backlog_tokens for replica in candidates], tokens_per_s)
     if chosen == NOBODY:
-        passage.reason = "no replica of the model is in service"
+        passage.reason = NOT_IN_SERVICE
         return None
     return candidates[chosen]
