@@ -1,0 +1,158 @@
+"""The replicas of one model behind their router, served by the compiled event loop; traffic comes in pieces.
+
+What becomes of requests is handed out in the order of their arrival, as soon as all before them have ended. So a day
+needs no more memory than the requests that are under way at one time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from waterline.errors import InputError
+from waterline.rehearsal.jit import COMPILED
+from waterline.rehearsal.kernel import advance, run
+from waterline.rehearsal.oracle import Capacity
+from waterline.rehearsal.state import (
+    FINISH_AT,
+    FIRST_TOKEN_AT,
+    FREE_SLOT,
+    LATEST_PS,
+    NEVER_PS,
+    NONE,
+    OUT_OF_TIME,
+    PREEMPTED,
+    REQUEST,
+    RESULT,
+    SERVED_BY,
+    SHARE,
+    SLOT,
+    SLOT_BITS,
+    Integers,
+    Memory,
+    Reals,
+    aligned,
+    make_memory,
+    with_slots,
+)
+
+FIRST_SLOTS = 1024
+UNFINISHED = -2  # a finish that is no time yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passages:
+    """What became of requests to one model; arrays by request, in the order of arrival."""
+
+    first_token_ps: Integers  # NEVER where none came
+    finish_ps: Integers  # of those who were refused, their arrival
+    busy_ps: Integers  # their shares of the replica's steps
+    replica: Integers  # its index, or TOO_LONG, TOO_LATE or NOT_SERVED of `state`
+    preemptions: Integers
+    retry_s: Reals  # after which those who were TOO_LATE were told to come back
+
+    def __len__(self) -> int:
+        return len(self.finish_ps)
+
+
+class Station:
+    """Serves requests as `oracle.serve` does, to the picosecond."""
+
+    def __init__(
+        self,
+        capacities: Sequence[Capacity],
+        *,
+        deadline_s: float,
+        expected_prompt_tokens: int,
+        expected_output_tokens: int,
+    ) -> None:
+        """Prepare idle replicas; see `oracle.serve` for the arguments."""
+        self.deadline_s = deadline_s
+        self.memory = make_memory(capacities, expected_prompt_tokens, expected_output_tokens, FIRST_SLOTS, 0)
+        self.rows = 0  # of the results, in use
+
+    def offer(
+        self, arrival_ps: NDArray[np.integer], prompt_tokens: NDArray[np.integer], output_tokens: NDArray[np.integer]
+    ) -> None:
+        """Serve requests, in the order of their arrival, up to the last one's.
+
+        Raises InputError when that is too far from the start of the trace for 64 bits of picoseconds.
+        """
+        if len(arrival_ps) and arrival_ps[-1] > LATEST_PS:
+            _refuse_time()
+        self._make_rows(len(arrival_ps))
+        arrivals, prompts, outputs = [
+            _seen(np.ascontiguousarray(column, np.int64)) for column in (arrival_ps, prompt_tokens, output_tokens)
+        ]
+        done = 0
+        while done < len(arrival_ps):
+            done = run(self._seen(), arrivals, prompts, outputs, done, self.rows, self.deadline_s)
+            self._check()
+            if self.memory.counters[FREE_SLOT] == NONE and done < len(arrival_ps):
+                self._make_slots()
+        self.rows += len(arrival_ps)
+
+    def drain(self) -> None:
+        """Serve until the last request is done."""
+        advance(self._seen(), NEVER_PS - 1)
+        self._check()
+
+    def collect(self) -> Passages:
+        """Hand out what is settled: all requests up to the first one that has not ended."""
+        results = self.memory.results[: self.rows * RESULT].reshape(-1, RESULT)
+        unfinished = results[:, FINISH_AT] == UNFINISHED
+        count = int(unfinished.argmax()) if unfinished.any() else self.rows
+        settled = results[:count].copy()
+        retries_s = self.memory.retries_s[:count].copy()
+        left = self.rows - count
+        self.memory.results[: left * RESULT] = self.memory.results[count * RESULT : self.rows * RESULT].copy()
+        self.memory.retries_s[:left] = self.memory.retries_s[count : self.rows].copy()
+        self.memory.slots[REQUEST::SLOT] -= count
+        self.rows = left
+        return Passages(
+            first_token_ps=settled[:, FIRST_TOKEN_AT],
+            finish_ps=settled[:, FINISH_AT],
+            busy_ps=settled[:, SHARE],
+            replica=settled[:, SERVED_BY],
+            preemptions=settled[:, PREEMPTED],
+            retry_s=retries_s,
+        )
+
+    def _seen(self) -> Memory:
+        return Memory(*[_seen(array) for array in self.memory])
+
+    def _make_rows(self, more: int) -> None:
+        needed = self.rows + more
+        if needed * RESULT > len(self.memory.results):
+            room = max(needed, 2 * self.rows)
+            results, retries_s = aligned(room * RESULT), np.zeros(room)
+            results[: self.rows * RESULT] = self.memory.results[: self.rows * RESULT]
+            retries_s[: self.rows] = self.memory.retries_s[: self.rows]
+            self.memory = self.memory._replace(results=results, retries_s=retries_s)
+        self.memory.results[self.rows * RESULT + FINISH_AT : needed * RESULT : RESULT] = UNFINISHED
+        self.memory.retries_s[self.rows : needed] = 0.0
+
+    def _make_slots(self) -> None:
+        slots = 2 * len(self.memory.slots) // SLOT
+        if slots > 1 << SLOT_BITS:
+            raise InputError(
+                f"more than {slots // 2:,} requests are under way at once. The replicas fall behind what is asked: "
+                "plan more of them, or give the model an SLO, so that some are refused."
+            )
+        self.memory = with_slots(self.memory, slots)
+
+    def _check(self) -> None:
+        if self.memory.counters[OUT_OF_TIME]:
+            _refuse_time()
+
+
+def _seen(array: Any) -> Any:
+    """Return an array as the event loop wants it: without numba, single numbers come quicker from a view."""
+    return array if COMPILED else memoryview(array)
+
+
+def _refuse_time() -> NoReturn:
+    days = LATEST_PS // (86_400 * 10**12)
+    raise InputError(f"a rehearsal holds {days} days, and this one takes longer. Give less of it, with --duration.")
