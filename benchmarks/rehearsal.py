@@ -1,20 +1,24 @@
-"""How many requests a second the oracle rehearses, beside what peers were measured at.
+"""How many requests a second are rehearsed, beside what peers were measured at.
 
-    .venv/bin/python benchmarks/rehearsal.py [TRACE.csv.gz]
+    .venv/bin/python benchmarks/rehearsal.py [REQUESTS]
 
-The Azure code trace (8,819 requests; CC-BY, Azure/AzurePublicDataset) is sped up with the replicas, so that each of
-them gets what one would get alone; nobody is refused. Time is CPU time of this process in the simulator alone, the
-median of three runs. Peers: the whole process on the 19,366 requests of the Azure conversation trace (splitwise-sim:
-its first 2,000), measured on the 2-core machine on which Waterline was begun. They ran other models and schedulers:
-compare orders of magnitude.
+Llama-3.1-8B on A100 cards by vLLM, priced by the cost model. Arrivals are Poisson; lengths are lognormal with the means
+of the Azure conversation trace, 1,155 prompt and 211 output tokens; nobody is refused. The event loop is compiled
+before the clock runs. Time is CPU time of this process, in the event loop and in drawing up what became of the
+requests; the best of three runs, for other work on the machine only ever adds. The oracle takes every step, in plain
+Python, on the first requests of the same traffic, and its figures are compared to the picosecond on the way.
+
+Peers: the whole process on the 19,366 requests of the Azure conversation trace (splitwise-sim: its first 2,000),
+measured on the 2-core machine on which Waterline was begun. They ran other models and schedulers: compare orders of
+magnitude.
 """
 
+import resource
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
-from statistics import median
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -23,10 +27,15 @@ from waterline.catalog.engines import find_engine
 from waterline.cost import step_cost
 from waterline.plan import Layout
 from waterline.rehearsal.oracle import Capacity, Step, serve
-from waterline.workload import Request, read_trace
+from waterline.rehearsal.station import Station, warm_up
+from waterline.workload import Request
 
-AZURE = Path(__file__).parents[2] / "shared" / "data" / "traces" / "AzureLLMInferenceTrace_code.csv.gz"
 RUNS = 3
+PIECE = 1 << 16
+STEPPED = 1500  # requests for the oracle
+MEANS = {"expected_prompt_tokens": 1155, "expected_output_tokens": 211}
+CASES = ((1, 3.0), (64, 3.0), (64, 0.5), (1000, 3.0), (1000, 0.5), (7500, 3.0), (7500, 0.15))
+GOALS = {1: 3e6, 64: 1e6, 7500: 5e5}
 PEERS = (  # name and version, replicas, requests per CPU second
     ("Vidur 7d47513, Llama-3-8B on A100, sarathi", 1, 405),
     ("Vidur 7d47513", 8, 242),
@@ -36,7 +45,7 @@ PEERS = (  # name and version, replicas, requests per CPU second
 )
 
 
-def capacity(index: int) -> Capacity:
+def capacities(replicas: int) -> list[Capacity]:
     step = step_cost(
         catalog.find_model("meta-llama/Llama-3.1-8B"),
         catalog.find_gpu("a100-sxm-80g"),
@@ -44,8 +53,8 @@ def capacity(index: int) -> Capacity:
         "bf16",
         find_engine("vllm"),
     )
-    return Capacity(
-        replica=f"llama/{index}",
+    one = Capacity(
+        replica="",
         gpus=1,
         step=step,
         max_batch=256,
@@ -54,38 +63,68 @@ def capacity(index: int) -> Capacity:
         prefill_tokens_per_s=1e4,
         tokens_per_s=1e4,
     )
+    return [replace(one, replica=f"llama/{index}") for index in range(replicas)]
 
 
-def requests_per_cpu_s(requests: list[Request], replicas: int) -> tuple[float, int]:
-    """Return the speed and the steps that were taken for each request."""
-    faster = [replace(request, arrival_s=request.arrival_s / replicas) for request in requests]
-    capacities = [capacity(index) for index in range(replicas)]
-    times_s = []
-    for _ in range(RUNS):
-        began_s = time.process_time()
-        serve(capacities, faster, deadline_s=1e9, expected_prompt_tokens=2000, expected_output_tokens=28)
-        times_s.append(time.process_time() - began_s)
+def drawn(requests: int, requests_per_s: float) -> np.ndarray:
+    """Return arrivals in ps, prompt tokens and output tokens, a row each."""
+    generator = np.random.Generator(np.random.PCG64(7))
+    arrivals_ns = np.cumsum(generator.exponential(1e9 / requests_per_s, requests)).astype(np.int64)
+    lengths = [np.rint(generator.lognormal(np.log(mean) - 0.5, 1.0, requests)) for mean in MEANS.values()]
+    return np.stack([arrivals_ns * 1000, *(np.clip(length, 1, 8000).astype(np.int64) for length in lengths)])
+
+
+def by_events(replicas: list[Capacity], asked: np.ndarray) -> tuple[list[int], float]:
+    """Return when each request was done, and the CPU seconds it took."""
+    station = Station(replicas, deadline_s=1e9, **MEANS)
+    began_s, finished = time.process_time(), []
+    for begin in range(0, asked.shape[1], PIECE):
+        station.offer(*asked[:, begin : begin + PIECE])
+        finished.append(station.collect().finish_ps)
+    station.drain()
+    finished.append(station.collect().finish_ps)
+    took_s = time.process_time() - began_s
+    return np.concatenate(finished).tolist(), took_s
+
+
+def by_steps(replicas: list[Capacity], asked: np.ndarray) -> tuple[float, float]:
+    """Return requests per CPU second and steps per request, having compared every finish."""
+    requests = [
+        Request(arrival_s=arrival_ps / 1e12, prompt_tokens=prompt, output_tokens=output)
+        for arrival_ps, prompt, output in asked[:, :STEPPED].T.tolist()
+    ]
+    began_s = time.process_time()
+    passages = serve(replicas, requests, deadline_s=1e9, **MEANS)
+    took_s = time.process_time() - began_s
+    finished, _ = by_events(replicas, asked[:, :STEPPED])
+    assert finished == [passage.finish_ps for passage in passages]
     steps: list[Step] = []
-    serve(capacities, faster, deadline_s=1e9, expected_prompt_tokens=2000, expected_output_tokens=28, steps=steps)
-    return len(requests) / median(times_s), len(steps)
+    serve(replicas, requests, deadline_s=1e9, **MEANS, steps=steps)
+    return len(requests) / took_s, len(steps) / len(requests)
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else AZURE
-    requests = list(read_trace(path).requests)
-    table = Table(title=f"{path.name}: {len(requests):,} requests", title_justify="left")
+    requests = int(float(sys.argv[1])) if len(sys.argv) > 1 else 1_000_000
+    table = Table(title=f"{requests:,} requests", title_justify="left")
     table.add_column("simulator")
-    for name in ("replicas", "steps per request", "requests per CPU second"):
+    for name in ("replicas", "requests/s each", "steps a request", "requests per CPU second", "goal"):
         table.add_column(name, justify="right")
-    for replicas in (1, 4, 16):
-        speed, steps = requests_per_cpu_s(requests, replicas)
-        table.add_row(
-            "Waterline's oracle, CPython, step by step", str(replicas), f"{steps / len(requests):.1f}", f"{speed:,.0f}"
-        )
+    warm_up()
+    for count, requests_per_s in CASES:
+        replicas, asked = capacities(count), drawn(requests, requests_per_s * count)
+        speed = requests / min(by_events(replicas, asked)[1] for _ in range(RUNS))
+        stepped, steps = by_steps(replicas, asked) if count <= 64 else (0.0, 0.0)
+        goal = f"{GOALS[count]:,.0f}" if count in GOALS else ""
+        table.add_row("Waterline", f"{count:,}", f"{requests_per_s:g}", "", f"{speed:,.0f}", goal)
+        if stepped:
+            name = "Waterline's oracle, step by step, the same to 0 ps"
+            table.add_row(name, f"{count:,}", f"{requests_per_s:g}", f"{steps:,.0f}", f"{stepped:,.0f}", "")
     table.add_section()
-    for name, replicas, speed in PEERS:
-        table.add_row(name, str(replicas), "", f"{speed:,}")
-    Console(width=110).print(table)
+    for name, count, speed in PEERS:
+        table.add_row(name, f"{count:,}", "", "", f"{speed:,}", "")
+    console = Console(width=130)
+    console.print(table)
+    console.print(f"Largest memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
 if __name__ == "__main__":

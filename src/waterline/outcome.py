@@ -5,16 +5,23 @@ The rehearsal and the live service both end here, so that their numbers can be l
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
+import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from waterline.units import HOUR_S
 from waterline.workload import Slo
 
 Status = Literal["ok", "refused", "failed", "cancelled"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+NOWHERE = -1  # no replica
+
+Reals = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,21 +86,103 @@ class Summary(Struct, frozen=True, kw_only=True):
     usd: float
 
 
-def percentiles(values: Sequence[float]) -> Percentiles | None:
+def percentiles(values: Sequence[float] | Reals) -> Percentiles | None:
     """Return nearest-rank percentiles, which are values that really occurred; None without values.
 
     The p-th is the value at rank ⌈p n / 100⌉ of n, counted from 1: in integers, because 0.9 is not nine tenths.
     """
-    if not values:
-        return None
-    ordered = sorted(values)
+    return _percentiles([np.asarray(values, np.float64)])
 
-    def percentile(percent: int) -> float:
-        return ordered[-(-percent * len(ordered) // 100) - 1]
 
-    return Percentiles(
-        mean=math.fsum(ordered) / len(ordered), p50=percentile(50), p90=percentile(90), p99=percentile(99)
-    )
+class Tally:
+    """Counts what becomes of requests, a piece at a time; it keeps two times of each, and nothing else."""
+
+    def __init__(self, slos: Mapping[str, Slo], replicas: Sequence[str], gpus: Sequence[int]) -> None:
+        """Begin with nothing; `slos` by model, `gpus` of each replica."""
+        self.slos, self.replicas, self.gpus = slos, replicas, np.array(gpus, np.float64)
+        self.accounts: dict[tuple[str, str], _Account] = {}
+
+    def add(
+        self,
+        tenant: str,
+        model: str,
+        *,
+        status: Integers,  # indices of STATUSES
+        ttft_s: Reals,  # anything where no token came
+        tpot_s: Reals,
+        prompt_tokens: Integers,
+        output_tokens: Integers,
+        replica: Integers,  # its index, or NOWHERE
+        busy_s: Reals,  # share of the replica's time
+    ) -> None:
+        """Count requests of one tenant to one model; arrays by request."""
+        slo, ok = self.slos[model], status == STATUSES.index("ok")
+        account = self.accounts.setdefault((tenant, model), _Account(busy_s=np.zeros(len(self.replicas))))
+        account.ended += np.bincount(status, minlength=len(STATUSES))
+        account.within_slo += int((ok & (ttft_s <= slo.ttft_s) & (tpot_s <= slo.tpot_s)).sum())
+        account.prompt_tokens += int(prompt_tokens.sum())
+        account.output_tokens += int(output_tokens.sum())
+        account.ttft_s.append(ttft_s[ok & (output_tokens > 0)])
+        account.tpot_s.append(tpot_s[ok & (output_tokens > 1)])
+        reached = replica != NOWHERE
+        account.busy_s += np.bincount(replica[reached], busy_s[reached], minlength=len(self.replicas))
+
+    def summaries(self, duration_s: float, usd_per_hour: Mapping[str, float]) -> tuple[Summary, ...]:
+        """Summarise by tenant and model, sorted by name, with the total first; see `summarize`."""
+        usd_per_s = self._usd_per_busy_s(duration_s, usd_per_hour)
+        total = self._summary("", "", list(self.accounts.values()), duration_s, usd_per_s)
+        return (
+            replace(total, usd=sum(usd_per_hour.values()) * duration_s / HOUR_S),
+            *(
+                self._summary(tenant, model, [self.accounts[tenant, model]], duration_s, usd_per_s)
+                for tenant, model in sorted(self.accounts)
+            ),
+        )
+
+    def by_tenant(self, duration_s: float, usd_per_hour: Mapping[str, float]) -> tuple[Summary, ...]:
+        """Summarise by tenant over all models, sorted by name."""
+        usd_per_s = self._usd_per_busy_s(duration_s, usd_per_hour)
+        groups: dict[str, list[_Account]] = {}
+        for (tenant, _), account in self.accounts.items():
+            groups.setdefault(tenant, []).append(account)
+        return tuple(self._summary(tenant, "", groups[tenant], duration_s, usd_per_s) for tenant in sorted(groups))
+
+    def _usd_per_busy_s(self, duration_s: float, usd_per_hour: Mapping[str, float]) -> Reals:
+        """Return what a second of each replica costs those who used it: they pay for its idle time too."""
+        used_s = self._busy_s(self.accounts.values())
+        usd = np.array([usd_per_hour[replica] * duration_s / HOUR_S for replica in self.replicas], np.float64)
+        usd_per_s: Reals = np.divide(usd, used_s, out=np.zeros_like(usd), where=used_s > 0)
+        return usd_per_s
+
+    def _busy_s(self, accounts: "Iterable[_Account]") -> Reals:
+        return sum((account.busy_s for account in accounts), np.zeros(len(self.replicas)))
+
+    def _summary(
+        self, tenant: str, model: str, accounts: "Sequence[_Account]", duration_s: float, usd_per_s: Reals
+    ) -> Summary:
+        ended = [sum(int(account.ended[status]) for account in accounts) for status in range(len(STATUSES))]
+        completed, refused, failed, cancelled = ended
+        within_slo = sum(account.within_slo for account in accounts)
+        busy_s = self._busy_s(accounts)
+        counted = sum(ended) - cancelled
+        return Summary(
+            tenant=tenant,
+            model=model,
+            requests=sum(ended),
+            completed=completed,
+            refused=refused,
+            failed=failed,
+            cancelled=cancelled,
+            ttft_s=_percentiles([piece for account in accounts for piece in account.ttft_s]),
+            tpot_s=_percentiles([piece for account in accounts for piece in account.tpot_s]),
+            within_slo=within_slo,
+            goodput_per_s=within_slo / duration_s if duration_s > 0 else 0.0,
+            slo_fraction=within_slo / counted if counted else 0.0,
+            prompt_tokens=sum(account.prompt_tokens for account in accounts),
+            output_tokens=sum(account.output_tokens for account in accounts),
+            gpu_hours=math.fsum(busy_s * self.gpus) / HOUR_S,
+            usd=math.fsum(busy_s * usd_per_s),
+        )
 
 
 def summarize(
@@ -109,39 +198,46 @@ def summarize(
         usd_per_hour: of each replica by its id. A replica's cost over that time is divided among those who used it, by
             the GPU time they used; that of a replica nobody used stays in the total.
     """
-    everything = list(completions)
     groups: dict[tuple[str, str], list[Completion]] = {}
-    for completion in everything:
+    for completion in completions:
         groups.setdefault((completion.tenant, completion.model), []).append(completion)
-    used_gpu_s: dict[str, float] = {}
-    for completion in everything:
-        used_gpu_s[completion.replica] = used_gpu_s.get(completion.replica, 0.0) + completion.gpu_s
-    usd_per_gpu_s = {
-        replica: usd_per_hour[replica] * duration_s / HOUR_S / gpu_s for replica, gpu_s in used_gpu_s.items() if gpu_s
-    }
-
-    def summary(tenant: str, model: str, group: Sequence[Completion]) -> Summary:
-        done = [completion for completion in group if completion.status == "ok"]
-        cancelled = sum(completion.status == "cancelled" for completion in group)
-        within_slo = sum(completion.meets(slos[completion.model]) for completion in done)
-        return Summary(
-            tenant=tenant,
-            model=model,
-            requests=len(group),
-            completed=len(done),
-            refused=sum(completion.status == "refused" for completion in group),
-            failed=sum(completion.status == "failed" for completion in group),
-            cancelled=cancelled,
-            ttft_s=percentiles([completion.ttft_s for completion in done if completion.output_tokens > 0]),
-            tpot_s=percentiles([completion.tpot_s for completion in done if completion.output_tokens > 1]),
-            within_slo=within_slo,
-            goodput_per_s=within_slo / duration_s if duration_s > 0 else 0.0,
-            slo_fraction=within_slo / (len(group) - cancelled) if len(group) > cancelled else 0.0,
-            prompt_tokens=sum(completion.prompt_tokens for completion in group),
-            output_tokens=sum(completion.output_tokens for completion in group),
-            gpu_hours=math.fsum(completion.gpu_s for completion in group) / HOUR_S,
-            usd=math.fsum(one.gpu_s * usd_per_gpu_s[one.replica] for one in group if one.gpu_s),
+    index = {replica: number for number, replica in enumerate(usd_per_hour)}
+    tally = Tally(slos, list(index), [1] * len(index))  # the GPU time of a completion is over all GPUs
+    for (tenant, model), group in groups.items():
+        tally.add(
+            tenant,
+            model,
+            status=np.array([STATUSES.index(one.status) for one in group]),
+            ttft_s=np.array([one.ttft_s for one in group]),
+            tpot_s=np.array([one.tpot_s for one in group]),
+            prompt_tokens=np.array([one.prompt_tokens for one in group]),
+            output_tokens=np.array([one.output_tokens for one in group]),
+            replica=np.array([index[one.replica] if one.gpu_s else NOWHERE for one in group]),
+            busy_s=np.array([one.gpu_s for one in group]),
         )
+    return tally.summaries(duration_s, usd_per_hour)
 
-    total = replace(summary("", "", everything), usd=sum(usd_per_hour.values()) * duration_s / HOUR_S)
-    return (total, *(summary(tenant, model, group) for (tenant, model), group in sorted(groups.items())))
+
+@dataclass(slots=True, kw_only=True)
+class _Account:
+    """What has been counted of one tenant and model."""
+
+    busy_s: Reals  # [replica] of their time, used
+    ended: Integers = field(default_factory=lambda: np.zeros(len(STATUSES), np.int64))  # [status]
+    within_slo: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    ttft_s: list[Reals] = field(default_factory=list)  # of the completed that produced a token
+    tpot_s: list[Reals] = field(default_factory=list)  # of the completed that produced two tokens or more
+
+
+def _percentiles(pieces: Sequence[Reals]) -> Percentiles | None:
+    ordered = np.concatenate([np.zeros(0), *pieces])
+    count = len(ordered)
+    if not count:
+        return None
+    mean = float(ordered.mean())
+    ranks = [-(-percent * count // 100) - 1 for percent in (50, 90, 99)]
+    ordered.partition(sorted(set(ranks)))
+    p50, p90, p99 = (float(ordered[rank]) for rank in ranks)
+    return Percentiles(mean=mean, p50=p50, p90=p90, p99=p99)

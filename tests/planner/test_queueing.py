@@ -8,9 +8,8 @@ from numpy.random import PCG64, Generator
 from waterline.cost import StepCost, serving_point
 from waterline.cost.step import AttentionCost
 from waterline.planner.queueing import pace_at, quantile_s, sustained_requests_per_s, usual_lengths
-from waterline.rehearsal import completion
 from waterline.rehearsal.arrivals import poisson_trace
-from waterline.rehearsal.oracle import Capacity, serve
+from waterline.rehearsal.oracle import Capacity, Passage, serve
 from waterline.workload import Slo
 
 PROMPT, OUTPUT = 400, 80
@@ -115,4 +114,10 @@ def share_within(step: StepCost, requests_per_s: float, slo: Slo) -> float:
     passages = serve(
         [replica], trace.requests, deadline_s=slo.ttft_s, expected_prompt_tokens=PROMPT, expected_output_tokens=OUTPUT
     )
-    return sum(completion(passage, gpus=1).meets(slo) for passage in passages) / len(passages)
+    return sum(within(passage, slo) for passage in passages) / len(passages)
+
+
+def within(passage: Passage, slo: Slo) -> bool:
+    ttft_ps, later_tokens = passage.first_token_ps - passage.arrival_ps, max(1, passage.produced_tokens - 1)
+    tpot_ps = (passage.finish_ps - passage.first_token_ps) / later_tokens
+    return not passage.reason and ttft_ps <= slo.ttft_s * 1e12 and tpot_ps <= slo.tpot_s * 1e12

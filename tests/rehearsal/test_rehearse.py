@@ -1,5 +1,6 @@
 """A plan and traffic in, completions and a bill out."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from msgspec.structs import replace
 
 from examples import small_plan
 from waterline.fleet import Demand, Model, Tenant
+from waterline.outcome import summarize
 from waterline.plan import Plan
-from waterline.rehearsal import rehearse
+from waterline.rehearsal import Progress, Rehearsal, lane, rehearse
 from waterline.workload import Request, Slo, Trace, read_trace
 
 
@@ -58,9 +60,13 @@ def patient(plan: Plan) -> Plan:
 
 
 def test_the_same_input_gives_the_same_bytes() -> None:
-    first, again = (msgspec.json.encode(rehearse(two_models(), seed=5)) for _ in range(2))
-    assert first == again
-    assert first != msgspec.json.encode(rehearse(two_models(), seed=6))
+    first, again, other = (rehearse(two_models(), seed=seed) for seed in (5, 5, 6))
+
+    def text(rehearsal: Rehearsal) -> bytes:
+        return msgspec.json.encode((rehearsal.summaries, rehearsal.completions, rehearsal.notes))
+
+    assert text(first) == text(again)
+    assert text(first) != text(other)
 
 
 def test_every_request_ends_once_and_is_counted_once() -> None:
@@ -86,6 +92,67 @@ def test_every_request_ends_once_and_is_counted_once() -> None:
             assert completion.reason.startswith("would not start within")
 
 
+def test_completions_come_in_the_order_of_arrival_whatever_the_model() -> None:
+    arrivals_s = [completion.arrival_s for completion in rehearse(two_models(), burst(60)).completions]
+    assert arrivals_s == pytest.approx([5.0 + index / 100 for index in range(60)])
+
+
+def test_summaries_are_those_of_the_completions() -> None:
+    plan = two_models()
+    rehearsal = rehearse(plan, burst(80))
+    again = summarize(rehearsal.completions, plan.fleet.slos, rehearsal.duration_s, plan.replica_usd_per_hour)
+    for summary, expected in zip(rehearsal.summaries, again, strict=True):
+        for name in ("tenant", "model", "requests", "completed", "refused", "within_slo", "output_tokens"):
+            assert getattr(summary, name) == getattr(expected, name)
+        for name in ("goodput_per_s", "gpu_hours", "usd"):
+            assert getattr(summary, name) == pytest.approx(getattr(expected, name), rel=1e-9)
+        for times, others in ((summary.ttft_s, expected.ttft_s), (summary.tpot_s, expected.tpot_s)):
+            assert times is not None
+            assert others is not None
+            assert msgspec.structs.astuple(times) == pytest.approx(msgspec.structs.astuple(others), rel=1e-9)
+    public, research = rehearsal.by_tenant
+    assert (public.tenant, public.model, public.requests) == ("public", "", rehearsal.summaries[1].requests)
+    assert (research.tenant, research.usd) == ("research", pytest.approx(rehearsal.summaries[2].usd))
+
+
+def test_nothing_is_kept_of_single_requests_unless_asked() -> None:
+    rehearsal = rehearse(small_plan(), burst(10), keep=False)
+    assert rehearsal.completions == ()
+    assert rehearsal.summaries == rehearse(small_plan(), burst(10)).summaries
+
+
+def test_what_the_client_waits_for_on_top_moves_no_other_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = rehearse(patient(two_models()), burst(50)).completions
+    priced = lane.replica_step_cost
+    monkeypatch.setattr(
+        lane,
+        "replica_step_cost",
+        lambda fleet, replica: dataclasses.replace(
+            priced(fleet, replica), first_token_ps=priced(fleet, replica).first_token_ps + 10**12
+        ),
+    )
+    later = rehearse(patient(two_models()), burst(50)).completions
+    for one, other in zip(plain, later, strict=True):
+        assert (one.replica, one.gpu_s) == (other.replica, other.gpu_s)
+        assert other.first_token_s == pytest.approx(one.first_token_s + 1)
+        assert other.finish_s == pytest.approx(one.finish_s + 1)
+
+
+def test_a_watcher_learns_how_far_it_is_and_can_stop_it() -> None:
+    seen: list[Progress] = []
+
+    def watch(progress: Progress) -> bool:
+        seen.append(progress)
+        return len(seen) < 3
+
+    rehearsal = rehearse(small_plan(), duration_s=6 * 3600.0, watch=watch)
+    assert [progress.at_s // 3600 for progress in seen] == [0, 1, 2]
+    assert [progress.of_s for progress in seen] == [6 * 3600.0] * 3
+    asked = seen[-1].requests
+    assert rehearsal.notes[-1] == f"stopped after {asked:,} requests; those under way then are not counted"
+    assert asked - 20 < rehearsal.summaries[0].requests <= asked
+
+
 def test_the_bill_is_all_replicas_from_the_first_arrival_to_the_last_finish() -> None:
     plan = replace(small_plan(), replicas=tuple(replace(one, usd_per_hour=36.0) for one in small_plan().replicas))
     rehearsal = rehearse(plan, burst(3))
@@ -100,8 +167,9 @@ def test_the_bill_is_all_replicas_from_the_first_arrival_to_the_last_finish() ->
 def test_gpu_time_is_the_replica_s_time_on_all_its_gpus() -> None:
     one_gpu = rehearse(small_plan(), burst(1))
     (completion,) = one_gpu.completions
-    assert completion.gpu_s == pytest.approx(completion.finish_s - completion.arrival_s)
-    assert one_gpu.summaries[0].gpu_hours == pytest.approx(one_gpu.duration_s / 3600)
+    added_s = lane.replica_step_cost(small_plan().fleet, small_plan().replicas[0]).first_token_ps / 1e12
+    assert completion.gpu_s == pytest.approx(completion.finish_s - completion.arrival_s - added_s)
+    assert one_gpu.summaries[0].gpu_hours == pytest.approx(completion.gpu_s / 3600)
 
 
 def test_a_request_beyond_the_context_is_refused_with_a_reason() -> None:

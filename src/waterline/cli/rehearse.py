@@ -3,7 +3,12 @@
 import csv
 import io
 import re
+import signal
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +23,7 @@ from waterline.units import HOUR_S, seconds_text, usd_text
 if TYPE_CHECKING:
     from waterline.outcome import Completion, Percentiles
     from waterline.plan import Plan
-    from waterline.rehearsal import Rehearsal
+    from waterline.rehearsal import Progress, Rehearsal
 
 SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": HOUR_S}
 
@@ -63,13 +68,15 @@ def rehearse(
         raise InputError("--output names a file, and '-' is none. To print the requests: --output /dev/stdout --json")
     plan = _plan_of(fleet_or_plan)
     replayed = read_trace(trace) if trace else None
+    _prepare(rehearsal.prepare)
     began_s = time.perf_counter()
-    happened = rehearsal.rehearse(plan, replayed, seed=seed, duration_s=duration)
+    with _watching() as watch:
+        happened = rehearsal.rehearse(plan, replayed, seed=seed, duration_s=duration, keep=bool(output), watch=watch)
     took_s = time.perf_counter() - began_s
     if output:
         write_completions(happened.completions, output)
     if as_json:
-        click.echo(to_json(plan, happened))
+        click.echo(to_json(plan, happened, took_s))
     else:
         show(plan, happened, took_s)
 
@@ -83,6 +90,52 @@ def _plan_of(path: Path) -> "Plan":
     from waterline.planner import make_plan
 
     return make_plan(load_fleet(path))
+
+
+def _prepare(prepare: Callable[[], None]) -> None:
+    """Compile, and say so to a person at a terminal when it takes long: only the first time does."""
+    text = "Compiling the rehearsal for this machine, once; that takes about half a minute …"
+    note = threading.Timer(1.5, click.echo, [text], {"err": True})
+    if sys.stderr.isatty():
+        note.start()
+    prepare()
+    note.cancel()
+
+
+@contextmanager
+def _watching() -> "Iterator[Callable[[Progress], bool]]":
+    """Show how far a long rehearsal is, to a person at a terminal; Ctrl-C ends it early and in order."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    going = True
+
+    def stop(*_: object) -> None:
+        nonlocal going
+        if not going:  # the second time
+            raise KeyboardInterrupt
+        going = False
+
+    columns = (TextColumn("Rehearsing"), BarColumn(), TextColumn("{task.fields[done]}"), TimeRemainingColumn())
+    bar = Bar(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    began_s = time.perf_counter()
+
+    def watch(progress: "Progress") -> bool:
+        took_s = time.perf_counter() - began_s
+        done = f"{progress.requests:,} requests, {progress.requests / took_s:,.0f} per second"
+        bar.update(task, total=max(progress.of_s, progress.at_s), completed=progress.at_s, done=done)
+        return going
+
+    at_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, stop) if at_main else None
+    try:
+        with bar:
+            task = bar.add_task("", done="")
+            yield watch
+    finally:
+        if at_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def write_completions(completions: "tuple[Completion, ...]", path: Path) -> None:
@@ -102,8 +155,8 @@ def write_completions(completions: "tuple[Completion, ...]", path: Path) -> None
         raise InputError(f"cannot write {path}: {error.strerror}. Choose another place with --output.") from error
 
 
-def to_json(plan: "Plan", rehearsal: "Rehearsal") -> str:
-    """Return one object, without the time it took: the same input gives the same text."""
+def to_json(plan: "Plan", rehearsal: "Rehearsal", took_s: float) -> str:
+    """Return one object; the same input gives the same text, but for the speed."""
     data = {
         "fleet": plan.fleet.name,
         "replayed": rehearsal.notes,
@@ -111,7 +164,10 @@ def to_json(plan: "Plan", rehearsal: "Rehearsal") -> str:
         "gpus": plan.gpus,
         "usd_per_hour": plan.usd_per_hour,
         "usd": rehearsal.usd,
+        "requests": rehearsal.summaries[0].requests,
+        "requests_per_s_simulated": round(rehearsal.summaries[0].requests / took_s, 1) if took_s > 0 else 0.0,
         "total": rehearsal.summaries[0],
+        "by_tenant": {summary.tenant: summary for summary in rehearsal.by_tenant},
         "parts": rehearsal.summaries[1:],
     }
     return msgspec.json.format(msgspec.json.encode(data), indent=2).decode()
@@ -119,6 +175,8 @@ def to_json(plan: "Plan", rehearsal: "Rehearsal") -> str:
 
 def show(plan: "Plan", rehearsal: "Rehearsal", took_s: float) -> None:
     """Draw who asked, who waited how long, and what it cost; then what was replayed."""
+    from waterline.rehearsal import COMPILED
+
     total, *parts = rehearsal.summaries
     rows = [
         (
@@ -150,13 +208,13 @@ def show(plan: "Plan", rehearsal: "Rehearsal", took_s: float) -> None:
     for note in rehearsal.notes:
         screen.print(note)
     speed = total.requests / took_s if took_s > 0 else 0.0
-    preempted = sum(completion.preemptions > 0 for completion in rehearsal.completions)
     screen.print(
         f"{rehearsal.duration_s / 60:,.1f} min from the first arrival to the last token, at "
-        f"{usd_text(plan.usd_per_hour)} per hour for the plan; {preempted:,} "
-        f"{'request was' if preempted == 1 else 'requests were'} preempted.",
+        f"{usd_text(plan.usd_per_hour)} per hour for the plan; {rehearsal.preempted:,} "
+        f"{'request was' if rehearsal.preempted == 1 else 'requests were'} preempted.",
     )
-    screen.print(f"Rehearsed in {seconds_text(took_s)}, {speed:,.0f} requests per second.", style="dim")
+    slow = "" if COMPILED else " Without numba; with it hundreds of times more: pip install 'waterline-llm[rehearse]'"
+    screen.print(f"Rehearsed in {seconds_text(took_s)}, {speed:,.0f} requests per second.{slow}", style="dim")
 
 
 def _percentiles_text(times_s: "Percentiles | None") -> str:

@@ -1,33 +1,78 @@
 """From a plan and traffic to what will happen: who waits, who is refused, what it costs.
 
-`arrivals` says who asks what, `oracle` serves it. A day's rehearsal is a matter of arithmetic: no clock, no network.
+`arrivals` says who asks what, `lane` serves it, a model each. `oracle` says what that means, step by step; `station`
+gives the same, many steps at a time. A day's rehearsal is a matter of arithmetic: no clock, no network.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from waterline.cost import replica_step_cost
-from waterline.outcome import Completion, Summary, summarize
-from waterline.plan import Plan
-from waterline.rehearsal.arrivals import traffic
-from waterline.rehearsal.oracle import NEVER, Capacity, Passage, serve
-from waterline.units import HOUR_S, PICOSECONDS_PER_S
-from waterline.workload import Request, Slo, Trace
+import numpy as np
 
-__all__ = ["Rehearsal", "rehearse"]
+from waterline.fleet import Demand
+from waterline.outcome import Completion, Summary, Tally
+from waterline.plan import Plan
+from waterline.rehearsal.arrivals import deal, traffic
+from waterline.rehearsal.jit import COMPILED
+from waterline.rehearsal.lane import Lane, Settled
+from waterline.rehearsal.station import warm_up
+from waterline.units import HOUR_S, PICOSECONDS_PER_S
+from waterline.workload import Trace
+
+__all__ = ["COMPILED", "Progress", "Rehearsal", "prepare", "rehearse"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a rehearsal is."""
+
+    requests: int  # that have arrived
+    at_s: float  # when the last of them did
+    of_s: float  # when the last of all will, about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
     """What happened to every request, and what it comes to."""
 
-    completions: tuple[Completion, ...]  # in the order of arrival; times from the start of the trace
     summaries: tuple[Summary, ...]  # the total first, then by tenant and model
+    by_tenant: tuple[Summary, ...]  # over all models
+    preempted: int  # requests whose cache was taken at least once
     duration_s: float  # from the first arrival to the last finish
     usd: float  # all replicas of the plan, over that time
     notes: tuple[str, ...]  # what was replayed
+    rows: tuple[Demand, ...]  # who asks
+    kept: tuple[Settled, ...]  # what became of every request, if that was to be kept
+
+    @property
+    def completions(self) -> tuple[Completion, ...]:
+        """What became of each request, in the order of arrival; times from the start of the trace.
+
+        They are made when they are asked for. There are none when the rehearsal was told not to keep them.
+        """
+        numbered = [
+            pair
+            for settled in self.kept
+            for pair in zip(settled.numbers.tolist(), settled.completions(self.rows), strict=True)
+        ]
+        return tuple(completion for _, completion in sorted(numbered, key=lambda pair: pair[0]))
 
 
-def rehearse(plan: Plan, trace: Trace | None = None, *, seed: int = 0, duration_s: float | None = None) -> Rehearsal:
+def prepare() -> None:
+    """Compile, or load what was compiled before: half a minute once, then a fraction of a second."""
+    deal(1, [1.0])
+    warm_up()
+
+
+def rehearse(
+    plan: Plan,
+    trace: Trace | None = None,
+    *,
+    seed: int = 0,
+    duration_s: float | None = None,
+    keep: bool = True,
+    watch: Callable[[Progress], bool] = lambda _: True,
+) -> Rehearsal:
     """Replay traffic against a plan until the last request is done. Same input, same bytes.
 
     Args:
@@ -35,70 +80,55 @@ def rehearse(plan: Plan, trace: Trace | None = None, *, seed: int = 0, duration_
         trace: requests, dealt to the rows of the fleet's demand by their rates. None: what the demand says.
         seed: of drawn arrivals.
         duration_s: how much of the traffic; None: all of a trace, 15 minutes of the busiest hour without one.
+        keep: every request as well, for `Rehearsal.completions`; that takes some 100 bytes each.
+        watch: called every now and then. Once it returns False, no more requests arrive, and the rehearsal tells of
+            those whose end is known, up to the first of each model whose end is not.
 
     Raises:
         TraceError: a trace of the demand cannot be read.
-        InputError: nothing is asked in that time.
+        InputError: nothing is asked in that time, or it takes more than 100 days.
     """
     asked = traffic(plan, trace, seed=seed, duration_s=duration_s)
-    slos = plan.fleet.slos
-    passages = _serve_all(plan, asked.requests, slos)
-    lasted_ps = max(passage.finish_ps for passage in passages) - passages[0].arrival_ps
-    lasted_s = lasted_ps / PICOSECONDS_PER_S
-    gpus = {replica.id: replica.layout.gpus for replica in plan.replicas}
-    completions = tuple(completion(passage, gpus.get(passage.replica, 0)) for passage in passages)
+    lanes = [Lane(plan, model) for model in plan.models]
+    gpus = [replica.layout.gpus for replica in plan.replicas]
+    tally = Tally(plan.fleet.slos, [replica.id for replica in plan.replicas], gpus)
+    lane_of_row = np.array([[lane.model for lane in lanes].index(row.model) for row in asked.rows])
+    stopped = ""
+    first_ps = last_ps = preempted = 0
+    kept: list[Settled] = []
+
+    def settle() -> Iterator[Settled]:
+        nonlocal first_ps, stopped
+        requests = 0
+        for piece in asked.pieces():
+            first_ps = int(piece.arrival_ps[0]) if requests == 0 else first_ps
+            numbers = np.arange(requests, requests + len(piece))
+            for number, lane in enumerate(lanes):
+                own = lane_of_row[piece.row] == number
+                yield lane.serve(piece[own], numbers[own])
+            requests += len(piece)
+            at_s = int(piece.arrival_ps[-1]) / PICOSECONDS_PER_S
+            if not watch(Progress(requests=requests, at_s=at_s, of_s=asked.length_s)):
+                stopped = f"stopped after {requests:,} requests; those under way then are not counted"
+                return
+        for lane in lanes:
+            yield lane.drain()
+
+    for settled in settle():
+        if len(settled.numbers):
+            settled.count(tally, asked.rows)
+            last_ps = max(last_ps, int(settled.passages.finish_ps.max()))
+            preempted += int((settled.passages.preemptions > 0).sum())
+            if keep:
+                kept.append(settled)
+    lasted_s = (last_ps - first_ps) / PICOSECONDS_PER_S
     return Rehearsal(
-        completions=completions,
-        summaries=summarize(completions, slos, lasted_s, plan.replica_usd_per_hour),
+        summaries=tally.summaries(lasted_s, plan.replica_usd_per_hour),
+        by_tenant=tally.by_tenant(lasted_s, plan.replica_usd_per_hour),
+        preempted=preempted,
         duration_s=lasted_s,
         usd=plan.usd_per_hour * lasted_s / HOUR_S,
-        notes=asked.notes,
+        notes=(*asked.notes, stopped) if stopped else asked.notes,
+        rows=asked.rows,
+        kept=tuple(kept),
     )
-
-
-def completion(passage: Passage, gpus: int) -> Completion:
-    """Turn a passage into what people read; the one place where picoseconds become seconds."""
-    started = passage.first_token_ps != NEVER
-    return Completion(
-        tenant=passage.request.tenant,
-        model=passage.request.model,
-        replica=passage.replica,
-        status="refused" if passage.reason else "ok",
-        arrival_s=passage.arrival_ps / PICOSECONDS_PER_S,
-        first_token_s=passage.first_token_ps / PICOSECONDS_PER_S if started else float("nan"),
-        finish_s=passage.finish_ps / PICOSECONDS_PER_S,
-        prompt_tokens=passage.request.prompt_tokens,
-        output_tokens=passage.produced_tokens,
-        gpu_s=passage.busy_ps * gpus / PICOSECONDS_PER_S,
-        preemptions=passage.preemptions,
-        reason=passage.reason,
-    )
-
-
-def _serve_all(plan: Plan, requests: tuple[Request, ...], slos: dict[str, Slo]) -> list[Passage]:
-    """Serve each model by itself: replicas are independent but for the router, and a router serves one model."""
-    passages: dict[int, Passage] = {}
-    for model in plan.models:
-        indices = [index for index, request in enumerate(requests) if request.model == model.model]
-        capacities = [
-            Capacity(
-                replica=replica.id,
-                gpus=replica.layout.gpus,
-                step=replica_step_cost(plan.fleet, replica),
-                max_batch=replica.max_batch,
-                cache_tokens=replica.cache_tokens,
-                max_context_tokens=replica.max_context_tokens,
-                prefill_tokens_per_s=replica.prefill_tokens_per_s,
-                tokens_per_s=replica.tokens_per_s,
-            )
-            for replica in plan.replicas_of(model.model)
-        ]
-        served = serve(
-            capacities,
-            [requests[index] for index in indices],
-            deadline_s=slos[model.model].ttft_s,
-            expected_prompt_tokens=model.prompt_tokens,
-            expected_output_tokens=model.output_tokens,
-        )
-        passages.update(zip(indices, served, strict=True))
-    return [passages[index] for index in range(len(requests))]

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from waterline.policy import admission
 
@@ -34,6 +34,11 @@ def compiled(function: Function) -> Function:
 def inlined(function: Function) -> Function:
     """Return a part of compiled functions, put in where it is called: a call would copy every array's description."""
     return _wrapped(function, forceinline=True) if COMPILED else function
+
+
+def seen(array: Any) -> Any:
+    """Return an array as compiled functions want it: where they are not, single numbers come quicker from a view."""
+    return array if COMPILED else memoryview(array)
 
 
 def _wrapped(function: Function, **options: bool) -> Function:

@@ -6,13 +6,13 @@ needs no more memory than the requests that are under way at one time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from waterline.errors import InputError
-from waterline.rehearsal.jit import COMPILED
+from waterline.rehearsal.jit import seen
 from waterline.rehearsal.kernel import advance, run
 from waterline.rehearsal.oracle import Capacity
 from waterline.rehearsal.state import (
@@ -57,6 +57,13 @@ class Passages:
         return len(self.finish_ps)
 
 
+def warm_up() -> None:
+    """Let the event loop be compiled, or loaded."""
+    nobody = Station([], deadline_s=0.0, expected_prompt_tokens=1, expected_output_tokens=1)
+    nobody.offer(*[np.ones(1, np.int64)] * 3)
+    nobody.drain()
+
+
 class Station:
     """Serves requests as `oracle.serve` does, to the picosecond."""
 
@@ -84,7 +91,7 @@ class Station:
             _refuse_time()
         self._make_rows(len(arrival_ps))
         arrivals, prompts, outputs = [
-            _seen(np.ascontiguousarray(column, np.int64)) for column in (arrival_ps, prompt_tokens, output_tokens)
+            seen(np.ascontiguousarray(column, np.int64)) for column in (arrival_ps, prompt_tokens, output_tokens)
         ]
         done = 0
         while done < len(arrival_ps):
@@ -121,7 +128,7 @@ class Station:
         )
 
     def _seen(self) -> Memory:
-        return Memory(*[_seen(array) for array in self.memory])
+        return Memory(*[seen(array) for array in self.memory])
 
     def _make_rows(self, more: int) -> None:
         needed = self.rows + more
@@ -146,11 +153,6 @@ class Station:
     def _check(self) -> None:
         if self.memory.counters[OUT_OF_TIME]:
             _refuse_time()
-
-
-def _seen(array: Any) -> Any:
-    """Return an array as the event loop wants it: without numba, single numbers come quicker from a view."""
-    return array if COMPILED else memoryview(array)
 
 
 def _refuse_time() -> NoReturn:

@@ -1,0 +1,138 @@
+"""One model of a plan: its station, and what becomes of the requests that go there."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from waterline.cost import replica_step_cost
+from waterline.fleet import Demand
+from waterline.outcome import NOWHERE, STATUSES, Completion, Tally
+from waterline.plan import ModelPlan, Plan
+from waterline.rehearsal.arrivals import Piece, joined
+from waterline.rehearsal.oracle import NEVER, NOT_IN_SERVICE, Capacity, too_late, too_long
+from waterline.rehearsal.state import TOO_LATE, TOO_LONG, Integers, longest_tokens
+from waterline.rehearsal.station import Passages, Station
+from waterline.units import PICOSECONDS_PER_S
+
+
+class Lane:
+    """Serves the requests to one model; a router serves one model, so lanes know nothing of each other."""
+
+    def __init__(self, plan: Plan, model: ModelPlan) -> None:
+        replicas = plan.replicas_of(model.model)
+        self.model = model.model
+        self.deadline_s = plan.fleet.slos[model.model].ttft_s
+        self.capacities = [
+            Capacity(
+                replica=replica.id,
+                gpus=replica.layout.gpus,
+                step=replica_step_cost(plan.fleet, replica),
+                max_batch=replica.max_batch,
+                cache_tokens=replica.cache_tokens,
+                max_context_tokens=replica.max_context_tokens,
+                prefill_tokens_per_s=replica.prefill_tokens_per_s,
+                tokens_per_s=replica.tokens_per_s,
+            )
+            for replica in replicas
+        ]
+        self.longest_tokens = max((longest_tokens(one) for one in self.capacities), default=0)
+        index = {replica.id: number for number, replica in enumerate(plan.replicas)}
+        refusals = 3  # -1, -2 and -3 instead of a replica find what stands at the end
+        self.first_token_ps = np.array([*(one.step.first_token_ps for one in self.capacities), *[0] * refusals])
+        self.in_plan = np.array([*(index[one.replica] for one in self.capacities), *[NOWHERE] * refusals])
+        self.station = Station(
+            self.capacities,
+            deadline_s=self.deadline_s,
+            expected_prompt_tokens=model.prompt_tokens,
+            expected_output_tokens=model.output_tokens,
+        )
+        self.unsettled: list[tuple[Piece, Integers]] = []
+
+    def serve(self, asked: Piece, numbers: Integers) -> "Settled":
+        """Serve requests, which have these numbers among all; return what has been settled since the last time."""
+        self.station.offer(asked.arrival_ps, asked.prompt_tokens, asked.output_tokens)
+        self.unsettled.append((asked, numbers))
+        return self._settle(self.station.collect())
+
+    def drain(self) -> "Settled":
+        """Serve the rest."""
+        self.station.drain()
+        return self._settle(self.station.collect())
+
+    def _settle(self, passages: Passages) -> "Settled":
+        """Put what became of requests beside what they asked, and add what the client sees on top of the steps."""
+        asked = joined([piece for piece, _ in self.unsettled])
+        numbers = np.concatenate([np.zeros(0, np.int64), *(numbers for _, numbers in self.unsettled)])
+        count = len(passages)
+        self.unsettled = [(asked[count:], numbers[count:])]
+        for time_ps in (passages.first_token_ps, passages.finish_ps):
+            np.add(time_ps, self.first_token_ps[passages.replica], out=time_ps)
+        return Settled(self, asked[:count], numbers[:count], passages)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Requests to one model, in the order of their arrival, of which is known what became of them."""
+
+    lane: Lane
+    asked: Piece
+    numbers: Integers  # among all requests
+    passages: Passages
+
+    def count(self, tally: Tally, rows: tuple[Demand, ...]) -> None:
+        """Add them up by who asked."""
+        passages, asked = self.passages, self.asked
+        served = passages.replica >= 0
+        later_tokens = np.maximum(1, asked.output_tokens - 1)
+        columns = {
+            "status": np.where(served, STATUSES.index("ok"), STATUSES.index("refused")),
+            "ttft_s": (passages.first_token_ps - asked.arrival_ps) / PICOSECONDS_PER_S,
+            "tpot_s": (passages.finish_ps - passages.first_token_ps) / (PICOSECONDS_PER_S * later_tokens),
+            "prompt_tokens": asked.prompt_tokens,
+            "output_tokens": np.where(served, asked.output_tokens, 0),
+            "replica": self.lane.in_plan[passages.replica],
+            "busy_s": passages.busy_ps / PICOSECONDS_PER_S,
+        }
+        for row in np.flatnonzero(np.bincount(asked.row, minlength=len(rows))).tolist():
+            own = asked.row == row
+            tally.add(rows[row].tenant, self.lane.model, **{name: column[own] for name, column in columns.items()})
+
+    def completions(self, rows: tuple[Demand, ...]) -> Iterator[Completion]:
+        """Return them one by one."""
+        passages, asked = self.passages, self.asked
+        columns = (
+            asked.arrival_ps,
+            asked.prompt_tokens,
+            asked.output_tokens,
+            asked.row,
+            passages.first_token_ps,
+            passages.finish_ps,
+            passages.busy_ps,
+            passages.replica,
+            passages.preemptions,
+            passages.retry_s,
+        )
+        for arrival_ps, prompt, output, row, first_ps, finish_ps, busy_ps, replica, preemptions, retry_s in zip(
+            *(column.tolist() for column in columns), strict=True
+        ):
+            by = self.lane.capacities[replica] if replica >= 0 else None
+            yield Completion(
+                tenant=rows[row].tenant,
+                model=self.lane.model,
+                replica=by.replica if by else "",
+                status="ok" if by else "refused",
+                arrival_s=arrival_ps / PICOSECONDS_PER_S,
+                first_token_s=first_ps / PICOSECONDS_PER_S if first_ps != NEVER else float("nan"),
+                finish_s=finish_ps / PICOSECONDS_PER_S,
+                prompt_tokens=prompt,
+                output_tokens=output if by else 0,
+                gpu_s=busy_ps * by.gpus / PICOSECONDS_PER_S if by else 0.0,
+                preemptions=preemptions,
+                reason="" if by else self._reason(replica, prompt + output, retry_s),
+            )
+
+    def _reason(self, refusal: int, tokens: int, retry_s: float) -> str:
+        if refusal == TOO_LONG:
+            return too_long(tokens, self.lane.longest_tokens)
+        return too_late(self.lane.deadline_s, retry_s) if refusal == TOO_LATE else NOT_IN_SERVICE
