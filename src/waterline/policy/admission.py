@@ -1,12 +1,164 @@
-"""Whether a request is taken in, or refused with an honest time to come back."""
+"""Whether a request is taken in or refused, whose turn it is when a slot is free, and what that costs whom.
+
+**Tenants share GPU time, not requests.** `Accounts` holds what each tenant has used lately: GPU-seconds, of which half
+is forgotten every `HALF_LIFE_S`. Its *share* is that over what all GPUs have to give in the same memory. Who is below
+its guarantee goes first, then who is below what it deserves, then who borrows; of equal standing, who has least of
+what it deserves. At its limit a tenant waits, even when GPUs idle.
+
+**Clients share their tenant's turn by work.** Each has a *virtual counter* of the GPU-seconds it was served (Sheng et
+al., "Fairness in Serving Large Language Models", OSDI 2024: there in weighted tokens); the lowest goes next. Who comes
+back after a pause is lifted to the lowest counter of those who wait, so that idling earns no credit. A thousand
+requests of one client therefore delay another client's first request by about one request.
+
+**A request is charged what it is expected to cost when it starts, and what it did cost when it ends** (`take`,
+`settle`). It is taken in when the work ahead of it leaves time to start before its deadline; who is refused is told
+when that work will have shrunk enough. Work ahead is the work of those whose turn comes first, so a greedy client is
+refused while a quiet one is taken in.
+
+The caller keeps one `Accounts` for the fleet and one `FairQueue` for each model, and the requests of each client in
+the order they came. It tells `enter` when one begins to wait, `take` when one starts, `leave` when one gives up, and
+`settle` when one ends; `age` once a second or so.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from waterline.policy.decisions import (
+    BELOW_DESERVED,
+    BELOW_GUARANTEE,
+    BORROWS,
+    NOT_SERVED,
+    OVER_LIMIT,
+    QUEUE_FULL,
+    SLOT_FREE,
+    TOO_LATE,
+    WAITS_FOR_SLOT,
+)
+from waterline.policy.jit import jit
 
 ADMIT = 0.0
+NOBODY = -1
+HALF_LIFE_S = 60.0
+MEMORY_S = HALF_LIFE_S * 1.4426950408889634  # what a GPU that never idles has on its account in the end: half-life/ln 2
 
 
+class Accounts(NamedTuple):
+    """What tenants may use and have used of the fleet's GPU time."""
+
+    guarantee: NDArray[np.float64]  # [tenant] fraction of the GPU time
+    deserved: NDArray[np.float64]  # [tenant]
+    limit: NDArray[np.float64]  # [tenant] 1 or more: none
+    used_gpu_s: NDArray[np.float64]  # [tenant] half of it is forgotten every HALF_LIFE_S
+    gpus: NDArray[np.float64]  # [1] that serve, of all models
+    aged_s: NDArray[np.float64]  # [1] when `age` was called last
+
+
+class FairQueue(NamedTuple):
+    """Who waits for the replicas of one model. Rows of clients are the caller's to give out, once for all."""
+
+    tenant: NDArray[np.int64]  # [client] whose client it is
+    counter_gpu_s: NDArray[np.float64]  # [client] served, or lifted to
+    waiting: NDArray[np.int64]  # [client] requests
+    waiting_gpu_s: NDArray[np.float64]  # [client] their expected work
+    place: NDArray[np.int64]  # [client] in the heap of its tenant; NOBODY when it does not wait
+    heap: NDArray[np.int64]  # [tenant, place] clients that wait, the lowest counter first
+    clients: NDArray[np.int64]  # [tenant] clients that wait
+    tenant_waiting: NDArray[np.int64]  # [tenant] requests
+    tenant_gpu_s: NDArray[np.float64]  # [tenant] their expected work
+    floor_gpu_s: NDArray[np.float64]  # [tenant] counter of the client served last
+
+
+def new_accounts(
+    guarantee: NDArray[np.float64], deserved: NDArray[np.float64], limit: NDArray[np.float64], gpus: float
+) -> Accounts:
+    """Return accounts on which nothing has been used; arguments are those of the fields."""
+    return Accounts(
+        np.array(guarantee, np.float64),
+        np.array(deserved, np.float64),
+        np.array(limit, np.float64),
+        np.zeros(len(guarantee)),
+        np.array([float(gpus)]),
+        np.zeros(1),
+    )
+
+
+def new_queue(tenants: int, tenant_of_client: NDArray[np.int64], places: int) -> FairQueue:
+    """Return an empty queue that holds `places` requests at most."""
+    clients = len(tenant_of_client)
+    return FairQueue(
+        np.array(tenant_of_client, np.int64),
+        np.zeros(clients),
+        np.zeros(clients, np.int64),
+        np.zeros(clients),
+        np.full(clients, NOBODY, np.int64),
+        np.full((tenants, min(places, max(clients, 1))), NOBODY, np.int64),
+        np.zeros(tenants, np.int64),
+        np.zeros(tenants, np.int64),
+        np.zeros(tenants),
+        np.zeros(tenants),
+    )
+
+
+# --- Whether ----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def admit(
+    accounts: Accounts,
+    queue: FairQueue,
+    client: int,
+    request_gpu_s: float,
+    free_slots: int,
+    places: int,
+    gpus: float,
+    unread_s: float,
+    deadline_s: float,
+) -> tuple[int, float]:
+    """Return the rule, and for a request that is taken in how long it should wait, else when to come back, in s.
+
+    SLOT_FREE: start it at once. WAITS_FOR_SLOT: `enter` it. All others refuse it.
+
+    Args:
+        accounts: of the tenants.
+        queue: of the model.
+        client: who asks.
+        request_gpu_s: what the request should cost, see `expected_gpu_s`.
+        free_slots: of the replicas of the model, over all.
+        places: of the queue; a client holds at most as many as are free, so that there is always one for the next.
+        gpus: that serve the model, in replicas in service.
+        unread_s: how long the replicas need to read the prompts they have taken already.
+        deadline_s: how long the request may wait, see `start_within_s`.
+    """
+    if gpus <= 0.0:
+        return NOT_SERVED, deadline_s
+    tenant = queue.tenant[client]
+    blocked_s = until_below_limit_s(accounts, tenant)
+    if blocked_s > deadline_s:
+        return OVER_LIMIT, blocked_s - deadline_s
+    waiting = 0
+    for other in range(len(queue.tenant_waiting)):
+        waiting += queue.tenant_waiting[other]
+    if waiting == 0 and free_slots > 0 and blocked_s == ADMIT:
+        wait_s = unread_s
+    else:
+        wait_s = max(blocked_s, unread_s + work_ahead_gpu_s(accounts, queue, client, request_gpu_s) / gpus)
+    if wait_s > deadline_s:
+        return TOO_LATE, wait_s - deadline_s
+    if waiting == 0 and free_slots > 0 and blocked_s == ADMIT:
+        return SLOT_FREE, wait_s
+    if queue.waiting[client] >= places - waiting:
+        turn_gpu_s = queue.waiting_gpu_s[client] / max(queue.waiting[client], 1) * max(queue.clients[tenant], 1)
+        return QUEUE_FULL, max(turn_gpu_s, request_gpu_s) / gpus
+    return WAITS_FOR_SLOT, wait_s
+
+
+@jit
 def retry_after_s(
     unread_tokens: float, prefill_tokens_per_s: float, queued_tokens: float, tokens_per_s: float, deadline_s: float
 ) -> float:
-    """Return ADMIT, or after how many seconds a request would be taken in.
+    """Return ADMIT, or after how many seconds a request would be taken in where all are served in turn.
 
     A newcomer waits for the prompts before it to be read, and, when all slots are taken, for those to be served who
     came before and have none either. Answers under way hold nobody up while there are slots.
@@ -23,3 +175,244 @@ def retry_after_s(
         return deadline_s
     wait_s = unread_tokens / prefill_tokens_per_s + queued_tokens / tokens_per_s
     return ADMIT if wait_s <= deadline_s else wait_s - deadline_s
+
+
+@jit
+def start_within_s(ttft_s: float, prompt_tokens: float, prefill_tokens_per_s: float) -> float:
+    """Return how long a request may wait for its prompt to be begun, if its first token is to come in time.
+
+    A prompt that takes more than half of that time to be read is late by its own length; it may still wait the half.
+    """
+    if prefill_tokens_per_s <= 0.0:
+        return ttft_s
+    return max(ttft_s - prompt_tokens / prefill_tokens_per_s, ttft_s / 2)
+
+
+@jit
+def expected_gpu_s(
+    prompt_tokens: float, output_tokens: float, prefill_tokens_per_s: float, output_tokens_per_s: float, gpus: float
+) -> float:
+    """Return what a request costs in GPU-seconds on a replica that is full.
+
+    Args:
+        prompt_tokens: that have to be read; what is cached costs nothing.
+        output_tokens: expected, or in the end.
+        prefill_tokens_per_s: rate at which the replica reads prompts.
+        output_tokens_per_s: rate at which it produces tokens, of all requests together, while it reads none.
+        gpus: of the replica.
+    """
+    return gpus * (prompt_tokens / prefill_tokens_per_s + output_tokens / output_tokens_per_s)
+
+
+@jit
+def work_ahead_gpu_s(accounts: Accounts, queue: FairQueue, client: int, request_gpu_s: float) -> float:
+    """Return the work that would be started before a newcomer, in GPU-seconds.
+
+    Of its own tenant: what it has waiting itself, and of every other client about as much again, at most all of it. Of
+    tenants that go first: everything. Of tenants of equal standing: as much as their deserved shares are worth
+    against its own. Of tenants that borrow while it does not: nothing.
+    """
+    tenant = queue.tenant[client]
+    own_gpu_s = queue.waiting_gpu_s[client]
+    others = queue.clients[tenant] - (1 if queue.waiting[client] > 0 else 0)
+    inside_gpu_s = own_gpu_s + min(queue.tenant_gpu_s[tenant] - own_gpu_s, others * (own_gpu_s + request_gpu_s))
+    ahead_gpu_s = inside_gpu_s
+    standing, _ = _standing(accounts, tenant)
+    for other in range(len(queue.tenant_gpu_s)):
+        if other == tenant or queue.tenant_waiting[other] == 0:
+            continue
+        others_standing, _ = _standing(accounts, other)
+        if others_standing < standing:
+            ahead_gpu_s += queue.tenant_gpu_s[other]
+        elif others_standing == standing:
+            worth = accounts.deserved[other] / max(accounts.deserved[tenant], LEAST_SHARE)
+            ahead_gpu_s += min(queue.tenant_gpu_s[other], worth * (inside_gpu_s + request_gpu_s))
+    return float(ahead_gpu_s)
+
+
+# --- Whose turn -------------------------------------------------------------------------------------------------------
+
+
+@jit
+def next_client(accounts: Accounts, queue: FairQueue) -> tuple[int, int]:
+    """Return the client whose oldest request starts next, and the rule by which its tenant goes first.
+
+    NOBODY when nobody waits, or only tenants at their limit do. Ties go to the lowest index.
+    """
+    best, best_standing, best_share = NOBODY, OVER_LIMIT_STANDING, 0.0
+    for tenant in range(len(queue.clients)):
+        if queue.clients[tenant] == 0:
+            continue
+        standing, share = _standing(accounts, tenant)
+        if standing < best_standing or (standing == best_standing and best != NOBODY and share < best_share):
+            best, best_standing, best_share = tenant, standing, share
+    if best == NOBODY:
+        return NOBODY, OVER_LIMIT
+    rule = BELOW_GUARANTEE if best_standing == 0 else BELOW_DESERVED if best_standing == 1 else BORROWS
+    return queue.heap[best, 0], rule
+
+
+@jit
+def enter(queue: FairQueue, client: int, request_gpu_s: float) -> None:
+    """A request begins to wait. Its client is lifted when none of its requests waited before."""
+    tenant = queue.tenant[client]
+    if queue.waiting[client] == 0:
+        lowest_gpu_s = queue.floor_gpu_s[tenant]
+        if queue.clients[tenant] > 0:
+            lowest_gpu_s = queue.counter_gpu_s[queue.heap[tenant, 0]]
+        queue.counter_gpu_s[client] = max(queue.counter_gpu_s[client], lowest_gpu_s)
+        queue.place[client] = queue.clients[tenant]
+        queue.heap[tenant, queue.clients[tenant]] = client
+        queue.clients[tenant] += 1
+        _sift(queue, client)
+    queue.waiting[client] += 1
+    queue.waiting_gpu_s[client] += request_gpu_s
+    queue.tenant_waiting[tenant] += 1
+    queue.tenant_gpu_s[tenant] += request_gpu_s
+
+
+@jit
+def take(accounts: Accounts, queue: FairQueue, client: int, request_gpu_s: float) -> None:
+    """A waiting request starts, and is charged what it should cost; `request_gpu_s` as at `enter`."""
+    queue.floor_gpu_s[queue.tenant[client]] = queue.counter_gpu_s[client]
+    leave(queue, client, request_gpu_s)
+    settle(accounts, queue, client, request_gpu_s)
+
+
+@jit
+def start_at_once(accounts: Accounts, queue: FairQueue, client: int, request_gpu_s: float) -> None:
+    """A request starts without having waited (SLOT_FREE), and is charged what it should cost."""
+    tenant = queue.tenant[client]
+    queue.counter_gpu_s[client] = max(queue.counter_gpu_s[client], queue.floor_gpu_s[tenant])
+    queue.floor_gpu_s[tenant] = queue.counter_gpu_s[client]
+    settle(accounts, queue, client, request_gpu_s)
+
+
+@jit
+def leave(queue: FairQueue, client: int, request_gpu_s: float) -> None:
+    """A request waits no longer: it starts (see `take`), or has given up."""
+    tenant = queue.tenant[client]
+    queue.waiting[client] -= 1
+    queue.waiting_gpu_s[client] -= request_gpu_s
+    queue.tenant_waiting[tenant] -= 1
+    queue.tenant_gpu_s[tenant] -= request_gpu_s
+    if queue.tenant_waiting[tenant] == 0:
+        queue.tenant_gpu_s[tenant] = 0.0  # no dust of rounding
+    if queue.waiting[client] > 0:
+        return
+    queue.waiting_gpu_s[client] = 0.0
+    queue.clients[tenant] -= 1
+    last = queue.heap[tenant, queue.clients[tenant]]
+    queue.heap[tenant, queue.place[client]] = last
+    queue.place[last] = queue.place[client]
+    queue.place[client] = NOBODY
+    if last != client:
+        _sift(queue, last)
+
+
+@jit
+def settle(accounts: Accounts, queue: FairQueue, client: int, difference_gpu_s: float) -> None:
+    """Charge what a request has cost beyond what it was charged before; a negative difference is paid back."""
+    tenant = queue.tenant[client]
+    accounts.used_gpu_s[tenant] = max(accounts.used_gpu_s[tenant] + difference_gpu_s, 0.0)
+    queue.counter_gpu_s[client] += difference_gpu_s
+    if queue.place[client] != NOBODY:
+        _sift(queue, client)
+
+
+# --- Accounts ---------------------------------------------------------------------------------------------------------
+
+LEAST_SHARE = 1e-9  # a tenant that deserves nothing comes after all that do
+OVER_LIMIT_STANDING = 3
+LN_2 = 0.6931471805599453
+
+
+@jit
+def age(accounts: Accounts, now_s: float) -> None:
+    """Let the accounts forget what lies back."""
+    passed_s = now_s - accounts.aged_s[0]
+    if passed_s <= 0.0:
+        return
+    kept = half_to_the(passed_s / HALF_LIFE_S)
+    for tenant in range(len(accounts.used_gpu_s)):
+        accounts.used_gpu_s[tenant] *= kept
+    accounts.aged_s[0] = now_s
+
+
+@jit
+def share_of(accounts: Accounts, tenant: int) -> float:
+    """Return the fraction of the fleet's GPU time a tenant has used lately."""
+    return float(accounts.used_gpu_s[tenant] / (max(accounts.gpus[0], LEAST_SHARE) * MEMORY_S))
+
+
+@jit
+def until_below_limit_s(accounts: Accounts, tenant: int) -> float:
+    """Return in how many seconds of idling a tenant would be below its limit again; 0 when it is."""
+    limit = accounts.limit[tenant]
+    share = share_of(accounts, tenant)
+    if limit >= 1.0 or share < limit:
+        return ADMIT
+    shortest, longest = 0.0, 64.0  # half-lives; then nothing is left of anything
+    for _ in range(30):
+        middle = (shortest + longest) / 2
+        if share * half_to_the(middle) < limit:
+            longest = middle
+        else:
+            shortest = middle
+    return longest * HALF_LIFE_S
+
+
+@jit
+def half_to_the(exponent: float) -> float:
+    """Return 0.5**exponent for exponents from 0 on, to nine digits; the same bits everywhere, see `jit`."""
+    whole = int(min(exponent, 1100.0))
+    left = (min(exponent, 1100.0) - whole) * LN_2
+    series = 1.0
+    for term in range(12, 0, -1):
+        series = 1.0 - series * left / term
+    for _ in range(whole):
+        series *= 0.5
+    return series
+
+
+@jit
+def _standing(accounts: Accounts, tenant: int) -> tuple[int, float]:
+    """Return 0 below the guarantee, 1 below deserved, 2 below the limit, 3 at it; and how much of its due it has."""
+    share = share_of(accounts, tenant)
+    if share < accounts.guarantee[tenant]:
+        return 0, share / accounts.guarantee[tenant]
+    due = share / max(accounts.deserved[tenant], LEAST_SHARE)
+    if share < accounts.deserved[tenant]:
+        return 1, due
+    if accounts.limit[tenant] >= 1.0 or share < accounts.limit[tenant]:
+        return 2, due
+    return OVER_LIMIT_STANDING, due
+
+
+@jit
+def _before(queue: FairQueue, one: int, other: int) -> bool:
+    """Whether a client goes before another: by counter, then by index."""
+    mine, theirs = queue.counter_gpu_s[one], queue.counter_gpu_s[other]
+    return bool(mine < theirs or (mine == theirs and one < other))
+
+
+@jit
+def _sift(queue: FairQueue, client: int) -> None:
+    """Move a client up or down the binary heap of its tenant to where its counter belongs."""
+    heap, place = queue.heap[queue.tenant[client]], queue.place[client]
+    size = queue.clients[queue.tenant[client]]
+    while place > 0 and _before(queue, client, heap[(place - 1) // 2]):
+        heap[place] = heap[(place - 1) // 2]
+        queue.place[heap[place]] = place
+        place = (place - 1) // 2
+    while True:
+        child = 2 * place + 1
+        if child + 1 < size and _before(queue, heap[child + 1], heap[child]):
+            child += 1
+        if child >= size or not _before(queue, heap[child], client):
+            break
+        heap[place] = heap[child]
+        queue.place[heap[place]] = place
+        place = child
+    heap[place] = client
+    queue.place[client] = place

@@ -1,0 +1,140 @@
+"""Why: the rules by which decisions are made, and the log they are written to.
+
+A decision is a row of integers (`FIELDS`), so that a rehearsal can write a hundred million of them, and so that two
+logs can be compared byte for byte. Whoever keeps the log hashes the bytes of its rows as they come:
+
+    digest = hashlib.sha256()
+    digest.update(canonical_bytes(rows))
+
+`as_json` says one row in words, as a line of JSON whose bytes are canonical too: sorted keys, whole numbers, no blanks.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+NONE: Final = -1  # of a field that a decision does not have
+NANOSECONDS_PER_S: Final = 1_000_000_000
+
+# --- Rules: the reason of a decision ----------------------------------------------------------------------------------
+
+SLOT_FREE: Final = 10
+WAITS_FOR_SLOT: Final = 11
+TOO_LATE: Final = 12
+QUEUE_FULL: Final = 13
+OVER_LIMIT: Final = 14
+NOT_SERVED: Final = 15
+BELOW_GUARANTEE: Final = 20
+BELOW_DESERVED: Final = 21
+BORROWS: Final = 22
+PREFIX_CACHED: Final = 30
+SHORTEST_WAIT: Final = 31
+NO_REPLICA: Final = 32
+FULL_EFFORT: Final = 40
+LOAD_HIGH: Final = 41
+OWN_IDLE: Final = 50
+BORROW_IDLE: Final = 51
+CLAIM_KEPT: Final = 52
+RECLAIM: Final = 53
+OUTBID_LOAN: Final = 54
+OWN_SURPLUS: Final = 55
+SURPLUS: Final = 56
+CLAIM_DROPPED: Final = 57
+FREED_FOR_CLAIM: Final = 58
+
+RULES: Final[dict[int, tuple[str, str]]] = {
+    SLOT_FREE: ("slot free", "A replica has a slot and nobody waits for it."),
+    WAITS_FOR_SLOT: ("waits for slot", "It can start before its deadline, when those ahead of it have been served."),
+    TOO_LATE: ("too late", "The work ahead of it would keep it past its deadline."),
+    QUEUE_FULL: ("queue full", "Its client already holds as many places of the queue as are free."),
+    OVER_LIMIT: ("over limit", "Its tenant has used its limit of GPU time."),
+    NOT_SERVED: ("not served", "No replica of the model is in service."),
+    BELOW_GUARANTEE: ("below guarantee", "Its tenant has used less GPU time than it is guaranteed."),
+    BELOW_DESERVED: ("below deserved", "Its tenant has used less GPU time than it deserves."),
+    BORROWS: ("borrows", "Its tenant has used what it deserves; nobody below that waits."),
+    PREFIX_CACHED: ("prefix cached", "What the replica keeps of the prompt saves more than its queue costs."),
+    SHORTEST_WAIT: ("shortest wait", "Of the replicas looked at it would be done first."),
+    NO_REPLICA: ("no replica", "No replica of the model is in service."),
+    FULL_EFFORT: ("full effort", "The load leaves time for all the thinking that was asked for."),
+    LOAD_HIGH: ("load high", "Thinking is cut so that requests start before their deadline."),
+    OWN_IDLE: ("own, idle", "The tenant starts a replica on idle GPUs, within what it deserves."),
+    BORROW_IDLE: ("borrow idle", "The tenant starts a replica on GPUs others leave idle, within its limit."),
+    CLAIM_KEPT: ("claim kept", "The GPUs that were freed for the claimant are complete: its replica starts."),
+    RECLAIM: ("reclaim", "The claimant stays within what it deserves; the victim's tenant has more than it deserves."),
+    OUTBID_LOAN: ("outbid loan", "Both borrow; the claimant has priority, and the victim keeps what it deserves."),
+    OWN_SURPLUS: ("own surplus", "The claimant's tenant stops a replica of its own that another model can spare."),
+    SURPLUS: ("surplus", "The load can do without the replica, and has been able to for a while: it is handed back."),
+    CLAIM_DROPPED: ("claim dropped", "The claimant no longer needs the GPUs kept for it."),
+    FREED_FOR_CLAIM: ("freed for claim", "Idle GPUs of the node are kept until the claim is complete."),
+}
+
+# --- The log ----------------------------------------------------------------------------------------------------------
+
+FIELDS: Final = (
+    "at_ns",  # when, on the clock of the caller
+    "rule",  # a key of RULES
+    "tenant",  # index of the tenant it is about
+    "claimant",  # client of a request; service (a tenant's model) of a move
+    "victim",  # replica that is stopped
+    "place",  # replica of a request; node of a move
+    "amount",  # tokens of a request; GPUs of a move
+    "cost_ms",  # wait of a request; GPU-milliseconds that a move loses
+    "deadline_ns",  # when to come back, or when the GPUs are handed over at the latest
+)
+
+
+def nanoseconds(time_s: float) -> int:
+    """Return a time as the log writes it; NONE for a time that is none."""
+    return round(time_s * NANOSECONDS_PER_S) if np.isfinite(time_s) else NONE
+
+
+def log_row(
+    *,
+    at_s: float,
+    rule: int,
+    tenant: int = NONE,
+    claimant: int = NONE,
+    victim: int = NONE,
+    place: int = NONE,
+    amount: int = NONE,
+    cost_s: float = 0.0,
+    deadline_s: float = float("inf"),
+) -> tuple[int, ...]:
+    """Return one decision as a row of the log, in the order of `FIELDS`."""
+    return (
+        nanoseconds(at_s),
+        int(rule),
+        int(tenant),
+        int(claimant),
+        int(victim),
+        int(place),
+        int(amount),
+        round(cost_s * 1000),
+        nanoseconds(deadline_s),
+    )
+
+
+def canonical_bytes(rows: Sequence[Sequence[int]] | NDArray[np.int64]) -> bytes:
+    """Return the bytes of rows of the log: 64-bit little-endian integers, on every machine."""
+    table: NDArray[np.int64] = np.asarray(rows, dtype="<i8").reshape(-1, len(FIELDS))
+    return table.tobytes()
+
+
+def as_json(row: ArrayLike, names: dict[str, Sequence[str]] | None = None) -> bytes:
+    """Return one row as a line of JSON.
+
+    Args:
+        row: in the order of `FIELDS`; fields that are `NONE` are left out.
+        names: of "tenant", "claimant", "victim" or "place", by index; the index stands where there is no name.
+    """
+    said: dict[str, int | str] = {}
+    for field, value in zip(FIELDS, np.asarray(row).tolist(), strict=True):
+        known = (names or {}).get(field, ())
+        if field == "rule":
+            said[field] = RULES[value][0]
+        elif value != NONE:
+            said[field] = known[value] if 0 <= value < len(known) else value
+    return json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n"

@@ -1,0 +1,265 @@
+"""The load a few minutes ahead, with a bound: what there will be when a replica that starts now is ready.
+
+Two opinions are kept of every series (the load of one model by one tenant, in any unit):
+
+- *Momentum*: level and damped trend (Holt; Gardner and McKenzie 1985) of the load itself.
+- *Habit*: the same of the load relative to this time of day on earlier days, from the second day on.
+
+They are weighed by the inverse of their squared errors, as made one horizon ahead lately. So a ramp that comes every
+day is foreseen, one that does not come (a holiday) costs a while of error, and an unknown one is followed by its trend.
+
+Nothing is learnt from a spike of one step: the value of a step counts once the next is known, as the median of the
+three. Larger surprises are taken in by and by: a residual counts as four times the usual at most, and the usual grows
+with it. A step without a value (NaN, or never told) changes nothing but the time.
+
+The bound is the quantile `COVERED` of the errors of the forecast itself, one horizon ahead: it widens a little whenever
+the load exceeds it and narrows a little when not, so it holds whatever the errors look like.
+
+Steps are numbered by the caller's clock: step n covers `step_s` seconds from n * step_s, and a day begins at step 0.
+Choose steps of about a fifth of the cold start, 10 to 60 s.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from waterline.policy.jit import jit
+
+DAY_S = 86_400.0
+COVERED = 0.9  # of the loads lie below the bound
+LEVEL_GAIN = 0.4
+TREND_GAIN = 0.25
+DAMPING = 0.95  # of the trend, a step
+HABIT_GAIN = 0.3  # of one more day, at least
+ERROR_GAIN = 0.02  # of one more error
+LARGEST_RESIDUAL = 4.0  # in usual ones
+LEAST_RELATIVE = 0.02  # of the mean load: what counts as usual at least, and as a quiet hour at most
+NEVER = -1
+MOMENTUM, HABIT = 0, 1
+
+
+class Series(NamedTuple):
+    """What is remembered of every series. The first index is always the series."""
+
+    step_s: NDArray[np.float64]  # [1]
+    horizon: NDArray[np.int64]  # [series] steps ahead for which errors are kept: the cold start
+    typical: NDArray[np.float64]  # [series, time of day] load on earlier days
+    days: NDArray[np.int64]  # [series, time of day] of which that is the mean
+    filling: NDArray[np.float64]  # [series, 2] sum and number of the loads since this time of day began
+    last_step: NDArray[np.int64]  # [series, 2] the steps observed last, older first
+    last_load: NDArray[np.float64]  # [series, 2]
+    step: NDArray[np.int64]  # [series] up to which the fields below know the load; NEVER at first
+    mean: NDArray[np.float64]  # [series] load, over hours
+    level: NDArray[np.float64]  # [series, opinion]
+    trend: NDArray[np.float64]  # [series, opinion] a step
+    usual: NDArray[np.float64]  # [series, opinion] absolute residual
+    square: NDArray[np.float64]  # [series, opinion] of the error one horizon ahead; 0: none known
+    foreseen: NDArray[np.float64]  # [series, opinion or both, step modulo] what was said about that step; NaN: nothing
+    error: NDArray[np.float64]  # [series, 2] mean absolute error of both together, and the bound above it
+
+
+def new_series(horizon_steps: NDArray[np.int64], step_s: float, times_of_day: int = 288) -> Series:
+    """Return series of which nothing is known.
+
+    Args:
+        horizon_steps: [series] the cold start in steps, at least 1.
+        step_s: length of a step.
+        times_of_day: into which a day is cut.
+    """
+    horizon = np.maximum(np.array(horizon_steps, np.int64), 1)
+    series = len(horizon)
+    return Series(
+        np.array([float(step_s)]),
+        horizon,
+        np.zeros((series, times_of_day)),
+        np.zeros((series, times_of_day), np.int64),
+        np.zeros((series, 2)),
+        np.full((series, 2), NEVER, np.int64),
+        np.zeros((series, 2)),
+        np.full(series, NEVER, np.int64),
+        np.zeros(series),
+        np.zeros((series, 2)),
+        np.zeros((series, 2)),
+        np.zeros((series, 2)),
+        np.zeros((series, 2)),
+        np.full((series, 3, int(horizon.max(initial=1)) + 2), np.nan),
+        np.zeros((series, 2)),
+    )
+
+
+@jit
+def observe(series: Series, one: int, step: int, load: float) -> None:
+    """Take in the load of a step; steps in order, gaps allowed, NaN for a step nobody measured."""
+    if not load >= 0.0:  # NaN too
+        return
+    before, earlier = series.last_step[one, 1], series.last_step[one, 0]
+    median = _median(series.last_load[one, 0], series.last_load[one, 1], load)
+    series.last_step[one, 0], series.last_step[one, 1] = before, step
+    series.last_load[one, 0], series.last_load[one, 1] = series.last_load[one, 1], load
+    if before != NEVER and earlier != NEVER:
+        _learn(series, one, before, median)
+
+
+@jit
+def forecast(series: Series, one: int, now_step: int, ahead_steps: int) -> tuple[float, float]:
+    """Return the load so many steps from now, and the bound below which it stays nine times in ten.
+
+    The bound is that of the series' horizon; for a step further ahead it is too narrow. Before three steps have been
+    observed, both are the load observed last, 0 when there is none.
+    """
+    if series.step[one] == NEVER:
+        last = series.last_load[one, 1]
+        return float(last), float(last)
+    expected = _both(series, one, now_step + ahead_steps)
+    return expected, expected + series.error[one, 1]
+
+
+@jit
+def highest(series: Series, one: int, now_step: int, first_ahead: int, last_ahead: int) -> float:
+    """Return the highest bound over steps ahead, both ends included: what must be kept when something may be stopped."""
+    most = 0.0
+    for ahead in range(first_ahead, last_ahead + 1):
+        most = max(most, forecast(series, one, now_step, ahead)[1])
+    return most
+
+
+# --- Learning ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _learn(series: Series, one: int, step: int, load: float) -> None:
+    """Take in what is known for certain of a step."""
+    if series.step[one] == NEVER:
+        series.mean[one] = load
+        series.level[one, MOMENTUM] = load
+    _judge(series, one, step, load)
+    series.mean[one] += (load - series.mean[one]) * min(1.0, series.step_s[0] / (DAY_S / 4))
+    _follow(series, one, MOMENTUM, step, load, 1.0)
+    if _known(series, one, step):
+        usual = _typical(series, one, step)
+        if series.level[one, HABIT] == 0.0:
+            series.level[one, HABIT] = load / usual
+        _follow(series, one, HABIT, step, load / usual, usual)
+    _fill_day(series, one, step, load)
+    series.step[one] = step
+    target = step + series.horizon[one] + 1  # what is asked now, when the step after this one has just ended
+    ring = target % series.foreseen.shape[2]
+    series.foreseen[one, MOMENTUM, ring] = _opinion(series, one, MOMENTUM, target)
+    habit = _known(series, one, step) and _known(series, one, target)
+    series.foreseen[one, HABIT, ring] = _opinion(series, one, HABIT, target) if habit else np.nan
+    series.foreseen[one, 2, ring] = _both(series, one, target)
+
+
+@jit
+def _follow(series: Series, one: int, opinion: int, step: int, value: float, scale: float) -> None:
+    """Move level and trend towards a value; `scale` is a unit of it in terms of load."""
+    gap = step - series.step[one] if series.step[one] != NEVER else 1
+    level, trend = series.level[one, opinion], series.trend[one, opinion]
+    for _ in range(min(gap, 200)):
+        trend *= DAMPING
+    expected = level + (trend if gap == 1 else 0.0)  # nobody knows whether a trend went on in a gap
+    residual = value - expected
+    floor = LEAST_RELATIVE * series.mean[one] / scale
+    most = LARGEST_RESIDUAL * max(series.usual[one, opinion], floor)
+    residual = min(max(residual, -most), most)
+    series.usual[one, opinion] += (abs(residual) - series.usual[one, opinion]) * 0.1
+    series.level[one, opinion] = max(expected + LEVEL_GAIN * residual, 0.0)
+    series.trend[one, opinion] = trend + LEVEL_GAIN * TREND_GAIN * residual
+
+
+@jit
+def _judge(series: Series, one: int, step: int, load: float) -> None:
+    """Compare a step with what was said about it; forget what was said about steps that were missed."""
+    size = series.foreseen.shape[2]
+    for missed in range(max(series.step[one] + 1, step - size + 1), step):
+        series.foreseen[one, :, missed % size] = np.nan
+    said = series.foreseen[one, :, step % size]
+    for opinion in range(2):
+        if said[opinion] == said[opinion]:  # not NaN
+            square = (load - said[opinion]) * (load - said[opinion])
+            known = series.square[one, opinion]
+            series.square[one, opinion] = square if known == 0.0 else known + (square - known) * ERROR_GAIN
+    if said[2] == said[2]:
+        error = load - said[2]
+        known = series.error[one, 0]
+        series.error[one, 0] = abs(error) if known == 0.0 else known + (abs(error) - known) * ERROR_GAIN
+        moved = COVERED if error > series.error[one, 1] else COVERED - 1.0
+        series.error[one, 1] = max(series.error[one, 1] + 0.2 * moved * series.error[one, 0], 0.0)
+    series.foreseen[one, :, step % size] = np.nan
+
+
+@jit
+def _fill_day(series: Series, one: int, step: int, load: float) -> None:
+    """Add a load to its time of day; what was gathered of the one before becomes habit."""
+    time = _time_of_day(series, step)
+    before = _time_of_day(series, series.step[one]) if series.step[one] != NEVER else time
+    if time != before and series.filling[one, 1] > 0.0:
+        found = series.filling[one, 0] / series.filling[one, 1]
+        gain = max(1.0 / (series.days[one, before] + 1), HABIT_GAIN)
+        series.typical[one, before] += (found - series.typical[one, before]) * gain
+        series.days[one, before] += 1
+        series.filling[one, 0], series.filling[one, 1] = 0.0, 0.0
+    series.filling[one, 0] += load
+    series.filling[one, 1] += 1.0
+
+
+# --- Opinions ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _both(series: Series, one: int, step: int) -> float:
+    """Return the two opinions on a step, weighed by the inverse of their squared errors; habit only where there is one."""
+    momentum = _opinion(series, one, MOMENTUM, step)
+    if series.level[one, HABIT] == 0.0 or not (_known(series, one, series.step[one]) and _known(series, one, step)):
+        return momentum
+    habit = _opinion(series, one, HABIT, step)
+    one_square, other_square = series.square[one, MOMENTUM], series.square[one, HABIT]
+    if one_square + other_square == 0.0:
+        return (momentum + habit) / 2
+    return (momentum * other_square + habit * one_square) / (one_square + other_square)
+
+
+@jit
+def _opinion(series: Series, one: int, opinion: int, step: int) -> float:
+    """Return what an opinion says about a step, never less than 0."""
+    damped, factor = 0.0, 1.0
+    for _ in range(min(step - series.step[one], 200)):
+        factor *= DAMPING
+        damped += factor
+    value = series.level[one, opinion] + damped * series.trend[one, opinion]
+    if opinion == HABIT:
+        value *= _typical(series, one, step)
+    return max(float(value), 0.0)
+
+
+@jit
+def _time_of_day(series: Series, step: int) -> int:
+    times = series.typical.shape[1]
+    return int(step * series.step_s[0] % DAY_S * times / DAY_S) % times
+
+
+@jit
+def _known(series: Series, one: int, step: int) -> bool:
+    """Whether this time of day has been seen, and the ones beside it."""
+    times = series.days.shape[1]
+    time = _time_of_day(series, step)
+    return bool(
+        series.days[one, time] > 0 and series.days[one, (time + 1) % times] > 0 and series.days[one, time - 1] > 0
+    )
+
+
+@jit
+def _typical(series: Series, one: int, step: int) -> float:
+    """Return the usual load of a time of day, on a line between the middles of two of them; never nothing at all."""
+    times = series.typical.shape[1]
+    position = step * series.step_s[0] % DAY_S * times / DAY_S - 0.5
+    left = int(position + 1.0) - 1  # rounds down from -1 on
+    part = position - left
+    usual = series.typical[one, left % times] * (1.0 - part) + series.typical[one, (left + 1) % times] * part
+    return float(max(usual, LEAST_RELATIVE * series.mean[one], 1e-9))
+
+
+@jit
+def _median(one: float, other: float, third: float) -> float:
+    return max(min(one, other), min(max(one, other), third))

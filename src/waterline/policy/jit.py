@@ -1,0 +1,60 @@
+"""One decorator for every decision: plain Python for the gateway, machine code for the rehearsal.
+
+A decorated function called from Python runs as it is written, so the gateway needs no compiler. Called from a function
+that numba compiles, it is compiled with it. `compiled` gives the machine code to callers in Python, where numba is
+installed. numba itself is imported when somebody first asks for that, never before.
+
+Both give the same bits, on any machine, because decisions use nothing but integers, comparisons, + - * / and square
+roots, which IEEE 754 rounds in one way only. That is a rule for whoever writes here: no exp, log, power or sum of
+NumPy. Arguments are numbers, arrays and named tuples of arrays; plain Python also takes lists for arrays.
+"""
+
+from collections.abc import Callable
+from functools import update_wrapper
+from importlib.util import find_spec
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+
+
+class Decision(Generic[Arguments, Answer]):
+    """A function that Python calls as it is, and that numba finds compiled."""
+
+    def __init__(self, function: Callable[Arguments, Answer]) -> None:
+        self.plain = function
+        self._dispatcher: Any = None
+        update_wrapper(self, function)
+
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+        return self.plain(*args, **kwargs)
+
+    @property
+    def dispatcher(self) -> Any:
+        """The compiled function; kept on disk between runs where that can be written."""
+        if self._dispatcher is None:
+            import numba  # noqa: PLC0415 - the gateway does without
+
+            try:
+                self._dispatcher = numba.njit(cache=True)(self.plain)
+            except RuntimeError:  # no place to write to
+                self._dispatcher = numba.njit(self.plain)
+        return self._dispatcher
+
+    @property
+    def _numba_type_(self) -> Any:  # the name by which numba asks an object what it is
+        return self.dispatcher._numba_type_
+
+
+def jit(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
+    """Make a function callable from compiled code as well."""
+    return Decision(function)
+
+
+def compiled(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
+    """Return the compiled form of a decorated function; without numba, the function itself."""
+    if not isinstance(function, Decision):
+        raise TypeError(f"{function.__name__} is not decorated with waterline.policy.jit.jit. Decorate it, or call it.")
+    if find_spec("numba") is None:
+        return function.plain
+    return cast("Callable[Arguments, Answer]", function.dispatcher)
