@@ -13,10 +13,11 @@ three. Larger surprises are taken in by and by: a residual counts as four times 
 with it. A step without a value (NaN, or never told) changes nothing but the time.
 
 The bound is the quantile `COVERED` of the errors of the forecast itself, one horizon ahead: it widens a little whenever
-the load exceeds it and narrows a little when not, so it holds whatever the errors look like.
+the load exceeds it and narrows a little when not, so it holds whatever the errors look like. The load that counts there
+is the smoothed one: how requests scatter within a few seconds is the business of queues, not of the number of replicas.
 
 Steps are numbered by the caller's clock: step n covers `step_s` seconds from n * step_s, and a day begins at step 0.
-Choose steps of about a fifth of the cold start, 10 to 60 s.
+Choose steps of about a tenth of the cold start, 10 to 60 s.
 """
 
 from typing import NamedTuple
@@ -27,10 +28,10 @@ from numpy.typing import NDArray
 from waterline.policy.jit import jit
 
 DAY_S = 86_400.0
-COVERED = 0.9  # of the loads lie below the bound
-LEVEL_GAIN = 0.4
-TREND_GAIN = 0.25
-DAMPING = 0.95  # of the trend, a step
+COVERED = 0.8  # of the loads lie below the bound
+LEVEL_GAIN = 0.3
+TREND_GAIN = 0.05
+DAMPING = 0.97  # of the trend, a step
 HABIT_GAIN = 0.3  # of one more day, at least
 ERROR_GAIN = 0.02  # of one more error
 LARGEST_RESIDUAL = 4.0  # in usual ones
@@ -97,13 +98,13 @@ def observe(series: Series, one: int, step: int, load: float) -> None:
     median = _median(series.last_load[one, 0], series.last_load[one, 1], load)
     series.last_step[one, 0], series.last_step[one, 1] = before, step
     series.last_load[one, 0], series.last_load[one, 1] = series.last_load[one, 1], load
-    if before != NEVER and earlier != NEVER:
+    if earlier != NEVER:
         _learn(series, one, before, median)
 
 
 @jit
 def forecast(series: Series, one: int, now_step: int, ahead_steps: int) -> tuple[float, float]:
-    """Return the load so many steps from now, and the bound below which it stays nine times in ten.
+    """Return the load so many steps from now, and the bound below which it stays four times of five.
 
     The bound is that of the series' horizon; for a step further ahead it is too narrow. Before three steps have been
     observed, both are the load observed last, 0 when there is none.
@@ -117,7 +118,7 @@ def forecast(series: Series, one: int, now_step: int, ahead_steps: int) -> tuple
 
 @jit
 def highest(series: Series, one: int, now_step: int, first_ahead: int, last_ahead: int) -> float:
-    """Return the highest bound over steps ahead, both ends included: what must be kept when something may be stopped."""
+    """Return the highest bound over steps ahead, both ends included: what must be kept where something may stop."""
     most = 0.0
     for ahead in range(first_ahead, last_ahead + 1):
         most = max(most, forecast(series, one, now_step, ahead)[1])
@@ -133,9 +134,9 @@ def _learn(series: Series, one: int, step: int, load: float) -> None:
     if series.step[one] == NEVER:
         series.mean[one] = load
         series.level[one, MOMENTUM] = load
-    _judge(series, one, step, load)
     series.mean[one] += (load - series.mean[one]) * min(1.0, series.step_s[0] / (DAY_S / 4))
     _follow(series, one, MOMENTUM, step, load, 1.0)
+    _judge(series, one, step, series.level[one, MOMENTUM])
     if _known(series, one, step):
         usual = _typical(series, one, step)
         if series.level[one, HABIT] == 0.0:
@@ -165,7 +166,7 @@ def _follow(series: Series, one: int, opinion: int, step: int, value: float, sca
     residual = min(max(residual, -most), most)
     series.usual[one, opinion] += (abs(residual) - series.usual[one, opinion]) * 0.1
     series.level[one, opinion] = max(expected + LEVEL_GAIN * residual, 0.0)
-    series.trend[one, opinion] = trend + LEVEL_GAIN * TREND_GAIN * residual
+    series.trend[one, opinion] = trend + TREND_GAIN * residual
 
 
 @jit
@@ -209,7 +210,7 @@ def _fill_day(series: Series, one: int, step: int, load: float) -> None:
 
 @jit
 def _both(series: Series, one: int, step: int) -> float:
-    """Return the two opinions on a step, weighed by the inverse of their squared errors; habit only where there is one."""
+    """Return both opinions on a step, weighed by the inverse of their squared errors; habit only where there is one."""
     momentum = _opinion(series, one, MOMENTUM, step)
     if series.level[one, HABIT] == 0.0 or not (_known(series, one, series.step[one]) and _known(series, one, step)):
         return momentum
@@ -217,7 +218,7 @@ def _both(series: Series, one: int, step: int) -> float:
     one_square, other_square = series.square[one, MOMENTUM], series.square[one, HABIT]
     if one_square + other_square == 0.0:
         return (momentum + habit) / 2
-    return (momentum * other_square + habit * one_square) / (one_square + other_square)
+    return float((momentum * other_square + habit * one_square) / (one_square + other_square))
 
 
 @jit
@@ -235,7 +236,7 @@ def _opinion(series: Series, one: int, opinion: int, step: int) -> float:
 
 @jit
 def _time_of_day(series: Series, step: int) -> int:
-    times = series.typical.shape[1]
+    times = int(series.typical.shape[1])
     return int(step * series.step_s[0] % DAY_S * times / DAY_S) % times
 
 

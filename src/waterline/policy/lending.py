@@ -1,0 +1,839 @@
+"""Which replicas start and stop, and on whose GPUs: the minutes clock.
+
+The words are those of Volcano, Kueue and KAI. Of a tenant's GPUs the **guarantee** is kept for it even while it idles;
+what it **deserves** beyond that is lent while it idles and always comes back; up to its **limit** it may borrow.
+
+`plan_moves` looks at the fleet as it is and returns moves; it does not act, and remembers nothing but what services
+needed lately (`Services.needed`). In this order:
+
+1. *Claims.* A claim is a node's GPUs that are being freed for one replica. When they are complete, it starts; nobody
+   else gets them before. If it is no longer needed then, they are free for all.
+2. *Hand-back.* What a service has not needed for `STABLE_S` is drained. What falls within its tenant's guarantee
+   stays, because nobody else may use it.
+3. *Starts*, one replica at a time, for the service that is furthest behind: below the guarantee first, then below
+   deserved, then borrowing; of each the highest priority, then the smallest part of what is due (KAI's fair share,
+   filled up drop by drop). Each takes, in this order: GPUs that idle; else GPUs of a service of its own tenant that can
+   spare them; else it **reclaims** while it stays within what it deserves, from tenants that have more than they
+   deserve and never below their guarantee; else, borrowing, it **outbids** a loan of lower priority, and leaves the
+   victim what it deserves.
+
+Who gives: own surplus first; then the tenant with the most over what it deserves, and of its replicas the lowest
+priority, the least lost work, the newest. Of several nodes, the one where the move loses the least: work that is
+thrown away, grace, and the time *this* model takes to load on *this* node, each times the GPUs it keeps busy. Whoever
+turns out not to be needed is put back.
+
+Who is never stopped: a replica that loads, and one that has not run for its tenant's minimum runtime. A drained replica
+hands over by its deadline, which is its tenant's grace from now; its claimant serves a load time later.
+
+A *service* is what one tenant asks of one model; research is a service too, one that wants all it can get (inf). Work
+is in any unit, as long as `wanted`, `kept` and `Layouts.rate` share it. Nodes are places whose GPUs can be combined:
+pass a pool as one node where a replica may span several. A model without a layout on a node never gets a GPU there.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from waterline.policy.decisions import (
+    BORROW_IDLE,
+    CLAIM_DROPPED,
+    CLAIM_KEPT,
+    FREED_FOR_CLAIM,
+    OUTBID_LOAN,
+    OWN_IDLE,
+    OWN_SURPLUS,
+    RECLAIM,
+    SURPLUS,
+)
+from waterline.policy.jit import jit
+
+NOBODY = -1
+GONE, LOADING, READY, DRAINING = 0, 1, 2, 3  # states of a replica
+START, DRAIN, HOLD, HAND_BACK = 1, 2, 3, 4  # kinds of moves
+STABLE_S = 300.0  # a service must have been able to spare a replica for so long; what people know from Kubernetes' HPA
+SLOTS = 10  # in which that time is cut
+SLACK = 0.1  # of what must stay possible, on top, before anything is spare
+DUST = 1e-9
+
+
+class Tenants(NamedTuple):
+    """What tenants are promised, in GPUs, and on which terms they lend and borrow."""
+
+    guarantee_gpus: NDArray[np.float64]  # [tenant]
+    deserved_gpus: NDArray[np.float64]  # [tenant]
+    limit_gpus: NDArray[np.float64]  # [tenant]
+    weight: NDArray[np.float64]  # [tenant] in sharing what is left over; as a rule what it deserves
+    grace_s: NDArray[np.float64]  # [tenant] that its replicas get to drain or to checkpoint
+    min_runtime_s: NDArray[np.float64]  # [tenant] that its replicas run before anybody may stop them
+
+
+class Services(NamedTuple):
+    """What each tenant asks of each model."""
+
+    tenant: NDArray[np.int64]  # [service]
+    model: NDArray[np.int64]  # [service]
+    priority: NDArray[np.int64]  # [service] higher outbids lower
+    wanted: NDArray[np.float64]  # [service] work a second, one cold start from now
+    kept: NDArray[np.float64]  # [service] the most from now until a replica stopped now could be back; at least wanted
+    needed: NDArray[np.float64]  # [service, slot] the most it needed in each part of the last STABLE_S; written here
+    slot: NDArray[np.int64]  # [1] the part that was written last; written here
+
+
+class Layouts(NamedTuple):
+    """What a replica of a model is on each node."""
+
+    gpus: NDArray[np.int64]  # [model, node] it takes; 0: the model does not run there
+    rate: NDArray[np.float64]  # [model, node] work a second it does
+    load_s: NDArray[np.float64]  # [model, node] from the start to the first request
+
+
+class Nodes(NamedTuple):
+    """GPUs that no replica has."""
+
+    free_gpus: NDArray[np.int64]  # [node] for whoever needs them
+    held_gpus: NDArray[np.int64]  # [node] freed for the claim
+    held_for: NDArray[np.int64]  # [node] service of the claim; NOBODY
+
+
+class Replicas(NamedTuple):
+    """Who has GPUs. Rows whose state is GONE are empty."""
+
+    service: NDArray[np.int64]  # [replica]
+    node: NDArray[np.int64]  # [replica]
+    gpus: NDArray[np.int64]  # [replica]
+    state: NDArray[np.int64]  # [replica]
+    since_s: NDArray[np.float64]  # [replica] when that state began
+    lost_gpu_s: NDArray[np.float64]  # [replica] work that is thrown away if it is stopped now: since the checkpoint
+    claimant: NDArray[np.int64]  # [replica] service for which it drains; NOBODY
+
+
+class Moves(NamedTuple):
+    """What to do, in this order. Each row is one move."""
+
+    kind: NDArray[np.int64]  # [move] START, DRAIN, HOLD or HAND_BACK
+    rule: NDArray[np.int64]  # [move] a key of decisions.RULES
+    claimant: NDArray[np.int64]  # [move] service that gets the GPUs; of a HAND_BACK, that gives them
+    victim: NDArray[np.int64]  # [move] replica that stops; NOBODY
+    node: NDArray[np.int64]  # [move]
+    gpus: NDArray[np.int64]  # [move] of the replica; of a HOLD, those that idle on the node and are kept
+    cost_gpu_s: NDArray[np.float64]  # [move] lost work and grace of a victim; load time of a start
+    deadline_s: NDArray[np.float64]  # [move] when the replica serves (START) or the GPUs are handed over, at the latest
+
+
+class Tally(NamedTuple):
+    """The fleet as it will be when the moves so far have been made."""
+
+    usage: NDArray[np.float64]  # [tenant] GPUs of replicas that stay, and of claims
+    occupied: NDArray[np.float64]  # [tenant] the same and those that drain
+    supply: NDArray[np.float64]  # [service] work a second of replicas that stay, and of claims
+    spare: NDArray[np.float64]  # [service] work a second it can do without now; below 0: it cannot
+    stable: NDArray[np.float64]  # [service] the same, of what it could do without all the last STABLE_S
+    free: NDArray[np.int64]  # [node]
+    claimed: NDArray[np.int64]  # [node] by a service; NOBODY
+    staying: NDArray[np.int64]  # [replica] 1 if it stays
+    first: NDArray[np.int64]  # [node] where its replicas begin in `rows`, and a last entry where they end
+    rows: NDArray[np.int64]  # replicas by node
+    made: NDArray[np.int64]  # [1] moves so far
+
+
+def new_services(tenant: NDArray[np.int64], model: NDArray[np.int64], priority: NDArray[np.int64]) -> Services:
+    """Return services that want nothing yet and, as nobody knows what they needed before, spare nothing for a while."""
+    count = len(tenant)
+    return Services(
+        np.array(tenant, np.int64),
+        np.array(model, np.int64),
+        np.array(priority, np.int64),
+        np.zeros(count),
+        np.zeros(count),
+        np.full((count, SLOTS), np.inf),
+        np.full(1, NOBODY, np.int64),
+    )
+
+
+# --- The plan ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def plan_moves(
+    tenants: Tenants, services: Services, layouts: Layouts, nodes: Nodes, replicas: Replicas, now_s: float
+) -> Moves:
+    """Return what to do now; see the top of this file. Call it every step of the forecast, or when something ends."""
+    _note_needs(services, now_s)
+    tally = _tally(tenants, services, layouts, nodes, replicas)
+    most = len(replicas.state) + 2 * len(nodes.free_gpus) + int(nodes.free_gpus.sum()) + 1
+    moves = _new_moves(most)
+    _end_claims(tenants, services, layouts, nodes, replicas, tally, moves, now_s)
+    _hand_back(tenants, services, layouts, replicas, tally, moves, now_s)
+    blocked = np.zeros(len(services.tenant), np.int64)
+    while True:
+        service = _neediest(tenants, services, tally, blocked)
+        if service == NOBODY:
+            break
+        if not (
+            _start_on_idle(tenants, services, layouts, tally, moves, service, now_s)
+            or _claim(tenants, services, layouts, replicas, tally, moves, service, now_s)
+        ):
+            blocked[service] = 1
+    made = tally.made[0]
+    return Moves(
+        moves.kind[:made],
+        moves.rule[:made],
+        moves.claimant[:made],
+        moves.victim[:made],
+        moves.node[:made],
+        moves.gpus[:made],
+        moves.cost_gpu_s[:made],
+        moves.deadline_s[:made],
+    )
+
+
+@jit
+def _end_claims(
+    tenants: Tenants,
+    services: Services,
+    layouts: Layouts,
+    nodes: Nodes,
+    replicas: Replicas,
+    tally: Tally,
+    moves: Moves,
+    now_s: float,
+) -> None:
+    """Start what was waited for; let go of what is no longer needed or cannot be completed."""
+    for node in range(len(nodes.held_for)):
+        service = nodes.held_for[node]
+        if service == NOBODY:
+            continue
+        model, tenant = services.model[service], services.tenant[service]
+        gpus, rate = layouts.gpus[model, node], layouts.rate[model, node]
+        coming, freed = 0, nodes.held_gpus[node]
+        for row in range(tally.first[node], tally.first[node + 1]):
+            replica = tally.rows[row]
+            if replicas.state[replica] == DRAINING and replicas.claimant[replica] == service:
+                coming += replicas.gpus[replica]
+        needed = tally.supply[service] - rate < services.wanted[service]
+        if freed + coming < gpus or (coming == 0 and not needed):
+            tally.usage[tenant] -= gpus
+            tally.occupied[tenant] -= gpus
+            tally.supply[service] -= rate
+            tally.spare[service] -= rate
+            if coming == 0:
+                _let_go(tally, moves, service, node, freed, now_s)
+        elif freed >= gpus and tally.occupied[tenant] <= tenants.limit_gpus[tenant] + DUST:
+            tally.claimed[node] = NOBODY
+            tally.free[node] += freed - gpus
+            ready_s = now_s + layouts.load_s[model, node]
+            cost = gpus * layouts.load_s[model, node]
+            _push(tally, moves, START, CLAIM_KEPT, service, NOBODY, node, gpus, cost, ready_s)
+
+
+@jit
+def _let_go(tally: Tally, moves: Moves, service: int, node: int, freed: int, now_s: float) -> None:
+    tally.claimed[node] = NOBODY
+    tally.free[node] += freed
+    _push(tally, moves, HAND_BACK, CLAIM_DROPPED, service, NOBODY, node, freed, 0.0, now_s)
+
+
+@jit
+def _hand_back(
+    tenants: Tenants,
+    services: Services,
+    layouts: Layouts,
+    replicas: Replicas,
+    tally: Tally,
+    moves: Moves,
+    now_s: float,
+) -> None:
+    """Drain what services have been able to spare all the last `STABLE_S`."""
+    for service in range(len(services.tenant)):
+        while tally.stable[service] > 0.0:
+            replica = _least_missed(tenants, services, layouts, replicas, tally, service, now_s)
+            if replica == NOBODY:
+                break
+            _stop(tenants, services, layouts, replicas, tally, moves, replica, service, HAND_BACK, SURPLUS, now_s)
+
+
+@jit
+def _least_missed(
+    tenants: Tenants,
+    services: Services,
+    layouts: Layouts,
+    replicas: Replicas,
+    tally: Tally,
+    service: int,
+    now_s: float,
+) -> int:
+    """Return the replica a service hands back first: least lost work, then newest; NOBODY if it must keep them all."""
+    tenant, best = services.tenant[service], NOBODY
+    for replica in range(len(replicas.state)):
+        if replicas.service[replica] != service or not _may_stop(tenants, services, replicas, tally, replica, now_s):
+            continue
+        if layouts.rate[services.model[service], replicas.node[replica]] > tally.stable[service]:
+            continue
+        if tally.usage[tenant] - replicas.gpus[replica] < tenants.guarantee_gpus[tenant] - DUST:
+            continue
+        if best == NOBODY or _misses_less(replicas, replica, best):
+            best = replica
+    return best
+
+
+# --- Starts -----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _neediest(tenants: Tenants, services: Services, tally: Tally, blocked: NDArray[np.int64]) -> int:
+    """Return the service that starts a replica next; NOBODY when none needs one, or none can have one."""
+    best, best_standing, best_priority, best_part = NOBODY, 0, 0, 0.0
+    for service in range(len(services.tenant)):
+        if blocked[service] or not services.wanted[service] > tally.supply[service] * (1.0 + DUST):
+            continue
+        tenant, priority = services.tenant[service], services.priority[service]
+        usage = tally.usage[tenant]
+        if usage < tenants.guarantee_gpus[tenant] - DUST:
+            standing, part = 0, usage / tenants.guarantee_gpus[tenant]
+        elif usage < tenants.deserved_gpus[tenant] - DUST:
+            standing, part = 1, usage / tenants.deserved_gpus[tenant]
+        else:
+            standing, part = 2, (usage - tenants.deserved_gpus[tenant]) / max(tenants.weight[tenant], DUST)
+        if best != NOBODY:
+            if standing > best_standing:
+                continue
+            if standing == best_standing and priority < best_priority:
+                continue
+            if standing == best_standing and priority == best_priority and part >= best_part:
+                continue
+        best, best_standing, best_priority, best_part = service, standing, priority, part
+    return best
+
+
+@jit
+def _start_on_idle(
+    tenants: Tenants, services: Services, layouts: Layouts, tally: Tally, moves: Moves, service: int, now_s: float
+) -> bool:
+    """Start a replica on idle GPUs if there are some that may be used: where it loads fastest, then fits best."""
+    tenant, model = services.tenant[service], services.model[service]
+    free = tally.free.sum()
+    best, best_load_s, best_left, best_rule = NOBODY, np.inf, 0, OWN_IDLE
+    for node in range(len(tally.free)):
+        gpus = layouts.gpus[model, node]
+        if gpus == 0 or tally.free[node] < gpus:
+            continue
+        if tally.occupied[tenant] + gpus > tenants.limit_gpus[tenant] + DUST:
+            continue
+        rule = OWN_IDLE if tally.usage[tenant] + gpus <= tenants.deserved_gpus[tenant] + DUST else BORROW_IDLE
+        if free - gpus < _promised(tenants, services, layouts, tally, tenant, rule) - DUST:
+            continue
+        load_s, left = layouts.load_s[model, node], tally.free[node] - gpus
+        if load_s < best_load_s or (load_s == best_load_s and left < best_left):
+            best, best_load_s, best_left, best_rule = node, load_s, left, rule
+    if best == NOBODY:
+        return False
+    gpus = layouts.gpus[model, best]
+    tally.free[best] -= gpus
+    _add(services, layouts, tally, service, best)
+    _push(tally, moves, START, best_rule, service, NOBODY, best, gpus, gpus * best_load_s, now_s + best_load_s)
+    return True
+
+
+@jit
+def _promised(tenants: Tenants, services: Services, layouts: Layouts, tally: Tally, claimant: int, rule: int) -> float:
+    """Return the idle GPUs that are kept for other tenants.
+
+    Their guarantees; and, before anybody borrows, what they will need soon of what they deserve: to lend what is about
+    to be reclaimed would load a model for nothing.
+    """
+    promised = 0.0
+    for tenant in range(len(tally.usage)):
+        if tenant == claimant:
+            continue
+        due = max(tenants.guarantee_gpus[tenant] - tally.usage[tenant], 0.0)
+        if rule == BORROW_IDLE:
+            soon = _needed_gpus(services, layouts, tally, tenant)
+            due = max(due, min(tenants.deserved_gpus[tenant] - tally.usage[tenant], soon))
+        promised += due
+    return promised
+
+
+@jit
+def _needed_gpus(services: Services, layouts: Layouts, tally: Tally, tenant: int) -> float:
+    """Return how many GPUs more a tenant will need soon, at the rate of the best node for each model."""
+    needed = 0.0
+    for service in range(len(services.tenant)):
+        short = services.kept[service] - tally.supply[service]
+        if services.tenant[service] != tenant or not short > 0.0:
+            continue
+        model, least = services.model[service], np.inf
+        for node in range(len(tally.free)):
+            if layouts.gpus[model, node] > 0:
+                least = min(least, layouts.gpus[model, node] / layouts.rate[model, node])
+        if least < np.inf:
+            needed += short * least
+    return needed
+
+
+@jit
+def _claim(
+    tenants: Tenants,
+    services: Services,
+    layouts: Layouts,
+    replicas: Replicas,
+    tally: Tally,
+    moves: Moves,
+    service: int,
+    now_s: float,
+) -> bool:
+    """Free the GPUs of a node for a replica by stopping others, where that is legal; the cheapest node.
+
+    First from the tenant that has the most too much; if it cannot give them alone, from all together.
+    """
+    donor = _most_over(tenants, services, replicas, tally, service, now_s)
+    if donor == NOBODY and not _has_surplus(services, tally, service):
+        return False
+    only = donor
+    node, rule = _cheapest_node(tenants, services, layouts, replicas, tally, service, only, now_s)
+    if node == NOBODY and donor != NOBODY:
+        only = NOBODY
+        node, rule = _cheapest_node(tenants, services, layouts, replicas, tally, service, only, now_s)
+    if node == NOBODY:
+        return False
+    victims = _victims(tenants, services, layouts, replicas, tally, service, node, rule, only, now_s)
+    held = min(tally.free[node], layouts.gpus[services.model[service], node])
+    deadline_s = now_s
+    for victim in victims:
+        deadline_s = max(deadline_s, now_s + tenants.grace_s[services.tenant[replicas.service[victim]]])
+    tally.claimed[node] = service
+    tally.free[node] -= held
+    _push(tally, moves, HOLD, FREED_FOR_CLAIM, service, NOBODY, node, held, 0.0, deadline_s)
+    for victim in victims:
+        own = services.tenant[replicas.service[victim]] == services.tenant[service]
+        given = OWN_SURPLUS if own else rule
+        _stop(tenants, services, layouts, replicas, tally, moves, victim, service, DRAIN, given, now_s)
+    _add(services, layouts, tally, service, node)
+    return True
+
+
+@jit
+def _cheapest_node(
+    tenants: Tenants,
+    services: Services,
+    layouts: Layouts,
+    replicas: Replicas,
+    tally: Tally,
+    service: int,
+    only: int,
+    now_s: float,
+) -> tuple[int, int]:
+    """Return the node where a claim loses the least, and the rule by which it is legal; NOBODY if it is nowhere."""
+    tenant, model = services.tenant[service], services.model[service]
+    idle = tally.free.sum()
+    own_promised = _promised(tenants, services, layouts, tally, tenant, OWN_IDLE)
+    lent_promised = _promised(tenants, services, layouts, tally, tenant, BORROW_IDLE)
+    best, best_cost, best_rule = NOBODY, np.inf, RECLAIM
+    for node in range(len(tally.free)):
+        gpus = layouts.gpus[model, node]
+        if gpus == 0 or tally.claimed[node] != NOBODY:
+            continue
+        idle_left = idle - min(tally.free[node], gpus)
+        for rule in (OWN_SURPLUS, RECLAIM, OUTBID_LOAN):
+            if tally.free[node] > 0 and idle_left < (lent_promised if rule == OUTBID_LOAN else own_promised) - DUST:
+                continue
+            victims = _victims(tenants, services, layouts, replicas, tally, service, node, rule, only, now_s)
+            if len(victims) == 0:
+                continue
+            cost = gpus * layouts.load_s[model, node]
+            for victim in victims:
+                cost += _loss_gpu_s(tenants, services, replicas, victim)
+            if cost < best_cost:
+                best, best_cost, best_rule = node, cost, rule
+            break
+    return best, best_rule
+
+
+@jit
+def _victims(
+    tenants: Tenants,
+    services: Services,
+    layouts: Layouts,
+    replicas: Replicas,
+    tally: Tally,
+    service: int,
+    node: int,
+    rule: int,
+    only: int,
+    now_s: float,
+) -> NDArray[np.int64]:
+    """Return whom to stop on a node for a replica, as few as will do; nobody when that would not be legal.
+
+    Own surplus may serve with any rule, others by the rule alone; `only` names the one other tenant that may give.
+    """
+    tenant, gpus = services.tenant[service], layouts.gpus[services.model[service], node]
+    after = tally.usage[tenant] + gpus
+    if rule == RECLAIM and after > tenants.deserved_gpus[tenant] + DUST and not _has_surplus(services, tally, service):
+        return tally.rows[:0]
+    left, spare = tally.usage.copy(), tally.spare.copy()
+    chosen = np.empty(tally.first[node + 1] - tally.first[node], np.int64)
+    count, freed = 0, tally.free[node]
+    while freed < gpus:
+        best = NOBODY
+        for row in range(tally.first[node], tally.first[node + 1]):
+            replica = tally.rows[row]
+            if _is_in(chosen, count, replica) or not _may_stop(tenants, services, replicas, tally, replica, now_s):
+                continue
+            if _legal(tenants, services, layouts, replicas, left, spare, service, replica, rule, only) and (
+                best == NOBODY or _gives_first(tenants, services, replicas, left, tenant, replica, best)
+            ):
+                best = replica
+        if best == NOBODY:
+            return chosen[:0]
+        chosen[count] = best
+        count += 1
+        freed += replicas.gpus[best]
+        giver = replicas.service[best]
+        left[services.tenant[giver]] -= replicas.gpus[best]
+        spare[giver] -= layouts.rate[services.model[giver], node]
+    count = _put_back(replicas, chosen, count, freed - gpus)
+    own = 0
+    for victim in chosen[:count]:
+        own += replicas.gpus[victim] if services.tenant[replicas.service[victim]] == tenant else 0
+    legal = rule == OUTBID_LOAN or own >= gpus or after - own <= tenants.deserved_gpus[tenant] + DUST
+    if not legal or tally.occupied[tenant] - own + gpus > tenants.limit_gpus[tenant] + DUST:
+        return chosen[:0]
+    return chosen[:count]
+
+
+@jit
+def _put_back(replicas: Replicas, chosen: NDArray[np.int64], count: int, too_many: int) -> int:
+    """Put back whom a later victim has made unnecessary, the last chosen first; return how many are left."""
+    for late in range(count - 2, -1, -1):
+        if replicas.gpus[chosen[late]] <= too_many:
+            too_many -= replicas.gpus[chosen[late]]
+            for place in range(late, count - 1):
+                chosen[place] = chosen[place + 1]
+            count -= 1
+    return count
+
+
+@jit
+def _is_in(chosen: NDArray[np.int64], count: int, replica: int) -> bool:
+    found = False
+    for place in range(count):
+        found = found or chosen[place] == replica
+    return found
+
+
+@jit
+def _has_surplus(services: Services, tally: Tally, service: int) -> bool:
+    """Whether another service of the same tenant can spare something."""
+    for other in range(len(services.tenant)):
+        if other != service and services.tenant[other] == services.tenant[service] and tally.spare[other] > 0.0:
+            return True
+    return False
+
+
+@jit
+def _legal(
+    tenants: Tenants,
+    services: Services,
+    layouts: Layouts,
+    replicas: Replicas,
+    left: NDArray[np.float64],
+    spare: NDArray[np.float64],
+    service: int,
+    replica: int,
+    rule: int,
+    only: int,
+) -> bool:
+    """Whether a replica may be stopped for a service by a rule, with what tenants and services have left by now."""
+    giver = replicas.service[replica]
+    tenant, gpus = services.tenant[giver], replicas.gpus[replica]
+    if tenant == services.tenant[service]:
+        return bool(giver != service and spare[giver] >= layouts.rate[services.model[giver], replicas.node[replica]])
+    if rule == OWN_SURPLUS or (only != NOBODY and only != tenant):  # noqa: PLR1714 - numba has no mixed tuples
+        return False
+    deserved, guarantee = tenants.deserved_gpus[tenant], tenants.guarantee_gpus[tenant]
+    if rule == RECLAIM:
+        return bool(left[tenant] > deserved + DUST and left[tenant] - gpus >= guarantee - DUST)
+    return bool(left[tenant] - gpus >= deserved - DUST and services.priority[giver] < services.priority[service])
+
+
+@jit
+def _most_over(
+    tenants: Tenants, services: Services, replicas: Replicas, tally: Tally, service: int, now_s: float
+) -> int:
+    """Return the other tenant with the most over what it deserves, of those with a replica that may be stopped."""
+    best, best_part = NOBODY, 0.0
+    for replica in range(len(replicas.state)):
+        if not _may_stop(tenants, services, replicas, tally, replica, now_s):
+            continue
+        tenant = services.tenant[replicas.service[replica]]
+        part = _saturation(tenants, tally.usage, tenant)
+        if tenant != services.tenant[service] and part > 1.0 and (best == NOBODY or part > best_part):
+            best, best_part = tenant, part
+    return best
+
+
+@jit
+def _gives_first(
+    tenants: Tenants,
+    services: Services,
+    replicas: Replicas,
+    left: NDArray[np.float64],
+    claimant: int,
+    one: int,
+    other: int,
+) -> bool:
+    """Whether a replica is stopped rather than another; see the top of this file for the order."""
+    mine, theirs = replicas.service[one], replicas.service[other]
+    mine_own, theirs_own = services.tenant[mine] == claimant, services.tenant[theirs] == claimant
+    if mine_own != theirs_own:
+        return bool(mine_own)
+    mine_part = _saturation(tenants, left, services.tenant[mine])
+    theirs_part = _saturation(tenants, left, services.tenant[theirs])
+    if mine_part != theirs_part and not mine_own:
+        return bool(mine_part > theirs_part)
+    if services.priority[mine] != services.priority[theirs]:
+        return bool(services.priority[mine] < services.priority[theirs])
+    return _misses_less(replicas, one, other)
+
+
+# --- Small things -----------------------------------------------------------------------------------------------------
+
+
+@jit
+def _saturation(tenants: Tenants, usage: NDArray[np.float64], tenant: int) -> float:
+    return float(usage[tenant] / max(tenants.deserved_gpus[tenant], DUST))
+
+
+@jit
+def _misses_less(replicas: Replicas, one: int, other: int) -> bool:
+    """Whether stopping a replica loses less than stopping another; if the same, whether it is newer."""
+    if replicas.lost_gpu_s[one] != replicas.lost_gpu_s[other]:
+        return bool(replicas.lost_gpu_s[one] < replicas.lost_gpu_s[other])
+    return bool(replicas.since_s[one] > replicas.since_s[other])
+
+
+@jit
+def _may_stop(
+    tenants: Tenants, services: Services, replicas: Replicas, tally: Tally, replica: int, now_s: float
+) -> bool:
+    """Whether a replica has loaded and has run for its minimum runtime, and is not being stopped already."""
+    if replicas.state[replica] != READY or not tally.staying[replica]:
+        return False
+    least_s = tenants.min_runtime_s[services.tenant[replicas.service[replica]]]
+    return bool(now_s - replicas.since_s[replica] >= least_s)
+
+
+@jit
+def _loss_gpu_s(tenants: Tenants, services: Services, replicas: Replicas, replica: int) -> float:
+    """Return what stopping a replica loses: work since its checkpoint, and its GPUs while it drains."""
+    grace_s = tenants.grace_s[services.tenant[replicas.service[replica]]]
+    return float(replicas.lost_gpu_s[replica] + replicas.gpus[replica] * grace_s)
+
+
+@jit
+def _stop(
+    tenants: Tenants,
+    services: Services,
+    layouts: Layouts,
+    replicas: Replicas,
+    tally: Tally,
+    moves: Moves,
+    replica: int,
+    claimant: int,
+    kind: int,
+    rule: int,
+    now_s: float,
+) -> None:
+    service, node, gpus = replicas.service[replica], replicas.node[replica], replicas.gpus[replica]
+    tenant, rate = services.tenant[service], layouts.rate[services.model[service], node]
+    tally.staying[replica] = 0
+    tally.usage[tenant] -= gpus
+    tally.supply[service] -= rate
+    tally.spare[service] -= rate
+    tally.stable[service] -= rate
+    loss = _loss_gpu_s(tenants, services, replicas, replica)
+    _push(tally, moves, kind, rule, claimant, replica, node, gpus, loss, now_s + tenants.grace_s[tenant])
+
+
+@jit
+def _add(services: Services, layouts: Layouts, tally: Tally, service: int, node: int) -> None:
+    tenant, model = services.tenant[service], services.model[service]
+    tally.usage[tenant] += layouts.gpus[model, node]
+    tally.occupied[tenant] += layouts.gpus[model, node]
+    tally.supply[service] += layouts.rate[model, node]
+    tally.spare[service] += layouts.rate[model, node]
+
+
+@jit
+def _needs(services: Services, service: int) -> float:
+    return float(max(services.kept[service], services.wanted[service]))
+
+
+@jit
+def _note_needs(services: Services, now_s: float) -> None:
+    """Remember what services need now, and forget what lies further back than `STABLE_S`."""
+    slot, last = int(now_s // (STABLE_S / SLOTS)), services.slot[0]
+    fresh = slot - last if last != NOBODY else 1
+    for service in range(len(services.tenant)):
+        for passed in range(min(fresh, SLOTS)):
+            services.needed[service, (slot - passed) % SLOTS] = 0.0
+        now = services.needed[service, slot % SLOTS]
+        services.needed[service, slot % SLOTS] = max(now, _needs(services, service))
+    services.slot[0] = slot
+
+
+@jit
+def _tally(tenants: Tenants, services: Services, layouts: Layouts, nodes: Nodes, replicas: Replicas) -> Tally:
+    count, places = len(replicas.state), len(nodes.free_gpus)
+    tally = Tally(
+        np.zeros(len(tenants.deserved_gpus)),
+        np.zeros(len(tenants.deserved_gpus)),
+        np.zeros(len(services.tenant)),
+        np.zeros(len(services.tenant)),
+        np.zeros(len(services.tenant)),
+        nodes.free_gpus.copy(),
+        nodes.held_for.copy(),
+        np.zeros(count, np.int64),
+        np.zeros(places + 1, np.int64),
+        np.zeros(count, np.int64),
+        np.zeros(1, np.int64),
+    )
+    for replica in range(count):
+        if replicas.state[replica] == GONE:
+            continue
+        if replicas.state[replica] == DRAINING:
+            tally.occupied[services.tenant[replicas.service[replica]]] += replicas.gpus[replica]
+            continue
+        tally.staying[replica] = 1
+        service, tenant = replicas.service[replica], services.tenant[replicas.service[replica]]
+        tally.usage[tenant] += replicas.gpus[replica]
+        tally.occupied[tenant] += replicas.gpus[replica]
+        tally.supply[service] += layouts.rate[services.model[service], replicas.node[replica]]
+    _group_by_node(replicas, tally)
+    for service in range(len(services.tenant)):
+        most = _needs(services, service)
+        tally.spare[service] = tally.supply[service] - most * (1.0 + SLACK)
+        for slot in range(SLOTS):
+            most = max(most, services.needed[service, slot])
+        tally.stable[service] = tally.supply[service] - most * (1.0 + SLACK)
+    for node in range(places):
+        if nodes.held_for[node] != NOBODY:
+            _add(services, layouts, tally, nodes.held_for[node], node)
+    return tally
+
+
+@jit
+def _group_by_node(replicas: Replicas, tally: Tally) -> None:
+    """Fill in `first` and `rows`, by counting."""
+    for replica in range(len(replicas.state)):
+        if replicas.state[replica] != GONE:
+            tally.first[replicas.node[replica] + 1] += 1
+    for node in range(len(tally.first) - 1):
+        tally.first[node + 1] += tally.first[node]
+    filled = tally.first.copy()
+    for replica in range(len(replicas.state)):
+        if replicas.state[replica] != GONE:
+            tally.rows[filled[replicas.node[replica]]] = replica
+            filled[replicas.node[replica]] += 1
+
+
+@jit
+def _new_moves(most: int) -> Moves:
+    return Moves(
+        np.zeros(most, np.int64),
+        np.zeros(most, np.int64),
+        np.zeros(most, np.int64),
+        np.zeros(most, np.int64),
+        np.zeros(most, np.int64),
+        np.zeros(most, np.int64),
+        np.zeros(most),
+        np.zeros(most),
+    )
+
+
+@jit
+def _push(
+    tally: Tally,
+    moves: Moves,
+    kind: int,
+    rule: int,
+    claimant: int,
+    victim: int,
+    node: int,
+    gpus: int,
+    cost_gpu_s: float,
+    deadline_s: float,
+) -> None:
+    at = tally.made[0]
+    moves.kind[at], moves.rule[at], moves.claimant[at], moves.victim[at] = kind, rule, claimant, victim
+    moves.node[at], moves.gpus[at], moves.cost_gpu_s[at], moves.deadline_s[at] = node, gpus, cost_gpu_s, deadline_s
+    tally.made[0] = at + 1
+
+
+# --- What the moves mean ----------------------------------------------------------------------------------------------
+
+
+@jit
+def apply_moves(moves: Moves, nodes: Nodes, replicas: Replicas, now_s: float) -> bool:
+    """Write moves into the state: a caller that acts on them does this as well. False when there are too few rows.
+
+    Later the caller tells `has_loaded` when a replica answers, and `has_ended` when one is gone: by its deadline.
+    """
+    for move in range(len(moves.kind)):
+        node, victim, service, gpus = moves.node[move], moves.victim[move], moves.claimant[move], moves.gpus[move]
+        if moves.kind[move] == START:
+            row = _empty_row(replicas)
+            if row == NOBODY:
+                return False
+            if moves.rule[move] == CLAIM_KEPT:
+                nodes.held_gpus[node] -= gpus
+                _release(nodes, replicas, node)
+            else:
+                nodes.free_gpus[node] -= gpus
+            replicas.service[row], replicas.node[row], replicas.gpus[row] = service, node, gpus
+            replicas.state[row], replicas.since_s[row] = LOADING, now_s
+            replicas.lost_gpu_s[row], replicas.claimant[row] = 0.0, NOBODY
+        elif moves.kind[move] == HOLD:
+            nodes.held_for[node], nodes.held_gpus[node] = service, gpus
+            nodes.free_gpus[node] -= gpus
+        elif victim != NOBODY:
+            replicas.state[victim], replicas.since_s[victim] = DRAINING, now_s
+            replicas.claimant[victim] = service if moves.kind[move] == DRAIN else NOBODY
+        else:
+            _release(nodes, replicas, node)
+    return True
+
+
+@jit
+def has_loaded(replicas: Replicas, replica: int, now_s: float) -> None:
+    """A replica answers requests from now on."""
+    replicas.state[replica], replicas.since_s[replica] = READY, now_s
+
+
+@jit
+def has_ended(nodes: Nodes, replicas: Replicas, replica: int) -> None:
+    """A replica is gone, drained or failed: its GPUs go to whom they were freed for, else to everybody."""
+    node, claimant = replicas.node[replica], replicas.claimant[replica]
+    if claimant != NOBODY and nodes.held_for[node] == claimant:
+        nodes.held_gpus[node] += replicas.gpus[replica]
+    else:
+        nodes.free_gpus[node] += replicas.gpus[replica]
+    replicas.state[replica], replicas.claimant[replica] = GONE, NOBODY
+
+
+@jit
+def _release(nodes: Nodes, replicas: Replicas, node: int) -> None:
+    """End the claim of a node; what drains there drains for nobody from now on."""
+    for replica in range(len(replicas.state)):
+        if replicas.state[replica] == DRAINING and replicas.node[replica] == node:
+            replicas.claimant[replica] = NOBODY
+    nodes.free_gpus[node] += nodes.held_gpus[node]
+    nodes.held_gpus[node], nodes.held_for[node] = 0, NOBODY
+
+
+@jit
+def _empty_row(replicas: Replicas) -> int:
+    for replica in range(len(replicas.state)):
+        if replicas.state[replica] == GONE:
+            return replica
+    return NOBODY
