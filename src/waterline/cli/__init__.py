@@ -18,6 +18,7 @@ COMMANDS = {
     "estimate": ("waterline.cli.estimate", "What if: TTFT, TPOT and throughput for a table of points."),
     "size": ("waterline.cli.size", "How many GPUs a load takes, and which."),
     "plan": ("waterline.cli.plan", "Choose layouts and replicas for a fleet file."),
+    "buy": ("waterline.cli.buy", "What to buy for a demand, a budget or a tender, and what it costs."),
     "rehearse": ("waterline.cli.rehearse", "Replay traffic against a plan: who waits, and what it costs."),
     "launch": ("waterline.cli.launch", "The command that starts each engine of a plan, node by node."),
     "up": ("waterline.cli.up", "Start the engines and serve an OpenAI-compatible API."),
