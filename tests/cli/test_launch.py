@@ -52,6 +52,9 @@ def test_only_the_replicas_that_serve_at_that_hour_are_started(tmp_path: Path) -
     assert len(printed(tmp_path, plan)) == 8  # the busiest hour
     assert len(printed(tmp_path, plan, "--hour", "20")) == 8
     assert [start["replica"] for start in printed(tmp_path, plan, "--hour", "3")] == ["chat/0", "chat/1"]
+    script = launched(tmp_path, plan).stdout
+    assert "# chat/1: bf16 tp2\n" in script
+    assert "# chat/2: bf16 tp2; serves 19:00-23:00, loads in 90 s\n" in script
 
 
 def test_a_node_is_one_block_and_may_be_asked_for_alone(tmp_path: Path) -> None:
@@ -94,7 +97,7 @@ def test_what_cannot_be_started_does_not_hide_the_others(tmp_path: Path) -> None
     assert isinstance(result.exception, EngineError)
     assert "planned in int4" in str(result.exception)
     assert result.stdout.count("vllm serve") == 3
-    assert "# chat/3: int4 tp2; model 'chat' is planned in int4" in result.stdout
+    assert "# chat/3: int4 tp2; serves 19:00-23:00, loads in 90 s; model 'chat' is planned in int4" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,17 @@ def test_vllm_itself_takes_every_command() -> None:
             parser.parse_args(arguments[2:])
 
 
+def test_sglang_itself_takes_every_command() -> None:
+    pytest.importorskip("sglang", reason="SGLang is not installed: its recorded flags are all there is")
+    parser = Parser(allow_abbrev=False)
+    pytest.importorskip("sglang.srt.server_args").ServerArgs.add_cli_args(parser)
+    for case in PLANS.values():
+        plan = case("sglang")
+        for rank in range(len(plan.replicas[0].places)):
+            arguments, _ = command(plan, Seat(rank=rank, port=8100))
+            parser.parse_args(arguments[2:])
+
+
 @pytest.mark.parametrize(
     ("engine", "right", "wrong", "message"),
     [

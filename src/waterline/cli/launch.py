@@ -183,11 +183,22 @@ def _lines(start: Start) -> Iterator[str]:
     replica, seat = start.replica, start.seat
     part = f", part {seat.rank + 1} of {len(replica.places)}" if len(replica.places) > 1 else ""
     role = "" if replica.role == "both" else f", {replica.role}"
-    said = start.problem or start.remark
-    yield _plain(f"# {replica.id}: {replica.precision} {replica.layout}{role}{part}" + (f"; {said}" if said else ""))
+    said = "".join(f"; {text}" for text in (_when(replica), start.problem or start.remark) if text)
+    yield _plain(f"# {replica.id}: {replica.precision} {replica.layout}{role}{part}{said}")
     if start.command:
         variables = [f"{name}={shlex.quote(value)}" for name, value in start.environment.items()]
         yield " \\\n  ".join([" ".join([*variables, *_program(start.command)]), *_options(start.command)]) + " &"
+
+
+def _when(replica: "Replica") -> str:
+    """Say when a replica serves that does not serve all day, and how long before it has to be started."""
+    from waterline.cli.day import span
+    from waterline.fleet import HOURS
+    from waterline.units import seconds_text
+
+    if len(replica.hours) == HOURS:
+        return ""
+    return f"serves {span(replica.hours)}" + (f", loads in {seconds_text(replica.load_s)}" if replica.load_s else "")
 
 
 def _program(command: tuple[str, ...]) -> list[str]:
