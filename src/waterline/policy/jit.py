@@ -58,3 +58,8 @@ def compiled(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answe
     if find_spec("numba") is None:
         return function.plain
     return cast("Callable[Arguments, Answer]", function.dispatcher)
+
+
+def plain(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
+    """Return a decorated function as it was written, for those who compile it in their own way."""
+    return function.plain if isinstance(function, Decision) else function

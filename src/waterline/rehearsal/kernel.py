@@ -20,6 +20,7 @@ import math
 from typing import Any
 
 from waterline.policy import admission
+from waterline.policy.jit import plain
 from waterline.rehearsal.jit import compiled, inlined
 from waterline.rehearsal.state import (
     ACCEPTED,
@@ -105,7 +106,7 @@ from waterline.rehearsal.state import (
     Memory,
 )
 
-retry_after_s = inlined(admission.retry_after_s)
+retry_after_s = inlined(plain(admission.retry_after_s))
 
 SLOT_MASK = (1 << SLOT_BITS) - 1
 MOST_STEPS = 1 << 20  # at once, and …
