@@ -39,6 +39,7 @@ from waterline.planner.queueing import (
     Numbers,
     Pace,
     Slos,
+    long_multiple,
     paces,
     quantile_s,
     reading_paces,
@@ -262,10 +263,8 @@ def bound_requests_per_s(shape: Shape, work: Work) -> float:
     enough by this bound need not be priced.
     """
     llm, gpu, layout, lengths = shape.llm, shape.node.gpu, shape.layout, work.lengths
-    if shape.measured:
-        return math.inf
-    if not any(rate in gpu.flops_per_s for rate in PRECISIONS[shape.precision].compute):
-        return 0.0
+    if shape.measured or not _computes(gpu, shape.precision):
+        return math.inf if shape.measured else 0.0
     engine = find_engine(shape.engine).on(gpu)
     memory = memory_use(llm, gpu, layout, shape.precision, engine)
     tokens = cache_tokens(llm, layout, memory, work.max_context_tokens)
@@ -274,12 +273,15 @@ def bound_requests_per_s(shape: Shape, work: Work) -> float:
     kernels = find_kernels(gpu)
     peak = max(kernels.peaks_of("gemm", form).flops_per_s for form in set(forms(llm, shape.precision).values()))
     flops = SURE * 2 * (llm.active_parameters - embedding_parameters(llm))  # a token, attention apart
-    read_s = (lengths.prompt_tokens - lengths.cached_tokens) * flops / (peak * layout.tp * layout.dp)
-    reads = 1 / read_s if shape.role != "decode" else math.inf
+    read_s = (lengths.prompt_tokens - lengths.cached_tokens) * flops / (peak * layout.tp)  # on one rank
+    plain_s = _least_plain_s(shape, lengths, memory)
+    longest = long_multiple(lengths.prompt_sigma, work.slo.fraction)
+    if shape.role != "decode" and plain_s(1) + longest * read_s > work.slo.ttft_s:
+        return 0.0
+    reads = layout.dp / read_s if shape.role != "decode" else math.inf
     if shape.role == "prefill":
         return reads
     places = min(engine.max_batch * layout.dp, max(1, tokens // lengths.context_tokens))
-    plain_s = _least_plain_s(shape, lengths, memory)
     if plain_s(1) > work.slo.tpot_s:
         return 0.0
     low, high = 1.0, float(places)  # the largest batch in time, from above: a step takes longer the more it decodes
@@ -361,7 +363,7 @@ def hold(shape: Shape, work: Work, steps: dict[object, StepCost] | None = None) 
     memory = memory_use(shape.llm, node.gpu, layout, precision, engine)
     if shape.measured:  # it ran, whatever we make of its memory
         tokens, places = MOST_MEASURED_BATCH * work.max_context_tokens, MOST_MEASURED_BATCH
-    elif not any(rate in node.gpu.flops_per_s for rate in PRECISIONS[precision].compute):
+    elif not _computes(node.gpu, precision):
         reason = f"{node.gpu.id} has no units for {precision}"
         return Rejection(shape=shape, binding="precision", shortfall=math.inf, reason=reason)
     else:
@@ -379,6 +381,10 @@ def hold(shape: Shape, work: Work, steps: dict[object, StepCost] | None = None) 
         cache_tokens=tokens,
         places=places,
     )
+
+
+def _computes(gpu: Gpu, precision: str) -> bool:
+    return any(rate in gpu.flops_per_s for rate in PRECISIONS[precision].compute)
 
 
 def _step_of(shape: Shape, engine: EngineProfile, known: dict[object, StepCost]) -> StepCost:
@@ -475,7 +481,7 @@ class _Together:
 def _too_slow(candidate: Candidate, alone: Expected) -> Rejection:
     """Say by how much a lone request is late."""
     slo = candidate.work.slo
-    slow_tokens = candidate.role == "decode" or alone.tpot_s > slo.tpot_s
+    slow_tokens = alone.tpot_s / slo.tpot_s > alone.ttft_s / slo.ttft_s
     binding, got_s, goal_s = ("tpot", alone.tpot_s, slo.tpot_s) if slow_tokens else ("ttft", alone.ttft_s, slo.ttft_s)
     reason = f"{binding.upper()} is {seconds_text(got_s)} for {slo.fraction:.4g} of the requests, even one at a time"
     reason += f"; the SLO allows {seconds_text(goal_s)}"

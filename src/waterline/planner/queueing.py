@@ -266,6 +266,12 @@ def _multiples(sigma: Numbers) -> Numbers:
     return np.exp(MIDDLES * sigma - sigma**2 / 2)
 
 
+def long_multiple(sigma: float, fraction: float) -> float:
+    """Return how many times the mean the longest prompt is that has to be in time for a fraction of them to be."""
+    late_parts = math.floor((1 - fraction) * PARTS + 1e-9)
+    return float(_multiples(np.array([sigma]))[PARTS - 1 - late_parts])
+
+
 def _mean_excess(multiple: Numbers, sigma: Numbers) -> Numbers:
     """Return by how much a lognormal of mean 1 exceeds a value, in the mean."""
     upper = (sigma**2 / 2 - np.log(multiple)) / sigma

@@ -197,22 +197,21 @@ class _Card:
 def _options(question: Question) -> list[_Option]:
     """Return what serves the load, the best first: the best of each of the best cards, and all of the best one."""
     waiting = sorted((_Card(question, gpu) for gpu in question.gpus), key=lambda card: card.least)
-    candidates: list[Candidate] = []
+    cards = {card.gpu: card for card in waiting}
     options: list[_Option] = []
 
     def price(wanted: Sequence[Shape]) -> None:
-        priced = price_all(wanted, [question.work])[0]
-        candidates.extend(one for one in priced if isinstance(one, Candidate))
-        options[:] = sorted(_combined(question, candidates), key=lambda option: (option.rank, str(option)))
+        options.extend(_combined(question, price_all(wanted, [question.work])[0]))
+        options.sort(key=lambda option: (option.rank, str(option)))
 
-    tried: dict[str, tuple[_Card, list[Shape]]] = {}
     while waiting and waiting[0].least <= (worst := _worst_shown(options)) and waiting[0].least < NOTHING:
         some, waiting = waiting[:AT_ONCE], waiting[AT_ONCE:]
-        tried |= {card.gpu: (card, card.worth(worst)) for card in some}
-        price([shape for card in some for shape in tried[card.gpu][1]])
+        price([shape for card in some for shape in card.worth(worst)])
+        options[:] = [option for option in options if option.rank <= _worst_shown(options)]  # steps are large
     if options:
-        card, priced = tried[options[0].gpu]
-        price([shape for shape in card.worth(NOTHING) if shape not in priced])
+        best = options[0].gpu
+        options[:] = [option for option in options if option.gpu != best]
+        price(cards[best].worth(NOTHING))
     return options
 
 
@@ -237,8 +236,9 @@ def _replicas(question: Question, requests_per_s: float) -> int:
     return max(1, math.ceil(question.requests_per_s / requests_per_s))
 
 
-def _combined(question: Question, candidates: Sequence[Candidate]) -> Iterator[_Option]:
+def _combined(question: Question, priced: Sequence[Candidate | Rejection]) -> Iterator[_Option]:
     """Yield every layout that does it alone, and every layout that writes with the best one that reads for it."""
+    candidates = [one for one in priced if isinstance(one, Candidate)]
     readers: dict[tuple[str, str], tuple[Rank, Candidate]] = {}
     for one in candidates:
         rank = _rank(question, one.shape, one.requests_per_s)
@@ -322,10 +322,11 @@ def _why_not(question: Question) -> str:
     nearest: dict[str, Rejection] = {}
     for one in sorted(rejections, key=lambda one: _distance(one, question)):
         nearest.setdefault(one.shape.node.gpu.id, one)
+    near = [one.shape.node.gpu for one in list(nearest.values())[:CARDS_SHOWN]]
     shown = list(nearest.values())[:MISSES_SHOWN]
     misses = "; ".join(f"{one.shape.node.gpu.id}, {one.precision} {one.layout}: {one.reason}" for one in shown)
     more = f" ({len(nearest) - len(shown)} other cards miss by more)" if len(nearest) > len(shown) else ""
-    advice = "; or ".join(_remedies(question)) or "other cards, or a smaller model"
+    advice = "; or ".join(_remedies(question, near)) or "other cards, or a smaller model"
     return f"{question.llm.name} cannot be served like that. {misses}{more}. What would do: {advice}."
 
 
@@ -337,8 +338,8 @@ def _distance(rejection: Rejection, question: Question) -> tuple[int, float]:
     return order, rejection.shortfall / goal
 
 
-def _remedies(question: Question) -> Iterator[str]:
-    """Yield changes to the question that have an answer."""
+def _remedies(question: Question, near: Sequence[Gpu]) -> Iterator[str]:
+    """Yield changes to the question that have an answer; times are loosened for the cards that are near."""
     work, slo = question.work, question.work.slo
     others = [name for name, form in PRECISIONS.items() if form.gguf == (question.engine == "llamacpp")]
     for precision in sorted(set(others) - set(question.precisions), key=lambda name: -PRECISIONS[name].bits):
@@ -351,7 +352,7 @@ def _remedies(question: Question) -> Iterator[str]:
         yield f"--context {shortest} ({found})"
     for patient in ({"ttft_s": 1e9}, {"tpot_s": 1e9}, {"ttft_s": 1e9, "tpot_s": 1e9}):
         times = {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, **patient}
-        if kept := _kept_slo(replace(question, work=replace(work, slo=Slo(**times, fraction=slo.fraction)))):
+        if kept := _kept_slo(replace(question, gpus=near, work=replace(work, slo=Slo(**times, fraction=slo.fraction)))):
             looser = {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, **{name: getattr(kept, name) for name in patient}}
             wish = Slo(**looser, fraction=slo.fraction)
             if found := _best(replace(question, work=replace(work, slo=wish))):
