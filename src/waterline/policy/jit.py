@@ -33,12 +33,7 @@ class Decision(Generic[Arguments, Answer]):
     def dispatcher(self) -> Any:
         """The compiled function; kept on disk between runs where that can be written."""
         if self._dispatcher is None:
-            import numba  # noqa: PLC0415 - the gateway does without
-
-            try:
-                self._dispatcher = numba.njit(cache=True)(self.plain)
-            except RuntimeError:  # no place to write to
-                self._dispatcher = numba.njit(self.plain)
+            self._dispatcher = _compile_lazily(self.plain)
         return self._dispatcher
 
     @property
@@ -58,6 +53,30 @@ def compiled(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answe
     if find_spec("numba") is None:
         return function.plain
     return cast("Callable[Arguments, Answer]", function.dispatcher)
+
+
+def _compile_lazily(function: Callable[..., Any]) -> Any:  # numba has no types
+    import numba  # noqa: PLC0415 - the gateway does without
+
+    options = {
+        "no_cfunc_wrapper": True,  # nobody calls these from C; and helpers are called from compiled code alone
+        "no_cpython_wrapper": function.__name__.startswith("_"),
+    }
+    try:
+        dispatcher = numba.njit(function, cache=True, **options)
+    except RuntimeError:  # no place to write to
+        dispatcher = numba.njit(function, **options)
+    template = dispatcher.get_call_template
+
+    def without_literals(args: Any, kws: Any) -> Any:
+        """Compile once for integers, not once for every constant that is passed."""
+        return template(
+            tuple(numba.types.unliteral(arg) for arg in args),
+            {name: numba.types.unliteral(arg) for name, arg in kws.items()},
+        )
+
+    dispatcher.get_call_template = without_literals
+    return dispatcher
 
 
 def plain(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:

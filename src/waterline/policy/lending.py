@@ -7,7 +7,7 @@ what it **deserves** beyond that is lent while it idles and always comes back; u
 needed lately (`Services.needed`). In this order:
 
 1. *Claims.* A claim is a node's GPUs that are being freed for one replica. When they are complete, it starts; nobody
-   else gets them before. If it is no longer needed then, they are free for all.
+   else gets them before. If it has not been needed for `STABLE_S` by then, they are free for all.
 2. *Hand-back.* What a service has not needed for `STABLE_S` is drained. What falls within its tenant's guarantee
    stays, because nobody else may use it.
 3. *Starts*, one replica at a time, for the service that is furthest behind: below the guarantee first, then below
@@ -52,7 +52,8 @@ NOBODY = -1
 GONE, LOADING, READY, DRAINING = 0, 1, 2, 3  # states of a replica
 START, DRAIN, HOLD, HAND_BACK = 1, 2, 3, 4  # kinds of moves
 STABLE_S = 300.0  # a service must have been able to spare a replica for so long; what people know from Kubernetes' HPA
-SLOTS = 10  # in which that time is cut
+SLOT_S = STABLE_S / 10
+SLOTS = 11  # the last ten whole ones, and the one under way
 SLACK = 0.1  # of what must stay possible, on top, before anything is spare
 DUST = 1e-9
 
@@ -211,7 +212,7 @@ def _end_claims(
             replica = tally.rows[row]
             if replicas.state[replica] == DRAINING and replicas.claimant[replica] == service:
                 coming += replicas.gpus[replica]
-        needed = tally.supply[service] - rate < services.wanted[service]
+        needed = tally.supply[service] - rate < _needed_lately(services, service)
         if freed + coming < gpus or (coming == 0 and not needed):
             tally.usage[tenant] -= gpus
             tally.occupied[tenant] -= gpus
@@ -670,9 +671,18 @@ def _needs(services: Services, service: int) -> float:
 
 
 @jit
+def _needed_lately(services: Services, service: int) -> float:
+    """Return the most a service needed in the last `STABLE_S`."""
+    most = _needs(services, service)
+    for slot in range(SLOTS):
+        most = max(most, services.needed[service, slot])
+    return float(most)
+
+
+@jit
 def _note_needs(services: Services, now_s: float) -> None:
     """Remember what services need now, and forget what lies further back than `STABLE_S`."""
-    slot, last = int(now_s // (STABLE_S / SLOTS)), services.slot[0]
+    slot, last = int(now_s // SLOT_S), services.slot[0]
     fresh = slot - last if last != NOBODY else 1
     for service in range(len(services.tenant)):
         for passed in range(min(fresh, SLOTS)):
@@ -711,11 +721,8 @@ def _tally(tenants: Tenants, services: Services, layouts: Layouts, nodes: Nodes,
         tally.supply[service] += layouts.rate[services.model[service], replicas.node[replica]]
     _group_by_node(replicas, tally)
     for service in range(len(services.tenant)):
-        most = _needs(services, service)
-        tally.spare[service] = tally.supply[service] - most * (1.0 + SLACK)
-        for slot in range(SLOTS):
-            most = max(most, services.needed[service, slot])
-        tally.stable[service] = tally.supply[service] - most * (1.0 + SLACK)
+        tally.spare[service] = tally.supply[service] - _needs(services, service) * (1.0 + SLACK)
+        tally.stable[service] = tally.supply[service] - _needed_lately(services, service) * (1.0 + SLACK)
     for node in range(places):
         if nodes.held_for[node] != NOBODY:
             _add(services, layouts, tally, nodes.held_for[node], node)

@@ -1,0 +1,6 @@
+"""Makes `world`, beside this file, importable by the tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

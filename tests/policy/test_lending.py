@@ -1,0 +1,237 @@
+"""Who lends to whom: the worked examples of the schedulers people know, by name, and ours."""
+
+import numpy as np
+import pytest
+from world import DRAINING, INF, LOADING, NOBODY, READY, Fleet, said
+
+from waterline.policy import lending
+from waterline.policy.decisions import RULES
+
+# --- Kueue: concepts/cluster_queue.md; nominalQuota = deserved, quota that is not lent = guarantee ---------------------
+
+
+def test_kueue_a_queue_borrows_all_unused_quota_of_its_cohort() -> None:
+    fleet = Fleet((21,), {"team_a": (0, 9, 21), "team_b": (0, 12, 21)}).want(team_a=30)
+    fleet.step()
+    assert fleet.gpus_of("team_a") == 12 + 9
+
+
+def test_kueue_borrowing_limit_1_admits_10() -> None:
+    fleet = Fleet((21,), {"team_a": (0, 9, 9 + 1), "team_b": (0, 12, 21)}).want(team_a=30)
+    fleet.step()
+    assert fleet.gpus_of("team_a") == 10
+
+
+def test_kueue_without_a_borrowing_limit_the_other_queue_uses_21() -> None:
+    fleet = Fleet((21,), {"team_a": (0, 9, 9 + 1), "team_b": (0, 12, 21)}).want(team_b=30)
+    fleet.step()
+    assert fleet.gpus_of("team_b") == 12 + 9
+
+
+def test_kueue_lending_limit_1_lets_the_other_queue_admit_10() -> None:
+    fleet = Fleet((21,), {"team_a": (0, 9, 21), "team_b": (12 - 1, 12, 21)}).want(team_a=30)
+    fleet.step()
+    assert fleet.gpus_of("team_a") == 9 + 1
+
+
+def test_kueue_who_is_below_its_nominal_quota_is_admitted_before_who_would_borrow() -> None:
+    fleet = Fleet((21,), {"team_a": (0, 9, 21), "team_b": (0, 12, 21)}).want(team_a=30, team_b=30).run("team_a", 9)
+    started = fleet.step()
+    assert started.claimant.tolist() == [1] * 12
+    assert (fleet.gpus_of("team_a"), fleet.gpus_of("team_b")) == (9, 12)
+
+
+# --- Volcano: docs/design/capacity-scheduling.md, docs/user-guide/how_to_use_capacity_plugin.md ------------------------
+
+
+def test_volcano_story_4_reclaims_40_of_60_and_leaves_the_guarantee_of_20() -> None:
+    fleet = Fleet((100,), {"queue1": (20, 20, 60), "queue2": (10, 80, 100)})
+    fleet.want(queue1=100).settle()
+    assert fleet.gpus_of("queue1") == 60
+    moves = fleet.want(queue2=100).step()
+    assert said(moves).count(("drain", "reclaim")) <= 40
+    fleet.settle(400)
+    assert (fleet.gpus_of("queue1"), fleet.gpus_of("queue2")) == (20, 80)
+
+
+def test_volcano_user_guide_queue2_reclaims_its_6_of_8_and_2_stay() -> None:
+    fleet = Fleet((4, 4), {"queue1": (0, 2, 8), "queue2": (0, 6, 8)}).want(queue1=8).settle()
+    assert fleet.gpus_of("queue1") == 8
+    fleet.want(queue2=8).settle(100)
+    assert (fleet.gpus_of("queue1"), fleet.gpus_of("queue2")) == (2, 6)
+
+
+# --- KAI: docs/fairness, cmd/fairshare-simulator, priority-based-fair-share.md, plugins/minruntime ---------------------
+
+
+def test_kai_fair_share_fills_quotas_then_shares_the_rest_by_weight() -> None:
+    fleet = Fleet((100,), {"queue1": (0, 10, 100), "queue2": (0, 10, 100)}, weight={"queue1": 3, "queue2": 1})
+    fleet.want(queue1=100, queue2=100).step()
+    assert (fleet.gpus_of("queue1"), fleet.gpus_of("queue2")) == (70, 30)
+
+
+def test_kai_what_is_left_reaches_lower_priorities_last() -> None:
+    shares = {"a": (0, 20, 200), "b": (0, 30, 200), "c": (0, 30, 200)}
+    fleet = Fleet((200,), shares, priority={"a": 100, "b": 100, "c": 50}, weight={"a": 0, "b": 2, "c": 1})
+    fleet.want(a=70, b=50, c=90).step()
+    assert (fleet.gpus_of("a"), fleet.gpus_of("b"), fleet.gpus_of("c")) == (70, 50, 80)
+
+
+def test_kai_at_20_s_of_a_minimum_runtime_of_30_s_a_job_is_protected() -> None:
+    fleet = Fleet((8,), {"production": (0, 2, 8), "research": (0, 6, 8)}, min_runtime_s=30).run("production", 8)
+    fleet.want(production=8, research=6)
+    fleet.now_s = 20
+    assert said(fleet.moves()) == []
+    fleet.now_s = 30
+    assert ("drain", "reclaim") in said(fleet.moves())
+
+
+# --- Ours -------------------------------------------------------------------------------------------------------------
+
+
+def two_nodes(**options: object) -> Fleet:
+    """Two nodes of 8 GPUs; the public borrows, and its replicas take 8 GPUs, those of research 4."""
+    shares = {"public": (0.0, 0.0, 16.0), "research": (0.0, 8.0, 16.0)}
+    return Fleet((8, 8), shares, {"public": 1}, model_gpus=((8, 8), (4, 4)), **options)
+
+
+def test_a_borrower_of_higher_priority_outbids_a_loan_and_leaves_what_is_deserved() -> None:
+    fleet = two_nodes().run("research", 2, node=0).run("research", 2, node=1).want(public=16, research=INF)
+    assert said(fleet.step())[:3] == [
+        ("hold", "freed for claim"),
+        ("drain", "outbid loan"),
+        ("drain", "outbid loan"),
+    ]
+    fleet.settle()
+    assert (fleet.gpus_of("public"), fleet.gpus_of("research")) == (8, 8)
+
+
+def test_a_loan_moves_to_the_node_where_least_is_lost() -> None:
+    fleet = two_nodes().want(public=8, research=INF)
+    fleet.run("research", 2, node=0, lost_gpu_s=50).run("research", 1, node=1, lost_gpu_s=90).run("research", 1, node=1)
+    assert fleet.moves().node.tolist()[0] == 1  # 90 GPU-seconds are lost there, 100 on the other
+
+
+def test_the_load_time_of_the_model_on_the_node_is_part_of_the_price() -> None:
+    fleet = two_nodes().want(public=8, research=INF)
+    fleet.run("research", 2, node=0, lost_gpu_s=50).run("research", 2, node=1)
+    assert fleet.moves().node.tolist()[0] == 1
+    fleet.layouts.load_s[0, 1] = 75  # 15 s longer on 8 GPUs: 120 GPU-seconds
+    moves = fleet.moves()
+    assert moves.node.tolist()[0] == 0
+    assert moves.cost_gpu_s.tolist() == [0.0, 50 + 4 * 30, 50 + 4 * 30]
+    assert moves.deadline_s.tolist() == [30.0] * 3
+
+
+def test_a_model_without_a_layout_on_a_node_never_goes_there() -> None:
+    fleet = Fleet((8, 8), {"public": (0, 8, 16)}, model_gpus=((0, 8),)).want(public=16).settle()
+    assert fleet.nodes.free_gpus.tolist() == [8, 0]
+
+
+def test_nothing_that_loads_is_stopped() -> None:
+    fleet = Fleet((8,), {"public": (0, 2, 8), "research": (0, 6, 8)}, load_s=100).want(public=8)
+    fleet.step()
+    fleet.want(research=6)
+    for _ in range(9):
+        assert said(fleet.step()) == []
+        assert (fleet.replicas.state[:8] == LOADING).sum() + (fleet.replicas.state[:8] == READY).sum() == 8
+    assert ("drain", "reclaim") in said(fleet.step())
+
+
+def test_freed_gpus_are_kept_for_their_claimant() -> None:
+    fleet = Fleet((8,), {"a": (0, 8, 8), "b": (0, 0, 8), "c": (0, 0, 8)}, model_gpus=((8,), (4,), (4,)))
+    fleet.run("b", 2).want(a=8, b=8)
+    fleet.step()
+    fleet.want(c=8)  # a third asks while the second half drains
+    victims = np.flatnonzero(fleet.replicas.state == DRAINING)
+    lending.has_ended(fleet.nodes, fleet.replicas, victims[0])
+    assert (fleet.nodes.held_gpus[0], fleet.nodes.free_gpus[0]) == (4, 0)
+    assert said(fleet.moves()) == []
+    lending.has_ended(fleet.nodes, fleet.replicas, victims[1])
+    assert said(fleet.step()) == [("start", "claim kept")]
+    assert fleet.gpus_of("a") == 8
+
+
+def test_a_claim_that_is_no_longer_needed_is_given_back_to_all() -> None:
+    fleet = Fleet((8,), {"a": (0, 8, 8), "b": (0, 0, 8)}, model_gpus=((8,), (4,)), grace_s=400)
+    fleet.run("b", 2).want(a=8, b=8)
+    fleet.step()
+    for _ in range(39):
+        assert said(fleet.want(a=0).step()) == [], "they drain until 400 s"
+    assert fleet.nodes.held_gpus[0] == 8
+    moves = said(fleet.step())
+    assert moves == [("hand back", "claim dropped"), ("start", "borrow idle"), ("start", "borrow idle")]
+    assert (fleet.nodes.held_gpus[0], fleet.nodes.held_for[0], fleet.gpus_of("b")) == (0, NOBODY, 8)
+
+
+def test_whoever_is_not_needed_in_the_end_is_put_back() -> None:
+    shares = {"a": (0, 4, 8), "b": (0, 0, 8), "c": (0, 0, 8)}
+    fleet = Fleet((8,), shares, model_gpus=((4,), (1,), (4,)), weight={"b": 1, "c": 1})
+    fleet.run("b", 1).run("c", 1, lost_gpu_s=10).want(a=4, b=1, c=4)
+    fleet.nodes.free_gpus[0] -= 3  # of somebody who cannot be stopped
+    drained = fleet.moves()
+    assert drained.victim.tolist() == [NOBODY, 1], "the small one alone would not do, with the large one it is too much"
+
+
+def test_a_tenant_first_uses_what_another_of_its_models_can_spare() -> None:
+    fleet = Fleet((8,), {"a": (8, 8, 8), "b": (0, 0, 8)}, model_gpus=((2,), (2,)))
+    fleet.services.tenant[1] = 0  # two models of one tenant
+    fleet.run("a", 4).want(a=2, b=2)
+    assert said(fleet.moves()) == [("hold", "freed for claim"), ("drain", "own surplus")]
+
+
+def test_what_could_be_spared_for_five_minutes_is_handed_back_with_a_deadline() -> None:
+    fleet = Fleet((8,), {"public": (0, 0, 8)}).run("public", 8).want(public=8).settle(3)
+    fleet.want(public=2)
+    handed_back = [fleet.step() for _ in range(40)]
+    times_s = [30 + 10 * step for step, moves in enumerate(handed_back) if len(moves.kind)]
+    assert times_s == [330], "once, and not before 300 s"
+    moves = next(moves for moves in handed_back if len(moves.kind))
+    assert said(moves) == [("hand back", "surplus")] * 5, "a tenth more than is needed stays"
+    assert moves.deadline_s.tolist() == [330 + 30] * 5
+
+
+def test_a_guarantee_is_not_handed_back_because_nobody_else_may_use_it() -> None:
+    fleet = Fleet((8,), {"enterprise": (4, 6, 8)}).run("enterprise", 8).want(enterprise=0).settle(50)
+    assert fleet.gpus_of("enterprise") == 4
+
+
+def test_what_will_be_reclaimed_soon_is_not_lent() -> None:
+    fleet = Fleet((8,), {"public": (0, 0, 8), "research": (0, 6, 8)}).want(public=8)
+    fleet.services.kept[1] = 4.0  # research will need so many within minutes
+    fleet.step()
+    assert fleet.gpus_of("public") == 4
+
+
+def test_below_the_guarantee_comes_first_then_below_deserved_then_borrowing() -> None:
+    shares = {"borrower": (0, 0, 9), "owner": (0, 3, 9), "guaranteed": (3, 3, 9)}
+    fleet = Fleet((9,), shares, {"borrower": 9}).want(borrower=9, owner=9, guaranteed=9)
+    assert fleet.step().claimant.tolist() == [2] * 3 + [1] * 3 + [0] * 3
+
+
+@pytest.mark.parametrize("cold_starts", [0.5, 1.0, 2.0])
+def test_a_square_wave_makes_no_more_than_one_round_trip_a_period(cold_starts: float) -> None:
+    load_s, grace_s, step_s = 120.0, 30.0, 10.0
+    fleet = Fleet((8, 8), {"public": (0, 4, 16), "research": (0, 8, 16)}, {"public": 1}, load_s=load_s, grace_s=grace_s)
+    fleet.want(research=INF, public=2).settle(60)
+    period_s = cold_starts * load_s
+    periods = 20
+    starts = {0: 0, 1: 0}  # of the public, of research
+    begin_s = fleet.now_s
+    while fleet.now_s < begin_s + periods * period_s:
+        high = (fleet.now_s - begin_s) % period_s < period_s / 2
+        moves = fleet.want(public=8 if high else 2).step(step_s)
+        for service in moves.claimant[moves.kind == lending.START].tolist():
+            starts[service] += 1
+    assert starts[0] == 6, "it borrows once, and stays: the load came back within five minutes each time"
+    assert starts[1] == 0
+    fleet.want(public=2).settle(60)
+    assert (fleet.gpus_of("public"), fleet.gpus_of("research")) == (3, 13), "then research has them back"
+
+
+def test_every_move_names_its_rule() -> None:
+    named = {code for code in RULES if code >= 50}
+    fleet = two_nodes().run("research", 2, node=0).run("research", 2, node=1).want(public=16, research=INF)
+    seen = {int(rule) for _ in range(30) for rule in fleet.step().rule}
+    assert seen
+    assert seen <= named

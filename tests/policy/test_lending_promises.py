@@ -1,0 +1,90 @@
+"""Ten thousand random fleets, each promise checked after every step of each."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from world import INF, PROMISES, empty_replicas, live
+
+from waterline.policy.jit import compiled
+from waterline.policy.lending import NOBODY, Layouts, Nodes, Replicas, Tenants, new_services
+
+COMPILED = find_spec("numba") is not None
+FLEETS = 10_000 if COMPILED else 60  # a thousand take seconds compiled, and minutes interpreted
+STEPS = 48
+STEP_S = 30.0
+
+
+def random_tenants(dice: np.random.Generator, count: int, gpus: int) -> Tenants:
+    deserved = np.floor(dice.dirichlet(np.ones(count)) * gpus * dice.choice([0.6, 1.0]))
+    guarantee = np.floor(deserved * dice.choice([0.0, 0.5, 1.0], count))
+    limit = np.minimum(deserved + np.floor(dice.random(count) * gpus), gpus)
+    terms = dice.choice([0.0, 20.0, 60.0], count), dice.choice([0.0, 60.0, 200.0], count)
+    return Tenants(guarantee, deserved, limit, deserved + dice.integers(0, 2, count), *terms)
+
+
+def random_fleet(dice: np.random.Generator, *, uniform: bool) -> tuple[tuple[object, ...], np.ndarray]:
+    """Return the arrays of a fleet, and what its services want at each step.
+
+    `uniform`: each model takes the same number of GPUs, so that nothing but the rules can keep GPUs from a tenant.
+    """
+    nodes, models, tenants = int(dice.integers(1, 5)), int(dice.integers(1, 4)), int(dice.integers(2, 5))
+    node_gpus = dice.choice([4, 8], nodes).astype(np.int64)
+    model_gpus = np.minimum(dice.choice([1, 2, 4, 8], (models, nodes)), node_gpus)
+    model_gpus *= dice.random((models, nodes)) < 0.8
+    if uniform:
+        model_gpus[:] = dice.choice([1, 2, 4])
+    load_s = dice.choice([20.0, 60.0, 150.0], (models, nodes))
+    services = int(dice.integers(tenants, tenants + 3))
+    of_tenant = np.concatenate([np.arange(tenants), dice.integers(0, tenants, services - tenants)])
+    wanted = np.repeat(dice.random((STEPS // 8, services)) * node_gpus.sum(), 8, axis=0)
+    wanted *= dice.random(services) < 0.8
+    wanted[:, dice.random(services) < 0.25] = INF
+    arrays = (
+        random_tenants(dice, tenants, int(node_gpus.sum())),
+        new_services(of_tenant, dice.integers(0, models, services), dice.integers(0, 3, services)),
+        Layouts(model_gpus.astype(np.int64), model_gpus * dice.choice([0.5, 1.0, 2.0], (models, 1)), load_s),
+        Nodes(node_gpus, np.zeros(nodes, np.int64), np.full(nodes, NOBODY, np.int64)),
+        empty_replicas(3 * int(node_gpus.sum())),
+    )
+    return arrays, wanted
+
+
+@pytest.mark.parametrize("fails", [0.0, 0.01], ids=["healthy", "failing"])
+def test_every_promise_holds_at_every_step_of_random_fleets(fails: float) -> None:
+    run = compiled(live)
+    all_moves = 0
+    for seed in range(FLEETS // 2):
+        dice = np.random.default_rng([seed, int(fails > 0)])
+        arrays, wanted = random_fleet(dice, uniform=False)
+        luck = dice.random((STEPS, len(arrays[4].state)))
+        broken, step, moves = run(*arrays, wanted, luck, STEP_S, fails, INF)
+        assert not broken, f"seed {seed}, step {step}: not so: {PROMISES[broken]}"
+        all_moves += moves
+    assert all_moves > 5 * FLEETS // 2, "they do move"
+
+
+def test_a_tenant_that_wants_what_it_deserves_gets_it_within_minimum_runtime_grace_and_load() -> None:
+    run = compiled(live)
+    for seed in range(FLEETS // 5):
+        dice = np.random.default_rng([seed, 2])
+        arrays, wanted = random_fleet(dice, uniform=True)
+        tenants, _, layouts = arrays[:3]
+        bound_s = layouts.load_s.max() + tenants.min_runtime_s.max() + tenants.grace_s.max() + 2 * STEP_S
+        luck = dice.random((STEPS, len(arrays[4].state)))
+        broken, step, _ = run(*arrays, wanted, luck, STEP_S, 0.0, bound_s)
+        assert not broken, f"seed {seed}, step {step}: not so: {PROMISES[broken]}"
+
+
+@pytest.mark.skipif(not COMPILED, reason="numba is not installed: there is nothing to compare with")
+def test_moves_are_the_same_with_and_without_numba() -> None:
+    for seed in range(25):
+        after: list[Replicas] = []
+        for run in (live.plain, compiled(live)):
+            dice = np.random.default_rng([seed, 3])
+            arrays, wanted = random_fleet(dice, uniform=False)
+            luck = dice.random((STEPS, len(arrays[4].state)))
+            run(*arrays, wanted, luck, STEP_S, 0.02, INF)
+            after.append(arrays[4])
+        for one, other in zip(*after, strict=True):
+            assert one.tobytes() == other.tobytes()
