@@ -125,7 +125,7 @@ def test_the_load_time_of_the_model_on_the_node_is_part_of_the_price() -> None:
 
 def test_a_model_without_a_layout_on_a_node_never_goes_there() -> None:
     fleet = Fleet((8, 8), {"public": (0, 8, 16)}, model_gpus=((0, 8),)).want(public=16).settle()
-    assert fleet.nodes.free_gpus.tolist() == [8, 0]
+    assert fleet.free_gpus.tolist() == [8, 0]
 
 
 def test_nothing_that_loads_is_stopped() -> None:
@@ -144,10 +144,10 @@ def test_freed_gpus_are_kept_for_their_claimant() -> None:
     fleet.step()
     fleet.want(c=8)  # a third asks while the second half drains
     victims = np.flatnonzero(fleet.replicas.state == DRAINING)
-    lending.has_ended(fleet.nodes, fleet.replicas, victims[0])
-    assert (fleet.nodes.held_gpus[0], fleet.nodes.free_gpus[0]) == (4, 0)
+    lending.has_ended(fleet.free_gpus, fleet.claims, fleet.replicas, victims[0])
+    assert (fleet.claims.held_gpus[0], fleet.free_gpus[0]) == (4, 0)
     assert said(fleet.moves()) == []
-    lending.has_ended(fleet.nodes, fleet.replicas, victims[1])
+    lending.has_ended(fleet.free_gpus, fleet.claims, fleet.replicas, victims[1])
     assert said(fleet.step()) == [("start", "claim kept")]
     assert fleet.gpus_of("a") == 8
 
@@ -158,17 +158,17 @@ def test_a_claim_that_is_no_longer_needed_is_given_back_to_all() -> None:
     fleet.step()
     for _ in range(39):
         assert said(fleet.want(a=0).step()) == [], "they drain until 400 s"
-    assert fleet.nodes.held_gpus[0] == 8
+    assert fleet.claims.held_gpus[0] == 8
     moves = said(fleet.step())
     assert moves == [("hand back", "claim dropped"), ("start", "borrow idle"), ("start", "borrow idle")]
-    assert (fleet.nodes.held_gpus[0], fleet.nodes.held_for[0], fleet.gpus_of("b")) == (0, NOBODY, 8)
+    assert (fleet.claims.held_gpus[0], fleet.claims.service[0], fleet.gpus_of("b")) == (0, NOBODY, 8)
 
 
 def test_whoever_is_not_needed_in_the_end_is_put_back() -> None:
     shares = {"a": (0, 4, 8), "b": (0, 0, 8), "c": (0, 0, 8)}
     fleet = Fleet((8,), shares, model_gpus=((4,), (1,), (4,)), weight={"b": 1, "c": 1})
     fleet.run("b", 1).run("c", 1, lost_gpu_s=10).want(a=4, b=1, c=4)
-    fleet.nodes.free_gpus[0] -= 3  # of somebody who cannot be stopped
+    fleet.free_gpus[0] -= 3  # of somebody who cannot be stopped
     drained = fleet.moves()
     assert drained.victim.tolist() == [NOBODY, 1], "the small one alone would not do, with the large one it is too much"
 

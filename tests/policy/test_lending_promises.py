@@ -4,10 +4,10 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from world import INF, PROMISES, empty_replicas, live
+from world import INF, PROMISES, live
 
 from waterline.policy.jit import compiled
-from waterline.policy.lending import NOBODY, Layouts, Nodes, Replicas, Tenants, new_services
+from waterline.policy.lending import Layouts, Replicas, Tenants, new_claims, new_replicas, new_services
 
 COMPILED = find_spec("numba") is not None
 FLEETS = 10_000 if COMPILED else 60  # a thousand take seconds compiled, and minutes interpreted
@@ -32,8 +32,10 @@ def random_fleet(dice: np.random.Generator, *, uniform: bool) -> tuple[tuple[obj
     node_gpus = dice.choice([4, 8], nodes).astype(np.int64)
     model_gpus = np.minimum(dice.choice([1, 2, 4, 8], (models, nodes)), node_gpus)
     model_gpus *= dice.random((models, nodes)) < 0.8
+    rate = model_gpus * dice.choice([0.5, 1.0, 2.0], (models, 1))
     if uniform:
         model_gpus[:] = dice.choice([1, 2, 4])
+        rate = model_gpus.astype(float)
     load_s = dice.choice([20.0, 60.0, 150.0], (models, nodes))
     services = int(dice.integers(tenants, tenants + 3))
     of_tenant = np.concatenate([np.arange(tenants), dice.integers(0, tenants, services - tenants)])
@@ -43,9 +45,10 @@ def random_fleet(dice: np.random.Generator, *, uniform: bool) -> tuple[tuple[obj
     arrays = (
         random_tenants(dice, tenants, int(node_gpus.sum())),
         new_services(of_tenant, dice.integers(0, models, services), dice.integers(0, 3, services)),
-        Layouts(model_gpus.astype(np.int64), model_gpus * dice.choice([0.5, 1.0, 2.0], (models, 1)), load_s),
-        Nodes(node_gpus, np.zeros(nodes, np.int64), np.full(nodes, NOBODY, np.int64)),
-        empty_replicas(3 * int(node_gpus.sum())),
+        Layouts(model_gpus.astype(np.int64), rate, load_s),
+        node_gpus,
+        new_claims(int(node_gpus.sum())),
+        new_replicas(2 * int(node_gpus.sum())),
     )
     return arrays, wanted
 
@@ -57,7 +60,7 @@ def test_every_promise_holds_at_every_step_of_random_fleets(fails: float) -> Non
     for seed in range(FLEETS // 2):
         dice = np.random.default_rng([seed, int(fails > 0)])
         arrays, wanted = random_fleet(dice, uniform=False)
-        luck = dice.random((STEPS, len(arrays[4].state)))
+        luck = dice.random((STEPS, len(arrays[5].state)))
         broken, step, moves = run(*arrays, wanted, luck, STEP_S, fails, INF)
         assert not broken, f"seed {seed}, step {step}: not so: {PROMISES[broken]}"
         all_moves += moves
@@ -71,7 +74,7 @@ def test_a_tenant_that_wants_what_it_deserves_gets_it_within_minimum_runtime_gra
         arrays, wanted = random_fleet(dice, uniform=True)
         tenants, _, layouts = arrays[:3]
         bound_s = layouts.load_s.max() + tenants.min_runtime_s.max() + tenants.grace_s.max() + 2 * STEP_S
-        luck = dice.random((STEPS, len(arrays[4].state)))
+        luck = dice.random((STEPS, len(arrays[5].state)))
         broken, step, _ = run(*arrays, wanted, luck, STEP_S, 0.0, bound_s)
         assert not broken, f"seed {seed}, step {step}: not so: {PROMISES[broken]}"
 
@@ -83,8 +86,8 @@ def test_moves_are_the_same_with_and_without_numba() -> None:
         for run in (live.plain, compiled(live)):
             dice = np.random.default_rng([seed, 3])
             arrays, wanted = random_fleet(dice, uniform=False)
-            luck = dice.random((STEPS, len(arrays[4].state)))
+            luck = dice.random((STEPS, len(arrays[5].state)))
             run(*arrays, wanted, luck, STEP_S, 0.02, INF)
-            after.append(arrays[4])
+            after.append(arrays[5])
         for one, other in zip(*after, strict=True):
             assert one.tobytes() == other.tobytes()

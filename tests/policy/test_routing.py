@@ -1,7 +1,24 @@
+from collections import Counter
+
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from waterline.policy.routing import NOBODY, least_loaded
+from waterline.policy.decisions import NO_REPLICA, PREFIX_CACHED, SHORTEST_WAIT
+from waterline.policy.routing import (
+    FEW,
+    MOST_DRAWN,
+    NOBODY,
+    Ready,
+    least_loaded,
+    longest_prefix,
+    make_ready,
+    new_prefixes,
+    new_ready,
+    remember,
+    route,
+)
 
 rates = st.lists(st.tuples(st.floats(0, 1e7), st.sampled_from([0.0, 50.0, 100.0, 250.0])), max_size=8)
 
@@ -42,3 +59,136 @@ def test_the_choice_waits_no_longer_than_any_other(replicas: list[tuple[float, f
     assert (choice == NOBODY) == (not waits)
     if waits:
         assert backlog[choice] / rate[choice] == min(waits)
+
+
+# --- Two choices and prefixes -----------------------------------------------------------------------------------------
+
+NO_BLOCKS = np.zeros(0, np.int64)
+
+
+def table(rate: list[float]) -> Ready:
+    ready = new_ready(len(rate))
+    make_ready(ready, np.array(rate))
+    return ready
+
+
+class Router:
+    """Replicas that read ten times as fast as they serve, and what they remember."""
+
+    def __init__(self, rate: list[float]) -> None:
+        self.rate, self.backlog = np.array(rate), np.zeros(len(rate))
+        self.born, self.prefixes, self.ready = np.zeros(len(rate), np.int64), new_prefixes(64), table(rate)
+
+    def route(self, blocks: np.ndarray = NO_BLOCKS, draw: int = 0, prompt_tokens: int = 1000) -> tuple[int, int, int]:
+        rates = self.rate, self.rate * 10
+        return route(self.ready, self.prefixes, self.born, self.backlog, *rates, prompt_tokens, blocks, 100, draw)
+
+
+def test_a_few_replicas_are_all_looked_at() -> None:
+    router = Router([100.0] * FEW)
+    router.backlog[:] = 500
+    router.backlog[5] = 100
+    assert {router.route(draw=draw)[0] for draw in range(0, 10**7, 99991)} == {5}
+
+
+def test_of_many_replicas_the_better_of_two_drawn_serves() -> None:
+    router, dice = Router([100.0] * 1000), np.random.default_rng(1)
+    router.backlog[::2] = 1e6
+    chosen = [router.route(draw=int(draw))[0] for draw in dice.integers(MOST_DRAWN, size=4000)]
+    assert len(set(chosen)) > 480, "all of the idle ones"
+    assert np.mean(np.array(chosen) % 2 == 0) == pytest.approx(1 / 4, abs=0.03), "busy only where both draws were"
+
+
+def test_two_choices_keep_the_longest_queue_short() -> None:
+    """Of a thousand balls in a thousand bins, one choice puts 5 to 7 into the fullest, two put 3 (Azar et al. 1994)."""
+    router, dice = Router([100.0] * 1000), np.random.default_rng(2)
+    for draw in dice.integers(MOST_DRAWN, size=1000):
+        router.backlog[router.route(draw=int(draw))[0]] += 1
+    assert router.backlog.max() <= 4
+
+
+def test_replicas_are_drawn_as_often_as_they_are_fast() -> None:
+    """Otherwise nine slow replicas of ten are both drawn too often for what they can do."""
+    router, dice = Router([10.0] * 90 + [1000.0] * 10), np.random.default_rng(3)
+    for draw in dice.integers(MOST_DRAWN, size=20_000):
+        router.backlog[router.route(draw=int(draw), prompt_tokens=1)[0]] += 1
+    done_s = router.backlog / router.rate
+    fair_s = 20_000 / router.rate.sum()
+    assert done_s.max() < 1.5 * fair_s
+    assert done_s[90:].min() > 0.8 * fair_s
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=40))
+def test_the_table_to_draw_from_has_every_replica_as_often_as_it_is_fast(rate: list[float]) -> None:
+    ready, count = table([*rate, 0.0]), len(rate)
+    columns = Counter[int]()
+    for place in range(count):
+        columns[int(ready.replicas[place])] += int(ready.threshold[place])
+        columns[int(ready.replicas[ready.alias[place]])] += 65536 - int(ready.threshold[place])
+    assert ready.size[0] == count
+    for replica in range(count):
+        assert columns[replica] / 65536 == pytest.approx(rate[replica] * count / sum(rate), abs=count * 2 / 65536)
+
+
+@pytest.mark.parametrize("count", [4, 60])
+def test_failed_and_draining_replicas_are_never_chosen_even_when_the_table_is_old(count: int) -> None:
+    router, dice = Router([100.0] * count), np.random.default_rng(4)
+    router.rate[: count - 1] = 0.0
+    blocks = np.array([11, 12, 13])
+    remember(router.prefixes, router.born, blocks, 0)
+    chosen = {router.route(blocks, draw=int(draw))[0] for draw in dice.integers(MOST_DRAWN, size=200)}
+    assert chosen == {count - 1}
+    router.rate[:] = 0.0
+    assert router.route(blocks) == (NOBODY, 0, NO_REPLICA)
+
+
+def test_who_has_read_the_beginning_of_a_prompt_reads_the_rest() -> None:
+    router = Router([100.0] * 4)
+    conversation = np.array([101, 102, 103, 104, 105])
+    remember(router.prefixes, router.born, conversation[:3], 2)
+    assert router.route(conversation) == (2, 300, PREFIX_CACHED)
+    assert router.route(np.array([101, 999])) == (2, 100, PREFIX_CACHED)
+    assert router.route(np.array([201, 202])) == (0, 0, SHORTEST_WAIT)
+
+
+def test_a_queue_that_costs_more_than_the_prefix_saves_is_avoided() -> None:
+    router, blocks = Router([100.0] * 4), np.array([101, 102, 103, 104, 105])
+    remember(router.prefixes, router.born, blocks, 2)  # saves 500 tokens of reading at 1000 a second
+    router.backlog[2] = 49  # 0.49 s
+    assert router.route(blocks)[0] == 2
+    router.backlog[2] = 51
+    assert router.route(blocks)[0] == 0
+
+
+def test_the_last_token_of_a_prompt_is_read_again() -> None:
+    router, blocks = Router([100.0] * 2), np.array([101, 102])
+    remember(router.prefixes, router.born, blocks, 1)
+    assert router.route(blocks, prompt_tokens=200) == (1, 199, PREFIX_CACHED)
+
+
+def test_a_replica_that_was_started_again_has_forgotten() -> None:
+    router, blocks = Router([100.0] * 4), np.array([101, 102])
+    remember(router.prefixes, router.born, blocks, 2)
+    router.born[2] += 1
+    assert router.route(blocks) == (0, 0, SHORTEST_WAIT)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20)), max_size=60), st.integers(0, 3), st.integers(1, 20))
+def test_a_prefix_that_is_found_has_been_read_by_that_replica(
+    read: list[tuple[int, int]], story: int, length: int
+) -> None:
+    prefixes, born = new_prefixes(16), np.zeros(5, np.int64)  # far too small for all of them
+    blocks_of = lambda story, length: np.arange(1, length + 1, dtype=np.int64) * 1009 + story * 2**40  # noqa: E731
+    for number, (which, until) in enumerate(read):
+        remember(prefixes, born, blocks_of(which, until), number % 5)
+    keeper, tokens = longest_prefix(prefixes, born, blocks_of(story, length), 10)
+    assert (keeper == NOBODY) == (tokens == 0)
+    if keeper != NOBODY:
+        longest = max((u for n, (s, u) in enumerate(read) if s == story and n % 5 == keeper), default=0)
+        assert tokens <= 10 * min(longest, length)
+
+
+def test_choices_depend_on_nothing_but_what_is_shown() -> None:
+    first, second = Router([100.0] * 500), Router([100.0] * 500)
+    draws = np.random.default_rng(9).integers(MOST_DRAWN, size=300)
+    assert [first.route(draw=int(d)) for d in draws] == [second.route(draw=int(d)) for d in draws]

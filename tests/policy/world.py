@@ -21,12 +21,14 @@ from waterline.policy.lending import (
     NOBODY,
     READY,
     START,
+    Claims,
     Layouts,
     Moves,
-    Nodes,
     Replicas,
     Services,
     Tenants,
+    new_claims,
+    new_replicas,
     new_services,
 )
 
@@ -39,11 +41,6 @@ def floats(*values: float) -> np.ndarray:
 
 def integers(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
-
-
-def empty_replicas(rows: int) -> Replicas:
-    whole = [np.zeros(rows, np.int64) for _ in range(4)]
-    return Replicas(*whole, np.zeros(rows), np.zeros(rows), np.full(rows, NOBODY, np.int64))
 
 
 @dataclass
@@ -72,10 +69,9 @@ class Fleet:
             np.arange(count), np.arange(count), integers(*(self.priority.get(name, 0) for name in names))
         )
         self.layouts = Layouts(model_gpus, model_gpus.astype(float), np.full(model_gpus.shape, self.load_s))
-        self.nodes = Nodes(
-            integers(*self.gpus), np.zeros(len(self.gpus), np.int64), np.full(len(self.gpus), NOBODY, np.int64)
-        )
-        self.replicas = empty_replicas(2 * sum(self.gpus))
+        self.free_gpus = integers(*self.gpus)
+        self.claims = new_claims(sum(self.gpus))
+        self.replicas = new_replicas(2 * sum(self.gpus))
         self.names = names
 
     def want(self, **work: float) -> "Fleet":
@@ -94,16 +90,18 @@ class Fleet:
             self.replicas.service[row], self.replicas.node[row], self.replicas.gpus[row] = service, node, gpus
             self.replicas.state[row], self.replicas.since_s[row] = READY, since_s
             self.replicas.lost_gpu_s[row] = lost_gpu_s
-            self.nodes.free_gpus[node] -= gpus
+            self.free_gpus[node] -= gpus
         return self
 
     def moves(self) -> Moves:
-        return self.plan(self.tenants, self.services, self.layouts, self.nodes, self.replicas, self.now_s)
+        return self.plan(
+            self.tenants, self.services, self.layouts, self.free_gpus, self.claims, self.replicas, self.now_s
+        )
 
     def step(self, seconds: float = 10.0) -> Moves:
         """Decide, act, and let time pass; what drains takes its whole grace."""
         moves = self.moves()
-        assert lending.apply_moves(moves, self.nodes, self.replicas, self.now_s)
+        assert lending.apply_moves(moves, self.free_gpus, self.claims, self.replicas, self.now_s)
         self.now_s += seconds
         for row in np.flatnonzero(self.replicas.state):
             since_s, node = self.replicas.since_s[row], self.replicas.node[row]
@@ -111,7 +109,7 @@ class Fleet:
             if self.replicas.state[row] == LOADING and self.now_s >= since_s + self.layouts.load_s[model, node]:
                 lending.has_loaded(self.replicas, row, self.now_s)
             elif self.replicas.state[row] == DRAINING and self.now_s >= since_s + self.grace_s:
-                lending.has_ended(self.nodes, self.replicas, row)
+                lending.has_ended(self.free_gpus, self.claims, self.replicas, row)
         return moves
 
     def settle(self, steps: int = 60) -> "Fleet":
@@ -150,40 +148,41 @@ PROMISES = {
 
 @jit
 def usage_of(
-    tenants: Tenants, services: Services, layouts: Layouts, nodes: Nodes, replicas: Replicas, draining: bool
+    tenants: Tenants, services: Services, layouts: Layouts, claims: Claims, replicas: Replicas, draining: bool
 ) -> np.ndarray:
+    """GPUs of each tenant: `draining`, of all its replicas; else of those that stay, and of its claims."""
     usage = np.zeros(len(tenants.deserved_gpus))
     for row in range(len(replicas.state)):
         if replicas.state[row] != GONE and (draining or replicas.state[row] != DRAINING):
             usage[services.tenant[replicas.service[row]]] += replicas.gpus[row]
-    for node in range(len(nodes.held_for)):
-        service = nodes.held_for[node]
+    for claim in range(len(claims.service)):
+        service = claims.service[claim]
         if service != NOBODY and not draining:
-            usage[services.tenant[service]] += layouts.gpus[services.model[service], node]
+            usage[services.tenant[service]] += layouts.gpus[services.model[service], claims.node[claim]]
     return usage
 
 
 @jit
-def broken_by_moves(
+def broken_by_moves(  # noqa: C901, PLR0911, PLR0912 - all promises about moves in one place
     tenants: Tenants,
     services: Services,
     layouts: Layouts,
-    nodes: Nodes,
+    claims: Claims,
     replicas: Replicas,
     moves: Moves,
     now_s: float,
 ) -> int:
     """Return the promise that moves would break, before they are made; 0 if none."""
-    usage = usage_of(tenants, services, layouts, nodes, replicas, False)
+    usage = usage_of(tenants, services, layouts, claims, replicas, False)
     for move in range(len(moves.kind)):
-        service, victim, node = moves.claimant[move], moves.victim[move], moves.node[move]
+        service, victim, node, claim = moves.claimant[move], moves.victim[move], moves.node[move], moves.claim[move]
         tenant = services.tenant[service]
         need = layouts.gpus[services.model[service], node]
         if moves.kind[move] == START:
             if need == 0 or need != moves.gpus[move]:
                 return 8
             if moves.rule[move] == CLAIM_KEPT:
-                if nodes.held_for[node] != service or nodes.held_gpus[node] < need:
+                if claims.service[claim] != service or claims.node[claim] != node or claims.held_gpus[claim] < need:
                     return 9
             else:
                 usage[tenant] += need
@@ -208,45 +207,56 @@ def broken_by_moves(
                 or services.priority[giver] >= services.priority[service]
             ):
                 return 7
-        elif nodes.held_for[node] == service:
+        else:
             usage[tenant] -= need
     return 0
 
 
 @jit
-def broken_now(
-    tenants: Tenants, services: Services, layouts: Layouts, nodes: Nodes, replicas: Replicas, gpus: np.ndarray
+def broken_now(  # noqa: C901 - likewise, about the state
+    tenants: Tenants,
+    services: Services,
+    layouts: Layouts,
+    free_gpus: np.ndarray,
+    claims: Claims,
+    replicas: Replicas,
+    gpus: np.ndarray,
 ) -> int:
     """Return the promise that the fleet as it is breaks; 0 if none."""
-    seen = nodes.free_gpus + nodes.held_gpus
+    seen = free_gpus.copy()
+    going = 0  # to everybody, soon
+    for claim in range(len(claims.service)):
+        if claims.held_gpus[claim] < 0 or (claims.service[claim] == NOBODY and claims.held_gpus[claim] != 0):
+            return 1
+        seen[claims.node[claim]] += claims.held_gpus[claim]
+        going += claims.held_gpus[claim]
+        if claims.service[claim] != NOBODY:
+            going -= layouts.gpus[services.model[claims.service[claim]], claims.node[claim]]
     for row in range(len(replicas.state)):
         if replicas.state[row] != GONE:
             seen[replicas.node[row]] += replicas.gpus[row]
+        if replicas.state[row] == DRAINING:
+            going += replicas.gpus[row]
     for node in range(len(gpus)):
-        if seen[node] != gpus[node] or nodes.free_gpus[node] < 0 or nodes.held_gpus[node] < 0:
+        if seen[node] != gpus[node] or free_gpus[node] < 0:
             return 1
-    occupied = usage_of(tenants, services, layouts, nodes, replicas, True)
-    usage = usage_of(tenants, services, layouts, nodes, replicas, False)
-    unused, idle = 0.0, nodes.free_gpus.sum()
+    occupied = usage_of(tenants, services, layouts, claims, replicas, True)
+    usage = usage_of(tenants, services, layouts, claims, replicas, False)
+    unused = 0.0
     for tenant in range(len(usage)):
         if occupied[tenant] > tenants.limit_gpus[tenant] + 1e-9:
             return 2
         unused += max(tenants.guarantee_gpus[tenant] - usage[tenant], 0.0)
-    for node in range(len(gpus)):  # and what will be idle when it has drained
-        service, coming = nodes.held_for[node], nodes.held_gpus[node]
-        for row in range(len(replicas.state)):
-            if replicas.state[row] == DRAINING and replicas.node[row] == node:
-                coming += replicas.gpus[row]
-        idle += coming - (layouts.gpus[services.model[service], node] if service != NOBODY else 0)
-    return 3 if unused > idle + 1e-9 else 0
+    return 3 if unused > free_gpus.sum() + going + 1e-9 else 0
 
 
 @jit
-def live(
+def live(  # noqa: C901, PLR0912 - a fleet's life in one compiled function
     tenants: Tenants,
     services: Services,
     layouts: Layouts,
-    nodes: Nodes,
+    free_gpus: np.ndarray,
+    claims: Claims,
     replicas: Replicas,
     wanted: np.ndarray,  # [step, service]
     luck: np.ndarray,  # [step, replica] from 0 to 1
@@ -255,9 +265,9 @@ def live(
     restored_s: float,  # promise 10 is checked after so long; inf: not at all
 ) -> tuple[int, int, int]:
     """Return the promise that was broken (0: none), at which step, and how many moves were made."""
-    gpus = nodes.free_gpus + nodes.held_gpus
+    gpus = free_gpus.copy()
     made, short_since_s = 0, np.full(len(tenants.deserved_gpus), np.inf)
-    promised_s = np.full(len(nodes.free_gpus), np.inf)  # when the GPUs of a claim are there
+    promised_s = np.full(len(claims.service), np.inf)  # when the GPUs of a claim are there
     for step in range(len(wanted)):
         now_s = step * step_s
         for row in range(len(replicas.state)):
@@ -268,37 +278,32 @@ def live(
             elif replicas.state[row] == DRAINING and (
                 luck[step, row] < 0.2 or age_s >= tenants.grace_s[services.tenant[service]]
             ):
-                lending.has_ended(nodes, replicas, row)
+                lending.has_ended(free_gpus, claims, replicas, row)
             elif replicas.state[row] == READY:
                 replicas.lost_gpu_s[row] = replicas.gpus[row] * min(age_s, 600.0 * luck[0, row])
                 if luck[step, row] > 1.0 - fails:
-                    lending.has_ended(nodes, replicas, row)
+                    lending.has_ended(free_gpus, claims, replicas, row)
         services.wanted[:] = wanted[step]
         services.kept[:] = wanted[step]
-        moves = lending.plan_moves(tenants, services, layouts, nodes, replicas, now_s)
-        broken = broken_by_moves(tenants, services, layouts, nodes, replicas, moves, now_s)
-        if broken == 0 and not lending.apply_moves(moves, nodes, replicas, now_s):
+        moves = lending.plan_moves(tenants, services, layouts, free_gpus, claims, replicas, now_s)
+        broken = broken_by_moves(tenants, services, layouts, claims, replicas, moves, now_s)
+        if broken == 0 and not lending.apply_moves(moves, free_gpus, claims, replicas, now_s):
             broken = 1
         made += len(moves.kind)
         for move in range(len(moves.kind)):
             if moves.kind[move] == HOLD:
-                promised_s[moves.node[move]] = moves.deadline_s[move]
-        for node in range(len(promised_s)):
-            if nodes.held_for[node] == NOBODY:
-                promised_s[node] = np.inf
-            elif now_s >= promised_s[node] + step_s:
-                for row in range(len(replicas.state)):
-                    if (
-                        replicas.state[row] == DRAINING
-                        and replicas.node[row] == node
-                        and replicas.claimant[row] != NOBODY
-                    ):
-                        broken = 11
+                promised_s[moves.claim[move]] = moves.deadline_s[move]
+        for row in range(len(replicas.state)):
+            if replicas.claim[row] != NOBODY and now_s >= promised_s[replicas.claim[row]] + step_s:
+                broken = 11
         if broken == 0:
-            broken = broken_now(tenants, services, layouts, nodes, replicas, gpus)
+            broken = broken_now(tenants, services, layouts, free_gpus, claims, replicas, gpus)
         if broken:
             return broken, step, made
-        usage = usage_of(tenants, services, layouts, nodes, replicas, False)
+        usage = np.zeros(len(tenants.deserved_gpus))  # of replicas that answer
+        for row in range(len(replicas.state)):
+            if replicas.state[row] == READY:
+                usage[services.tenant[replicas.service[row]]] += replicas.gpus[row]
         for tenant in range(len(usage)):
             due, one = 0.0, 0
             for service in range(len(services.tenant)):

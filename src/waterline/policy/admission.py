@@ -7,8 +7,9 @@ what it deserves. At its limit a tenant waits, even when GPUs idle.
 
 **Clients share their tenant's turn by work.** Each has a *virtual counter* of the GPU-seconds it was served (Sheng et
 al., "Fairness in Serving Large Language Models", OSDI 2024: there in weighted tokens); the lowest goes next. Who comes
-back after a pause is lifted to the lowest counter of those who wait, so that idling earns no credit. A thousand
-requests of one client therefore delay another client's first request by about one request.
+back after a pause is lifted to the counter of whoever was served last (Goyal et al., "Start-time Fair Queueing",
+SIGCOMM 1996), so that idling earns no credit, and asking for one thing at a time costs none. A thousand requests of one
+client therefore delay another client's first request by about one request.
 
 **A request is charged what it is expected to cost when it starts, and what it did cost when it ends** (`take`,
 `settle`). It is taken in when the work ahead of it leaves time to start before its deadline; who is refused is told
@@ -67,7 +68,7 @@ class FairQueue(NamedTuple):
     clients: NDArray[np.int64]  # [tenant] clients that wait
     tenant_waiting: NDArray[np.int64]  # [tenant] requests
     tenant_gpu_s: NDArray[np.float64]  # [tenant] their expected work
-    floor_gpu_s: NDArray[np.float64]  # [tenant] counter of the client served last
+    floor_gpu_s: NDArray[np.float64]  # [tenant] highest counter with which a client was served
 
 
 def new_accounts(
@@ -257,10 +258,7 @@ def enter(queue: FairQueue, client: int, request_gpu_s: float) -> None:
     """A request begins to wait. Its client is lifted when none of its requests waited before."""
     tenant = queue.tenant[client]
     if queue.waiting[client] == 0:
-        lowest_gpu_s = queue.floor_gpu_s[tenant]
-        if queue.clients[tenant] > 0:
-            lowest_gpu_s = queue.counter_gpu_s[queue.heap[tenant, 0]]
-        queue.counter_gpu_s[client] = max(queue.counter_gpu_s[client], lowest_gpu_s)
+        queue.counter_gpu_s[client] = max(queue.counter_gpu_s[client], queue.floor_gpu_s[tenant])
         queue.place[client] = queue.clients[tenant]
         queue.heap[tenant, queue.clients[tenant]] = client
         queue.clients[tenant] += 1
@@ -274,7 +272,8 @@ def enter(queue: FairQueue, client: int, request_gpu_s: float) -> None:
 @jit
 def take(accounts: Accounts, queue: FairQueue, client: int, request_gpu_s: float) -> None:
     """A waiting request starts, and is charged what it should cost; `request_gpu_s` as at `enter`."""
-    queue.floor_gpu_s[queue.tenant[client]] = queue.counter_gpu_s[client]
+    tenant = queue.tenant[client]
+    queue.floor_gpu_s[tenant] = max(queue.floor_gpu_s[tenant], queue.counter_gpu_s[client])
     leave(queue, client, request_gpu_s)
     settle(accounts, queue, client, request_gpu_s)
 

@@ -89,12 +89,12 @@ class Layouts(NamedTuple):
     load_s: NDArray[np.float64]  # [model, node] from the start to the first request
 
 
-class Nodes(NamedTuple):
-    """GPUs that no replica has."""
+class Claims(NamedTuple):
+    """GPUs of a node that are being freed, each time for one replica. Rows without a service are empty."""
 
-    free_gpus: NDArray[np.int64]  # [node] for whoever needs them
-    held_gpus: NDArray[np.int64]  # [node] freed for the claim
-    held_for: NDArray[np.int64]  # [node] service of the claim; NOBODY
+    service: NDArray[np.int64]  # [claim] whose replica will start; NOBODY
+    node: NDArray[np.int64]  # [claim]
+    held_gpus: NDArray[np.int64]  # [claim] freed for it so far; nobody else gets them
 
 
 class Replicas(NamedTuple):
@@ -106,7 +106,7 @@ class Replicas(NamedTuple):
     state: NDArray[np.int64]  # [replica]
     since_s: NDArray[np.float64]  # [replica] when that state began
     lost_gpu_s: NDArray[np.float64]  # [replica] work that is thrown away if it is stopped now: since the checkpoint
-    claimant: NDArray[np.int64]  # [replica] service for which it drains; NOBODY
+    claim: NDArray[np.int64]  # [replica] for which it drains; NOBODY
 
 
 class Moves(NamedTuple):
@@ -117,6 +117,7 @@ class Moves(NamedTuple):
     claimant: NDArray[np.int64]  # [move] service that gets the GPUs; of a HAND_BACK, that gives them
     victim: NDArray[np.int64]  # [move] replica that stops; NOBODY
     node: NDArray[np.int64]  # [move]
+    claim: NDArray[np.int64]  # [move] row of the claim that it opens, feeds or ends; NOBODY
     gpus: NDArray[np.int64]  # [move] of the replica; of a HOLD, those that idle on the node and are kept
     cost_gpu_s: NDArray[np.float64]  # [move] lost work and grace of a victim; load time of a start
     deadline_s: NDArray[np.float64]  # [move] when the replica serves (START) or the GPUs are handed over, at the latest
@@ -131,7 +132,7 @@ class Tally(NamedTuple):
     spare: NDArray[np.float64]  # [service] work a second it can do without now; below 0: it cannot
     stable: NDArray[np.float64]  # [service] the same, of what it could do without all the last STABLE_S
     free: NDArray[np.int64]  # [node]
-    claimed: NDArray[np.int64]  # [node] by a service; NOBODY
+    open: NDArray[np.int64]  # [claim] 1 if the row is taken
     staying: NDArray[np.int64]  # [replica] 1 if it stays
     first: NDArray[np.int64]  # [node] where its replicas begin in `rows`, and a last entry where they end
     rows: NDArray[np.int64]  # replicas by node
@@ -152,19 +153,52 @@ def new_services(tenant: NDArray[np.int64], model: NDArray[np.int64], priority: 
     )
 
 
+def new_claims(rows: int) -> Claims:
+    """Return room for so many claims; as many as there are GPUs are always enough."""
+    return Claims(np.full(rows, NOBODY, np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.int64))
+
+
+def new_replicas(rows: int) -> Replicas:
+    """Return room for so many replicas; twice as many as there are GPUs are always enough."""
+    return Replicas(
+        np.zeros(rows, np.int64),
+        np.zeros(rows, np.int64),
+        np.zeros(rows, np.int64),
+        np.zeros(rows, np.int64),
+        np.zeros(rows),
+        np.zeros(rows),
+        np.full(rows, NOBODY, np.int64),
+    )
+
+
 # --- The plan ---------------------------------------------------------------------------------------------------------
 
 
 @jit
 def plan_moves(
-    tenants: Tenants, services: Services, layouts: Layouts, nodes: Nodes, replicas: Replicas, now_s: float
+    tenants: Tenants,
+    services: Services,
+    layouts: Layouts,
+    free_gpus: NDArray[np.int64],
+    claims: Claims,
+    replicas: Replicas,
+    now_s: float,
 ) -> Moves:
-    """Return what to do now; see the top of this file. Call it every step of the forecast, or when something ends."""
+    """Return what to do now; see the top of this file. Call it every step of the forecast, or when something ends.
+
+    Args:
+        tenants: what they are promised.
+        services: what they need.
+        layouts: where their models run, and how.
+        free_gpus: [node] that no replica has, and that are held for no claim.
+        claims: GPUs that are being freed; as many rows as there may be at a time.
+        replicas: that load, run or drain.
+        now_s: on the caller's clock.
+    """
     _note_needs(services, now_s)
-    tally = _tally(tenants, services, layouts, nodes, replicas)
-    most = len(replicas.state) + 2 * len(nodes.free_gpus) + int(nodes.free_gpus.sum()) + 1
-    moves = _new_moves(most)
-    _end_claims(tenants, services, layouts, nodes, replicas, tally, moves, now_s)
+    tally = _tally(tenants, services, layouts, free_gpus, claims, replicas)
+    moves = _new_moves(len(replicas.state) + 2 * len(claims.service) + int(free_gpus.sum()))
+    _end_claims(tenants, services, layouts, claims, replicas, tally, moves, now_s)
     _hand_back(tenants, services, layouts, replicas, tally, moves, now_s)
     blocked = np.zeros(len(services.tenant), np.int64)
     while True:
@@ -183,6 +217,7 @@ def plan_moves(
         moves.claimant[:made],
         moves.victim[:made],
         moves.node[:made],
+        moves.claim[:made],
         moves.gpus[:made],
         moves.cost_gpu_s[:made],
         moves.deadline_s[:made],
@@ -194,45 +229,38 @@ def _end_claims(
     tenants: Tenants,
     services: Services,
     layouts: Layouts,
-    nodes: Nodes,
+    claims: Claims,
     replicas: Replicas,
     tally: Tally,
     moves: Moves,
     now_s: float,
 ) -> None:
     """Start what was waited for; let go of what is no longer needed or cannot be completed."""
-    for node in range(len(nodes.held_for)):
-        service = nodes.held_for[node]
+    coming = np.zeros(len(claims.service), np.int64)
+    for replica in range(len(replicas.state)):
+        if replicas.state[replica] == DRAINING and replicas.claim[replica] != NOBODY:
+            coming[replicas.claim[replica]] += replicas.gpus[replica]
+    for claim in range(len(claims.service)):
+        service, node, freed = claims.service[claim], claims.node[claim], claims.held_gpus[claim]
         if service == NOBODY:
             continue
         model, tenant = services.model[service], services.tenant[service]
         gpus, rate = layouts.gpus[model, node], layouts.rate[model, node]
-        coming, freed = 0, nodes.held_gpus[node]
-        for row in range(tally.first[node], tally.first[node + 1]):
-            replica = tally.rows[row]
-            if replicas.state[replica] == DRAINING and replicas.claimant[replica] == service:
-                coming += replicas.gpus[replica]
         needed = tally.supply[service] - rate < _needed_lately(services, service)
-        if freed + coming < gpus or (coming == 0 and not needed):
+        if freed + coming[claim] < gpus or (coming[claim] == 0 and not needed):
             tally.usage[tenant] -= gpus
             tally.occupied[tenant] -= gpus
             tally.supply[service] -= rate
             tally.spare[service] -= rate
-            if coming == 0:
-                _let_go(tally, moves, service, node, freed, now_s)
+            if coming[claim] == 0:
+                tally.free[node] += freed
+                tally.open[claim] = 0
+                _push(tally, moves, HAND_BACK, CLAIM_DROPPED, service, NOBODY, node, claim, freed, 0.0, now_s)
         elif freed >= gpus and tally.occupied[tenant] <= tenants.limit_gpus[tenant] + DUST:
-            tally.claimed[node] = NOBODY
             tally.free[node] += freed - gpus
-            ready_s = now_s + layouts.load_s[model, node]
-            cost = gpus * layouts.load_s[model, node]
-            _push(tally, moves, START, CLAIM_KEPT, service, NOBODY, node, gpus, cost, ready_s)
-
-
-@jit
-def _let_go(tally: Tally, moves: Moves, service: int, node: int, freed: int, now_s: float) -> None:
-    tally.claimed[node] = NOBODY
-    tally.free[node] += freed
-    _push(tally, moves, HAND_BACK, CLAIM_DROPPED, service, NOBODY, node, freed, 0.0, now_s)
+            tally.open[claim] = 0
+            load_s = layouts.load_s[model, node]
+            _push(tally, moves, START, CLAIM_KEPT, service, NOBODY, node, claim, gpus, gpus * load_s, now_s + load_s)
 
 
 @jit
@@ -251,7 +279,7 @@ def _hand_back(
             replica = _least_missed(tenants, services, layouts, replicas, tally, service, now_s)
             if replica == NOBODY:
                 break
-            _stop(tenants, services, layouts, replicas, tally, moves, replica, service, HAND_BACK, SURPLUS, now_s)
+            _stop(tenants, services, layouts, replicas, tally, moves, replica, service, NOBODY, SURPLUS, now_s)
 
 
 @jit
@@ -332,7 +360,7 @@ def _start_on_idle(
     gpus = layouts.gpus[model, best]
     tally.free[best] -= gpus
     _add(services, layouts, tally, service, best)
-    _push(tally, moves, START, best_rule, service, NOBODY, best, gpus, gpus * best_load_s, now_s + best_load_s)
+    _push(tally, moves, START, best_rule, service, NOBODY, best, NOBODY, gpus, gpus * best_load_s, now_s + best_load_s)
     return True
 
 
@@ -387,8 +415,9 @@ def _claim(
 
     First from the tenant that has the most too much; if it cannot give them alone, from all together.
     """
+    claim = _first_closed(tally)
     donor = _most_over(tenants, services, replicas, tally, service, now_s)
-    if donor == NOBODY and not _has_surplus(services, tally, service):
+    if claim == NOBODY or (donor == NOBODY and not _has_surplus(services, tally, service)):
         return False
     only = donor
     node, rule = _cheapest_node(tenants, services, layouts, replicas, tally, service, only, now_s)
@@ -402,13 +431,13 @@ def _claim(
     deadline_s = now_s
     for victim in victims:
         deadline_s = max(deadline_s, now_s + tenants.grace_s[services.tenant[replicas.service[victim]]])
-    tally.claimed[node] = service
+    tally.open[claim] = 1
     tally.free[node] -= held
-    _push(tally, moves, HOLD, FREED_FOR_CLAIM, service, NOBODY, node, held, 0.0, deadline_s)
+    _push(tally, moves, HOLD, FREED_FOR_CLAIM, service, NOBODY, node, claim, held, 0.0, deadline_s)
     for victim in victims:
         own = services.tenant[replicas.service[victim]] == services.tenant[service]
         given = OWN_SURPLUS if own else rule
-        _stop(tenants, services, layouts, replicas, tally, moves, victim, service, DRAIN, given, now_s)
+        _stop(tenants, services, layouts, replicas, tally, moves, victim, service, claim, given, now_s)
     _add(services, layouts, tally, service, node)
     return True
 
@@ -432,7 +461,7 @@ def _cheapest_node(
     best, best_cost, best_rule = NOBODY, np.inf, RECLAIM
     for node in range(len(tally.free)):
         gpus = layouts.gpus[model, node]
-        if gpus == 0 or tally.claimed[node] != NOBODY:
+        if gpus == 0:
             continue
         idle_left = idle - min(tally.free[node], gpus)
         for rule in (OWN_SURPLUS, RECLAIM, OUTBID_LOAN):
@@ -520,6 +549,15 @@ def _is_in(chosen: NDArray[np.int64], count: int, replica: int) -> bool:
     for place in range(count):
         found = found or chosen[place] == replica
     return found
+
+
+@jit
+def _first_closed(tally: Tally) -> int:
+    """Return an empty row for a claim; NOBODY when there is none."""
+    for claim in range(len(tally.open)):
+        if not tally.open[claim]:
+            return claim
+    return NOBODY
 
 
 @jit
@@ -641,10 +679,11 @@ def _stop(
     moves: Moves,
     replica: int,
     claimant: int,
-    kind: int,
+    claim: int,
     rule: int,
     now_s: float,
 ) -> None:
+    """Drain a replica for a claim, or, without one, hand it back."""
     service, node, gpus = replicas.service[replica], replicas.node[replica], replicas.gpus[replica]
     tenant, rate = services.tenant[service], layouts.rate[services.model[service], node]
     tally.staying[replica] = 0
@@ -653,7 +692,8 @@ def _stop(
     tally.spare[service] -= rate
     tally.stable[service] -= rate
     loss = _loss_gpu_s(tenants, services, replicas, replica)
-    _push(tally, moves, kind, rule, claimant, replica, node, gpus, loss, now_s + tenants.grace_s[tenant])
+    kind = HAND_BACK if claim == NOBODY else DRAIN
+    _push(tally, moves, kind, rule, claimant, replica, node, claim, gpus, loss, now_s + tenants.grace_s[tenant])
 
 
 @jit
@@ -693,18 +733,25 @@ def _note_needs(services: Services, now_s: float) -> None:
 
 
 @jit
-def _tally(tenants: Tenants, services: Services, layouts: Layouts, nodes: Nodes, replicas: Replicas) -> Tally:
-    count, places = len(replicas.state), len(nodes.free_gpus)
+def _tally(
+    tenants: Tenants,
+    services: Services,
+    layouts: Layouts,
+    free_gpus: NDArray[np.int64],
+    claims: Claims,
+    replicas: Replicas,
+) -> Tally:
+    count = len(replicas.state)
     tally = Tally(
         np.zeros(len(tenants.deserved_gpus)),
         np.zeros(len(tenants.deserved_gpus)),
         np.zeros(len(services.tenant)),
         np.zeros(len(services.tenant)),
         np.zeros(len(services.tenant)),
-        nodes.free_gpus.copy(),
-        nodes.held_for.copy(),
+        free_gpus.copy(),
+        np.zeros(len(claims.service), np.int64),
         np.zeros(count, np.int64),
-        np.zeros(places + 1, np.int64),
+        np.zeros(len(free_gpus) + 1, np.int64),
         np.zeros(count, np.int64),
         np.zeros(1, np.int64),
     )
@@ -723,9 +770,10 @@ def _tally(tenants: Tenants, services: Services, layouts: Layouts, nodes: Nodes,
     for service in range(len(services.tenant)):
         tally.spare[service] = tally.supply[service] - _needs(services, service) * (1.0 + SLACK)
         tally.stable[service] = tally.supply[service] - _needed_lately(services, service) * (1.0 + SLACK)
-    for node in range(places):
-        if nodes.held_for[node] != NOBODY:
-            _add(services, layouts, tally, nodes.held_for[node], node)
+    for claim in range(len(claims.service)):
+        if claims.service[claim] != NOBODY:
+            tally.open[claim] = 1
+            _add(services, layouts, tally, claims.service[claim], claims.node[claim])
     return tally
 
 
@@ -753,6 +801,7 @@ def _new_moves(most: int) -> Moves:
         np.zeros(most, np.int64),
         np.zeros(most, np.int64),
         np.zeros(most, np.int64),
+        np.zeros(most, np.int64),
         np.zeros(most),
         np.zeros(most),
     )
@@ -767,13 +816,15 @@ def _push(
     claimant: int,
     victim: int,
     node: int,
+    claim: int,
     gpus: int,
     cost_gpu_s: float,
     deadline_s: float,
 ) -> None:
     at = tally.made[0]
     moves.kind[at], moves.rule[at], moves.claimant[at], moves.victim[at] = kind, rule, claimant, victim
-    moves.node[at], moves.gpus[at], moves.cost_gpu_s[at], moves.deadline_s[at] = node, gpus, cost_gpu_s, deadline_s
+    moves.node[at], moves.claim[at], moves.gpus[at] = node, claim, gpus
+    moves.cost_gpu_s[at], moves.deadline_s[at] = cost_gpu_s, deadline_s
     tally.made[0] = at + 1
 
 
@@ -781,33 +832,30 @@ def _push(
 
 
 @jit
-def apply_moves(moves: Moves, nodes: Nodes, replicas: Replicas, now_s: float) -> bool:
-    """Write moves into the state: a caller that acts on them does this as well. False when there are too few rows.
+def apply_moves(moves: Moves, free_gpus: NDArray[np.int64], claims: Claims, replicas: Replicas, now_s: float) -> bool:
+    """Write moves into the state: a caller that acts on them does this as well. False when rows for replicas run out.
 
     Later the caller tells `has_loaded` when a replica answers, and `has_ended` when one is gone: by its deadline.
     """
     for move in range(len(moves.kind)):
-        node, victim, service, gpus = moves.node[move], moves.victim[move], moves.claimant[move], moves.gpus[move]
+        node, victim, gpus, claim = moves.node[move], moves.victim[move], moves.gpus[move], moves.claim[move]
         if moves.kind[move] == START:
             row = _empty_row(replicas)
             if row == NOBODY:
                 return False
-            if moves.rule[move] == CLAIM_KEPT:
-                nodes.held_gpus[node] -= gpus
-                _release(nodes, replicas, node)
-            else:
-                nodes.free_gpus[node] -= gpus
-            replicas.service[row], replicas.node[row], replicas.gpus[row] = service, node, gpus
+            if claim != NOBODY:
+                _close(free_gpus, claims, replicas, claim)
+            free_gpus[node] -= gpus
+            replicas.service[row], replicas.node[row], replicas.gpus[row] = moves.claimant[move], node, gpus
             replicas.state[row], replicas.since_s[row] = LOADING, now_s
-            replicas.lost_gpu_s[row], replicas.claimant[row] = 0.0, NOBODY
+            replicas.lost_gpu_s[row], replicas.claim[row] = 0.0, NOBODY
         elif moves.kind[move] == HOLD:
-            nodes.held_for[node], nodes.held_gpus[node] = service, gpus
-            nodes.free_gpus[node] -= gpus
+            claims.service[claim], claims.node[claim], claims.held_gpus[claim] = moves.claimant[move], node, gpus
+            free_gpus[node] -= gpus
         elif victim != NOBODY:
-            replicas.state[victim], replicas.since_s[victim] = DRAINING, now_s
-            replicas.claimant[victim] = service if moves.kind[move] == DRAIN else NOBODY
+            replicas.state[victim], replicas.since_s[victim], replicas.claim[victim] = DRAINING, now_s, claim
         else:
-            _release(nodes, replicas, node)
+            _close(free_gpus, claims, replicas, claim)
     return True
 
 
@@ -818,24 +866,24 @@ def has_loaded(replicas: Replicas, replica: int, now_s: float) -> None:
 
 
 @jit
-def has_ended(nodes: Nodes, replicas: Replicas, replica: int) -> None:
-    """A replica is gone, drained or failed: its GPUs go to whom they were freed for, else to everybody."""
-    node, claimant = replicas.node[replica], replicas.claimant[replica]
-    if claimant != NOBODY and nodes.held_for[node] == claimant:
-        nodes.held_gpus[node] += replicas.gpus[replica]
+def has_ended(free_gpus: NDArray[np.int64], claims: Claims, replicas: Replicas, replica: int) -> None:
+    """A replica is gone, drained or failed: its GPUs go to the claim they were freed for, else to everybody."""
+    claim = replicas.claim[replica]
+    if claim == NOBODY:
+        free_gpus[replicas.node[replica]] += replicas.gpus[replica]
     else:
-        nodes.free_gpus[node] += replicas.gpus[replica]
-    replicas.state[replica], replicas.claimant[replica] = GONE, NOBODY
+        claims.held_gpus[claim] += replicas.gpus[replica]
+    replicas.state[replica], replicas.claim[replica] = GONE, NOBODY
 
 
 @jit
-def _release(nodes: Nodes, replicas: Replicas, node: int) -> None:
-    """End the claim of a node; what drains there drains for nobody from now on."""
+def _close(free_gpus: NDArray[np.int64], claims: Claims, replicas: Replicas, claim: int) -> None:
+    """End a claim; what drains for it drains for everybody from now on."""
     for replica in range(len(replicas.state)):
-        if replicas.state[replica] == DRAINING and replicas.node[replica] == node:
-            replicas.claimant[replica] = NOBODY
-    nodes.free_gpus[node] += nodes.held_gpus[node]
-    nodes.held_gpus[node], nodes.held_for[node] = 0, NOBODY
+        if replicas.claim[replica] == claim:
+            replicas.claim[replica] = NOBODY
+    free_gpus[claims.node[claim]] += claims.held_gpus[claim]
+    claims.held_gpus[claim], claims.service[claim] = 0, NOBODY
 
 
 @jit
