@@ -8,7 +8,7 @@ import numpy as np
 from waterline.cost import replica_step_cost
 from waterline.fleet import Demand
 from waterline.outcome import NOWHERE, STATUSES, Completion, Tally
-from waterline.plan import ModelPlan, Plan
+from waterline.plan import ModelPlan, Plan, Replica
 from waterline.rehearsal.arrivals import Piece, joined
 from waterline.rehearsal.oracle import NEVER, NOT_IN_SERVICE, Capacity, too_late, too_long
 from waterline.rehearsal.state import TOO_LATE, TOO_LONG, Integers, longest_tokens
@@ -21,13 +21,15 @@ class Lane:
 
     def __init__(self, plan: Plan, model: ModelPlan) -> None:
         replicas = plan.replicas_of(model.model)
+        different = {_alike(replica): replica for replica in replicas}
+        steps = {key: replica_step_cost(plan.fleet, replica) for key, replica in different.items()}
         self.model = model.model
         self.deadline_s = plan.fleet.slos[model.model].ttft_s
         self.capacities = [
             Capacity(
                 replica=replica.id,
                 gpus=replica.layout.gpus,
-                step=replica_step_cost(plan.fleet, replica),
+                step=steps[_alike(replica)],
                 max_batch=replica.max_batch,
                 cache_tokens=replica.cache_tokens,
                 max_context_tokens=replica.max_context_tokens,
@@ -69,6 +71,11 @@ class Lane:
         for time_ps in (passages.first_token_ps, passages.finish_ps):
             np.add(time_ps, self.first_token_ps[passages.replica], out=time_ps)
         return Settled(self, asked[:count], numbers[:count], passages)
+
+
+def _alike(replica: Replica) -> tuple[object, ...]:
+    """Return what the steps of a replica of a model depend on; to price them takes some milliseconds."""
+    return replica.pool, replica.layout, replica.precision, replica.engine
 
 
 @dataclass(frozen=True, slots=True)
