@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from waterline import catalog
 from waterline.catalog.servers import Hosting, ServerPrice, drawn_watts, rated_watts, servers
-from waterline.errors import InfeasibleError
+from waterline.errors import InfeasibleError, InputError
 from waterline.fleet import Fleet
 from waterline.plan import Layout
 from waterline.planner.offers import LeftOut, Offer, Wish, offers, tasks
@@ -159,6 +159,7 @@ class Advice(Struct, frozen=True, kw_only=True):
 def buy(fleet: Fleet, wish: Wish, terms: Hosting) -> Advice:
     """Advise on a purchase. Raises InfeasibleError or InputError, each saying what would help."""
     found, left_out = offers(fleet, wish, terms)
+    _check_share(found, wish.max_vendor_share)
     desk = Desk(found, tasks(fleet, found), wish, terms)
     best = desk.best()
     least = desk.least() if not wish.tender else None
@@ -181,6 +182,17 @@ def buy(fleet: Fleet, wish: Wish, terms: Hosting) -> Advice:
         why_not=desk.why_not() if least is None and not best.whole and not wish.tender else "",
         notes=_notes(best),
     )
+
+
+def _check_share(found: Sequence[Offer], share: float) -> None:
+    """Refuse a share that could only be kept by money split to the cent. Raises InputError."""
+    vendors = sorted({one.kind.vendor for one in found if not one.owned and not one.controlled})
+    if share < 1 and 0 < share * len(vendors) <= 1 + 1e-9:
+        raise InputError(
+            f"a largest share of {share:g} leaves no room to choose: the cards considered come from "
+            f"{' and '.join(vendors)}. Allow more than {1 / len(vendors):.2f}, or "
+            "consider more vendors with --gpu."
+        )
 
 
 def _useless(desk: "Desk") -> list[LeftOut]:
@@ -307,14 +319,11 @@ class Desk:
 
     def why_not(self) -> str:
         """Say why nothing serves everything."""
-        ruled = bool(self.wish.export_rule)
-        vendors = sorted({one.kind.vendor for one in self.offers if not one.owned and not (ruled and one.controlled)})
         share = self.wish.max_vendor_share
         if share < 1 and self.best(wish=replace(self.wish, max_vendor_share=1.0)) is not None:
             return (
-                f"no purchase serves the demand with at most {share:.0%} of its money to one vendor; the cards "
-                f"considered come from {', '.join(vendors) or 'nobody'}. Consider more with --gpu, or allow a larger "
-                "share."
+                f"no purchase serves the demand with at most {share:.0%} of its money to one vendor. Consider more "
+                "cards of the others with --gpu, or allow a larger share."
             )
         if self.wish.export_rule and self.best(wish=replace(self.wish, export_rule="")) is not None:
             return (

@@ -19,6 +19,7 @@ from waterline.plan import Layout
 
 GAP = 1e-4  # of the objective, between what is returned and what could at best exist
 TIME_LIMIT_S = 20.0
+SEVERAL = 3.0
 WHOLE = 1 - 1e-6  # a demand served to this fraction is served
 
 
@@ -184,24 +185,36 @@ class _Program:
                     if size >= level
                 ]
                 rows.add(iter([*entries, (kind, -float(gpus // level))]), -math.inf, 0.0)
-        for kind, entries in used.items():
-            if not self.kinds[kind].least:
-                rows.add(iter([*entries, (kind, -1.0)]), 0.0, math.inf)
+        for kind, servers in enumerate(self.kinds):
+            if not servers.least:
+                rows.add(iter([*used.get(kind, []), (kind, -1.0)]), 0.0, math.inf)
         if self.market.usd_per_kind:
-            for kind, servers in enumerate(self.kinds):
-                enough = 0.0 if servers.least else self._enough(kind)
+            for kind, (servers, enough) in enumerate(zip(self.kinds, self._enough(), strict=True)):
                 rows.add(iter([(kind, 1.0), (self.first_used + kind, -enough)]), -math.inf, float(servers.least))
 
-    def _enough(self, kind: int) -> float:
-        """Return how many servers of a kind nobody needs to exceed: each task alone, at the hour that takes most."""
+    def _enough(self) -> list[float]:
+        """Return for each kind how many servers nobody needs to exceed: each task alone, at the hour that takes most.
+
+        To keep a vendor to its share of the money one may buy more of the others than one needs, up to several times
+        what the dearest way to serve everything costs.
+        """
+        alone = [0.0 if one.least else self._alone(kind) for kind, one in enumerate(self.kinds)]
+        if self.market.max_vendor_share >= 1:
+            return alone
+        pairs = [(count, price) for count, price in zip(alone, self.market.prices, strict=True) if math.isfinite(price)]
+        dearest = max((count * price for count, price in pairs), default=0.0)
+        return [
+            count + (SEVERAL * dearest / price if 0 < price < math.inf else 0.0)
+            for count, price in zip(alone, self.market.prices, strict=True)
+        ]
+
+    def _alone(self, kind: int) -> float:
         by_hour: dict[int, float] = {}
         for task in self.tasks:
-            per_server = [
-                way.requests_per_s * (self.kinds[kind].gpus / way.layout.gpus) for way in task.ways if way.kind == kind
-            ]
-            spans = [way.layout.pp for way in task.ways if way.kind == kind]
-            if per_server:
-                needed = math.ceil(task.requests_per_s / min(per_server)) + max(spans)
+            ways = [way for way in task.ways if way.kind == kind]
+            if ways:
+                slowest = min(way.requests_per_s * self.kinds[kind].gpus / way.layout.gpus for way in ways)
+                needed = math.ceil(task.requests_per_s / slowest) + max(way.layout.pp for way in ways)
                 by_hour[task.hour] = by_hour.get(task.hour, 0.0) + needed
         return max(by_hour.values(), default=0.0)
 
