@@ -70,6 +70,33 @@ def test_int8_is_what_sixteen_a100_run(written: str) -> None:
     assert at_once >= 1
 
 
+def test_the_tender_of_the_article_is_two_servers_for_its_budget(written: str) -> None:
+    """Row 7: 2.6 to 3.2 M CNY a server of eight A100, and back from the budget of two."""
+    costs = section(written, "What a server costs")
+    assert "16 cards for 5.20 M CNY to 6.40 M CNY" in costs
+    assert "it is 2 servers at the middle price" in costs
+    assert "| deepseek-ai/DeepSeek-R1 | int8 | tp8 pp2 | 16 | 1 |" in costs
+
+
+def test_the_h800_was_made_for_the_first_rule(written: str) -> None:
+    """Row 5."""
+    (row,) = re.findall(r"\| h800-sxm-80g \| (.*?) \|\s*\|", section(written, "Export rules") + " |")
+    assert row.split(" | ")[-3:] == ["outside", "covered", "covered"]
+    assert "never legal advice" in section(written, "Export rules")
+
+
+def test_a_mix_moves_less_with_prices_and_says_what_it_costs(article: ModuleType, written: str) -> None:
+    """Row 11."""
+    free, held = article.bought(1.0), article.bought(0.6)
+    (guard,) = held.safeguards
+    assert guard.lifetime_usd >= 0
+    assert max(held.best.vendor_shares.values()) <= 0.6 + 1e-6 < max(free.best.vendor_shares.values())
+    swings = [max(one.same_usd for one in advice.scenarios) / advice.best.usd for advice in (free, held)]
+    assert swings[1] < swings[0]
+    assert article.arrives(held) > article.arrives(free)
+    assert f"{article.percent_text(swings[1])} at most" in section(written, "A mix of vendors")
+
+
 def test_the_link_is_felt_more_the_more_is_exchanged(written: str) -> None:
     rows = re.findall(r"\| all-reduce \| (?:[\d.]+ \w+ \| ){3}(\d+) % \|", section(written, "H800"))
     slower = [int(cell) for cell in rows]

@@ -14,7 +14,10 @@ from pathlib import Path
 
 from waterline import catalog
 from waterline.catalog.calibration import calibration_of
+from waterline.catalog.currencies import find_currency
 from waterline.catalog.engines import EngineProfile, find_engine
+from waterline.catalog.export_rules import density, export_rules, io_gb_per_s, why_controlled
+from waterline.catalog.servers import hosting, server_price
 from waterline.cost import (
     Between,
     Estimate,
@@ -29,14 +32,20 @@ from waterline.cost import (
 )
 from waterline.cost.kernels import find_kernels
 from waterline.cost.step import prefill_pairs
+from waterline.fleet import load_fleet
 from waterline.hardware import Gpu
 from waterline.llm import PRECISIONS, Llm
 from waterline.llm.gguf_sizes import file_bytes
 from waterline.plan import Layout
+from waterline.planner.buying import Advice, Purchase, buy
 from waterline.planner.fits import fits
-from waterline.units import GIGA, KIB, MIB, gib_text, parameters_text, seconds_text
+from waterline.planner.offers import Wish
+from waterline.planner.tenders import CONTEXT_TOKENS as CONTEXT
+from waterline.planner.tenders import for_budget, of_servers
+from waterline.units import GIGA, KIB, MIB, gib_text, parameters_text, seconds_text, usd_text
 
-PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "the-article.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "explanation" / "the-article.md"
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 1000, 200  # of the requests whose times are shown
 USUAL_TOKENS, LONG_TOKENS = 8192, 32_768  # contexts that concurrency is given at; the second is what we call long
@@ -93,7 +102,8 @@ def steps_of(setting: Setting) -> StepCost:
 def page() -> str:
     """Return the whole page."""
     parts = (
-        HEAD, small_model(), middle_model(), large_model(), bits(), weaker_link(), worth(), not_here(),
+        HEAD, small_model(), middle_model(), large_model(), bits(), weaker_link(), tender(), rules(), mix(), worth(),
+        not_here(),
     )  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -318,17 +328,135 @@ def exchange_table(whole: Gpu, cut: Gpu) -> str:
     return table(("exchange", "message", "H100", "H800", "longer by"), rows, text_columns=1)
 
 
+def tender() -> str:
+    priced, yuan = server_price("a100-sxm-80g"), find_currency("CNY")
+    h800 = server_price("h800-sxm-80g")
+    assert priced is not None
+    assert h800 is not None
+    two = of_servers(priced, 2, every_model=True)
+    back = for_budget(priced, two.low_usd, two.high_usd, every_model=False)
+    verdict = HOLDS if back.servers == two.servers else PARTLY
+    served = [one for one in two.runs if one.model in TENDERED]
+    rows = [
+        (one.model, one.precision, str(one.layout), str(one.gpus), str(one.replicas), f"{one.at_once:,}")
+        for one in served
+    ]
+    columns = ("model", "precision", "layout", "GPUs", "replicas", f"at once, {CONTEXT:,} tokens")
+    return section(
+        "What a server costs, and what a budget buys",
+        "An 8-card A100 server costs 2.6 to 3.2 M CNY, so the size of the tender follows from the budget.",
+        f"{verdict} At {yuan.per_usd:g} CNY a dollar ({yuan.date}) that is {usd_text(priced.low_usd)} to "
+        f"{usd_text(priced.high_usd)}, which fits an H800 server too ({usd_text(h800.low_usd)} to "
+        f"{usd_text(h800.high_usd)}, recalled). Two of them are {two.gpus} cards for {yuan.text(two.low_usd)} to "
+        f"{yuan.text(two.high_usd)}. Back from that range it is {back.servers} servers at the middle price, and "
+        f"{back.fewest} to {back.most} at the ends of both.",
+        f"{two.gpus} A100 run, at the precision of most bits that fits:",
+        table(columns, rows, text_columns=3),
+    )
+
+
+TENDERED = (
+    "deepseek-ai/DeepSeek-R1", "meta-llama/Meta-Llama-3.1-405B", "meta-llama/Meta-Llama-3.1-70B",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+)  # fmt: skip
+
+
+def rules() -> str:
+    names = (
+        "a100-sxm-80g",
+        "a800-sxm-80g",
+        "h100-sxm-80g",
+        "h800-sxm-80g",
+        "h20-96g",
+        "rtx-4090",
+        "rtx-4090d",
+        "mi300x",
+    )
+    known = export_rules()
+    rows = []
+    for gpu in map(card, names):
+        dense = density(gpu)
+        verdicts = ["covered" if why_controlled(gpu, rule) else "outside" for rule in known.values()]
+        rows.append(
+            (gpu.id, f"{gpu.tpp or 0:,.0f}", f"{dense:.2f}" if dense else "?", f"{io_gb_per_s(gpu):,.0f}", *verdicts)
+        )
+    first, second = known["2022-10"], known["2023-10"]
+    h800 = card("h800-sxm-80g")
+    outside, covered = not why_controlled(h800, first), why_controlled(h800, second)
+    columns = ("card", "TPP", "density", "links, GB/s both ways", *known)
+    return section(
+        "Export rules are dated facts",
+        "NVIDIA says DeepSeek keeps to the export rules.",
+        f"{PARTLY} Figures can say which cards a rule covers, and when. The H800 that V3 and R1 were trained on is "
+        f"{'outside' if outside else 'under'} the rule of {first.effective}, because its links are slower, and "
+        f"{'under' if covered else 'outside'} that of {second.effective} ({covered}). Who bought what, when and "
+        "where to, no catalogue knows. This is a reading of published figures, never legal advice.",
+        table(columns, rows, text_columns=1),
+    )
+
+
+def mix() -> str:
+    """Buy for the example of a tender, from one vendor alone and from two, and say what the mix costs and guards."""
+    free, held = bought(1.0), bought(0.6)
+    (guard,) = held.safeguards
+    dearer = guard.lifetime_usd / guard.without.lifetime_usd
+    rows = []
+    for name, advice in (("none", free), (guard.name, held)):
+        for scenario in advice.scenarios:
+            best = scenario.best
+            rows.append((name, told(advice.best), usd_text(advice.best.usd), scenario.name, usd_text(scenario.same_usd),
+                         told(best) if best else "-"))  # fmt: skip
+    worst = [max(one.same_usd / advice.best.usd for one in advice.scenarios) - 1 for advice in (free, held)]
+    verdict = HOLDS if worst[1] < worst[0] else NOT
+    columns = ("safeguard", "servers", "price", "if", "they cost", "the best then")
+    return section(
+        "A mix of vendors, and what it costs",
+        "Staying free to use either vendor's cards guards against price swings and supply risk.",
+        f"{verdict} For the demand of `examples/tender.toml`, and five data-centre cards to choose from, the cheapest "
+        f"purchase is {told(free.best)}. With {guard.name} it is {told(held.best)}: {percent_text(1 + dearer)} more "
+        f"over its lifetime. A vendor that raises its prices by 30 % then moves the bill by "
+        f"{percent_text(1 + worst[1])} at most, instead of {percent_text(1 + worst[0])}. If the vendor with most of "
+        f"the order does not deliver, what arrives serves {arrives(held):.0%} of the requests at their hardest hours, "
+        f"instead of {arrives(free):.0%}.",
+        table(columns, rows, text_columns=2),
+        "Prices are of dated offers and some are recalled; `waterline buy` names each with its source.",
+    )
+
+
+@cache
+def bought(share: float) -> Advice:
+    wish = Wish(
+        gpus=("h20-141g", "h200-sxm-141g", "b200-sxm-180g", "mi300x", "mi355x"),
+        max_vendor_share=share,
+        scenarios=("nvidia +30 %", "amd +30 %"),
+    )
+    return buy(load_fleet(ROOT / "examples" / "tender.toml"), wish, hosting())
+
+
+def arrives(advice: Advice) -> float:
+    """Return the fraction served, with what is owned, when the vendor that gets most money delivers nothing."""
+    shares = advice.best.vendor_shares
+    left = {
+        one.gpu: (one.servers, one.gpus_per_server)
+        for one in advice.best.bought
+        if one.vendor != max(shares, key=lambda vendor: shares[vendor])
+    }
+    wish = Wish(tender=left) if left else Wish(gpus=("mi300x",), budget_usd=1.0)  # which buys nothing
+    return buy(load_fleet(ROOT / "examples" / "tender.toml"), wish, hosting()).best.served_fraction
+
+
+def told(purchase: Purchase) -> str:
+    return both([f"{one.servers} × {one.gpu}" for one in purchase.bought])
+
+
 OTHERS = (  # of the post, that other parts of Waterline answer or will
     ("what training V3 and R1 took, in GPU-hours and money", "planning a training run"),
     ("25,000 A100 for GPT-4 against that", "the same"),
     ("test-time scaling makes it efficient", "effort: thinking budgets that follow the load"),
     ("layouts searched around the H800's link, for training", "planning a training run; serving is above"),
-    ("DeepSeek keeps to the export rules", "`waterline catalog gpus` carries the metadata; never legal advice"),
-    ("what an A100 server costs, and what a budget buys", "purchase planning"),
     ("the iceberg: most of 60,000 cards are lent and come back", "lending, and `waterline rehearse`"),
     ("NVIDIA or AMD, CUDA or ROCm", "one catalogue, `waterline plan`"),
     ("writing 8-bit and 4-bit checkpoints", "`waterline quantize`; the sizes are above"),
-    ("a mix of vendors guards against prices and shortages", "purchase planning"),
 )
 
 

@@ -242,7 +242,7 @@ def test_no_purchase_within_the_budget_serves_more(
 
 
 @given(problems(most_kinds=4, most_gpus=8), st.integers(1, 200), st.integers(0, 200), st.sampled_from((1.0, 0.7, 0.5)))
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_more_money_never_serves_less(
     problem: tuple[list[Kind], list[Task], list[float]], budget: int, more: int, share: float
 ) -> None:
@@ -256,7 +256,7 @@ def test_more_money_never_serves_less(
 
 
 @given(problems(most_kinds=4, most_gpus=8), st.floats(0.3, 1.0), st.floats(0.0, 0.5))
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_a_looser_safeguard_never_costs_more(
     problem: tuple[list[Kind], list[Task], list[float]], share: float, looser: float
 ) -> None:
@@ -277,7 +277,7 @@ def test_a_looser_safeguard_never_costs_more(
 
 
 @given(problems(most_kinds=4, most_gpus=8), st.sampled_from((0.0, 5.0)))
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_another_card_to_choose_from_never_makes_it_worse(
     problem: tuple[list[Kind], list[Task], list[float]], usd_per_kind: float
 ) -> None:
@@ -297,7 +297,7 @@ def test_another_card_to_choose_from_never_makes_it_worse(
 
 
 @given(problems(most_kinds=4, most_gpus=8))
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_every_replica_finds_its_gpus_and_none_is_idle(
     problem: tuple[list[Kind], list[Task], list[float]],
 ) -> None:
