@@ -1,0 +1,296 @@
+"""The choice: how many replicas of which option run at each hour, so that what is asked is served at the least cost.
+
+For each hour h, with whole numbers y[c, h] of replicas of option c:
+
+* every model is served: sum of y[c, h] x requests_per_s[c, h] over its options >= demand[m, h]; a pair of prefill and
+  decode counts as much as the scarcer of the two: z <= either side;
+* no pool is oversold: for each size of a group, see `Problem.slots`;
+* entitlements hold: a tenant uses the GPU time of its requests, and of the idle time of the replicas that serve it
+  whatever part it has room for; use <= limit, and the sum over tenants of max(guarantee, use) <= fleet;
+* starts s[c, h] >= y[c, h] - y[c, h - 1] cost what loading takes; midnight follows the last hour.
+
+Three steps, each taken only when the one before was not enough:
+
+1. each model by itself; when that fits together, nothing is cheaper;
+2. all models together, without entitlements; when those hold all the same, nothing is cheaper;
+3. all models and entitlements.
+
+When the fleet is too small, goodput decides who is served: first everybody within what it deserves, then all. What it
+serves is then served at the least cost.
+"""
+
+from dataclasses import replace
+from math import inf
+from time import monotonic
+
+import numpy as np
+
+from waterline.planner.problem import (
+    SLACK,
+    Choice,
+    Counts,
+    Figures,
+    Problem,
+    cost_of,
+    entitled,
+    merged,
+    oversold,
+    shares_of,
+    undominated,
+)
+from waterline.planner.program import Indices, Outcome, Program, Term
+from waterline.planner.rounding import rounded
+
+GAP = 0.01
+TIME_LIMIT_S = 60.0
+FEW_COLUMNS = 1000  # of a problem small enough to be searched for more than the gap asks
+BRANCHES = 1000  # as many as the solver may try: a limit that gives the same plan on a slow machine, as time would not
+
+
+def choose(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME_LIMIT_S) -> Choice | None:
+    """Return the cheapest choice that serves all that is asked; None when the fleet is too small for it.
+
+    Args:
+        problem: what could run and what is asked.
+        gap: how much dearer than the best it may be, as a fraction.
+        time_limit_s: after which the best choice found counts, with its gap; None then also means: none was found.
+    """
+    until_s = monotonic() + time_limit_s
+    small, period = merged(problem)
+    kept = undominated(small, gap / 10)
+    small = small.only(kept)
+    enough = gap if small.rates.size > FEW_COLUMNS else gap / 10
+    choice = _each_alone(small, inf, until_s)
+    if choice is not None and _fits(small, choice) and choice.gap > enough:
+        choice = _each_alone(small, enough, until_s)
+    if choice is not None and not _fits(small, choice):
+        choice = _together(small, choice.bound, enough, until_s)
+    return None if choice is None else _widened(problem, choice, kept, period)
+
+
+def serve_most(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME_LIMIT_S) -> Choice:
+    """Return the choice that serves the most value at every hour, and what that costs at the least.
+
+    Nobody gets more than it deserves before everybody has what it asks, or what it deserves of it.
+    """
+    until_s = monotonic() + time_limit_s
+    small, period = merged(problem)
+    kept = undominated(small, 0.0)
+    small = small.only(kept)
+    hours = [_serve_most_at(small.at([hour]), gap, until_s) for hour in range(len(small.hours))]
+    replicas, served = (np.concatenate(parts, axis=-1) for parts in zip(*hours, strict=True))
+    asked = replace(small, demand=np.where(served > (1 - SLACK) * small.demand, small.demand, (1 - SLACK) * served))
+    best = choose(asked, gap=gap, time_limit_s=max(1.0, until_s - monotonic()))
+    return _widened(problem, best or _choice(asked, replicas, 0.0), kept, period)
+
+
+# --- One model after another, or all together -----------------------------------------------------------------------
+
+
+def _each_alone(problem: Problem, gap: float, until_s: float) -> Choice | None:
+    """Return what each model would choose had it the fleet to itself; None when one cannot even then be served."""
+    replicas = np.zeros((len(problem.options), len(problem.hours)), dtype=np.int64)
+    bound = 0.0
+    for model in range(problem.models):
+        mine = [index for index, option in enumerate(problem.options) if option.model == model]
+        alone, period = merged(problem.of(model))
+        found = _cheapest(alone, gap, until_s)
+        if found is None:
+            return None
+        replicas[mine] = found[0][:, period]
+        bound += found[1]
+    return _choice(problem, replicas, bound)
+
+
+def _together(problem: Problem, bound: float, gap: float, until_s: float) -> Choice | None:
+    """Return the cheapest choice within the pools, and within the entitlements where those matter."""
+    found = _cheapest(problem, gap, until_s)
+    if found is None:
+        return None
+    choice = _choice(problem, found[0], max(bound, found[1]))
+    return choice if entitled(problem, choice.gpus) else _cheapest_entitled(problem, choice.bound, gap, until_s)
+
+
+def _cheapest(problem: Problem, gap: float, until_s: float) -> tuple[Counts, float] | None:
+    """Return [option, hour] replicas that serve all at the least cost, and its bound; entitlements are left out."""
+    program = Program()
+    y = _add_replicas(program, problem)
+    for model in range(problem.models):
+        _add_coverage(program, problem, model, y)
+    found = _search(program, problem, y, gap, until_s)
+    return None if found is None else (found[0], found[2])
+
+
+def _cheapest_entitled(problem: Problem, bound: float, gap: float, until_s: float) -> Choice | None:
+    program = Program()
+    y = _add_replicas(program, problem)
+    _, use, _ = _add_tenants(program, problem, y, at_least=problem.demand)
+    found = _search(program, problem, y, gap, until_s)
+    if found is None:
+        return None
+    replicas, values, low = found
+    choice = _choice(problem, replicas, max(bound, low))
+    return choice if entitled(problem, choice.gpus) else replace(choice, gpus=values[use])
+
+
+def _search(
+    program: Program, problem: Problem, y: Indices, gap: float, until_s: float
+) -> tuple[Counts, Figures, float] | None:
+    """Return [option, hour] replicas, the values of all columns and a bound of the cost.
+
+    Rounding is enough where there is much of everything; where it is not, the solver branches, from there on.
+    """
+    relaxed = program.solve(relaxed=True)
+    if relaxed is None:
+        return None
+    replicas = rounded(problem, relaxed.values[y])
+    start = None if replicas is None else (y, replicas.astype(float))
+    whole = start and program.solve(relaxed=True, fixed=start)
+    if replicas is not None and whole and whole.objective - relaxed.objective <= gap * whole.objective + 1e-9:
+        return replicas, whole.values, relaxed.objective
+    left_s = max(1.0, until_s - monotonic())
+    found = program.solve(gap=gap, time_limit_s=left_s, most_nodes=BRANCHES if gap else None, start=whole and start)
+    if found is not None and (whole is None or found.objective <= whole.objective):
+        return _whole(found.values[y]), found.values, max(relaxed.objective, found.bound)
+    if replicas is not None and whole:
+        return replicas, whole.values, max(relaxed.objective, found.bound if found else -inf)
+    return None
+
+
+def _serve_most_at(problem: Problem, gap: float, until_s: float) -> tuple[Counts, Figures]:
+    """Return [option, 1] replicas and [model, tenant, 1] requests per second of the one hour of a problem."""
+    program = Program()
+    y = _add_replicas(program, problem, free=True)
+    served, _, busy = _add_tenants(program, problem, y, value=problem.value)
+    tenants = problem.demand.shape[1]
+    deserved = program.add_rows([busy], shape=(tenants,), upper=problem.deserved)
+    found = _most(program, y, gap, until_s)
+    got = (problem.value * found.values[served]).sum(axis=0)[:, 0]
+    program.set_upper(deserved, inf)
+    by_tenant = np.moveaxis(served[:, :, 0], 0, 1)
+    program.add_rows([(by_tenant, problem.value[:, :, 0].T)], shape=(tenants,), lower=got * (1 - SLACK))
+    found = _most(program, y, gap, until_s, found)
+    return _whole(found.values[y]), np.clip(found.values[served], 0.0, problem.demand)
+
+
+def _most(program: Program, y: Indices, gap: float, until_s: float, known: Outcome | None = None) -> Outcome:
+    """Return the solution that serves most: rounded down where that is near enough to the best, else by branching."""
+    relaxed = program.solve(relaxed=True)
+    assert relaxed is not None  # noqa: S101 - to serve nobody is a solution
+    down = program.solve(relaxed=True, fixed=(y, np.floor(relaxed.values[y] + SLACK)))
+    best = min((one for one in (known, down) if one is not None), key=lambda one: one.objective, default=None)
+    if best is None or best.objective - relaxed.objective > gap * abs(best.objective):
+        start = None if best is None else (y, best.values[y])
+        found = program.solve(gap=gap, time_limit_s=until_s - monotonic(), start=start)
+        best = found or best
+    assert best is not None  # noqa: S101 - as above: the solver finds at least that
+    return best
+
+
+# --- Columns and rows -----------------------------------------------------------------------------------------------
+
+
+def _add_replicas(program: Program, problem: Problem, *, free: bool = False) -> Indices:
+    """Add [option, hour] replicas that keep within the pools; their cost and that of their starts, unless `free`."""
+    shape = (len(problem.options), len(problem.hours))
+    running = np.array([option.cost for option in problem.options])[:, None] * np.array(problem.hours)
+    y = program.add_columns(shape, cost=0.0 if free else running, integer=True)
+    for pool in range(len(problem.pools)):
+        here = [index for index, option in enumerate(problem.options) if option.pool == pool]
+        for size, slots in problem.slots(pool).items():
+            taken = np.array([problem.options[index].slots(size) for index in here])
+            program.add_rows([(y[here].T, taken)], shape=shape[1:], upper=slots)
+    if not free and len(problem.hours) > 1:
+        starting = np.array([option.start_cost for option in problem.options])[:, None]
+        starts = program.add_columns(shape, cost=starting)
+        program.add_rows([(starts, 1.0), (y, -1.0), (np.roll(y, 1, axis=1), 1.0)], shape=shape, lower=0.0)
+    return y
+
+
+def _add_coverage(program: Program, problem: Problem, model: int, y: Indices) -> None:
+    """Ask for enough replicas at every hour; in units of what is asked, so that the solver's tolerance is a fraction."""
+    asked = problem.total[model]
+    scale = np.where(asked > 0, asked, 1.0)
+
+    def offered(options: list[int]) -> Term:
+        return y[options].T, problem.rates[options].T / scale[:, None]
+
+    terms = [offered(problem.of_model(model, "both"))]
+    for pair in problem.pairs(model):
+        both = program.add_columns(asked.shape)
+        for side in pair:
+            program.add_rows([offered(side), (both, -1.0)], shape=asked.shape, lower=0.0)
+        terms.append((both, 1.0))
+    program.add_rows(terms, shape=asked.shape, lower=asked / scale)
+
+
+def _add_tenants(
+    program: Program, problem: Problem, y: Indices, *, at_least: Figures | float = 0.0, value: Figures | float = 0.0
+) -> tuple[Indices, Indices, Term]:
+    """Add what each tenant is served and uses, within its entitlements.
+
+    Returns:
+        [model, tenant, hour] requests per second, [model, tenant, hour] GPUs, and the GPU time of each tenant's
+        requests in the one hour of the problem, as a term of rows by tenant.
+    """
+    models, tenants, hours = shape = problem.demand.shape
+    served = program.add_columns(shape, lower=at_least, upper=problem.demand, cost=-np.asarray(value))
+    nobodys = np.zeros(shape, dtype=bool)
+    nobodys[:, -1] = problem.total <= 0
+    use = program.add_columns(shape, upper=np.where((problem.demand > 0) | nobodys, inf, 0.0))
+    busy = []
+    for model in range(models):
+        options = [index for index, option in enumerate(problem.options) if option.model == model]
+        rates = problem.rates[options]
+        gpu_time = np.divide(problem.gpus[options][:, None], rates, out=np.zeros_like(rates), where=rates > 0)
+        most = np.where((problem.demand[model] > 0) & (rates[:, None] > 0), inf, 0.0)
+        x = program.add_columns((len(options), tenants, hours), upper=most)  # requests per second by option
+        by_hour = np.moveaxis(x, 1, 2)
+        program.add_rows([(by_hour, 1.0), (y[options], -rates)], shape=rates.shape, upper=0.0)
+        by_option = np.moveaxis(x, 0, 2)
+        roles = np.array([problem.options[index].role for index in options])
+        answers = roles != "decode"
+        program.add_rows([(by_option[:, :, answers], 1.0), (served[model], -1.0)], shape=(tenants, hours), lower=0, upper=0)
+        for pair in problem.pairs(model):
+            reads, writes = (by_option[:, :, np.isin(options, side)] for side in pair)
+            program.add_rows([(reads, 1.0), (writes, -1.0)], shape=(tenants, hours), lower=0, upper=0)
+        taken = np.broadcast_to(gpu_time.T[None], by_option.shape)
+        program.add_rows([(by_option, taken), (use[model], -1.0)], shape=(tenants, hours), upper=0.0)
+        program.add_rows([(use[model].T, 1.0), (y[options].T, -problem.gpus[options])], shape=(hours,), lower=0, upper=0)
+        busy.append((by_option.reshape(tenants, -1), taken.reshape(tenants, -1)))
+    by_tenant = np.moveaxis(use, 0, 2)
+    program.add_rows([(by_tenant, 1.0)], shape=(tenants, hours), upper=problem.limit[:, None])
+    beyond = program.add_columns((tenants, hours))
+    program.add_rows([(by_tenant, 1.0), (beyond, -1.0)], shape=(tenants, hours), upper=problem.guarantee[:, None])
+    free = problem.fleet_gpus - problem.guarantee.sum()
+    program.add_rows([(beyond.T, 1.0)], shape=(hours,), upper=free)
+    columns, times = (np.concatenate(parts, axis=1) for parts in zip(*busy, strict=True))
+    return served, use, (columns, times)
+
+
+# --- Back to choices ------------------------------------------------------------------------------------------------
+
+
+def _whole(values: Figures) -> Counts:
+    return np.rint(values).astype(np.int64)
+
+
+def _fits(problem: Problem, choice: Choice) -> bool:
+    return not oversold(problem, choice.replicas).any() and entitled(problem, choice.gpus)
+
+
+def _choice(problem: Problem, replicas: Counts, bound: float) -> Choice:
+    return Choice(
+        replicas=replicas,
+        served=problem.demand,
+        gpus=shares_of(problem, replicas, problem.demand),
+        cost=cost_of(problem, replicas),
+        bound=bound,
+    )
+
+
+def _widened(problem: Problem, choice: Choice, kept: list[int], period: list[int]) -> Choice:
+    """Return the choice among all options and for all hours."""
+    replicas = np.zeros((len(problem.options), len(period)), dtype=np.int64)
+    replicas[kept] = choice.replicas[:, period]
+    return replace(choice, replicas=replicas, served=choice.served[:, :, period], gpus=choice.gpus[:, :, period])
