@@ -39,7 +39,7 @@ from waterline.llm.gguf_sizes import file_bytes
 from waterline.plan import Layout
 from waterline.planner.buying import Advice, Purchase, buy
 from waterline.planner.fits import fits
-from waterline.planner.offers import Wish
+from waterline.planner.market import Wish
 from waterline.planner.tenders import CONTEXT_TOKENS as CONTEXT
 from waterline.planner.tenders import for_budget, of_servers
 from waterline.units import GIGA, KIB, MIB, gib_text, parameters_text, seconds_text, usd_text

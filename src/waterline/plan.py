@@ -86,10 +86,10 @@ class ModelPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     requests_per_s: Figure  # the demand planned for: the peak hour, over all tenants
     prompt_tokens: Count  # mean of that demand: what a request is expected to be before it has told
     output_tokens: Count
-    replicas: Count
-    gpus: Count
-    usd_per_hour: Figure
-    usd_per_million_tokens: Figure | None  # input and output together, at the planned demand; None without demand
+    replicas: Index  # at the hour at which it has most GPUs; 0 where the fleet is too small
+    gpus: Index
+    usd_per_hour: Figure  # at that hour
+    usd_per_million_tokens: Figure | None  # input and output together, over the day; None where nothing is served
     limited_by: Limit  # what keeps a replica from taking more
     reason: str
 
@@ -152,6 +152,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tenants: tuple[TenantPlan, ...]
     replicas: tuple[Replica, ...]
     hours: tuple[HourPlan, ...] = ()  # all 24; empty in a plan whose replicas serve all day
+    warnings: tuple[str, ...] = ()  # where the fleet is too small: what is not served, why, and what would help
 
     @property
     def busiest_hour(self) -> int:
@@ -256,7 +257,7 @@ def _problems(plan: Plan) -> Iterator[str]:
     for name in models:
         if planned.count(name) != 1:
             yield f"models: '{name}' is there {planned.count(name)} times, not once."
-        if not plan.replicas_of(name):
+        if not plan.replicas_of(name) and plan.objective != "goodput":
             yield f"replicas: model '{name}' has none."
     for tenant in plan.tenants:
         yield from _unknown("tenants: tenant", tenant.tenant, [known.name for known in plan.fleet.tenants])

@@ -3,27 +3,27 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import islice, product
 from random import Random
 
 import numpy as np
 
 from waterline.planner.problem import Option, Problem
 
-MOST_STATES = 120
+MOST_STATES = 60
 
 
 def small_problem(seed: int, *, shared: bool = False) -> Problem:
     """Draw a fleet of a few GPUs; each model has its own tenant, or two tenants share all models."""
     dice = Random(seed)
-    pools = tuple((dice.choice([1, 1, 2]), dice.choice([1, 2, 2, 3, 4])) for _ in range(dice.choice([1, 2])))
+    pools = tuple((dice.choice([1, 2, 2]), dice.choice([2, 2, 3, 4])) for _ in range(dice.choice([1, 2])))
     models, hours = dice.choice([1, 2, 2]), dice.choice([1, 2, 3])
     options = [option for model in range(models) for option in _options(dice, model, pools, hours)]
     tenants = 2 if shared else models
     demand = np.zeros((models, tenants + 1, hours))
     for model in range(models):
         for tenant in range(tenants) if shared else [model]:
-            demand[model, tenant] = [dice.choice([0, 0.5, 1, 1.5, 2.5]) for _ in range(hours)]
+            demand[model, tenant] = [dice.choice([0, 0.5, 1, 1.5, 2]) for _ in range(hours)]
         if not demand[model].any():
             demand[model, -1] = 1.0
     fleet = sum(nodes * gpus for nodes, gpus in pools)
@@ -47,8 +47,8 @@ def _options(dice: Random, model: int, pools: Sequence[tuple[int, int]], hours: 
         pool = dice.randrange(len(pools))
         nodes, gpus = pools[pool]
         sizes = [(size,) for size in (1, 2, 4) if size <= gpus] + [(gpus,) * 2] * (nodes > 1)
-        role = dice.choice(["both", "both", "both", "prefill"])
-        for role in ("prefill", "decode") if role == "prefill" else ("both",):
+        split = dice.choice([False, False, False, True])
+        for role in ("prefill", "decode") if split else ("both",):
             groups = dice.choice(sizes)
             rates = [dice.choice([1.0, 1.0, 1.5]) * sum(groups) ** dice.choice([0.8, 1.0, 1.2]) for _ in range(hours)]
             yield Option(
@@ -65,11 +65,14 @@ def _options(dice: Random, model: int, pools: Sequence[tuple[int, int]], hours: 
 
 def cheapest_by_trying(problem: Problem) -> float | None:
     """Return the cost of the cheapest choice that serves all; each model must have its own tenant."""
-    states = [np.array(list(_states(problem, hour))).reshape(-1, len(problem.options)) for hour in range(len(problem.hours))]
+    states = []
+    for hour in range(len(problem.hours)):
+        found = list(islice(_states(problem, hour), MOST_STATES + 1))
+        if len(found) > MOST_STATES:
+            raise ValueError(f"more than {MOST_STATES} states at an hour: too many to try all of them")
+        states.append(np.array(found).reshape(-1, len(problem.options)))
     if not all(len(state) for state in states):
         return None
-    if max(len(state) for state in states) > MOST_STATES:
-        raise ValueError(f"more than {MOST_STATES} states at an hour: too many to try all of them")
     costs = np.array([option.cost for option in problem.options])
     starts = np.array([option.start_cost for option in problem.options])
     path = np.where(np.eye(len(states[0]), dtype=bool), 0.0, np.inf)  # [first hour, hour so far]
@@ -83,7 +86,7 @@ def cheapest_by_trying(problem: Problem) -> float | None:
 
 def _states(problem: Problem, hour: int) -> Iterator[tuple[int, ...]]:
     """Yield what can run at one hour and serves all."""
-    most = [sum(n * g for n, g in problem.pools[o.pool : o.pool + 1]) // o.gpus for o in problem.options]
+    most = [problem.pools[one.pool][0] * problem.pools[one.pool][1] // one.gpus for one in problem.options]
     for counts in product(*(range(count + 1) for count in most)):
         if _serves(problem, hour, counts) and _may(problem, hour, counts) and packs(problem, counts):
             yield counts

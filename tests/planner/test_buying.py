@@ -11,7 +11,7 @@ from waterline.errors import InfeasibleError, InputError, UnknownNameError
 from waterline.fleet import Demand, Fleet, Model, Pool, Tenant
 from waterline.planner import make_plan
 from waterline.planner.buying import Advice, Purchase, buy
-from waterline.planner.offers import Wish, hard_hours, price_factors
+from waterline.planner.market import Wish, hard_hours, price_factors
 from waterline.workload import Slo
 
 LLAMA = "meta-llama/Llama-3.1-8B"

@@ -46,7 +46,9 @@ SIZES = st.sampled_from([1, 2, 4, 8])
 @given(
     nodes=st.integers(1, 3),
     gpus=st.sampled_from([1, 2, 3, 4, 6, 8]),
-    wanted=st.lists(st.tuples(SIZES, st.integers(1, 2), st.lists(st.integers(0, 3), min_size=3, max_size=3)), min_size=1, max_size=5),
+    wanted=st.lists(
+        st.tuples(SIZES, st.integers(1, 2), st.lists(st.integers(0, 3), min_size=3, max_size=3)), min_size=1, max_size=5
+    ),
 )
 def test_what_the_slots_of_a_pool_allow_is_placed_and_nothing_overlaps(
     nodes: int, gpus: int, wanted: list[tuple[int, int, list[int]]]

@@ -18,7 +18,7 @@ from waterline.errors import InputError
 from waterline.fleet import Fleet, Pool, load_fleet
 from waterline.planner.buying import Advice
 from waterline.planner.buying import buy as advise
-from waterline.planner.offers import Wish, no_price, price_factors, price_of_server
+from waterline.planner.market import Wish, no_price, price_factors, price_of_server
 from waterline.planner.tenders import Tender, for_budget, of_servers
 from waterline.workload import write_whole
 

@@ -18,7 +18,7 @@ from waterline.catalog.servers import Hosting, ServerPrice, drawn_watts, rated_w
 from waterline.errors import InfeasibleError, InputError
 from waterline.fleet import Fleet
 from waterline.plan import Layout
-from waterline.planner.offers import LeftOut, Offer, Wish, offers, tasks
+from waterline.planner.market import LeftOut, Offer, Wish, offers, tasks
 from waterline.planner.purchase import GAP, WHOLE, Choice, Kind, Market, Task, cheapest, most
 
 NOTABLE = 0.1  # of the money: a card whose loss is looked into

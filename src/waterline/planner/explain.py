@@ -1,36 +1,47 @@
 """Why a plan is as it is, and what would change it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import replace
-from math import ceil
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from waterline.fleet import Fleet
 from waterline.hardware import Node
 from waterline.llm import PRECISIONS
-from waterline.plan import TenantPlan
+from waterline.plan import Limit
 from waterline.planner.candidates import Candidate, Rejection, Work, expected, layouts, price
 from waterline.planner.needs import Need
-from waterline.units import usd_text
+from waterline.planner.problem import Choice
 from waterline.workload import Slo
 
+if TYPE_CHECKING:
+    from waterline.planner.offers import Offers
 
-def why(options: Sequence[tuple[float, str]], chosen: Sequence[tuple[int, int]]) -> str:
-    """Say what a choice won against.
 
-    Args:
-        options: dollars an hour and name of each option, the cheapest first.
-        chosen: index into `options` and replicas of what was taken.
-    """
-    if len(chosen) > 1:
-        return "no single layout has the room: " + ", ".join(
-            f"{count} x {options[index][1]}" for index, count in chosen
-        )
-    index = chosen[0][0]
-    reason = f"cheapest of {len(options)} layouts that do" if index == 0 else "cheapest that still has room"
-    if index + 1 == len(options):
-        return reason if len(options) > 1 else "the only layout that does"
-    usd, runner_up = options[index + 1]
-    return f"{reason}; next: {runner_up} at {usd_text(usd)}/h"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """Why a model runs as it does."""
+
+    limited_by: Limit
+    text: str
+
+
+def reasons(offers: Offers, choice: Choice) -> list[Reason]:
+    return [_reason(offers, choice, model) for model in range(len(offers.fleet.models))]
+
+
+def _reason(offers: Offers, choice: Choice, model: int) -> Reason:
+    mine = [i for i, option in enumerate(offers.problem.options) if option.model == model]
+    counts = choice.replicas[mine].max(axis=1)
+    main = mine[int(np.argmax(counts * offers.problem.gpus[mine]))]
+    return Reason(limited_by=offers.offers[main].any.limited_by, text=str(offers.offers[main]))
+
+
+def shortage(offers: Offers, choice: Choice) -> tuple[str, ...]:
+    return ("too small",)
 
 
 def why_not(need: Need, fleet: Fleet, rejections: Sequence[tuple[str, Rejection]]) -> str:
@@ -42,21 +53,6 @@ def why_not(need: Need, fleet: Fleet, rejections: Sequence[tuple[str, Rejection]
     found = _remedies(need, fleet)
     advice = "What would do: " + "; or ".join(found) if found else "It needs cards with more memory, or more nodes"
     return f"model '{need.model.name}' runs on none of the pools: {misses}. {advice}."
-
-
-def why_not_enough(need: Need, chosen: Sequence[tuple[str, int]], missing_requests_per_s: float) -> str:
-    have = ", ".join(f"{count} x {option}" for option, count in chosen) or "no room for a single replica"
-    return (
-        f"model '{need.model.name}' needs {need.requests_per_s:.3g} requests/s at its peak; what is left of the fleet "
-        f"({have}) falls short by {missing_requests_per_s:.3g}. Add nodes, lower its demand, or loosen its slo."
-    )
-
-
-def why_over_limit(plan: TenantPlan, fleet_gpus: int) -> str:
-    return (
-        f"tenant '{plan.tenant}' needs {plan.gpus:.1f} GPUs at its peak, its limit is {plan.limit_gpus:.3g} of "
-        f"{fleet_gpus}. Raise its limit to {ceil(100 * plan.gpus / fleet_gpus) / 100:.2f} or more, or lower its demand."
-    )
 
 
 def _remedies(need: Need, fleet: Fleet) -> list[str]:

@@ -144,17 +144,18 @@ def _search(
     if relaxed is None:
         return None
     replicas = rounded(problem, relaxed.values[y])
-    start = None if replicas is None else (y, replicas.astype(float))
-    whole = start and program.solve(relaxed=True, fixed=start)
-    if replicas is not None and whole and whole.objective - relaxed.objective <= gap * whole.objective + 1e-9:
-        return replicas, whole.values, relaxed.objective
-    left_s = max(1.0, until_s - monotonic())
-    found = program.solve(gap=gap, time_limit_s=left_s, most_nodes=BRANCHES if gap else None, start=whole and start)
-    if found is not None and (whole is None or found.objective <= whole.objective):
-        return _whole(found.values[y]), found.values, max(relaxed.objective, found.bound)
-    if replicas is not None and whole:
-        return replicas, whole.values, max(relaxed.objective, found.bound if found else -inf)
-    return None
+    best = None if replicas is None else program.solve(relaxed=True, fixed=(y, replicas.astype(float)))
+    bound = relaxed.objective
+    if best is None or best.objective - bound > gap * best.objective + 1e-9:
+        found = program.solve(
+            gap=gap,
+            time_limit_s=max(1.0, until_s - monotonic()),
+            most_nodes=BRANCHES if gap else None,
+        )
+        if found is not None:
+            bound = max(bound, found.bound)
+            best = found if best is None or found.objective <= best.objective else best
+    return None if best is None else (_whole(best.values[y]), best.values, bound)
 
 
 def _serve_most_at(problem: Problem, gap: float, until_s: float) -> tuple[Counts, Figures]:
@@ -180,9 +181,9 @@ def _most(program: Program, y: Indices, gap: float, until_s: float, known: Outco
     down = program.solve(relaxed=True, fixed=(y, np.floor(relaxed.values[y] + SLACK)))
     best = min((one for one in (known, down) if one is not None), key=lambda one: one.objective, default=None)
     if best is None or best.objective - relaxed.objective > gap * abs(best.objective):
-        start = None if best is None else (y, best.values[y])
-        found = program.solve(gap=gap, time_limit_s=until_s - monotonic(), start=start)
-        best = found or best
+        found = program.solve(gap=gap, time_limit_s=max(1.0, until_s - monotonic()))
+        if found is not None and (best is None or found.objective < best.objective):
+            best = found
     assert best is not None  # noqa: S101 - as above: the solver finds at least that
     return best
 
@@ -208,7 +209,7 @@ def _add_replicas(program: Program, problem: Problem, *, free: bool = False) -> 
 
 
 def _add_coverage(program: Program, problem: Problem, model: int, y: Indices) -> None:
-    """Ask for enough replicas at every hour; in units of what is asked, so that the solver's tolerance is a fraction."""
+    """Ask for enough replicas at every hour; in units of what is asked, as the solver's tolerance is absolute."""
     asked = problem.total[model]
     scale = np.where(asked > 0, asked, 1.0)
 
@@ -250,13 +251,17 @@ def _add_tenants(
         by_option = np.moveaxis(x, 0, 2)
         roles = np.array([problem.options[index].role for index in options])
         answers = roles != "decode"
-        program.add_rows([(by_option[:, :, answers], 1.0), (served[model], -1.0)], shape=(tenants, hours), lower=0, upper=0)
+        program.add_rows(
+            [(by_option[:, :, answers], 1.0), (served[model], -1.0)], shape=(tenants, hours), lower=0, upper=0
+        )
         for pair in problem.pairs(model):
             reads, writes = (by_option[:, :, np.isin(options, side)] for side in pair)
             program.add_rows([(reads, 1.0), (writes, -1.0)], shape=(tenants, hours), lower=0, upper=0)
         taken = np.broadcast_to(gpu_time.T[None], by_option.shape)
         program.add_rows([(by_option, taken), (use[model], -1.0)], shape=(tenants, hours), upper=0.0)
-        program.add_rows([(use[model].T, 1.0), (y[options].T, -problem.gpus[options])], shape=(hours,), lower=0, upper=0)
+        program.add_rows(
+            [(use[model].T, 1.0), (y[options].T, -problem.gpus[options])], shape=(hours,), lower=0, upper=0
+        )
         busy.append((by_option.reshape(tenants, -1), taken.reshape(tenants, -1)))
     by_tenant = np.moveaxis(use, 0, 2)
     program.add_rows([(by_tenant, 1.0)], shape=(tenants, hours), upper=problem.limit[:, None])

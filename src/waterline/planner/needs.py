@@ -1,8 +1,8 @@
-"""What all tenants together ask of each model, at the hours they ask most."""
+"""What all tenants together ask of each model, hour by hour."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from waterline.fleet import HOURS, Demand, Fleet, Model, default_slo
@@ -25,6 +25,7 @@ class Asked:
     output_tokens: float
     prompt_square: float = SQUARE_OVER_MEAN  # mean of the square, over the square of the mean
     output_square: float = SQUARE_OVER_MEAN
+    prefix_hit: float = 0.0  # share of the prompts' tokens that are in the cache already
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,42 +34,48 @@ class Need:
 
     model: Model
     asked: tuple[Asked, ...]
-    work: Work
+    work: Work  # of a mixture near to what is asked, see `needs`
 
     @property
     def requests_per_s(self) -> float:
         return sum(one.requests_per_s for one in self.asked)
 
 
-def needs(fleet: Fleet, model: Model) -> list[Need]:
-    """Return the work of the hours that could be a model's hardest: most requests, most to read, most to write.
+def needs(fleet: Fleet, model: Model) -> tuple[Need, ...]:
+    """Return a model's work at each of the 24 hours.
 
-    A model without demand has one, of nothing.
+    Work is priced for a mixture of tenants in eighths of the requests, so that hours that hardly differ have the same;
+    whoever counts requests by their GPU time makes up for the rest. An hour without requests has the work of the one
+    before, and a model without demand that of usual requests.
     """
     rows = [_hours(demand) for demand in fleet.demand if demand.model == model.name]
     hours = [tuple(row[hour] for row in rows if row[hour].requests_per_s > 0) for hour in range(HOURS)]
-    hardest = {
-        max(range(HOURS), key=lambda hour: _weight(hours[hour], per_prompt_token, per_output_token, per_request)): None
-        for per_prompt_token, per_output_token, per_request in ((0, 0, 1), (1, 0, 0), (0, 1, 0))
-    }
-    distinct = dict.fromkeys(hours[hour] for hour in hardest)
-    return [_need(fleet, model, asked) for asked in distinct]
+    works: dict[tuple[Asked, ...], Work] = {}
+    found, latest = [], next((asked for asked in reversed(hours) if asked), ())
+    for asked in hours:
+        latest = asked or latest
+        mixture = _in_eighths(latest)
+        if mixture not in works:
+            works[mixture] = Work(
+                lengths=_within(_mixture(mixture), model.max_context_tokens),
+                max_context_tokens=model.max_context_tokens,
+                slo=model.slo or default_slo(fleet.llm_of(model)),
+            )
+        found.append(Need(model=model, asked=asked, work=works[mixture]))
+    return tuple(found)
 
 
-def _weight(asked: Sequence[Asked], per_prompt_token: int, per_output_token: int, per_request: int) -> float:
-    return sum(
-        one.requests_per_s * (per_request + per_prompt_token * one.prompt_tokens + per_output_token * one.output_tokens)
-        for one in asked
-    )
-
-
-def _need(fleet: Fleet, model: Model, asked: tuple[Asked, ...]) -> Need:
-    work = Work(
-        lengths=_within(_mixture(asked), model.max_context_tokens),
-        max_context_tokens=model.max_context_tokens,
-        slo=model.slo or default_slo(fleet.llm_of(model)),
-    )
-    return Need(model=model, asked=asked, work=work)
+def _in_eighths(asked: tuple[Asked, ...]) -> tuple[Asked, ...]:
+    """Return what is asked with each part of the requests rounded to an eighth of them; equal requests are one part."""
+    total = sum(one.requests_per_s for one in asked)
+    parts: dict[Asked, float] = {}
+    for one in asked:
+        alike = replace(one, tenant="", requests_per_s=1.0)
+        parts[alike] = parts.get(alike, 0.0) + one.requests_per_s / total
+    if len(parts) == 1:
+        return tuple(parts)
+    eighths = {alike: round(8 * part) / 8 for alike, part in parts.items()}
+    return tuple(replace(alike, requests_per_s=part) for alike, part in eighths.items() if part > 0) or tuple(parts)
 
 
 def _mixture(asked: Sequence[Asked]) -> Lengths:
@@ -94,6 +101,8 @@ def _mixture(asked: Sequence[Asked]) -> Lengths:
         prompt_sigma=_sigma(prompt_square / prompt**2),
         output_sigma=_sigma(output_square / output**2),
         context_tokens=max(1, round(under_way / output)),
+        prefix_hit=sum(part * one.prompt_tokens * one.prefix_hit for part, one in zip(share, asked, strict=True))
+        / prompt,
     )
 
 
@@ -110,6 +119,7 @@ def _within(lengths: Lengths, context_tokens: int) -> Lengths:
         prompt_sigma=lengths.prompt_sigma,
         output_sigma=lengths.output_sigma,
         context_tokens=min(lengths.context_tokens, context_tokens),
+        prefix_hit=lengths.prefix_hit,
     )
 
 
@@ -122,6 +132,7 @@ def _hours(demand: Demand) -> tuple[Asked, ...]:
                 requests_per_s=requests_per_s,
                 prompt_tokens=demand.prompt_tokens,
                 output_tokens=demand.output_tokens,
+                prefix_hit=demand.prefix_hit,
             )
             for requests_per_s in demand.hourly_requests_per_s
         )
@@ -135,6 +146,7 @@ def _hours(demand: Demand) -> tuple[Asked, ...]:
         output_tokens=output_tokens,
         prompt_square=prompt_square,
         output_square=output_square,
+        prefix_hit=demand.prefix_hit,
     )
     return (asked,) * HOURS
 

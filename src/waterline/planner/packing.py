@@ -63,8 +63,7 @@ class PoolGpus:
         """
         at = list(hours)
         by_slot = self._by_slot(size)
-        free = ~by_slot[:, :, at].any(axis=2)
-        node, slot = np.nonzero(free)
+        node, slot = np.nonzero(~by_slot[:, :, at].any(axis=2))
         used = by_slot[node, slot].sum(axis=1)
         fullness = self.taken[:, :, at].sum(axis=(1, 2))[node]
         order = np.lexsort((slot, node, -used, -fullness))
@@ -81,22 +80,20 @@ class PoolGpus:
     def _take(self, slots: NDArray[np.int64], size: int, hours: Hours) -> tuple[Place, ...]:
         for node, first in slots:
             self.taken[node, first : first + size, list(hours)] = True
-        return tuple(
-            Place(node=int(node), gpus=tuple(range(int(first), int(first) + size))) for node, first in slots
-        )
+        return tuple(Place(node=int(node), gpus=tuple(range(int(first), int(first) + size))) for node, first in slots)
 
     def _place_in_parts(self, option: int, groups: Sequence[int], hours: Hours) -> list[Placed]:
         """Place one replica wherever there is room for some of its hours, as many of them as can be each time."""
         placed, left = [], list(hours)
         while left:
             size = groups[0]
-            free = ~self._by_slot(size)[:, :, left]  # [node, slot, hour]
+            free = np.logical_not(self._by_slot(size)[:, :, left])  # [node, slot, hour]
             here = int(np.argmax(free.sum(axis=(0, 1))))  # the hour with most room: others are likelier to share it
             node, slot = np.nonzero(free[:, :, here])
             best = np.argsort(-free[node, slot].sum(axis=1), kind="stable")[: len(groups)]
             slots = np.stack([node, slot * size], axis=1)[best]
-            both = free[node[best], slot[best]].all(axis=0)
-            part = tuple(hour for hour, fits in zip(left, both.tolist(), strict=True) if fits)
+            fits = free[node[best], slot[best]].sum(axis=0) == len(groups)  # [hour that is left]
+            part = tuple(left[index] for index in np.flatnonzero(fits).tolist())
             placed.append(Placed(option=option, hours=part, places=self._take(slots, size, part)))
             left = [hour for hour in left if hour not in part]
         return placed
@@ -114,9 +111,7 @@ def pack(
     """
     gpus = [PoolGpus(nodes, per_node, replicas.shape[1]) for nodes, per_node in pools]
     stacks = [
-        (index, hours, count)
-        for index in range(len(options))
-        for hours, count in stacked(replicas[index].tolist())
+        (index, hours, count) for index in range(len(options)) for hours, count in stacked(replicas[index].tolist())
     ]
     placed: list[Placed] = []
     for index, hours, count in sorted(stacks, key=lambda one: (-options[one[0]][1][0], -len(one[1]), one[0])):

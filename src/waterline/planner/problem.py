@@ -80,7 +80,8 @@ class Problem:
     @cached_property
     def total(self) -> Figures:
         """[model, hour] requests per second of all tenants."""
-        return self.demand.sum(axis=1)
+        total: Figures = self.demand.sum(axis=1)
+        return total
 
     def of_model(self, model: int, role: Role) -> list[int]:
         """Return the indices of the options of a model with a role."""
@@ -89,10 +90,10 @@ class Problem:
     def pairs(self, model: int) -> list[tuple[list[int], list[int]]]:
         """Return the options that read and those that write the same requests, for each partner of a model."""
         sides: dict[str, tuple[list[int], list[int]]] = {}
-        for role, side in (("prefill", 0), ("decode", 1)):
-            for index in self.of_model(model, role):
-                sides.setdefault(self.options[index].partner, ([], []))[side].append(index)
-        return list(sides.values())
+        for index, option in enumerate(self.options):
+            if option.model == model and option.role != "both":
+                sides.setdefault(option.partner, ([], []))[option.role == "decode"].append(index)
+        return [pair for pair in sides.values() if all(pair)]
 
     def slots(self, pool: int) -> dict[int, int]:
         """Return for each size of a group on the pool how many such groups its nodes hold.
@@ -160,7 +161,8 @@ def cost_of(problem: Problem, replicas: Counts) -> float:
 
 def starts_of(replicas: Counts) -> Counts:
     """[option, hour] replicas that serve from that hour on and did not before."""
-    return np.maximum(0, replicas - np.roll(replicas, 1, axis=1))
+    starts: Counts = np.maximum(0, replicas - np.roll(replicas, 1, axis=1))
+    return starts
 
 
 def _start_costs(problem: Problem) -> Figures:

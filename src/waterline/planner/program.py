@@ -85,7 +85,8 @@ class Program:
         ]
 
     def _firsts(self) -> list[int]:
-        return np.cumsum([0, *(len(lower) for lower, _ in self._bounds[:-1])]).tolist()
+        firsts: list[int] = np.cumsum([0, *(len(lower) for lower, _ in self._bounds[:-1])]).tolist()
+        return firsts
 
     def solve(
         self,
@@ -94,7 +95,6 @@ class Program:
         gap: float = 0.0,
         time_limit_s: float = inf,
         most_nodes: int | None = None,
-        start: tuple[Indices, NDArray[np.float64]] | None = None,
         fixed: tuple[Indices, NDArray[np.float64]] | None = None,
     ) -> Outcome | None:
         """Return the best solution found; None when there is none, or none was found in the time.
@@ -104,12 +104,11 @@ class Program:
             gap: stop when the cost is that near to the bound, as a fraction.
             time_limit_s: stop then, with the best found.
             most_nodes: stop after so many branches, with the best found.
-            start: columns and values to begin with.
             fixed: columns and the values they must have.
         """
-        import highspy  # noqa: PLC0415 - a tenth of a second that only planning pays
+        from highspy import _core as highspy  # noqa: PLC0415 - a tenth of a second that only planning pays
 
-        solver = highspy.Highs()
+        solver: Any = highspy._Highs()  # noqa: SLF001 - highspy.Highs prints a banner when it is made
         solver.setOptionValue("output_flag", False)  # noqa: FBT003 - its signature
         solver.setOptionValue("threads", 1)  # the same plan wherever it is made
         solver.setOptionValue("mip_rel_gap", gap)
@@ -124,8 +123,6 @@ class Program:
             lower[fixed[0]] = upper[fixed[0]] = fixed[1]
             model.col_lower_, model.col_upper_ = lower, upper
         solver.passModel(model)
-        if start is not None:
-            solver.setSolution(start[0].size, start[0].ravel().astype(np.int32), start[1].ravel())
         solver.run()
         info, solution = solver.getInfo(), solver.getSolution()
         if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
@@ -139,7 +136,7 @@ class Program:
             duals=np.array(solution.row_dual),
         )
 
-    def _model(self, highspy: Any, *, relaxed: bool) -> Any:  # noqa: ANN401
+    def _model(self, highspy: Any, *, relaxed: bool) -> Any:
         model = highspy.HighsLp()
         model.num_col_, model.num_row_ = self.columns, self.rows
         cost, lower, upper = (np.concatenate(parts) for parts in zip(*self._columns, strict=True))

@@ -66,16 +66,12 @@ class _Free:
 
     def holds(self, move: Move) -> bool:
         self.take(move)
-        fits = all(
-            free >= 0 for option in move for free in self.slots[self.problem.options[option].pool].values()
-        )
+        fits = all(free >= 0 for option in move for free in self.slots[self.problem.options[option].pool].values())
         self.take(move, -1)
         return fits
 
 
-def _filled(
-    problem: Problem, sides: _Sides, counts: list[int], rates: list[float], free: _Free, asked: float
-) -> bool:
+def _filled(problem: Problem, sides: _Sides, counts: list[int], rates: list[float], free: _Free, asked: float) -> bool:
     """Start replicas, what gives most for its cost first, until a model is served; return whether that worked."""
     served = sides.capacity(counts, rates)
     while served < asked:
