@@ -127,22 +127,20 @@ def _gpu_time(fleet: Fleet, by_model: Sequence[Sequence[Need]], offers: Sequence
         for hour, need in enumerate(hours):
             if need.work not in known:
                 known[need.work] = _seconds_per_token(need, offers)
-            reading_s, writing_s = known[need.work]
-            lengths = need.work.lengths
-            mean_s = lengths.prompt_tokens * reading_s + lengths.output_tokens * writing_s
+            if not need.asked:
+                continue
+            mean_s = _mean_s(need.asked, *known[need.work])
             for tenant in {one.tenant for one in need.asked}:
-                asked = [one for one in need.asked if one.tenant == tenant]
-                total = sum(one.requests_per_s for one in asked)
-                mine_s = sum(
-                    one.requests_per_s / total * (_to_read(one) * reading_s + one.output_tokens * writing_s)
-                    for one in asked
-                )
+                mine_s = _mean_s([one for one in need.asked if one.tenant == tenant], *known[need.work])
                 times[model, tenants.index(tenant), hour] = mine_s / mean_s
     return times
 
 
-def _to_read(asked: Asked) -> float:
-    return asked.prompt_tokens * (1 - asked.prefix_hit)
+def _mean_s(asked: Sequence[Asked], reading_s: float, writing_s: float) -> float:
+    """Return the GPU time of a mean request, from that of a token to read and of one to write."""
+    times_s = [one.prompt_tokens * (1 - one.prefix_hit) * reading_s + one.output_tokens * writing_s for one in asked]
+    rates = [one.requests_per_s for one in asked]
+    return float(np.average(times_s, weights=rates))
 
 
 def _seconds_per_token(need: Need, offers: Sequence[Offer]) -> tuple[float, float]:
