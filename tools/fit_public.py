@@ -295,9 +295,7 @@ def predicted_s(point: Point, calibration: Calibration) -> float:
         return token_s(point, found)
     if point.kind == "prefill":
         return found.alone_s * calibration.reading
-    ttft_s, tpot_s = closed_loop(
-        found, calibration, point.running, point.osl, point.concurrency, point.layout.dp
-    )  # fmt: skip
+    ttft_s, tpot_s = closed_loop(found, calibration, point.running, point.osl, point.concurrency)
     return ttft_s if point.kind == "ttft" else (ttft_s + (point.osl - 1) * tpot_s) / point.osl
 
 
@@ -402,7 +400,7 @@ def _first_tokens(points: list[Point], calibration: Calibration, form: Form) -> 
 
 def _first(point: Point, calibration: Calibration) -> list[float]:
     found = priced(point, calibration)
-    return [found.alone_s, found.plain_s + point.running / point.osl * found.delay_s]
+    return [found.lone_s, found.plain_s + point.running / point.osl * found.delay_s]
 
 
 def weights(points: list[Point]) -> Numbers:

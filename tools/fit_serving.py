@@ -42,7 +42,7 @@ LOOSE = np.array([1.0] * 6 + [5.0] * 3)  # how far from it a part may lie, in it
 PULL = 0.005  # … against the relative errors of all runs; chosen by the configurations left out
 REQUEST = ("request_s", "reading", "together", "steps")  # parts of a first token
 REQUEST_PRIOR = np.array([0.05, 1.0, 0.1, 0.0])  # a prompt is read once; runs have ten requests a client as a rule
-REQUEST_PULL = 0.1
+REQUEST_PULL = 0.2  # as PULL
 TARGET = Path(__file__).parents[1] / "src/waterline/catalog/measured/engines.toml"
 SOURCE = "silicon_sample.csv of aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0; most are InferenceX runs of 2025-26)"
 FLOOR = 0.03  # relative errors below it count alike: runs repeat no better
@@ -142,10 +142,9 @@ class Design:
 
     plain: Numbers
     delay: Numbers
-    alone: Numbers
+    lone: Numbers
     running: Numbers
     concurrency: Numbers
-    ranks: Numbers
     osl: Numbers
     ttft_s: Numbers
     tpot_s: Numbers
@@ -159,16 +158,19 @@ class Design:
         values = np.array([getattr(calibration, name) / unit for name, unit in STEP.items()])
         both = [
             closed_loop(
-                Pieces(plain_s=plain, delay_s=delay, alone_s=alone, reading_s=0.0), calibration, run, osl, all_, ranks
+                Pieces(plain_s=plain, delay_s=delay, alone_s=0.0, lone_s=lone, reading_s=0.0),
+                calibration,
+                run,
+                osl,
+                all_,
             )
-            for plain, delay, alone, run, osl, all_, ranks in zip(
+            for plain, delay, lone, run, osl, all_ in zip(
                 self.plain @ values,
                 self.delay @ values,
-                self.alone @ values,
+                self.lone @ values,
                 self.running.astype(int),
                 self.osl.astype(int),
                 self.concurrency.astype(int),
-                self.ranks,
                 strict=True,
             )
         ]
@@ -191,10 +193,9 @@ def design(runs: list[Run]) -> Design:
     return Design(
         plain=column("plain_s"),
         delay=column("delay_s"),
-        alone=column("alone_s"),
+        lone=column("lone_s"),
         running=np.array([float(pricer.running(run)) for run in runs]),
         concurrency=each("concurrency"),
-        ranks=np.array([float(run.layout.dp) for run in runs]),
         osl=each("osl"),
         ttft_s=each("ttft_s"),
         tpot_s=each("tpot_s"),
@@ -206,9 +207,9 @@ def fit(data: Design) -> Calibration:
     """Fit one engine."""
     tpot = data.plain + (data.running / data.osl)[:, None] * data.delay
     step = _solve(tpot, data.tpot_s, data.weight, PRIOR, PULL / LOOSE**2)
-    alone = data.alone @ step
+    alone = data.lone @ step
     served = data.running == data.concurrency  # the others wait, for as long as everything else takes
-    first = np.stack([np.ones_like(alone), alone, data.running / data.ranks / 2 * alone, tpot @ step], axis=1)
+    first = np.stack([np.ones_like(alone), alone, data.running / 2 * alone, tpot @ step], axis=1)
     scale = np.median(first / data.ttft_s[:, None], axis=0)  # so that each coefficient is a share of a first token
     request = _solve(
         (first / scale)[served],

@@ -30,7 +30,7 @@ STEP = StepCost(
     ),
     step_tokens=100,
 )
-FOUND = Pieces(plain_s=0.010, delay_s=0.040, alone_s=0.050, reading_s=0.060)
+FOUND = Pieces(plain_s=0.010, delay_s=0.040, alone_s=0.050, lone_s=0.050, reading_s=0.060)
 
 
 def test_the_pieces_of_a_batch_by_hand() -> None:
@@ -93,6 +93,13 @@ def test_more_at_once_never_lowers_what_a_replica_yields(batch: int, prompt: int
     many = serving_point(STEP, min(99, batch + more), prompt, output)
     assert many.tpot_s >= few.tpot_s
     assert many.requests_per_s >= few.requests_per_s * (1 - 0.05)  # chunks get smaller as decodes take the budget
+
+
+def test_a_lone_prompt_of_one_rank_takes_its_own_attention_and_its_share_of_all_the_others_work() -> None:
+    ranks = replace(STEP, ranks=4, step_tokens=400)
+    found = pieces(ranks, 4, 40, 0)
+    assert found.lone_s == pytest.approx(1e-3 + 40 / 4 * 10e-6 + 4 * prefill_pairs(0, 40) * 2e-9)
+    assert pieces(STEP, 4, 40, 0).lone_s == pieces(STEP, 4, 40, 0).alone_s
 
 
 @given(st.integers(1, 99), st.integers(1, 2000), st.integers(0, 2000), st.integers(0, 2000))

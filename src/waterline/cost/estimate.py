@@ -150,9 +150,7 @@ def estimate_replica(
     places = room_for(replica, memory, asked.context_tokens)
     calibration = replica.calibration
     running = min(concurrency, places, engine.max_batch * layout.dp)
-    ttft_s, tpot_s = closed_loop(
-        replica.pieces(asked, running), calibration, running, output_tokens, concurrency, step.ranks
-    )
+    ttft_s, tpot_s = closed_loop(replica.pieces(asked, running), calibration, running, output_tokens, concurrency)
     provenance = replica.provenance
     spread = calibration.spread_of(provenance)
     notes = [] if running == concurrency else [f"{running} of {concurrency} requests run, the others wait"]
@@ -239,7 +237,7 @@ def room_for(replica: Priced, memory: MemoryUse, tokens: int) -> int:
 
 
 def closed_loop(
-    found: Pieces, calibration: Calibration, running: int, output_tokens: int, concurrency: int, ranks: int = 1
+    found: Pieces, calibration: Calibration, running: int, output_tokens: int, concurrency: int
 ) -> tuple[float, float]:
     """Return mean TTFT and TPOT of a closed loop of `concurrency` clients, of which `running` are served at a time.
 
@@ -248,8 +246,8 @@ def closed_loop(
     start together, the reading of half the prompts in front. Who finds no place waits for those who have one.
     """
     tpot_s = found.plain_s + running / output_tokens * found.delay_s
-    ttft_s = calibration.request_s + calibration.reading * found.alone_s + calibration.steps * tpot_s
-    ttft_s += calibration.together * running / ranks / 2 * found.alone_s
+    ttft_s = calibration.request_s + calibration.reading * found.lone_s + calibration.steps * tpot_s
+    ttft_s += calibration.together * running / 2 * found.lone_s
     answer_s = ttft_s + (output_tokens - 1) * tpot_s
     return ttft_s + (concurrency - running) / running * answer_s, tpot_s
 

@@ -28,6 +28,7 @@ class Pieces:
     plain_s: float  # a step of the whole batch without any prompt
     delay_s: float  # what reading one prompt adds to the steps of the others
     alone_s: float  # reading one prompt, or one on each data-parallel rank, with nobody else about
+    lone_s: float  # reading one prompt on one rank, while the others only help with its experts
     reading_s: float  # reading one prompt while the others decode along
     share: float = 0.0  # of a step's room for prompt tokens that one prompt takes; above 1: it is read in chunks
 
@@ -51,18 +52,20 @@ def pieces(step: StepCost, batch: int, prompt_tokens: int, context_tokens: int, 
     plain_ps = step.step_ps(0, 0, batch, whole)
     ranks = step.ranks
     room = max(1, step.step_tokens - batch, step.step_tokens // 2) // ranks
-    alone_ps = reading_ps = delay_ps = 0
+    alone_ps = lone_ps = reading_ps = delay_ps = 0
     start = min(cached_tokens, prompt_tokens - 1)
     for first in range(start, prompt_tokens, room):
         tokens = min(room, prompt_tokens - first)
         pairs = prefill_pairs(first, tokens)
         alone_ps += step.step_ps(ranks * tokens, ranks * pairs, 0, 0)
+        lone_ps += step.step_ps(tokens, ranks * pairs, 0, 0)  # `step_ps` spreads pairs over all ranks
         reading_ps += step.step_ps(tokens, pairs, batch - 1, (batch - 1) * context_tokens)
         delay_ps += step.step_ps(tokens, pairs, batch, whole) - plain_ps
     return Pieces(
         plain_s=plain_ps / PICOSECONDS_PER_S,
         delay_s=delay_ps / PICOSECONDS_PER_S,
         alone_s=alone_ps / PICOSECONDS_PER_S,
+        lone_s=lone_ps / PICOSECONDS_PER_S,
         reading_s=reading_ps / PICOSECONDS_PER_S,
         share=(prompt_tokens - start) / (room * ranks),
     )
