@@ -7,7 +7,9 @@ between its measured time and the times of its parts, priced with one of them at
 sum of relative errors, none below its bound, drawn a little towards "as measured kernel by kernel" so that parts few
 runs depend on stay near it. TTFT is then linear in the engine's own time, the reading of a prompt and the share of
 requests that start together. Every configuration (engine, architecture, card, precision, layout; no version) weighs as
-the square root of its runs. Intervals come from predictions for configurations left out of the fit.
+the square root of its runs. Intervals come from predictions for runs left out of the fit: by configuration where the
+model ran on the card; else by card, by model or by source (a laboratory, with its protocol and versions), whichever is
+widest.
 """
 
 import argparse
@@ -43,6 +45,7 @@ PULL = 0.005  # … against the relative errors of all runs; chosen by the confi
 REQUEST = ("request_s", "reading", "together", "steps")  # parts of a first token
 REQUEST_PRIOR = np.array([0.05, 1.0, 0.1, 0.0])  # a prompt is read once; runs have ten requests a client as a rule
 REQUEST_PULL = 0.2  # as PULL
+OUTSIDE = ("card", "architecture", "source")  # what may be new about a run
 TARGET = Path(__file__).parents[1] / "src/waterline/catalog/measured/engines.toml"
 SOURCE = "silicon_sample.csv of aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0; most are InferenceX runs of 2025-26)"
 FLOOR = 0.03  # relative errors below it count alike: runs repeat no better
@@ -58,6 +61,7 @@ class Run:
     precision: str
     engine: str
     version: str
+    source: str
     isl: int
     osl: int
     concurrency: int  # over all data-parallel ranks
@@ -67,10 +71,18 @@ class Run:
     peer_tpot_s: float
 
     @property
+    def card(self) -> str:
+        return self.gpu.id
+
+    @property
+    def architecture(self) -> str:
+        """The same architecture under two names is one."""
+        return re.sub(r"DeepSeek-(V3|R1).*", "DeepSeek-V3", self.llm.name)
+
+    @property
     def configuration(self) -> str:
-        """What is left out together: the same architecture under two names is one."""
-        architecture = re.sub(r"DeepSeek-(V3|R1).*", "DeepSeek-V3", self.llm.name)
-        return f"{self.engine} {architecture} {self.gpu.id} {self.precision} {self.layout}"
+        """What is left out together."""
+        return f"{self.engine} {self.architecture} {self.gpu.id} {self.precision} {self.layout}"
 
 
 def read_runs(folder: Path) -> Iterator[Run]:
@@ -87,6 +99,7 @@ def read_runs(folder: Path) -> Iterator[Run]:
                 precision=read_precision(row["precision"], llm),
                 engine=row["engine"],
                 version=row["engine_version"],
+                source=_source(row["origin"]),
                 isl=int(row["isl"]),
                 osl=int(row["osl"]),
                 concurrency=int(row["concurrency"]) * (int(row["attention_dp"] or 1)),
@@ -95,6 +108,12 @@ def read_runs(folder: Path) -> Iterator[Run]:
                 peer_ttft_s=float(row["aic_ttft_ms"] or "nan") / 1e3,
                 peer_tpot_s=float(row["aic_tpot_ms"] or "nan") / 1e3,
             )
+
+
+def _source(origin: str) -> str:
+    """Return whose runs they are: dated files and dumps are InferenceX's, others a series of NVIDIA's each."""
+    file = origin.partition(";")[0]
+    return "InferenceX" if re.match(r"db-dump|source_file=\d{4}-", file) else file
 
 
 class Pricer:
@@ -261,6 +280,16 @@ def ratios(measured: Numbers, predicted: Numbers) -> tuple[float, float]:
     return round(float(low), 3), round(float(high), 3)
 
 
+def _left_out_ratios(data: Design, groups: list[str]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the ratios of TTFT and of TPOT."""
+    ttft_s, tpot_s = left_out(data, groups)
+    return ratios(data.ttft_s, ttft_s), ratios(data.tpot_s, tpot_s)
+
+
+def _widest(edges: list[tuple[float, float]]) -> tuple[float, float]:
+    return min(low for low, _ in edges), max(high for _, high in edges)
+
+
 def main() -> None:
     """Fit every engine and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -286,12 +315,13 @@ def _entry(engine: str, runs: list[Run]) -> list[str]:
     lines += [f"gpus = {cards}".replace("'", '"'), f'source = "{len(runs)} runs"']
     most = {name: max(getattr(run, name) for run in runs) for name in ("isl", "osl", "concurrency")}
     lines.append("most = { " + ", ".join(f"{name} = {value}" for name, value in most.items()) + " }")
-    by_card = {"measured": [run.configuration for run in runs]}
-    if len(cards) > 1:
-        by_card["interpolated"] = by_card["transferred"] = [run.gpu.id for run in runs]
-    for provenance, groups in by_card.items():
-        ttft_s, tpot_s = left_out(data, groups)
-        ttft, tpot = ratios(data.ttft_s, ttft_s), ratios(data.tpot_s, tpot_s)
+    models = {card: sorted({run.llm.parameters for run in runs if run.card == card}) for card in cards}
+    lines.append("parameters = { " + ", ".join(f"{card} = {some}" for card, some in models.items()) + " }")
+    by = {name: _left_out_ratios(data, [getattr(run, name) for run in runs]) for name in ("configuration", *OUTSIDE)}
+    outside = [_widest([by[name][figure] for name in OUTSIDE]) for figure in (0, 1)]
+    for provenance, (ttft, tpot) in {
+        "measured": by["configuration"], "interpolated": outside, "transferred": outside
+    }.items():  # fmt: skip
         lines.append(f"spread.{provenance} = {{ ttft = {list(ttft)}, tpot = {list(tpot)} }}")
     return lines
 

@@ -469,8 +469,8 @@ def worth() -> str:
     """Say what the figures are worth, from the spread of the engine's own calibration."""
     lines = []
     for provenance, told in (
-        ("measured", "kernels and engine were measured on this very card"),
-        ("interpolated", "the kernels were measured on this card, the engine on others"),
+        ("measured", "kernels, and the engine with this model, were measured on this very card"),
+        ("interpolated", "the kernels were measured on this card, the engine on others or with other models"),
         ("transferred", "the curves are those of another card, scaled to this one's peaks"),
         ("physics", "nothing near was measured; the interval is wide on purpose, and no more than a guess"),
     ):

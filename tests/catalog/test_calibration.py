@@ -48,6 +48,23 @@ def test_amd_has_entries_of_its_own_and_other_stacks_take_the_general_one() -> N
     assert calibration_of("llamacpp", "metal") == calibration_of("llamacpp")
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+def test_runs_of_another_card_model_or_source_are_foreseen_less_well(engine: str) -> None:
+    spread = calibration_of(engine).spread
+    for figure in ("ttft", "tpot"):
+        (low, high), (wide_low, wide_high) = (getattr(spread[name], figure) for name in ("measured", "interpolated"))
+        assert wide_low < low
+        assert wide_high > high
+
+
+def test_a_model_ran_on_a_card_only_if_it_did() -> None:
+    vllm, llamacpp, h100 = calibration_of("vllm"), calibration_of("llamacpp"), catalog.find_gpu("h100-sxm-80g")
+    assert vllm.ran(h100, catalog.find_model("Meta-Llama-3.1-70B"))
+    assert not vllm.ran(h100, catalog.find_model("DeepSeek-R1"))
+    assert not vllm.ran(catalog.find_gpu("l40s"), catalog.find_model("Meta-Llama-3.1-70B"))
+    assert llamacpp.ran(catalog.find_gpu("rtx-4090"), catalog.find_model("Qwen3-14B"))  # its runs are not told apart
+
+
 def test_a_server_behind_a_url_and_the_fake_engine_are_taken_to_be_vllm() -> None:
     for stack in ("cuda", "rocm"):
         assert calibration_of("openai", stack) == calibration_of("fake", stack) == calibration_of("vllm", stack)

@@ -94,7 +94,9 @@ def test_a_number_out_of_range_is_named(changes: dict[str, float], message: str)
 def test_provenance_says_how_near_the_measurements_were() -> None:
     known = calibration_of("vllm").gpus
     assert known
-    assert {estimate(card=card).provenance for card in known} == {"measured"}
+    assert {estimate("Meta-Llama-3.1-70B", card, Layout(tp=4)).provenance for card in known} == {"measured"}
+    assert estimate("Qwen3-14B", "h100-sxm-80g").provenance == "interpolated"  # no run was of this model
+    assert estimate(card="a100-sxm-80g").provenance == "interpolated"  # nor any on this card
     assert estimate(card="rtx-3090").provenance == "transferred"
     assert estimate(card="rtx-3090", engine=UNKNOWN).provenance == "physics"
 

@@ -8,6 +8,7 @@ from importlib import resources
 import msgspec
 
 from waterline.hardware import Gpu
+from waterline.llm import Llm
 
 Ratios = tuple[float, float]  # measured over estimated; a tenth of the runs lies below the first, and above the second
 
@@ -47,6 +48,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     steps: float = 0.0  # of the others that a first token waits for besides
     together: float = 0.0  # share of the requests of a run that start at the same moment
     gpus: tuple[str, ...] = ()  # the runs were on
+    parameters: Mapping[str, tuple[int, ...]] = {}  # card -> of the models that ran there; none: any that runs there
     most: Mapping[str, int] = {}  # the largest isl, osl and concurrency of the runs
     spread: Mapping[str, Spread] = {}  # by provenance
     source: str = ""
@@ -69,6 +71,10 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             "latent": self.latent * there,
             "small": self.small,
         }
+
+    def ran(self, gpu: Gpu, llm: Llm) -> bool:
+        """Return whether runs of this model, told by its number of parameters, on this card were among those fitted."""
+        return gpu.id in self.gpus and (not self.parameters or llm.parameters in self.parameters.get(gpu.id, ()))
 
     def spread_of(self, provenance: str) -> Spread:
         return self.spread.get(provenance, PHYSICS)

@@ -24,8 +24,8 @@ from waterline.plan import Layout
 from waterline.units import gib_text
 
 MEANING = {  # of each provenance, the best first
-    "measured": "kernels and engine were measured on the card",
-    "interpolated": "kernels were measured on the card, the engine on others",
+    "measured": "kernels, and the engine with this model, were measured on the card",
+    "interpolated": "kernels were measured on the card, the engine on others or with other models",
     "transferred": "from the nearest card measured, scaled to the card's peaks",
     "physics": "bytes, operations and usual efficiencies",
 }
@@ -46,8 +46,8 @@ class Estimate:
     """A replica under a load; means over requests.
 
     provenance:
-        ``measured``      kernels and engine were measured on this very card
-        ``interpolated``  kernels were measured on this card, the engine on others
+        ``measured``      kernels, and the engine with this model, were measured on this very card
+        ``interpolated``  kernels were measured on this card, the engine on others or with other models
         ``transferred``   the curves are those of another card of its class, scaled to this card's peaks
         ``physics``       nothing near was measured: bytes, operations and the efficiency they usually reach
     """
@@ -106,7 +106,7 @@ class Priced:
             return "physics"
         if find_kernels(self.gpu).provenance != "measured":
             return "transferred"
-        return "measured" if self.gpu.id in calibration.gpus else "interpolated"
+        return "measured" if calibration.ran(self.gpu, self.llm) else "interpolated"
 
     def pieces(self, asked: Asked, batch: int) -> Pieces:
         return pieces(self.step, batch, asked.prompt_tokens, asked.context_tokens, asked.cached_tokens)
