@@ -1,11 +1,17 @@
-"""`gpus.toml`, decoded: human units become bytes, bytes per second and FLOPs here and nowhere else."""
+"""`gpus.toml`, decoded: human units become bytes, bytes per second and FLOPs here and nowhere else.
 
+A figure in another unit than its key says would make every estimate wrong by a thousand, so each has limits that no
+card is near and that a wrong unit leaves.
+"""
+
+from collections.abc import Mapping
 from datetime import date
 from functools import cache
 from importlib import resources
 
 import msgspec
 
+from waterline.errors import InputError
 from waterline.hardware import Gpu, Link
 from waterline.units import GIGA, MIB, TERA
 
@@ -43,10 +49,23 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     notes: str = ""
 
 
+LIMITS = {  # key -> least, most, unit
+    "memory_mib": (1024, 2**22, "mebibytes"),
+    "memory_gb_per_s": (10, 100_000, "gigabytes a second"),
+    "link_gb_per_s": (4, 20_000, "gigabytes a second, each way"),
+    "pair_gb_per_s": (4, 20_000, "gigabytes a second, each way"),
+    "pcie_gb_per_s": (2, 1000, "gigabytes a second, each way"),
+    "tdp_watts": (5, 10_000, "watts"),
+    "gpus_per_node": (1, 1024, "cards"),
+}
+NONE = {"link_gb_per_s", "pair_gb_per_s"}  # may be 0: there is no link
+FLOPS_PER_BYTE = (1, 6000)  # of memory traffic, that any precision reaches: cards lie between 9 and 1,900
+
+
 @cache
 def table() -> dict[str, Gpu]:
     """Return every accelerator of the catalogue by id."""
-    return {id_: _gpu(id_, entry) for id_, entry in _entries().items()}
+    return {id_: _gpu(id_, entry) for id_, entry in entries().items()}
 
 
 @cache
@@ -54,7 +73,7 @@ def names() -> dict[str, tuple[str, ...]]:
     """Return for every id the names its card goes by, the id last; the marketing size counts (``4090 24GB``)."""
     return {
         id_: (*_spelled(entry, entry.name), *_spelled(entry, *entry.aliases), *_spelled(entry, id_))
-        for id_, entry in _entries().items()
+        for id_, entry in entries().items()
     }
 
 
@@ -64,10 +83,37 @@ def _spelled(entry: _Entry, *names: str) -> tuple[str, ...]:
 
 
 @cache
-def _entries() -> dict[str, _Entry]:
+def entries() -> dict[str, _Entry]:
+    """Return the tables of the file by id, checked."""
     text = resources.files("waterline.catalog").joinpath("gpus.toml").read_bytes()
-    entries: dict[str, _Entry] = msgspec.toml.decode(text, type=dict[str, dict[str, _Entry]])["gpu"]
-    return entries
+    found: dict[str, _Entry] = msgspec.toml.decode(text, type=dict[str, dict[str, _Entry]])["gpu"]
+    for id_, entry in found.items():
+        _check(id_, entry)
+    return found
+
+
+def decoded(tables: Mapping[str, Mapping[str, object]]) -> dict[str, _Entry]:
+    """Return tables like those of the file, checked. Raises InputError for a figure that is in another unit."""
+    found = msgspec.convert(tables, type=dict[str, _Entry])
+    for id_, entry in found.items():
+        _check(id_, entry)
+    return found
+
+
+def _check(id_: str, entry: _Entry) -> None:
+    for key, (least, most, unit) in LIMITS.items():
+        value = getattr(entry, key)
+        if value is None or (key in NONE and value == 0) or least <= value <= most:
+            continue
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:g}"
+        raise InputError(f"gpus.toml: [gpu.{id_}] {key} = {shown}, which should be from {least:,} to {most:,}: {unit}.")
+    least, most = FLOPS_PER_BYTE
+    for precision, rate in entry.dense_tflops.items():
+        if not least <= rate * TERA / (entry.memory_gb_per_s * GIGA) <= most:
+            raise InputError(
+                f"gpus.toml: [gpu.{id_}] dense_tflops.{precision} = {rate:g}, which is not from {least} to {most:,} "
+                f"operations for each byte of memory_gb_per_s = {entry.memory_gb_per_s:g}: teraflops, without sparsity."
+            )
 
 
 def _gpu(id_: str, entry: _Entry) -> Gpu:
