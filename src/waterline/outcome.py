@@ -129,41 +129,42 @@ class Tally:
 
     def summaries(self, duration_s: float, usd_per_hour: Mapping[str, float]) -> tuple[Summary, ...]:
         """Summarise by tenant and model, sorted by name, with the total first; see `summarize`."""
-        usd_per_s = self._usd_per_busy_s(duration_s, usd_per_hour)
-        total = self._summary("", "", list(self.accounts.values()), duration_s, usd_per_s)
+        total = self._summary("", "", list(self.accounts.values()), duration_s, usd_per_hour)
         return (
             replace(total, usd=sum(usd_per_hour.values()) * duration_s / HOUR_S),
             *(
-                self._summary(tenant, model, [self.accounts[tenant, model]], duration_s, usd_per_s)
+                self._summary(tenant, model, [self.accounts[tenant, model]], duration_s, usd_per_hour)
                 for tenant, model in sorted(self.accounts)
             ),
         )
 
     def by_tenant(self, duration_s: float, usd_per_hour: Mapping[str, float]) -> tuple[Summary, ...]:
         """Summarise by tenant over all models, sorted by name."""
-        usd_per_s = self._usd_per_busy_s(duration_s, usd_per_hour)
         groups: dict[str, list[_Account]] = {}
         for (tenant, _), account in self.accounts.items():
             groups.setdefault(tenant, []).append(account)
-        return tuple(self._summary(tenant, "", groups[tenant], duration_s, usd_per_s) for tenant in sorted(groups))
+        return tuple(self._summary(tenant, "", groups[tenant], duration_s, usd_per_hour) for tenant in sorted(groups))
 
-    def _usd_per_busy_s(self, duration_s: float, usd_per_hour: Mapping[str, float]) -> Reals:
-        """Return what a second of each replica costs those who used it: they pay for its idle time too."""
+    def _usd(self, accounts: "Iterable[_Account]", duration_s: float, usd_per_hour: Mapping[str, float]) -> float:
+        """Return what these pay: the part of each replica's cost, idle time included, that they have of its use."""
         used_s = self._busy_s(self.accounts.values())
-        usd = np.array([usd_per_hour[replica] * duration_s / HOUR_S for replica in self.replicas], np.float64)
-        usd_per_s: Reals = np.divide(usd, used_s, out=np.zeros_like(usd), where=used_s > 0)
-        return usd_per_s
+        part = np.divide(self._busy_s(accounts), used_s, out=np.zeros_like(used_s), where=used_s > 0)
+        return math.fsum(part * [usd_per_hour[replica] * duration_s / HOUR_S for replica in self.replicas])
 
     def _busy_s(self, accounts: "Iterable[_Account]") -> Reals:
         return sum((account.busy_s for account in accounts), np.zeros(len(self.replicas)))
 
     def _summary(
-        self, tenant: str, model: str, accounts: "Sequence[_Account]", duration_s: float, usd_per_s: Reals
+        self,
+        tenant: str,
+        model: str,
+        accounts: "Sequence[_Account]",
+        duration_s: float,
+        usd_per_hour: Mapping[str, float],
     ) -> Summary:
         ended = [sum(int(account.ended[status]) for account in accounts) for status in range(len(STATUSES))]
         completed, refused, failed, cancelled = ended
         within_slo = sum(account.within_slo for account in accounts)
-        busy_s = self._busy_s(accounts)
         counted = sum(ended) - cancelled
         return Summary(
             tenant=tenant,
@@ -180,8 +181,8 @@ class Tally:
             slo_fraction=within_slo / counted if counted else 0.0,
             prompt_tokens=sum(account.prompt_tokens for account in accounts),
             output_tokens=sum(account.output_tokens for account in accounts),
-            gpu_hours=math.fsum(busy_s * self.gpus) / HOUR_S,
-            usd=math.fsum(busy_s * usd_per_s),
+            gpu_hours=math.fsum(self._busy_s(accounts) * self.gpus) / HOUR_S,
+            usd=self._usd(accounts, duration_s, usd_per_hour),
         )
 
 

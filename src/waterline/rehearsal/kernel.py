@@ -20,7 +20,6 @@ import math
 from typing import Any
 
 from waterline.policy import admission
-from waterline.policy.jit import plain
 from waterline.rehearsal.jit import compiled, inlined
 from waterline.rehearsal.state import (
     ACCEPTED,
@@ -106,8 +105,6 @@ from waterline.rehearsal.state import (
     Memory,
 )
 
-retry_after_s = inlined(plain(admission.retry_after_s))
-
 SLOT_MASK = (1 << SLOT_BITS) - 1
 MOST_STEPS = 1 << 20  # at once, and …
 MOST_PS = 4e17  # … no longer than that, so that nothing leaves 64 bits
@@ -170,7 +167,7 @@ def choose(memory: Memory, tokens: int, result: int, deadline_s: float) -> int:
         queued += memory.classes[at + QUEUED]
     if last == NONE:
         return TOO_LONG
-    retry_s = retry_after_s(
+    retry_s = admission.retry_after_s(
         unread,
         memory.prefill_rates[last],
         memory.counters[EXPECTED_TOKENS] * queued,
