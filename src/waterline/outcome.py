@@ -127,29 +127,34 @@ class Tally:
         reached = replica != NOWHERE
         account.busy_s += np.bincount(replica[reached], busy_s[reached], minlength=len(self.replicas))
 
-    def summaries(self, duration_s: float, usd_per_hour: Mapping[str, float]) -> tuple[Summary, ...]:
-        """Summarise by tenant and model, sorted by name, with the total first; see `summarize`."""
-        total = self._summary("", "", list(self.accounts.values()), duration_s, usd_per_hour)
+    def summaries(self, duration_s: float, usd: Mapping[str, float]) -> tuple[Summary, ...]:
+        """Summarise by tenant and model, sorted by name, with the total first.
+
+        Args:
+            duration_s: what goodput is divided by.
+            usd: what each replica costs over that time. Those who used it pay for its idle time too, each the part it
+                had of its use; what nobody used stays in the total.
+        """
+        total = self._summary("", "", list(self.accounts.values()), duration_s, usd)
         return (
-            replace(total, usd=sum(usd_per_hour.values()) * duration_s / HOUR_S),
+            replace(total, usd=math.fsum(usd.values())),
             *(
-                self._summary(tenant, model, [self.accounts[tenant, model]], duration_s, usd_per_hour)
+                self._summary(tenant, model, [self.accounts[tenant, model]], duration_s, usd)
                 for tenant, model in sorted(self.accounts)
             ),
         )
 
-    def by_tenant(self, duration_s: float, usd_per_hour: Mapping[str, float]) -> tuple[Summary, ...]:
-        """Summarise by tenant over all models, sorted by name."""
+    def by_tenant(self, duration_s: float, usd: Mapping[str, float]) -> tuple[Summary, ...]:
+        """Summarise by tenant over all models, sorted by name; see `summaries`."""
         groups: dict[str, list[_Account]] = {}
         for (tenant, _), account in self.accounts.items():
             groups.setdefault(tenant, []).append(account)
-        return tuple(self._summary(tenant, "", groups[tenant], duration_s, usd_per_hour) for tenant in sorted(groups))
+        return tuple(self._summary(tenant, "", groups[tenant], duration_s, usd) for tenant in sorted(groups))
 
-    def _usd(self, accounts: "Iterable[_Account]", duration_s: float, usd_per_hour: Mapping[str, float]) -> float:
-        """Return what these pay: the part of each replica's cost, idle time included, that they have of its use."""
+    def _paid(self, accounts: "Iterable[_Account]", usd: Mapping[str, float]) -> float:
         used_s = self._busy_s(self.accounts.values())
         part = np.divide(self._busy_s(accounts), used_s, out=np.zeros_like(used_s), where=used_s > 0)
-        return math.fsum(part * [usd_per_hour[replica] * duration_s / HOUR_S for replica in self.replicas])
+        return math.fsum(part * [usd[replica] for replica in self.replicas])
 
     def _busy_s(self, accounts: "Iterable[_Account]") -> Reals:
         return sum((account.busy_s for account in accounts), np.zeros(len(self.replicas)))
@@ -160,7 +165,7 @@ class Tally:
         model: str,
         accounts: "Sequence[_Account]",
         duration_s: float,
-        usd_per_hour: Mapping[str, float],
+        usd: Mapping[str, float],
     ) -> Summary:
         ended = [sum(int(account.ended[status]) for account in accounts) for status in range(len(STATUSES))]
         completed, refused, failed, cancelled = ended
@@ -182,7 +187,7 @@ class Tally:
             prompt_tokens=sum(account.prompt_tokens for account in accounts),
             output_tokens=sum(account.output_tokens for account in accounts),
             gpu_hours=math.fsum(self._busy_s(accounts) * self.gpus) / HOUR_S,
-            usd=self._usd(accounts, duration_s, usd_per_hour),
+            usd=self._paid(accounts, usd),
         )
 
 
@@ -216,7 +221,8 @@ def summarize(
             replica=np.array([index[one.replica] if one.gpu_s else NOWHERE for one in group]),
             busy_s=np.array([one.gpu_s for one in group]),
         )
-    return tally.summaries(duration_s, usd_per_hour)
+    usd = {replica: per_hour * duration_s / HOUR_S for replica, per_hour in usd_per_hour.items()}
+    return tally.summaries(duration_s, usd)
 
 
 @dataclass(slots=True, kw_only=True)

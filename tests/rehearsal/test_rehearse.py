@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -162,6 +163,19 @@ def test_the_bill_is_all_replicas_from_the_first_arrival_to_the_last_finish() ->
     assert rehearsal.usd == pytest.approx(rehearsal.duration_s / 100)
     assert rehearsal.summaries[0].usd == rehearsal.usd
     assert rehearsal.summaries[0].goodput_per_s == pytest.approx(3 / rehearsal.duration_s)
+
+
+def test_a_replica_gets_requests_and_costs_at_its_hours_only() -> None:
+    """Demand from 0:00 on, for three hours; the second replica serves from 1:00 to 2:00, having loaded for 10 min."""
+    plan = patient(small_plan())
+    part = replace(plan.replicas[0], id="chat/1", hours=(1,), load_s=600.0)
+    plan = replace(plan, replicas=(replace(plan.replicas[0], usd_per_hour=6.0), replace(part, usd_per_hour=36.0)))
+    rehearsal = rehearse(plan, duration_s=3 * 3600.0)
+    by_hour = Counter((completion.replica, int(completion.arrival_s // 3600)) for completion in rehearsal.completions)
+    assert by_hour["chat/1", 1] > 500
+    assert (by_hour["chat/1", 0], by_hour["chat/1", 2]) == (0, 0)
+    assert rehearsal.usd == pytest.approx(36.0 * (1 + 1 / 6) + 6.0 * rehearsal.duration_s / 3600)
+    assert rehearsal.summaries[0].usd == rehearsal.usd
 
 
 def test_gpu_time_is_the_replica_s_time_on_all_its_gpus() -> None:

@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 
 from waterline.cost.step import AttentionCost, StepCost
 from waterline.errors import InputError
+from waterline.plan import EVERY_HOUR
 from waterline.policy.routing import least_loaded
 from waterline.rehearsal import kernel, state, station
 from waterline.rehearsal.oracle import Capacity, Passage, serve
 from waterline.rehearsal.station import Station
 from waterline.workload import Request
 
-EXPECTED = {"expected_prompt_tokens": 3, "expected_output_tokens": 10}
+EXPECTED = {"expected_prompt_tokens": 3, "expected_output_tokens": 10, "first_hour": 22}
 MODULES = [f"waterline.rehearsal.{name}" for name in ("jit", "kernel", "station")]
 
 
@@ -82,13 +83,20 @@ capacities = st.builds(
     max_context_tokens=st.sampled_from([20, 40, 60]),
     prefill_tokens_per_s=st.sampled_from([1e6, 3e6]),
     tokens_per_s=st.sampled_from([1e6, 2e6, 5e6, 5e6, 0.0]),
+    hours=st.sampled_from([EVERY_HOUR, EVERY_HOUR, (22,), (23,), (0, 23), (0, 1, 22)]),
 )
 fleets = st.lists(capacities, min_size=1, max_size=7).map(
     lambda made: [replace(one, replica=f"a/{index}") for index, one in enumerate(made)]
 )
+HOUR_NS = 3600 * 10**9
 requests = st.builds(
     lambda ns, prompt, output: Request(arrival_s=ns / 1e9, prompt_tokens=prompt, output_tokens=output),
-    st.one_of(st.integers(0, 20), st.integers(0, 400)),
+    st.one_of(
+        st.integers(0, 20),
+        st.integers(0, 400),
+        st.integers(HOUR_NS - 100, HOUR_NS + 100),  # from 22:00, this is 23:00
+        st.integers(2 * HOUR_NS - 5, 2 * HOUR_NS + 5),
+    ),
     st.integers(1, 24),
     st.integers(1, 40),
 )
@@ -233,6 +241,7 @@ def test_the_tree_of_waits_finds_whom_the_policy_finds(replicas: list[tuple[int,
         for index, (_, rate, longest) in enumerate(replicas)
     ]
     memory = state.make_memory(fleet, 0, 0, 1, 1)
+    state.make_ready(memory, fleet, 0)
     for index, (backlog, rate, _) in enumerate(replicas):
         memory.replicas[index * state.REPLICA + state.BACKLOG] = backlog
         if rate:
@@ -277,6 +286,19 @@ def test_what_is_settled_is_handed_out_in_the_order_of_arrival() -> None:
     assert served.collect().finish_ps.tolist() == [50_000, 2000, 11_000]
     served.drain()
     assert served.collect().finish_ps.tolist() == [101_000]
+
+
+def test_whom_a_replica_has_accepted_it_serves_beyond_its_hours() -> None:
+    """From 22:00: the first replica serves until 23:00, the second from then on."""
+    step = replace(one_slot().step, tokens_ps=(0, 600 * 10**12))  # ten minutes a step
+    pair = [one_slot(step=step, hours=(22,)), one_slot(replica="a/1", step=step, hours=(23,))]
+    served = Station(pair, deadline_s=math.inf, **EXPECTED)
+    minute_ps = 60 * 10**12
+    served.offer(*columns((0, 1, 9), (59 * minute_ps, 1, 1), (60 * minute_ps, 1, 1), (120 * minute_ps, 1, 1)))
+    served.drain()
+    passages = served.collect()
+    assert passages.replica.tolist() == [0, 0, 1, state.TOO_LATE]  # after midnight nobody serves
+    assert (passages.finish_ps // minute_ps).tolist() == [90, 100, 70, 120]
 
 
 def test_a_long_queue_finds_room() -> None:

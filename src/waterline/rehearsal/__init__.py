@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from waterline.fleet import Demand
+from waterline.fleet import HOURS, Demand
 from waterline.outcome import Completion, Summary, Tally
-from waterline.plan import Plan
+from waterline.plan import Plan, Replica
 from waterline.rehearsal.arrivals import deal, traffic
 from waterline.rehearsal.jit import COMPILED
 from waterline.rehearsal.lane import Lane, Settled
+from waterline.rehearsal.oracle import PICOSECONDS_PER_HOUR
 from waterline.rehearsal.station import warm_up
 from waterline.units import HOUR_S, PICOSECONDS_PER_S
 from waterline.workload import Trace
@@ -39,7 +40,7 @@ class Rehearsal:
     by_tenant: tuple[Summary, ...]  # over all models
     preempted: int  # requests whose cache was taken at least once
     duration_s: float  # from the first arrival to the last finish
-    usd: float  # all replicas of the plan, over that time
+    usd: float  # all replicas of the plan, at the hours they serve of that time, and loading for them
     notes: tuple[str, ...]  # what was replayed
     rows: tuple[Demand, ...]  # who asks
     kept: tuple[Settled, ...]  # what became of every request, if that was to be kept
@@ -89,7 +90,7 @@ def rehearse(
         InputError: nothing is asked in that time, or it takes more than 100 days.
     """
     asked = traffic(plan, trace, seed=seed, duration_s=duration_s)
-    lanes = [Lane(plan, model) for model in plan.models]
+    lanes = [Lane(plan, model, asked.first_hour) for model in plan.models]
     gpus = [replica.layout.gpus for replica in plan.replicas]
     tally = Tally(plan.fleet.slos, [replica.id for replica in plan.replicas], gpus)
     lane_of_row = np.array([[lane.model for lane in lanes].index(row.model) for row in asked.rows])
@@ -122,13 +123,30 @@ def rehearse(
             if keep:
                 kept.append(settled)
     lasted_s = (last_ps - first_ps) / PICOSECONDS_PER_S
+    usd = {
+        replica.id: replica.usd_per_hour * _paid_s(replica, asked.first_hour, first_ps, last_ps) / HOUR_S
+        for replica in plan.replicas
+    }
+    summaries = tally.summaries(lasted_s, usd)
     return Rehearsal(
-        summaries=tally.summaries(lasted_s, plan.replica_usd_per_hour),
-        by_tenant=tally.by_tenant(lasted_s, plan.replica_usd_per_hour),
+        summaries=summaries,
+        by_tenant=tally.by_tenant(lasted_s, usd),
         preempted=preempted,
         duration_s=lasted_s,
-        usd=plan.usd_per_hour * lasted_s / HOUR_S,
+        usd=summaries[0].usd,
         notes=(*asked.notes, stopped) if stopped else asked.notes,
         rows=asked.rows,
         kept=tuple(kept),
     )
+
+
+def _paid_s(replica: Replica, first_hour: int, first_ps: int, last_ps: int) -> float:
+    """Return how long a replica serves, and loads for that once it has begun, within a stretch of time."""
+    paid_ps = 0
+    for hour in range(first_ps // PICOSECONDS_PER_HOUR, last_ps // PICOSECONDS_PER_HOUR + 1):
+        begin_ps, end_ps = hour * PICOSECONDS_PER_HOUR, (hour + 1) * PICOSECONDS_PER_HOUR
+        if (first_hour + hour) % HOURS in replica.hours:
+            paid_ps += min(end_ps, last_ps) - max(begin_ps, first_ps)
+        elif (first_hour + hour + 1) % HOURS in replica.hours and end_ps <= last_ps:
+            paid_ps += min(round(replica.load_s * PICOSECONDS_PER_S), end_ps - max(begin_ps, first_ps))
+    return paid_ps / PICOSECONDS_PER_S

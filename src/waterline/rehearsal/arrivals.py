@@ -51,8 +51,9 @@ class Piece:
 class Traffic:
     """The requests of a rehearsal, once, and what can be said of them afterwards."""
 
-    def __init__(self, rows: Sequence[Demand], source: "_Dealt | _Asked", length_s: float) -> None:
+    def __init__(self, rows: Sequence[Demand], source: "_Dealt | _Asked", length_s: float, first_hour: int) -> None:
         self.rows = tuple(rows)
+        self.first_hour = first_hour  # of the day, which begins with the traffic
         self.length_s = length_s  # from the start to the last arrival, about
         self._source = source
         self._counts = [0] * len(rows)
@@ -123,7 +124,7 @@ def traffic(plan: Plan, trace: Trace | None, *, seed: int, duration_s: float | N
     if trace:
         rates = [_mean_rate(own[row.trace]) if row.trace else row.hourly_requests_per_s[hour] for row in rows]
         length_s = min(duration_s or math.inf, trace.duration_s)
-        return Traffic(rows, _Dealt(trace.name, _columns(trace, duration_s), rates), length_s)
+        return Traffic(rows, _Dealt(trace.name, _columns(trace, duration_s), rates), length_s, hour)
     length_s = duration_s or max((one.duration_s for one in own.values()), default=DEFAULT_DURATION_S)
     _check_drawn(sum(max(row.hourly_requests_per_s, default=0.0) for row in rows) * length_s, length_s)
     recorded = {
@@ -131,7 +132,7 @@ def traffic(plan: Plan, trace: Trace | None, *, seed: int, duration_s: float | N
         for index, row in enumerate(rows)
         if row.trace
     }
-    return Traffic(rows, _Asked(plan, rows, recorded, seed, hour, length_s), length_s)
+    return Traffic(rows, _Asked(plan, rows, recorded, seed, hour, length_s), length_s, hour)
 
 
 class _Dealt:

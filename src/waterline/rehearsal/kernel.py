@@ -77,6 +77,7 @@ from waterline.rehearsal.state import (
     READ_PS_PER_PAIR,
     READ_PS_PER_TOKEN,
     READER,
+    READY,
     REPLICA,
     REQUEST,
     RESULT,
@@ -96,6 +97,7 @@ from waterline.rehearsal.state import (
     TREE,
     UNDIVIDED_PS,
     UNREAD,
+    UNREAD_HERE,
     WINDOW,
     WINDOW_COUNT,
     WINDOW_PS_PER_PAIR,
@@ -203,8 +205,10 @@ def least_waiting(memory: Memory, at: int) -> int:
 
 @inlined
 def reckon(memory: Memory, replica: int) -> None:
-    """Take the backlog of a replica into its tree."""
+    """Take the backlog of a replica into its tree, where those are who get requests."""
     fixed = replica * FIXED
+    if not memory.fixed[fixed + READY]:
+        return
     tree = memory.classes[memory.fixed[fixed + CLASS] + TREE]
     node = memory.fixed[fixed + LEAF]
     wait_s = memory.replicas[replica * REPLICA + BACKLOG] / memory.tokens_per_s[replica]
@@ -236,6 +240,7 @@ def accept(memory: Memory, replica: int, now: int, result: int, prompt: int, out
 
     row, fixed = replica * REPLICA, replica * FIXED
     of_class = memory.fixed[fixed + CLASS]
+    memory.fixed[fixed + UNREAD_HERE] += prompt
     memory.classes[of_class + UNREAD] += prompt
     if memory.replicas[row + ACCEPTED] >= memory.fixed[fixed + MAX_BATCH]:
         memory.classes[of_class + QUEUED] += 1
@@ -474,7 +479,9 @@ def end_reading(memory: Memory, replica: int, now: int, token_ps: int) -> None:
             memory.slots[at + PRODUCED] = produced
             if produced == 1:
                 memory.slots[at + FIRST_TOKEN] = now
-                memory.classes[memory.fixed[fixed + CLASS] + UNREAD] -= prompt
+                memory.fixed[fixed + UNREAD_HERE] -= prompt
+                if memory.fixed[fixed + READY]:
+                    memory.classes[memory.fixed[fixed + CLASS] + UNREAD] -= prompt
                 memory.replicas[row + BACKLOG] -= prompt
             if produced == output:
                 leave(memory, replica, slot, now)
@@ -500,7 +507,7 @@ def leave(memory: Memory, replica: int, slot: int, now: int) -> None:
     memory.results[result + PREEMPTED] = memory.slots[at + PREEMPTIONS]
     memory.replicas[row + FREE] += memory.slots[at + PROMPT] + memory.slots[at + OUTPUT]
     memory.replicas[row + BACKLOG] -= memory.counters[EXPECTED_OUTPUT]
-    if memory.replicas[row + ACCEPTED] > memory.fixed[fixed + MAX_BATCH]:
+    if memory.replicas[row + ACCEPTED] > memory.fixed[fixed + MAX_BATCH] and memory.fixed[fixed + READY]:
         memory.classes[memory.fixed[fixed + CLASS] + QUEUED] -= 1
     memory.replicas[row + ACCEPTED] -= 1
     memory.slots[at + NEXT] = memory.counters[FREE_SLOT]

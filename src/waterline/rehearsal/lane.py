@@ -19,7 +19,7 @@ from waterline.units import PICOSECONDS_PER_S
 class Lane:
     """Serves the requests to one model; a router serves one model, so lanes know nothing of each other."""
 
-    def __init__(self, plan: Plan, model: ModelPlan) -> None:
+    def __init__(self, plan: Plan, model: ModelPlan, first_hour: int) -> None:
         replicas = plan.replicas_of(model.model)
         different = {_alike(replica): replica for replica in replicas}
         steps = {key: replica_step_cost(plan.fleet, replica) for key, replica in different.items()}
@@ -35,6 +35,7 @@ class Lane:
                 max_context_tokens=replica.max_context_tokens,
                 prefill_tokens_per_s=replica.prefill_tokens_per_s,
                 tokens_per_s=replica.tokens_per_s,
+                hours=replica.hours,
             )
             for replica in replicas
         ]
@@ -48,6 +49,7 @@ class Lane:
             deadline_s=self.deadline_s,
             expected_prompt_tokens=model.prompt_tokens,
             expected_output_tokens=model.output_tokens,
+            first_hour=first_hour,
         )
         self.unsettled: list[tuple[Piece, Integers]] = []
 

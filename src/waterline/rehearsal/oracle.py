@@ -39,7 +39,8 @@ how many tokens a request will ask for and expects the mean of the plan.
   it. The deadline is the TTFT of the SLO.
 
 Replicas on which the request can never fit are not shown; the output that a trace records stands for the limit a
-client would have sent along.
+client would have sent along. A replica that does not serve at this hour of the day is shown with a rate of 0, so that
+it gets nothing new and its queue keeps nobody out; whom it has accepted it serves to the end.
 """
 
 import math
@@ -48,13 +49,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from waterline.cost.step import StepCost, prefill_pairs
+from waterline.fleet import HOURS
 from waterline.policy.admission import ADMIT, retry_after_s
 from waterline.policy.routing import NOBODY, least_loaded
-from waterline.units import GIGA, PICOSECONDS_PER_S
+from waterline.units import GIGA, HOUR_S, PICOSECONDS_PER_S
 from waterline.workload import Request
 
 NEVER = -1  # no time: times are never negative
 PICOSECONDS_PER_NS = PICOSECONDS_PER_S // GIGA
+PICOSECONDS_PER_HOUR = PICOSECONDS_PER_S * HOUR_S
 NOT_IN_SERVICE = "no replica of the model is in service"
 
 
@@ -70,6 +73,10 @@ class Capacity:
     max_context_tokens: int
     prefill_tokens_per_s: float  # at which it reads prompts, planned
     tokens_per_s: float  # prompt and output with all slots taken, planned; 0 takes it out of routing
+    hours: tuple[int, ...] = tuple(range(HOURS))  # of the day, at which it gets requests
+
+    def serves(self, hour: int) -> bool:
+        return self.tokens_per_s > 0 and hour in self.hours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,6 +271,7 @@ def serve(
     deadline_s: float,
     expected_prompt_tokens: int,
     expected_output_tokens: int,
+    first_hour: int = 0,
     steps: list[Step] | None = None,
 ) -> list[Passage]:
     """Serve requests to one model on its replicas until the last one is done.
@@ -274,6 +282,7 @@ def serve(
         deadline_s: longest expected wait with which a request is still taken in: the TTFT of the model's SLO.
         expected_prompt_tokens: the mean of the plan.
         expected_output_tokens: likewise; it stands for what no request tells.
+        first_hour: of the day, which begins with the trace.
         steps: a list that gets every step, in the order they begin on each replica.
 
     Returns:
@@ -286,7 +295,8 @@ def serve(
         passages.append(passage)
         for replica in replicas:
             replica.advance(passage.arrival_ps)
-        chosen = _dispatch(passage, replicas, deadline_s, expected_prompt_tokens + expected_output_tokens)
+        hour = (first_hour + passage.arrival_ps // PICOSECONDS_PER_HOUR) % HOURS
+        chosen = _dispatch(passage, replicas, hour, deadline_s, expected_prompt_tokens + expected_output_tokens)
         if chosen:
             chosen.accept(passage)
         else:
@@ -298,7 +308,7 @@ def serve(
 
 
 def _dispatch(
-    passage: Passage, replicas: Sequence[SteppedReplica], deadline_s: float, expected_tokens: int
+    passage: Passage, replicas: Sequence[SteppedReplica], hour: int, deadline_s: float, expected_tokens: int
 ) -> SteppedReplica | None:
     """Return the replica for a request, or None and the reason with the request."""
     request_tokens = passage.request.prompt_tokens + passage.request.output_tokens
@@ -307,8 +317,8 @@ def _dispatch(
         longest_tokens = max((replica.longest_tokens for replica in replicas), default=0)
         passage.reason = too_long(request_tokens, longest_tokens)
         return None
-    tokens_per_s = [replica.capacity.tokens_per_s for replica in candidates]
-    ready = [replica for replica in candidates if replica.capacity.tokens_per_s > 0]
+    ready = [replica for replica in candidates if replica.capacity.serves(hour)]
+    tokens_per_s = [replica.capacity.tokens_per_s if replica in ready else 0.0 for replica in candidates]
     retry_s = retry_after_s(
         sum([replica.unread_tokens for replica in ready]),
         math.fsum(replica.capacity.prefill_tokens_per_s for replica in ready),

@@ -7,7 +7,7 @@ The arrays are flat, and `Memory` may as well hold memoryviews of them: then the
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ LATEST_PS = 100 * 86_400 * 10**12  # times are kept in 64 bits, which hold 106 d
 ) = range(16)
 REPLICA = 16
 
-# What does not change about a replica.
+# What seldom changes about a replica, or is seldom needed.
 (
     KIND,  # where the row of its steps begins
     MAX_BATCH,
@@ -53,7 +53,9 @@ REPLICA = 16
     CLASS,  # of the replicas that hold as long a request
     LEAF,  # in the router's tree
     FINISHES,  # where its heap of finishing steps begins
-) = range(6)
+    READY,  # 1 when it gets requests
+    UNREAD_HERE,  # prompt tokens of those without a first token
+) = range(8)
 FIXED = 8
 
 # A request that has been accepted. What is needed when it ends lies in the first eight.
@@ -144,7 +146,7 @@ def aligned(count: int, fill: int = 0) -> Integers:
 def make_memory(
     capacities: Sequence[Capacity], expected_prompt_tokens: int, expected_output_tokens: int, slots: int, results: int
 ) -> Memory:
-    """Return the memory of idle replicas."""
+    """Return the memory of idle replicas, none of them ready; see `make_ready`."""
     count = len(capacities)
     replicas, fixed = aligned(count * REPLICA), aligned(count * FIXED)
     kinds, windows, tables, kind_of = _steps(capacities)
@@ -166,7 +168,6 @@ def make_memory(
     counters[EXPECTED_TOKENS] = expected_prompt_tokens + expected_output_tokens
     counters[EXPECTED_OUTPUT] = expected_output_tokens
     counters[CLASSES] = len(classes) // CLASS_FIELDS
-    ready = [(one, class_of[index]) for index, one in enumerate(capacities) if one.tokens_per_s > 0]
     memory = Memory(
         replicas=replicas,
         fixed=fixed,
@@ -182,8 +183,8 @@ def make_memory(
         windows=windows,
         tables=tables,
         classes=classes,
-        prefill_rates=_sums(ready, int(counters[CLASSES]), lambda one: one.prefill_tokens_per_s),
-        rates=_sums(ready, int(counters[CLASSES]), lambda one: one.tokens_per_s),
+        prefill_rates=np.zeros(len(classes) // CLASS_FIELDS),
+        rates=np.zeros(len(classes) // CLASS_FIELDS),
         counters=counters,
         results=aligned(results * RESULT),
         retries_s=np.zeros(results),
@@ -272,10 +273,6 @@ def _classes(capacities: Sequence[Capacity]) -> tuple[Integers, Integers, list[i
         tree = np.full(2 * leaves, math.inf)
         for place, index in enumerate(own):
             class_of[index], leaf_of[index] = number, leaves + place
-            if capacities[index].tokens_per_s > 0:
-                tree[leaves + place] = 0.0
-        for node in range(leaves - 1, 0, -1):
-            tree[node] = min(tree[2 * node], tree[2 * node + 1])
         rows += [tokens, 0, 0, sum(len(tree) for tree in trees), leaves, len(members), 0, 0]
         members += own
         trees.append(tree)
@@ -288,6 +285,28 @@ def longest_tokens(capacity: Capacity) -> int:
     return min(capacity.cache_tokens, capacity.max_context_tokens)
 
 
-def _sums(ready: Sequence[tuple[Capacity, int]], classes: int, rate: Callable[[Capacity], float]) -> Reals:
-    """Add the rates of each class and all before it, rounded once."""
-    return np.array([math.fsum(rate(one) for one, of in ready if of <= last) for last in range(classes)], np.float64)
+def make_ready(memory: Memory, capacities: Sequence[Capacity], hour: int) -> None:
+    """Write down who gets requests at this hour, and what the router sees of them."""
+    ready = [index for index, one in enumerate(capacities) if one.serves(hour)]
+    memory.fixed[READY::FIXED] = 0
+    memory.fixed[np.array(ready, np.int64) * FIXED + READY] = 1
+    memory.classes[UNREAD::CLASS_FIELDS] = 0
+    memory.classes[QUEUED::CLASS_FIELDS] = 0
+    memory.waits_s[:] = math.inf
+    members: list[list[Capacity]] = [[] for _ in memory.rates]
+    for index in ready:
+        of_class, row = int(memory.fixed[index * FIXED + CLASS]), memory.replicas[index * REPLICA :]
+        members[of_class // CLASS_FIELDS].append(capacities[index])
+        memory.classes[of_class + UNREAD] += memory.fixed[index * FIXED + UNREAD_HERE]
+        memory.classes[of_class + QUEUED] += max(0, int(row[ACCEPTED]) - capacities[index].max_batch)
+        leaf = memory.classes[of_class + TREE] + memory.fixed[index * FIXED + LEAF]
+        memory.waits_s[leaf] = int(row[BACKLOG]) / capacities[index].tokens_per_s
+    for number in range(len(members)):
+        known = [one for own in members[: number + 1] for one in own]
+        memory.prefill_rates[number] = math.fsum(one.prefill_tokens_per_s for one in known)
+        memory.rates[number] = math.fsum(one.tokens_per_s for one in known)
+        tree, leaves = (int(memory.classes[number * CLASS_FIELDS + name]) for name in (TREE, LEAVES))
+        while leaves > 1:
+            below = memory.waits_s[tree + leaves : tree + 2 * leaves]
+            leaves //= 2
+            memory.waits_s[tree + leaves : tree + 2 * leaves] = below.reshape(-1, 2).min(axis=1)

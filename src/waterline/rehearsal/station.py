@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterline.errors import InputError
+from waterline.fleet import HOURS
 from waterline.rehearsal.jit import seen
 from waterline.rehearsal.kernel import advance, run
-from waterline.rehearsal.oracle import Capacity
+from waterline.rehearsal.oracle import PICOSECONDS_PER_HOUR, Capacity
 from waterline.rehearsal.state import (
     FINISH_AT,
     FIRST_TOKEN_AT,
@@ -35,6 +36,7 @@ from waterline.rehearsal.state import (
     Reals,
     aligned,
     make_memory,
+    make_ready,
     with_slots,
 )
 
@@ -74,10 +76,15 @@ class Station:
         deadline_s: float,
         expected_prompt_tokens: int,
         expected_output_tokens: int,
+        first_hour: int = 0,
     ) -> None:
         """Prepare idle replicas; see `oracle.serve` for the arguments."""
+        self.capacities = capacities
         self.deadline_s = deadline_s
+        self.first_hour = first_hour
+        self.hour = 0  # since the start
         self.memory = make_memory(capacities, expected_prompt_tokens, expected_output_tokens, FIRST_SLOTS, 0)
+        make_ready(self.memory, capacities, first_hour)
         self.rows = 0  # of the results, in use
 
     def offer(
@@ -90,16 +97,11 @@ class Station:
         if len(arrival_ps) and arrival_ps[-1] > LATEST_PS:
             _refuse_time()
         self._make_rows(len(arrival_ps))
-        arrivals, prompts, outputs = [
-            seen(np.ascontiguousarray(column, np.int64)) for column in (arrival_ps, prompt_tokens, output_tokens)
-        ]
-        done = 0
-        while done < len(arrival_ps):
-            done = run(self._seen(), arrivals, prompts, outputs, done, self.rows, self.deadline_s)
-            self._check()
-            if self.memory.counters[FREE_SLOT] == NONE and done < len(arrival_ps):
-                self._make_slots()
-        self.rows += len(arrival_ps)
+        hours = arrival_ps // PICOSECONDS_PER_HOUR
+        for hour in np.unique(hours).tolist():
+            self._turn_to(hour)
+            own = slice(*np.searchsorted(hours, [hour, hour + 1]).tolist())
+            self._run(*(np.ascontiguousarray(one[own], np.int64) for one in (arrival_ps, prompt_tokens, output_tokens)))
 
     def drain(self) -> None:
         """Serve until the last request is done."""
@@ -126,6 +128,23 @@ class Station:
             preemptions=settled[:, PREEMPTED],
             retry_s=retries_s,
         )
+
+    def _run(self, arrival_ps: Integers, prompt_tokens: Integers, output_tokens: Integers) -> None:
+        done = 0
+        while done < len(arrival_ps):
+            asked = seen(arrival_ps), seen(prompt_tokens), seen(output_tokens)
+            done = run(self._seen(), *asked, done, self.rows, self.deadline_s)
+            self._check()
+            if self.memory.counters[FREE_SLOT] == NONE and done < len(arrival_ps):
+                self._make_slots()
+        self.rows += len(arrival_ps)
+
+    def _turn_to(self, hour: int) -> None:
+        """Let who serves at an hour get requests, and nobody else. What is under way then does not matter."""
+        before, after = ((self.first_hour + one) % HOURS for one in (self.hour, hour))
+        self.hour = hour
+        if any(one.serves(before) != one.serves(after) for one in self.capacities):
+            make_ready(self.memory, self.capacities, after)
 
     def _seen(self) -> Memory:
         return Memory(*[seen(array) for array in self.memory])
