@@ -15,10 +15,12 @@ STEPS = 48
 STEP_S = 30.0
 
 
-def random_tenants(dice: np.random.Generator, count: int, gpus: int) -> Tenants:
-    deserved = np.floor(dice.dirichlet(np.ones(count)) * gpus * dice.choice([0.6, 1.0]))
-    guarantee = np.floor(deserved * dice.choice([0.0, 0.5, 1.0], count))
-    limit = np.minimum(deserved + np.floor(dice.random(count) * gpus), gpus)
+def random_tenants(dice: np.random.Generator, count: int, gpus: int, unit: int) -> Tenants:
+    """Shares are multiples of `unit`; who deserves less than a replica takes cannot have one."""
+    units = gpus // unit
+    deserved = np.floor(dice.dirichlet(np.ones(count)) * units * dice.choice([0.6, 1.0])) * unit
+    guarantee = np.floor(deserved / unit * dice.choice([0.0, 0.5, 1.0], count)) * unit
+    limit = np.minimum(deserved + np.floor(dice.random(count) * units) * unit, gpus)
     terms = dice.choice([0.0, 20.0, 60.0], count), dice.choice([0.0, 60.0, 200.0], count)
     return Tenants(guarantee, deserved, limit, deserved + dice.integers(0, 2, count), *terms)
 
@@ -26,7 +28,8 @@ def random_tenants(dice: np.random.Generator, count: int, gpus: int) -> Tenants:
 def random_fleet(dice: np.random.Generator, *, uniform: bool) -> tuple[tuple[object, ...], np.ndarray]:
     """Return the arrays of a fleet, and what its services want at each step.
 
-    `uniform`: each model takes the same number of GPUs, so that nothing but the rules can keep GPUs from a tenant.
+    `uniform`: each model takes the same number of GPUs, and each tenant asks for one model, so that nothing but the
+    rules and its neighbours can keep GPUs from a tenant.
     """
     nodes, models, tenants = int(dice.integers(1, 5)), int(dice.integers(1, 4)), int(dice.integers(2, 5))
     node_gpus = dice.choice([4, 8], nodes).astype(np.int64)
@@ -37,13 +40,13 @@ def random_fleet(dice: np.random.Generator, *, uniform: bool) -> tuple[tuple[obj
         model_gpus[:] = dice.choice([1, 2, 4])
         rate = model_gpus.astype(float)
     load_s = dice.choice([20.0, 60.0, 150.0], (models, nodes))
-    services = int(dice.integers(tenants, tenants + 3))
+    services = tenants if uniform else int(dice.integers(tenants, tenants + 3))
     of_tenant = np.concatenate([np.arange(tenants), dice.integers(0, tenants, services - tenants)])
     wanted = np.repeat(dice.random((STEPS // 8, services)) * node_gpus.sum(), 8, axis=0)
     wanted *= dice.random(services) < 0.8
     wanted[:, dice.random(services) < 0.25] = INF
     arrays = (
-        random_tenants(dice, tenants, int(node_gpus.sum())),
+        random_tenants(dice, tenants, int(node_gpus.sum()), int(model_gpus[0, 0]) if uniform else 1),
         new_services(of_tenant, dice.integers(0, models, services), dice.integers(0, 3, services)),
         Layouts(model_gpus.astype(np.int64), rate, load_s),
         node_gpus,
@@ -57,14 +60,14 @@ def random_fleet(dice: np.random.Generator, *, uniform: bool) -> tuple[tuple[obj
 def test_every_promise_holds_at_every_step_of_random_fleets(fails: float) -> None:
     run = compiled(live)
     all_moves = 0
-    for seed in range(FLEETS // 2):
+    for seed in range(FLEETS * 2 // 5):
         dice = np.random.default_rng([seed, int(fails > 0)])
         arrays, wanted = random_fleet(dice, uniform=False)
         luck = dice.random((STEPS, len(arrays[5].state)))
         broken, step, moves = run(*arrays, wanted, luck, STEP_S, fails, INF)
         assert not broken, f"seed {seed}, step {step}: not so: {PROMISES[broken]}"
         all_moves += moves
-    assert all_moves > 5 * FLEETS // 2, "they do move"
+    assert all_moves > 2 * FLEETS, "they do move"
 
 
 def test_a_tenant_that_wants_what_it_deserves_gets_it_within_minimum_runtime_grace_and_load() -> None:
