@@ -9,9 +9,12 @@ roots, which IEEE 754 rounds in one way only. That is a rule for whoever writes 
 NumPy. Arguments are numbers, arrays and named tuples of arrays; plain Python also takes lists for arrays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import update_wrapper
+from hashlib import sha256
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 Arguments = ParamSpec("Arguments")
@@ -62,10 +65,10 @@ def _compile_lazily(function: Callable[..., Any]) -> Any:  # numba has no types
         "no_cfunc_wrapper": True,  # nobody calls these from C; and helpers are called from compiled code alone
         "no_cpython_wrapper": function.__name__.startswith("_"),
     }
-    try:
-        dispatcher = numba.njit(function, cache=True, **options)
-    except RuntimeError:  # no place to write to
-        dispatcher = numba.njit(function, **options)
+    dispatcher = numba.njit(function, **options)
+    with suppress(RuntimeError):  # no place to write to
+        dispatcher.enable_caching()
+        dispatcher._cache._cache_file._source_stamp = _stamp(function)  # noqa: SLF001 - numba looks at one file only
     template = dispatcher.get_call_template
 
     def without_literals(args: Any, kws: Any) -> Any:
@@ -79,6 +82,29 @@ def _compile_lazily(function: Callable[..., Any]) -> Any:  # numba has no types
     return dispatcher
 
 
-def plain(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
-    """Return a decorated function as it was written, for those who compile it in their own way."""
-    return function.plain if isinstance(function, Decision) else function
+def _stamp(function: Callable[..., Any]) -> str:
+    """Return a digest of a function and of all it uses: what was compiled of something else must not be found again."""
+    digest, seen, pending = sha256(), set[int](), [function]
+    while pending:
+        one = pending.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        code = one.__code__
+        digest.update(repr((one.__qualname__, code.co_code, code.co_names, code.co_consts, one.__defaults__)).encode())
+        for used in _used(one):
+            if isinstance(used, Decision):
+                pending.append(used.plain)
+            elif isinstance(used, int | float | str | tuple):
+                digest.update(repr(used).encode())
+    return digest.hexdigest()
+
+
+def _used(function: Callable[..., Any]) -> Iterator[object]:
+    """Yield the globals a function names, and what it names of modules."""
+    names = function.__code__.co_names
+    for name in names:
+        used = function.__globals__.get(name)
+        yield used
+        if isinstance(used, ModuleType):
+            yield from (getattr(used, attribute, None) for attribute in names)

@@ -137,6 +137,9 @@ class Tally(NamedTuple):
     first: NDArray[np.int64]  # [node] where its replicas begin in `rows`, and a last entry where they end
     rows: NDArray[np.int64]  # replicas by node
     made: NDArray[np.int64]  # [1] moves so far
+    chosen: NDArray[np.int64]  # [place] victims of the claim that is looked at
+    left: NDArray[np.float64]  # [tenant] usage without them
+    left_spare: NDArray[np.float64]  # [service] what can be spared without them
 
 
 def new_services(tenant: NDArray[np.int64], model: NDArray[np.int64], priority: NDArray[np.int64]) -> Services:
@@ -429,12 +432,14 @@ def _claim(
     victims = _victims(tenants, services, layouts, replicas, tally, service, node, rule, only, now_s)
     held = min(tally.free[node], layouts.gpus[services.model[service], node])
     deadline_s = now_s
-    for victim in victims:
-        deadline_s = max(deadline_s, now_s + tenants.grace_s[services.tenant[replicas.service[victim]]])
+    for place in range(victims):
+        grace_s = tenants.grace_s[services.tenant[replicas.service[tally.chosen[place]]]]
+        deadline_s = max(deadline_s, now_s + grace_s)
     tally.open[claim] = 1
     tally.free[node] -= held
     _push(tally, moves, HOLD, FREED_FOR_CLAIM, service, NOBODY, node, claim, held, 0.0, deadline_s)
-    for victim in victims:
+    for place in range(victims):
+        victim = tally.chosen[place]
         own = services.tenant[replicas.service[victim]] == services.tenant[service]
         given = OWN_SURPLUS if own else rule
         _stop(tenants, services, layouts, replicas, tally, moves, victim, service, claim, given, now_s)
@@ -468,11 +473,11 @@ def _cheapest_node(
             if tally.free[node] > 0 and idle_left < (lent_promised if rule == OUTBID_LOAN else own_promised) - DUST:
                 continue
             victims = _victims(tenants, services, layouts, replicas, tally, service, node, rule, only, now_s)
-            if len(victims) == 0:
+            if victims == 0:
                 continue
             cost = gpus * layouts.load_s[model, node]
-            for victim in victims:
-                cost += _loss_gpu_s(tenants, services, replicas, victim)
+            for place in range(victims):
+                cost += _loss_gpu_s(tenants, services, replicas, tally.chosen[place])
             if cost < best_cost:
                 best, best_cost, best_rule = node, cost, rule
             break
@@ -491,49 +496,54 @@ def _victims(
     rule: int,
     only: int,
     now_s: float,
-) -> NDArray[np.int64]:
-    """Return whom to stop on a node for a replica, as few as will do; nobody when that would not be legal.
+) -> int:
+    """Put into `tally.chosen` whom to stop on a node for a replica, as few as will do, and return how many.
 
-    Own surplus may serve with any rule, others by the rule alone; `only` names the one other tenant that may give.
+    0 when that would not be legal. Own surplus may serve with any rule, others by the rule alone; `only` names the one
+    other tenant that may give.
     """
     tenant, gpus = services.tenant[service], layouts.gpus[services.model[service], node]
     after = tally.usage[tenant] + gpus
-    if rule == RECLAIM and after > tenants.deserved_gpus[tenant] + DUST and not _has_surplus(services, tally, service):
-        return tally.rows[:0]
-    left, spare = tally.usage.copy(), tally.spare.copy()
-    chosen = np.empty(tally.first[node + 1] - tally.first[node], np.int64)
+    if not _has_surplus(services, tally, service) and (
+        rule == OWN_SURPLUS or (rule == RECLAIM and after > tenants.deserved_gpus[tenant] + DUST)
+    ):
+        return 0
+    tally.left[:] = tally.usage
+    tally.left_spare[:] = tally.spare
     count, freed = 0, tally.free[node]
     while freed < gpus:
         best = NOBODY
         for row in range(tally.first[node], tally.first[node + 1]):
             replica = tally.rows[row]
-            if _is_in(chosen, count, replica) or not _may_stop(tenants, services, replicas, tally, replica, now_s):
+            if not _may_stop(tenants, services, replicas, tally, replica, now_s) or _is_in(tally, count, replica):
                 continue
-            if _legal(tenants, services, layouts, replicas, left, spare, service, replica, rule, only) and (
-                best == NOBODY or _gives_first(tenants, services, replicas, left, tenant, replica, best)
+            if _legal(tenants, services, layouts, replicas, tally, service, replica, rule, only) and (
+                best == NOBODY or _gives_first(tenants, services, replicas, tally, tenant, replica, best)
             ):
                 best = replica
         if best == NOBODY:
-            return chosen[:0]
-        chosen[count] = best
+            return 0
+        tally.chosen[count] = best
         count += 1
         freed += replicas.gpus[best]
         giver = replicas.service[best]
-        left[services.tenant[giver]] -= replicas.gpus[best]
-        spare[giver] -= layouts.rate[services.model[giver], node]
-    count = _put_back(replicas, chosen, count, freed - gpus)
+        tally.left[services.tenant[giver]] -= replicas.gpus[best]
+        tally.left_spare[giver] -= layouts.rate[services.model[giver], node]
+    count = _put_back(replicas, tally, count, freed - gpus)
     own = 0
-    for victim in chosen[:count]:
+    for place in range(count):
+        victim = tally.chosen[place]
         own += replicas.gpus[victim] if services.tenant[replicas.service[victim]] == tenant else 0
     legal = rule == OUTBID_LOAN or own >= gpus or after - own <= tenants.deserved_gpus[tenant] + DUST
     if not legal or tally.occupied[tenant] - own + gpus > tenants.limit_gpus[tenant] + DUST:
-        return chosen[:0]
-    return chosen[:count]
+        return 0
+    return count
 
 
 @jit
-def _put_back(replicas: Replicas, chosen: NDArray[np.int64], count: int, too_many: int) -> int:
+def _put_back(replicas: Replicas, tally: Tally, count: int, too_many: int) -> int:
     """Put back whom a later victim has made unnecessary, the last chosen first; return how many are left."""
+    chosen = tally.chosen
     for late in range(count - 2, -1, -1):
         if replicas.gpus[chosen[late]] <= too_many:
             too_many -= replicas.gpus[chosen[late]]
@@ -544,10 +554,10 @@ def _put_back(replicas: Replicas, chosen: NDArray[np.int64], count: int, too_man
 
 
 @jit
-def _is_in(chosen: NDArray[np.int64], count: int, replica: int) -> bool:
+def _is_in(tally: Tally, count: int, replica: int) -> bool:
     found = False
     for place in range(count):
-        found = found or chosen[place] == replica
+        found = found or tally.chosen[place] == replica
     return found
 
 
@@ -575,8 +585,7 @@ def _legal(
     services: Services,
     layouts: Layouts,
     replicas: Replicas,
-    left: NDArray[np.float64],
-    spare: NDArray[np.float64],
+    tally: Tally,
     service: int,
     replica: int,
     rule: int,
@@ -586,27 +595,34 @@ def _legal(
     giver = replicas.service[replica]
     tenant, gpus = services.tenant[giver], replicas.gpus[replica]
     if tenant == services.tenant[service]:
-        return bool(giver != service and spare[giver] >= layouts.rate[services.model[giver], replicas.node[replica]])
+        return bool(
+            giver != service and tally.left_spare[giver] >= layouts.rate[services.model[giver], replicas.node[replica]]
+        )
     if rule == OWN_SURPLUS or (only != NOBODY and only != tenant):  # noqa: PLR1714 - numba has no mixed tuples
         return False
     deserved, guarantee = tenants.deserved_gpus[tenant], tenants.guarantee_gpus[tenant]
     if rule == RECLAIM:
-        return bool(left[tenant] > deserved + DUST and left[tenant] - gpus >= guarantee - DUST)
-    return bool(left[tenant] - gpus >= deserved - DUST and services.priority[giver] < services.priority[service])
+        return bool(tally.left[tenant] > deserved + DUST and tally.left[tenant] - gpus >= guarantee - DUST)
+    return bool(tally.left[tenant] - gpus >= deserved - DUST and services.priority[giver] < services.priority[service])
 
 
 @jit
 def _most_over(
     tenants: Tenants, services: Services, replicas: Replicas, tally: Tally, service: int, now_s: float
 ) -> int:
-    """Return the other tenant with the most over what it deserves, of those with a replica that may be stopped."""
+    """Return the other tenant with the most over what it deserves, of those with a replica it may take."""
     best, best_part = NOBODY, 0.0
+    own = services.tenant[service]
+    reclaims = tally.usage[own] + 1.0 <= tenants.deserved_gpus[own] + DUST
     for replica in range(len(replicas.state)):
         if not _may_stop(tenants, services, replicas, tally, replica, now_s):
             continue
-        tenant = services.tenant[replicas.service[replica]]
+        giver = replicas.service[replica]
+        if not reclaims and services.priority[giver] >= services.priority[service]:
+            continue
+        tenant = services.tenant[giver]
         part = _saturation(tenants, tally.usage, tenant)
-        if tenant != services.tenant[service] and part > 1.0 and (best == NOBODY or part > best_part):
+        if tenant != own and part > 1.0 and (best == NOBODY or part > best_part):
             best, best_part = tenant, part
     return best
 
@@ -616,7 +632,7 @@ def _gives_first(
     tenants: Tenants,
     services: Services,
     replicas: Replicas,
-    left: NDArray[np.float64],
+    tally: Tally,
     claimant: int,
     one: int,
     other: int,
@@ -626,8 +642,8 @@ def _gives_first(
     mine_own, theirs_own = services.tenant[mine] == claimant, services.tenant[theirs] == claimant
     if mine_own != theirs_own:
         return bool(mine_own)
-    mine_part = _saturation(tenants, left, services.tenant[mine])
-    theirs_part = _saturation(tenants, left, services.tenant[theirs])
+    mine_part = _saturation(tenants, tally.left, services.tenant[mine])
+    theirs_part = _saturation(tenants, tally.left, services.tenant[theirs])
     if mine_part != theirs_part and not mine_own:
         return bool(mine_part > theirs_part)
     if services.priority[mine] != services.priority[theirs]:
@@ -754,6 +770,9 @@ def _tally(
         np.zeros(len(free_gpus) + 1, np.int64),
         np.zeros(count, np.int64),
         np.zeros(1, np.int64),
+        np.zeros(count, np.int64),
+        np.zeros(len(tenants.deserved_gpus)),
+        np.zeros(len(services.tenant)),
     )
     for replica in range(count):
         if replicas.state[replica] == GONE:
