@@ -34,11 +34,14 @@ from waterline.hardware import Gpu, Node
 from waterline.llm import PRECISIONS, Llm
 from waterline.plan import Layout, Limit, Role
 from waterline.planner.queueing import (
+    Counts,
     Lengths,
     Load,
     Numbers,
     Pace,
     Slos,
+    largest_batches,
+    late_fractions,
     long_multiple,
     paces,
     quantile_s,
@@ -58,7 +61,6 @@ ROLES: tuple[Role, ...] = ("both", "prefill", "decode")
 SIDE = 0.5  # of the late requests that an SLO allows, for each side of a split
 LITTLE_ROOM = 1 / 3  # of the memory, for weights: with less than that there is more cache than a batch takes
 SURE = 0.9  # of the bytes and operations that a bound counts: biases, norms and scales are counted roughly
-NEARLY = 0.98  # full: rates are searched for to a tenth of a percent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,7 @@ class Candidate:
     step: StepCost
     cache_tokens: int
     places: int  # for requests that are under way: cache, and the engine's own limit
+    max_batch: int  # decoded together, at most: as many of those places as the SLO's time per token allows
     requests_per_s: float = 0.0  # the most at which the SLO, or its side's part of it, holds for its fraction of them
     limited_by: Limit = "engine"  # what keeps `requests_per_s` from growing
 
@@ -117,12 +120,16 @@ class Candidate:
     @property
     def lengths(self) -> Lengths:
         """Of the work; rates that were measured count the tokens found in the cache, so those are read like others."""
-        return replace(self.work.lengths, prefix_hit=0.0) if self.shape.measured else self.work.lengths
+        lengths = replace(self.work.lengths, longest_tokens=self.work.max_context_tokens)
+        return replace(lengths, prefix_hit=0.0) if self.shape.measured else lengths
 
     @property
     def full(self) -> ServingPoint:
-        """With as many requests as the SLO's time per token allows, always."""
-        return _full(self.step, self.places, self.work)
+        """With as many requests as it decodes together, always."""
+        lengths = self.work.lengths
+        return serving_point(
+            self.step, self.max_batch, lengths.prompt_tokens, lengths.output_tokens, lengths.context_tokens
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -153,7 +160,7 @@ class Expected:
 
     ttft_s: float  # what the SLO's fraction of the requests keep to; of a replica that only writes: 0
     tpot_s: float  # likewise; of one that only reads: 0
-    read_s: float  # a prompt of mean length, others decoding along
+    read_s: float  # a prompt of mean length, in steps full of prompts, others decoding along
     plain_s: float  # a step without prompts
     batch: float  # answers under way, mean
 
@@ -380,6 +387,7 @@ def hold(shape: Shape, work: Work, steps: dict[object, StepCost] | None = None) 
         step=_step_of(shape, engine, {} if steps is None else steps),
         cache_tokens=tokens,
         places=places,
+        max_batch=places,
     )
 
 
@@ -424,14 +432,16 @@ class _Together:
 
     def priced(self) -> list[Candidate | Rejection]:
         """Return each with the largest rate at which its SLO holds, or why there is none."""
+        most = self.places
         if self.role == "prefill":
             pace = sustained_reading(self.load, self.slos, self.transfer_s)
         else:
-            pace = sustained(self.load, self.places, self.slos)
-        rates, limits = pace.requests_per_s, self._limits(pace)
+            most = largest_batches(self.load, self.places, self.slos)
+            pace = sustained(self.load, most, self.slos)
+        rates, limits = pace.requests_per_s, self._limits(pace, most)
         found: list[Candidate | Rejection] = [
-            replace(one, requests_per_s=rate, limited_by=limit)
-            for one, rate, limit in zip(self.held, rates.tolist(), limits, strict=True)
+            replace(one, requests_per_s=rate, limited_by=limit, max_batch=batch)
+            for one, rate, limit, batch in zip(self.held, rates.tolist(), limits, most.tolist(), strict=True)
         ]
         slow = np.flatnonzero(rates == 0).tolist()
         alone = expected_all([self.held[index] for index in slow], [0.0] * len(slow))
@@ -448,7 +458,7 @@ class _Together:
         if self.role == "prefill":
             tpot_s = np.zeros_like(tpot_s)
         elif self.role == "decode":
-            ttft_s, tpot_s = np.zeros_like(ttft_s), self.load.times(self._crowd(pace)).plain_s
+            ttft_s = np.zeros_like(ttft_s)
         columns = (ttft_s, tpot_s, pace.read_s, pace.plain_s, pace.batch)
         return [
             Expected(ttft_s=ttft_s, tpot_s=tpot_s, read_s=read_s, plain_s=plain_s, batch=batch)
@@ -460,21 +470,19 @@ class _Together:
             return reading_paces(self.load, self.slos, self.transfer_s, requests_per_s)
         return paces(self.load, requests_per_s)[0]
 
-    def _crowd(self, pace: Pace) -> Numbers:
-        """Return how many answers are under way at once, but for the late fraction of the time."""
-        return pace.crowd(self.slos.deviations)
-
-    def _limits(self, pace: Pace) -> list[Limit]:
-        """Say what breaks just beyond the sustained rates: the room for requests, or else the times."""
+    def _limits(self, pace: Pace, most: Counts) -> list[Limit]:
+        """Say what breaks just beyond the sustained rates: the times, or the room for requests."""
         if self.role == "prefill":
             return ["ttft"] * len(self.held)
-        late_first = pace.late_first_fraction(self.slos.ttft_s) > pace.late_tokens_fraction(self.slos.tpot_s)
+        late = late_fractions(pace, most, self.slos, reads=self.role == "both")
         found: list[Limit] = []
-        for one, crowd, first in zip(self.held, self._crowd(pace), late_first & (self.role == "both"), strict=True):
-            if crowd > NEARLY * one.places:
-                found.append("memory" if one.places < one.engine.max_batch * one.layout.dp else "engine")
+        for one, batch, worst in zip(self.held, most.tolist(), np.argmax(late, axis=0).tolist(), strict=True):
+            if worst == 0:
+                found.append("ttft")
+            elif worst == 1 or batch < one.places:  # fewer than there are places, to keep to the time per token
+                found.append("tpot")
             else:
-                found.append("ttft" if first else "tpot")
+                found.append("memory" if one.places < one.engine.max_batch * one.layout.dp else "engine")
         return found
 
 
@@ -514,17 +522,3 @@ def _memory_shortfall(shape: Shape, memory: MemoryUse, work: Work) -> tuple[floa
         (sequence - memory.cache_bytes) * gpus,
         f"a context of {work.max_context_tokens} tokens needs {needed}, {offer}",
     )
-
-
-def _full(step: StepCost, most: int, work: Work) -> ServingPoint:
-    """Return the point of the largest batch whose time per token is within the SLO; that time grows with the batch."""
-
-    def at(batch: int) -> ServingPoint:
-        lengths = work.lengths
-        return serving_point(step, batch, lengths.prompt_tokens, lengths.output_tokens, lengths.context_tokens)
-
-    low, high = 1, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if at(middle).tpot_s <= work.slo.tpot_s else (low, middle - 1)
-    return at(low)

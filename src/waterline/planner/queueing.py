@@ -1,17 +1,20 @@
 """What nearly every request sees, not only the mean one: waiting, long prompts, and the prompts of others.
 
 Requests come independently (Poisson), and lengths vary like a lognormal of `LENGTH_SIGMA`, as the traces we have
-measured do. Reading prompts is then a queue with one server (M/G/1): its mean wait is the formula of Pollaczek and
-Khinchine, and a long wait has either many causes, and is exponential, or one very long prompt. Ranks of data-parallel
-attention read side by side; together they are taken to be one server that is so many times as fast.
+measured do, cut at the context. Reading prompts is then a queue with one server (M/G/1): its mean wait is the formula
+of Pollaczek and Khinchine, and a long wait has either many causes, and is exponential, or one very long prompt. Prompts
+that wait are read together, as many as a step has room for, and the longer one is the more each of its tokens costs.
+Ranks of data-parallel attention read side by side; together they are taken to be one server that is so many times as
+fast.
 
 Whoever reads goes before whoever answers: an answer of n tokens is work that prompts interrupt, those that wait behind
 it at its first token and those that come while it lasts. How long it takes is the delay cycle of that queue, of which
-mean and variance are known (Conway, Maxwell and Miller, Theory of Scheduling, 1967, section 8-3); beyond its shortest
-time it is taken to be a gamma. Answers under way are a Poisson number.
+mean and variance are known (Conway, Maxwell and Miller, Theory of Scheduling, 1967, section 8-3). Answers under way
+are a Poisson number that changes as slowly as answers end; an answer sees its mean over the time it takes. Beyond its
+shortest time an answer is taken to be a gamma, shifted so that its first three moments are those of both.
 
-Replicas are priced many at a time: a `Load` holds a table of replicas and what each is asked, and every number below is
-an array with an entry a replica. The tests hold the result against the step-by-step rehearsal.
+Replicas are priced many at a time: a `Load` holds replicas and what each is asked, and every number below is an array
+with an entry a replica. The tests hold the result against the step-by-step rehearsal.
 """
 
 import math
@@ -30,11 +33,14 @@ from waterline.workload import LENGTH_SIGMA, Slo
 
 Numbers = NDArray[np.float64]
 Counts = NDArray[np.int64]
-PARTS = 24
-MIDDLES = np.array([NormalDist().inv_cdf((part + 0.5) / PARTS) for part in range(PARTS)])  # of equally likely parts
+# Lengths are summed over parts of their distribution: equally likely ones up to each edge, finer towards the longest.
+PARTS = ((0.0, 0.9, 12), (0.9, 0.99, 6), (0.99, 0.999, 4), (0.999, 1.0, 2))
+WEIGHTS = np.array([(end - begin) / parts for begin, end, parts in PARTS for _ in range(parts)])
+MIDDLES = np.array([NormalDist().inv_cdf(middle) for middle in np.cumsum(WEIGHTS) - WEIGHTS / 2])
 LEAST_REQUESTS_PER_S = 1e-3  # a replica that cannot do this cannot do anything
 PRECISION = 1e-3  # of a rate that is searched for
 MOST_BUSY = 1 - 1e-9  # of a server that waits keep finite for
+EVERYTHING = 2**40  # tokens, a window without an end
 CROWD = 1.25  # how much larger a batch is tried, to learn what one more request costs
 FREE = AttentionCost(
     window_tokens=0,
@@ -56,6 +62,7 @@ class Lengths:
     output_sigma: float
     context_tokens: int  # mean of the answers under way; long answers are under way for longer, so they weigh more
     prefix_hit: float = 0.0  # share of a prompt's tokens that are in the cache already, and need not be read
+    longest_tokens: int = 2**40  # a prompt has
 
     @property
     def cached_tokens(self) -> int:
@@ -114,6 +121,13 @@ class Steps:
             found.append(took)
         return found
 
+    def pair_s(self, pairs: Numbers) -> Numbers:
+        """Return what so many pairs of query and key take, in layers that attend to everything."""
+        took = np.zeros_like(pairs)
+        for layers in self._layers:
+            took += np.where(layers.window == EVERYTHING, layers.per_pair, 0) * pairs
+        return took / PICOSECONDS_PER_S
+
     def _shared_ps(self, tokens: Counts, sampled: Counts) -> Counts:
         """Return everything but attention, for so many tokens and sampled sequences of a rank."""
         took = _at(self._tokens, np.minimum(tokens, self._last)) + _at(
@@ -133,7 +147,7 @@ class _Layers:
     """One kind of attention layers of each replica."""
 
     def __init__(self, costs: Sequence[AttentionCost]) -> None:
-        self.window = _counts(cost.window_tokens or 2**40 for cost in costs)
+        self.window = _counts(cost.window_tokens or EVERYTHING for cost in costs)
         self.decode = [cost.decode_ps for cost in costs]
         self.per_token = [cost.decode_ps_per_token for cost in costs]
         self.last = _counts(len(cost.decode_ps) - 1 for cost in costs)
@@ -168,42 +182,50 @@ def _at(tables: list[tuple[int, ...]], index: Counts) -> Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """Replicas at a steady rate; every field is a number, or an array with an entry a replica."""
+    """Replicas at a steady rate; every field is a number, or an array with an entry a replica first."""
 
     requests_per_s: Numbers
     first_token_s: Numbers  # by which a first token comes later than its last step
     plain_s: Numbers  # a step without prompts
-    read_s: Numbers  # a prompt of mean length, the tokens of the others decoded along, over the ranks that read at once
-    own_s: Numbers  # the same of one prompt by itself
-    delay_s: Numbers  # by which it makes those tokens late
-    longest_s: Numbers  # a step with as much of prompts as there is room for: no token takes longer
+    one_more_s: Numbers  # by which it takes longer with one more answer under way
+    read_s: Numbers  # a prompt of mean length, in steps full of prompts, over the ranks that read at once …
+    own_s: Numbers  # … by itself, the tokens of the others decoded along …
+    delay_s: Numbers  # … and by how much it makes those late
+    pair_s: Numbers  # of `read_s` and `delay_s`, what grows with the square of the length …
+    own_pair_s: Numbers  # … and of `own_s`
+    longest_s: Numbers  # a step with as much of the longest prompts as there is room for: no token takes longer
     batch: Numbers  # answers under way, mean
     crowd_variance: Numbers  # of their number; the less a larger batch yields, the further it strays
     output_tokens: Numbers  # mean
-    prompt_sigma: Numbers  # of the logarithm
-    output_sigma: Numbers
+    output_sigma: Numbers  # of the logarithm
+    prompts: Numbers  # [replica, part] lengths over the mean
+    outputs: Numbers  # likewise
 
     @property
     def reading_fraction(self) -> Numbers:
         """Of the time that prompts are being read."""
-        return self.requests_per_s * self.read_s
+        return self.requests_per_s * self._mean_s(self.read_s)
 
     @property
     def mean_wait_s(self) -> Numbers:
         """For the prompts before."""
         busy = np.minimum(self.reading_fraction, MOST_BUSY)
-        wait_s: Numbers = busy * self.read_s * self.prompt_square / (2 * (1 - busy))
-        return wait_s
+        return np.asarray(self.requests_per_s * self._square_s2(self.read_s) / (2 * (1 - busy)))
 
-    @property
-    def prompt_square(self) -> Numbers:
-        """Mean of the square of a prompt's length, over the square of its mean."""
-        return np.exp(np.square(self.prompt_sigma))
+    def _took_s(self, mean_s: Numbers, pair_s: Numbers) -> Numbers:
+        """Return [replica, part] the time of prompts of each length."""
+        linear_s, pair_s = np.asarray(mean_s - pair_s)[..., None], np.asarray(pair_s)[..., None]
+        return np.asarray(self.prompts * (linear_s + pair_s * self.prompts))
+
+    def _mean_s(self, took_s: Numbers) -> Numbers:
+        return np.asarray(self._took_s(took_s, self.pair_s) @ WEIGHTS)
+
+    def _square_s2(self, took_s: Numbers) -> Numbers:
+        return np.asarray(np.square(self._took_s(took_s, self.pair_s)) @ WEIGHTS)
 
     def crowd(self, deviations: Numbers) -> Numbers:
         """Return how many answers are under way, so many standard deviations above the mean."""
-        crowd: Numbers = self.batch + deviations * np.sqrt(self.crowd_variance)
-        return crowd
+        return np.asarray(self.batch + deviations * np.sqrt(self.crowd_variance))
 
     def take(self, chosen: NDArray[np.intp] | int) -> Self:
         """Return the pace of some replicas, or of one."""
@@ -211,71 +233,89 @@ class Pace:
 
     def late_first_fraction(self, ttft_s: Numbers | float) -> Numbers:
         """Return the fraction of requests whose first token takes longer than that."""
-        sigma = np.asarray(self.prompt_sigma)[..., None]
         left_s = np.asarray(ttft_s - self.first_token_s - self.plain_s)[..., None]
-        left_s = left_s - np.asarray(self.own_s)[..., None] * _multiples(sigma)
-        late = np.where(left_s > 0, self._long_wait_fraction(np.maximum(left_s, 1e-12), sigma), 1.0)
-        return np.asarray(late.mean(axis=-1))
+        left_s = left_s - self._took_s(self.own_s, self.own_pair_s)
+        late = np.where(left_s > 0, self._long_wait_fraction(np.maximum(left_s, 0.0)), 1.0)
+        return np.asarray(late @ WEIGHTS)
 
-    def _long_wait_fraction(self, wait_s: Numbers, sigma: Numbers) -> Numbers:
+    def _long_wait_fraction(self, wait_s: Numbers) -> Numbers:
         """Return the chance to wait longer: behind many prompts, or behind a single one that is very long."""
-        busy, read_s = np.asarray(self.reading_fraction)[..., None], np.asarray(self.read_s)[..., None]
-        read_s = np.maximum(read_s, 1e-12)  # 0 where no prompts are read
+        busy = np.asarray(np.minimum(self.reading_fraction, MOST_BUSY))[..., None]
         mean_wait_s = np.maximum(np.asarray(self.mean_wait_s)[..., None], 1e-300)
         behind_many = busy * np.exp(-np.minimum(busy * wait_s / mean_wait_s, 700.0))
-        behind_one = busy / (1 - np.minimum(busy, MOST_BUSY)) * _mean_excess(wait_s / read_s, sigma)
+        took_s = self._took_s(self.read_s, self.pair_s)
+        beyond_s = np.maximum(took_s[..., None, :] - wait_s[..., None], 0.0) @ WEIGHTS
+        behind_one = np.asarray(self.requests_per_s)[..., None] * beyond_s / (1 - busy)
         return np.asarray(np.minimum(1.0, behind_many + behind_one))
 
     def late_tokens_fraction(self, tpot_s: Numbers | float) -> Numbers:
         """Return the fraction of requests whose tokens take longer than that, in the mean of their answer."""
-        sigma = np.asarray(self.output_sigma)[..., None]
-        tokens = _multiples(sigma) * np.asarray(self.output_tokens)[..., None] - 1
-        late = self._interrupted_fraction(tokens, np.asarray(tpot_s)[..., None]).mean(axis=-1)
-        return np.where(tpot_s <= self.plain_s, 1.0, np.where(tpot_s >= self.longest_s, 0.0, late))
+        tokens = self.outputs * np.asarray(self.output_tokens)[..., None] - 1
+        late = self._slow_fraction(tokens, np.asarray(tpot_s)[..., None]) @ WEIGHTS
+        return np.where(tpot_s >= self.longest_s, 0.0, late)
 
-    def _interrupted_fraction(self, tokens: Numbers, tpot_s: Numbers) -> Numbers:
-        """Return the chance that prompts hold up so many tokens after the first for more than they can bear."""
-        rate, plain_s, read_s, delay_s, wait_s, busy, square = (
+    def _slow_fraction(self, tokens: Numbers, tpot_s: Numbers) -> Numbers:
+        """Return the chance that so many tokens after the first take longer than that in their mean.
+
+        Prompts hold them up, and more answers under way than usual.
+        """
+        rate, plain_s, one_more_s, read_s, delay_s, wait_s, busy = (
             np.asarray(one)[..., None]
             for one in (
-                self.requests_per_s, self.plain_s, self.read_s, self.delay_s, self.mean_wait_s, self.reading_fraction,
-                self.prompt_square,
+                self.requests_per_s, self.plain_s, self.one_more_s, self._mean_s(self.read_s),
+                self._mean_s(self.delay_s), self.mean_wait_s, self.reading_fraction,
             )
         )  # fmt: skip
-        idle = 1 - rate * delay_s
+        read_square_s2 = np.asarray(self._square_s2(self.read_s))[..., None]
+        delay_square_s2 = np.asarray(self._square_s2(self.delay_s))[..., None]
+        idle = np.maximum(1 - rate * delay_s, 1e-9)
         before_s = wait_s + read_s  # from arrival to the first token; who comes then is read next
-        square_s2 = delay_s**2 * square
         work_s = tokens * plain_s + rate * before_s * delay_s
-        before_variance = wait_s**2 * (2 / np.maximum(busy, 1e-9) - 1) + read_s**2 * (square - 1)
-        work_variance = rate * before_s * square_s2 + (rate * delay_s) ** 2 * before_variance
+        before_variance = wait_s**2 * (2 / np.maximum(busy, 1e-9) - 1) + read_square_s2 - read_s**2
+        work_variance = rate * before_s * delay_square_s2 + (rate * delay_s) ** 2 * before_variance
         delayed_s = work_s / idle - tokens * plain_s
-        variance = rate * square_s2 * work_s / idle**3 + work_variance / idle**2
-        # An answer of one token has none that could be late.
-        possible = (tokens >= 0.5) & (delayed_s > 0) & (variance > 0)
-        delayed_s, variance = np.where(possible, delayed_s, 1.0), np.where(possible, variance, 1.0)
-        root = 3 * delayed_s / np.sqrt(variance)  # of 9 times the shape of the gamma
-        excess = np.maximum(tokens * (tpot_s - plain_s), 0.0) / delayed_s
+        held_variance = rate * delay_square_s2 * work_s / idle**3 + work_variance / idle**2
+        crowded_variance = (tokens * one_more_s / idle) ** 2 * self._crowd_seen(tokens)
+        spread_s = np.sqrt(np.maximum(held_variance + crowded_variance, 1e-300))
+        # What prompts hold up alone would be a gamma; the crowd, a normal, makes it less lopsided.
+        lopsided = 2 * held_variance**2 / np.maximum(delayed_s, 1e-300) / spread_s**3
+        lopsided = np.clip(np.where(delayed_s > 0, lopsided, 0.0), 1e-3, 1e3)
+        beyond = (tokens * (tpot_s - plain_s) - delayed_s) / spread_s
         # Wilson and Hilferty: the cube root of a gamma over its mean is nearly normal.
-        late = 1 - normal_fraction((np.cbrt(excess) - (1 - 1 / root**2)) * root)
+        root = np.cbrt(np.maximum(1 + beyond * lopsided / 2, 0.0))
+        late = 1 - normal_fraction(6 / lopsided * (root - 1 + lopsided**2 / 36))
         anybody = 1 - np.exp(-rate * (before_s + tokens * plain_s))
-        return np.where(possible, np.minimum(late, anybody), 0.0)
+        crowded = 1 - normal_fraction(tokens * (tpot_s - plain_s) / np.sqrt(np.maximum(crowded_variance, 1e-300)))
+        # An answer of one token has none that could be late.
+        return np.where(tokens >= 0.5, np.minimum(late, anybody + crowded), 0.0)
+
+    def _crowd_seen(self, tokens: Numbers) -> Numbers:
+        """Return the variance of the mean number of answers under way, over the time of an answer of so many tokens.
+
+        Their number is remembered for the rest of the life of an answer.
+        """
+        memory = np.asarray(self.output_tokens * np.exp(np.square(self.output_sigma)) / 2)[..., None]
+        lasts = np.maximum(tokens, 1e-3) / memory
+        return np.asarray(self.crowd_variance)[..., None] * 2 / lasts * (1 + np.expm1(-lasts) / lasts)
+
+    def late_place_fraction(self, places: Counts, patience_s: Numbers) -> Numbers:
+        """Return the fraction of requests that find no place within their patience; one comes free as answers end."""
+        lasts_s = self.batch / np.maximum(self.requests_per_s, 1e-300)
+        waiting = np.maximum(patience_s, 0.0) * places / np.maximum(lasts_s, 1e-300)
+        spread = np.sqrt(np.maximum(self.crowd_variance, 1e-300))
+        return 1 - normal_fraction((places + waiting - self.batch) / spread)
 
 
 def _multiples(sigma: Numbers) -> Numbers:
-    """Return the middle of each of PARTS equally likely parts of a lognormal, over its mean."""
-    return np.exp(MIDDLES * sigma - sigma**2 / 2)
+    """Return [any, part] lengths over their mean, of each part of a lognormal."""
+    found = np.exp(MIDDLES * sigma[..., None])
+    return np.asarray(found / (found @ WEIGHTS)[..., None])
 
 
 def long_multiple(sigma: float, fraction: float) -> float:
     """Return how many times the mean the longest prompt is that has to be in time for a fraction of them to be."""
-    late_parts = math.floor((1 - fraction) * PARTS + 1e-9)
-    return float(_multiples(np.array([sigma]))[PARTS - 1 - late_parts])
-
-
-def _mean_excess(multiple: Numbers, sigma: Numbers) -> Numbers:
-    """Return by how much a lognormal of mean 1 exceeds a value, in the mean."""
-    upper = (sigma**2 / 2 - np.log(multiple)) / sigma
-    return normal_fraction(upper) - multiple * normal_fraction(upper - sigma)
+    late = np.cumsum(WEIGHTS[::-1])[::-1] > 1 - fraction + 1e-9  # parts too likely to be late
+    return float(_multiples(np.array(sigma))[late][-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,15 +327,20 @@ class Times:
     read_s: Numbers
     own_s: Numbers
     delay_s: Numbers
+    mean_delay_s: Numbers  # over all lengths
     longest_s: Numbers
 
     def requests_per_s(self, batch: Numbers) -> Numbers:
         """Return the rate that keeps a batch as it is."""
-        return batch / (self.output_tokens * self.plain_s + batch * self.delay_s)
+        return batch / (self.output_tokens * self.plain_s + batch * self.mean_delay_s)
 
     def batch(self, requests_per_s: Numbers) -> Numbers:
         """Return the batch that a rate settles to."""
-        return requests_per_s * self.output_tokens * self.plain_s / (1 - requests_per_s * self.delay_s)
+        return requests_per_s * self.output_tokens * self.plain_s / (1 - requests_per_s * self.mean_delay_s)
+
+    def tpot_s(self, batch: Numbers) -> Numbers:
+        """Return the mean time per token of a replica that always decodes so many."""
+        return self.plain_s + batch / self.output_tokens * self.mean_delay_s
 
 
 class Load:
@@ -308,10 +353,15 @@ class Load:
         self.new_tokens = _counts(one.prompt_tokens - one.cached_tokens for one in lengths)  # of a prompt, to be read
         pairs = [prefill_pairs(one.cached_tokens, one.prompt_tokens - one.cached_tokens) for one in lengths]
         self.pairs_per_token = np.array(pairs, dtype=np.float64) / self.new_tokens
+        self.pair_s = self.steps.pair_s(np.array(pairs, dtype=np.float64)) * reads  # of a prompt of mean length
         self.output_tokens = np.array([one.output_tokens for one in lengths], dtype=np.float64)
-        self.context_tokens = _counts(one.context_tokens for one in lengths)
-        self.prompt_sigma = np.array([one.prompt_sigma for one in lengths])
         self.output_sigma = np.array([one.output_sigma for one in lengths])
+        self.context_tokens = _counts(one.context_tokens for one in lengths)
+        longest = np.array([one.longest_tokens / one.prompt_tokens for one in lengths])
+        self.prompts = np.minimum(_multiples(np.array([one.prompt_sigma for one in lengths])), longest[:, None])
+        self.outputs = _multiples(self.output_sigma)
+        self.mean_prompt, self.mean_square = self.prompts @ WEIGHTS, np.square(self.prompts) @ WEIGHTS
+        self.longest_tokens = np.rint(self.prompts[:, -1] * [one.prompt_tokens for one in lengths]).astype(np.int64)
 
     def times(self, batch: Numbers, *, longest: bool = True) -> Times:
         """Return what replicas take whose answers under way are so many in the mean; a part of one is one alone.
@@ -329,12 +379,14 @@ class Load:
 
     def _times(self, found_s: Numbers) -> Times:
         plain_s, read_s, own_s, delay_s, longest_s = found_s
+        delay_s = delay_s * self.reads
         return Times(
             output_tokens=self.output_tokens,
             plain_s=plain_s,
             read_s=read_s * self.reads,
             own_s=own_s * self.reads,
-            delay_s=delay_s * self.reads,
+            delay_s=delay_s,
+            mean_delay_s=(delay_s - self.pair_s) * self.mean_prompt + self.pair_s * self.mean_square,
             longest_s=longest_s,
         )
 
@@ -345,37 +397,44 @@ class Load:
         chunk = np.minimum(room, new)
         own_chunk = np.minimum(np.maximum(1, room // steps.ranks), new)  # of one prompt, on one rank
         prompts = [chunk]
-        if longest:  # whose later parts of prompts attend to more than the mean, which is left out
+        if longest:
             prompts += [room, own_chunk * steps.ranks] if self.ranked else [room]
         cached = decodes * self.context_tokens
         with_pairs = [(tokens, np.rint(self.pairs_per_token * tokens).astype(np.int64)) for tokens in prompts]
+        if longest:
+            with_pairs.append((room, room * np.maximum(self.longest_tokens, room)))
         plain_s = steps.plain_ps(decodes, cached) / PICOSECONDS_PER_S
         chunk_s, *others_s = (took / PICOSECONDS_PER_S for took in steps.reading_ps(decodes, cached, with_pairs))
         chunks = new / chunk
-        read_s = chunks * chunk_s
-        longest_s = others_s[0] if others_s else chunk_s
-        own_s = new / own_chunk * others_s[1] if len(others_s) > 1 else read_s
-        return np.stack([plain_s, read_s, own_s, chunks * (chunk_s - plain_s), longest_s])
+        delay_s = chunks * (chunk_s - plain_s)
+        if not longest:
+            return np.stack([plain_s, chunks * chunk_s, chunks * chunk_s, delay_s, chunk_s])
+        own_s = new / own_chunk * others_s[1] if self.ranked else chunks * chunk_s
+        return np.stack([plain_s, new / room * others_s[0], own_s, delay_s, others_s[-1]])
 
     def pace(self, times: Times, batch: Numbers, requests_per_s: Numbers) -> Pace:
         """Return the pace of replicas that hold such a batch at such a rate."""
         crowd = np.maximum(1.0, CROWD * batch)
-        crowded = self.times(crowd, longest=False).requests_per_s(crowd)
-        growth = np.log(crowded / np.maximum(requests_per_s, 1e-300)) / math.log(CROWD)
+        crowded = self.times(crowd, longest=False)
+        growth = np.log(crowded.requests_per_s(crowd) / np.maximum(requests_per_s, 1e-300)) / math.log(CROWD)
         growth = np.where(requests_per_s > 0, growth, 1.0)
         return Pace(
             requests_per_s=requests_per_s,
             first_token_s=self.steps.first_token_s,
             plain_s=times.plain_s,
+            one_more_s=(crowded.plain_s - times.plain_s) / np.maximum(crowd - batch, 1.0),
             read_s=times.read_s,
             own_s=times.own_s,
             delay_s=times.delay_s,
+            pair_s=self.pair_s,
+            own_pair_s=self.pair_s * self.steps.ranks,
             longest_s=times.longest_s,
             batch=batch,
             crowd_variance=batch / np.minimum(1.0, np.maximum(0.05, growth)),
             output_tokens=self.output_tokens,
-            prompt_sigma=self.prompt_sigma,
             output_sigma=self.output_sigma,
+            prompts=self.prompts,
+            outputs=self.outputs,
         )
 
 
@@ -396,7 +455,7 @@ def paces(load: Load, requests_per_s: Numbers) -> tuple[Pace, NDArray[np.bool_]]
     rate = np.where(keeps_up, requests_per_s, 0.0)
     batch = _largest(lambda batch: done(batch) <= rate, np.where(high > 1, high / 2, 0.0), high, PRECISION / 10)
     times = load.times(batch)
-    keeps_up &= rate * times.read_s < 1
+    keeps_up &= load.pace(times, batch, rate).reading_fraction < 1
     rate = np.where(keeps_up, rate, 0.0)
     return load.pace(times, times.batch(rate), rate), keeps_up
 
@@ -421,40 +480,62 @@ class Slos:
         self.deviations = np.array([found[fraction] for fraction in self.late_fraction.tolist()])
 
 
+def largest_batches(load: Load, places: Counts, slos: Slos) -> Counts:
+    """Return the most requests that a replica may always decode without their mean time per token being late."""
+
+    def in_time(batch: Numbers) -> NDArray[np.bool_]:
+        return load.times(batch, longest=False).tpot_s(batch) <= slos.tpot_s
+
+    one = np.ones(len(places))
+    found = _largest(in_time, np.where(in_time(one), one, 0.0), places.astype(np.float64))
+    return np.maximum(1, np.floor(found)).astype(np.int64)
+
+
 def sustained(load: Load, most: Counts, slos: Slos) -> Pace:
     """Return the paces at the largest rates at which the SLO holds for its fraction of the requests; 0 where for none.
 
-    So many are in time, and but for as many every request finds one of `most` places. The batch is searched for, not
-    the rate, because the time of a step is known by the batch.
+    `most` are the requests a replica decodes together. The batch is searched for, not the rate, because the time of a
+    step is known by the batch.
     """
 
     def at(batch: Numbers) -> Pace:
         times = load.times(batch)
         return load.pace(times, batch, times.requests_per_s(batch))
 
-    def holds(batch: Numbers) -> NDArray[np.bool_]:
-        pace = at(batch)
-        crowd = pace.crowd(slos.deviations)
-        if load.reads:
-            late = pace.late_first_fraction(slos.ttft_s) + pace.late_tokens_fraction(slos.tpot_s)
-            return (late <= slos.late_fraction) & (crowd <= most)
-        return (load.times(crowd, longest=False).plain_s <= slos.tpot_s) & (crowd <= most)
-
     least = load.times(np.ones(len(most))).batch(np.full(len(most), LEAST_REQUESTS_PER_S))
+
+    def holds(batch: Numbers) -> NDArray[np.bool_]:
+        first, tokens, place = late_fractions(at(batch), most, slos, reads=load.reads)
+        return first + tokens + place <= slos.late_fraction
+
     return at(_largest(holds, np.where(holds(least), least, 0.0), np.minimum(most, load.steps.step_tokens / 2)))
+
+
+def late_fractions(pace: Pace, most: Counts, slos: Slos, *, reads: bool) -> tuple[Numbers, Numbers, Numbers]:
+    """Return the fractions that are late with their first token, with the others, and for want of a place."""
+    tokens = pace.late_tokens_fraction(slos.tpot_s)
+    if not reads:
+        return np.zeros_like(tokens), tokens, pace.late_place_fraction(most, np.zeros_like(tokens))
+    alone_s = pace.first_token_s + pace.plain_s + pace.own_s
+    return (
+        pace.late_first_fraction(slos.ttft_s),
+        tokens,
+        pace.late_place_fraction(most, slos.ttft_s - alone_s),
+    )
 
 
 def sustained_reading(load: Load, slos: Slos, transfer_s: Numbers) -> Pace:
     """Return the paces at the largest rates at which replicas that only read are in time; see `reading_paces`."""
     alone = reading_paces(load, slos, transfer_s, np.zeros_like(transfer_s))
+    reading_s = replace(alone, requests_per_s=np.ones_like(transfer_s)).reading_fraction
 
     def at(busy_fraction: Numbers) -> Pace:
-        return replace(alone, requests_per_s=busy_fraction / alone.read_s)
+        return replace(alone, requests_per_s=busy_fraction / reading_s)
 
     def in_time(busy_fraction: Numbers) -> NDArray[np.bool_]:
         return at(busy_fraction).late_first_fraction(slos.ttft_s) <= slos.late_fraction
 
-    least = LEAST_REQUESTS_PER_S * alone.read_s
+    least = LEAST_REQUESTS_PER_S * reading_s
     return at(_largest(in_time, np.where(in_time(least), least, 0.0), np.ones_like(least)))
 
 
