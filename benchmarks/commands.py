@@ -22,7 +22,14 @@ COMMANDS = [
     ("waterline --help", ["--help"], ""),
     ("waterline fit deepseek-r1 (78 cards)", ["fit", "deepseek-r1"], "estimate, one point: 3.94 CPU-s, 201 MB"),
     ("waterline plan examples/mixed.toml", ["plan", "examples/mixed.toml"], "recommend, one model: 11.5 CPU-s, 398 MB"),
-    (f"waterline estimate ({POINTS:,} points)", ["estimate", "--points", "POINTS"], ""),
+    (f"waterline estimate ({POINTS:,} points, 288 replicas)", ["estimate", "--points", "LOOP"], ""),
+    (f"waterline estimate ({POINTS:,} at a rate)", ["estimate", "--points", "RATE"], ""),
+    (f"waterline estimate ({POINTS:,} split)", ["estimate", "--points", "SPLIT"], ""),
+    (
+        "waterline estimate (one point)",
+        ["estimate", "qwen3-32b", "--gpu", "h200_sxm", "--isl", "1000", "--osl", "200", "--concurrency", "8"],
+        "estimate, one point: 3.94 CPU-s, 201 MB",
+    ),
     ("waterline catalog gpus", ["catalog", "gpus"], "support: 1.36 CPU-s, 158 MB"),
 ]
 
@@ -40,8 +47,8 @@ def measure(arguments: list[str]) -> tuple[float, float, float]:
     return time.perf_counter() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
 
 
-def write_points(path: Path) -> None:
-    """Write points as a what-if has them: a few hundred replicas, each at many lengths and concurrencies."""
+def write_points(folder: Path) -> dict[str, str]:
+    """Write points as a what-if has them: a few hundred replicas, each at many lengths and loads; return the files."""
     models = ("Qwen/Qwen3-32B", "meta-llama/Llama-3.1-8B", "deepseek-ai/DeepSeek-R1", "openai/gpt-oss-120b")
     replicas = itertools.product(
         models,
@@ -50,25 +57,32 @@ def write_points(path: Path) -> None:
         (1, 2, 4, 8),
     )
     work = itertools.product((128, 1024, 4096, 16384), (32, 256, 1024), (1, 8, 64))
-    points = itertools.islice(itertools.product(replicas, work), POINTS)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["model", "gpu", "engine", "tp", "isl", "osl", "concurrency"])
-        writer.writerows([*replica, *one] for replica, one in points)
+    points = list(itertools.islice(itertools.product(replicas, work), POINTS))
+    columns = {
+        "LOOP": ("tp", "isl", "osl", "concurrency"),
+        "RATE": ("tp", "isl", "osl", "request_rate"),
+        "SPLIT": ("prefill_tp", "isl", "osl", "concurrency"),
+    }
+    files = {}
+    for kind, names in columns.items():
+        files[kind] = str(folder / f"{kind}.csv")
+        with Path(files[kind]).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["model", "gpu", "engine", *names, *(["decode_tp"] if kind == "SPLIT" else [])])
+            writer.writerows([*replica, *one, *([8] if kind == "SPLIT" else [])] for replica, one in points)
+    return files
 
 
 def main() -> None:
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 7
     with tempfile.TemporaryDirectory() as folder:
-        points = Path(folder) / "points.csv"
-        write_points(points)
-        report(runs, points)
+        report(runs, write_points(Path(folder)))
 
 
-def report(runs: int, points: Path) -> None:
+def report(runs: int, files: dict[str, str]) -> None:
     print(f"| command | wall s (median of {runs}) | CPU s | peak RSS MB | the peer |\n|---|---|---|---|---|")
     for name, words, peer in COMMANDS:
-        arguments = [str(points) if word == "POINTS" else word for word in words]
+        arguments = [files.get(word, word) for word in words]
         measure(arguments)
         walls, cpus, memories = zip(*(measure(arguments) for _ in range(runs)), strict=True)
         wall = f"{statistics.median(walls):.2f} ({min(walls):.2f}-{max(walls):.2f})"

@@ -1,4 +1,6 @@
 import json
+import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,7 @@ def test_help_has_an_example() -> None:
         ("config.json", json.dumps({**SMALL, "hidden_size": -64}), "hidden_size = -64"),
         ("config.json", json.dumps({**SMALL, "torch_dtype": "float3"}), 'torch_dtype = "float3"'),
         ("config.json", json.dumps({**SMALL, "model_type": "mamba9"}), 'model_type = "mamba9"'),
-        ("config.json", json.dumps({**SMALL, "layer_types": ["full_attention"] * 150_000}), "a list of 2 names"),
+        ("config.json", json.dumps({**SMALL, "layer_types": ["full_attention"] * 100_000}), "a list of 2 names"),
         ("weights.gguf", "GGUF", "cut short"),
         ("model.safetensors", "", "config.json"),
     ],
@@ -118,3 +120,75 @@ def test_a_bad_file_is_one_message_with_exit_code_2(file: str, content: str, sai
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1500
+
+
+# --- Bad input ------------------------------------------------------------------------------------------------------
+
+HEADER = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)
+TEXT_KEY = struct.pack("<Q", 1) + b"a"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            json.dumps(SMALL | {"junk": "x" * 3_000_000}),
+            "has 3,000,2.. bytes, at most 2,097,152 are read: this is no config",
+        ),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "is not valid JSON: maximum recursion depth exceeded"),
+        ('{"model_type": "llama", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "is not valid JSON: maximum recursion"),
+        (json.dumps(SMALL)[:50], "is not valid JSON: "),
+        ("", "is not valid JSON: "),
+        ("[1]", "holds a JSON list, where an object with fields is expected"),
+        (json.dumps(SMALL | {"hidden_size": -64}), "hidden_size = -64, which must be an integer from 1 to"),
+        (
+            json.dumps(SMALL | {"hidden_size": 10**12}),
+            "hidden_size = 1000000000000, which must be an integer from 1 to",
+        ),
+        (json.dumps(SMALL | {"hidden_size": float("nan")}), "hidden_size = NaN, which must be an integer"),
+        (
+            json.dumps(SMALL | {"num_hidden_layers": 10**9}),
+            "num_hidden_layers = 1000000000, which must be an integer from 1 to 10,000",
+        ),
+        (json.dumps(SMALL | {"num_attention_heads": 3}), "num_key_value_heads = 2, which must be a divisor of"),
+        (json.dumps(SMALL | {"torch_dtype": "float13"}), 'torch_dtype = "float13", which must be one of bfloat16'),
+        (json.dumps(SMALL)[:-1] + ', "z": ' + "9" * 6000 + "}", "is not valid JSON: Exceeds the limit"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_config_that_cannot_be_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert re.search(message, failed(tmp_path)), failed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        (b"GGUF", "is cut short: the header needs 4 bytes at offset 4, the file has 4"),
+        (HEADER, "is cut short: header needs 37 bytes at offset 24, the file has 24"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**62, 2**62), "is cut short: header needs"),
+        (b"GGUF" + struct.pack("<IQQ", 9, 1, 1), "is GGUF version 9; versions 2 and 3"),
+        (b"PK\x03\x04 a zip", "is not a GGUF file: it begins with"),
+        (HEADER + struct.pack("<Q", 2**63) + b"x" * 64, "is cut short|is no text|claims|as a text of"),
+        (HEADER + TEXT_KEY + struct.pack("<IIQ", 9, 9, 2**40) * 20, "has a list of type 9"),
+    ],
+)
+def test_a_gguf_header_that_cannot_be_is_one_sentence(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    assert re.search(message, failed(path)), failed(path)
+
+
+def test_a_model_of_the_hub_without_a_network_says_what_to_give_instead() -> None:
+    said = failed("meta-llama/Llama-9-unheard-of")
+    assert "'meta-llama/Llama-9-unheard-of' is not in the catalogue" in said
+    assert "a folder with its config.json, a .gguf file, or a model of the catalogue" in said
+
+
+def failed(what: str | Path) -> str:
+    with pytest.raises(InputError) as caught:
+        run(what)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

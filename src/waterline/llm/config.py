@@ -21,7 +21,8 @@ from waterline.llm.vision import vision_parameters
 
 __all__ = ["FAMILIES", "WRAPPERS", "read_config", "read_json"]
 
-LARGEST_FILE_BYTES = 64 * 2**20
+LARGEST_FILE_BYTES = 64 * 2**20  # of an index, which names every tensor
+LARGEST_CONFIG_BYTES = 2 * 2**20  # twenty times the largest we have seen
 LARGEST_MODEL = 10**15  # parameters; a hundred times the largest anyone has published
 
 
@@ -43,14 +44,14 @@ def read_config(source: Path | str | Mapping[str, object], name: str) -> Llm:
             raise ModelFormatError(
                 f"{path.parent} has no config.json. Give the folder of a checkpoint, or a .gguf file."
             )
-    values = read_json(path)
+    values = read_json(path, most_bytes=LARGEST_CONFIG_BYTES)
     beside = path.with_name("hf_quant_config.json")
     if "quantization_config" not in values and beside.is_file():
         values = {**values, "quantization_config": {"quant_method": "modelopt", **read_json(beside)}}
     return _llm(values, name, str(path))
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path, *, most_bytes: int = LARGEST_FILE_BYTES) -> dict[str, object]:
     """Return the JSON object in a file.
 
     Raises:
@@ -58,10 +59,9 @@ def read_json(path: Path) -> dict[str, object]:
     """
     try:
         size = path.stat().st_size
-        if size > LARGEST_FILE_BYTES:
+        if size > most_bytes:
             raise ModelFormatError(
-                f"{path} has {size:,} bytes, at most {LARGEST_FILE_BYTES:,} are read: this is no config. "
-                "Fetch the file again."
+                f"{path} has {size:,} bytes, at most {most_bytes:,} are read: this is no config. Fetch the file again."
             )
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
