@@ -86,7 +86,7 @@ def estimate(
     measurements, and with where it comes from. A row of a table that cannot be says why in its column `error`.
 
     \b
-    waterline estimate deepseek-r1 --gpu h200 --engine sglang --tp 8 --isl 4000 --osl 500 --concurrency 64
+    waterline estimate deepseek-r1 --gpu h200-sxm --engine sglang --tp 8 --isl 4000 --osl 500 --concurrency 64
     waterline estimate llama-3.1-8b --gpu l40s --isl 1000 --osl 200 --request-rate 2
     waterline estimate --points points.csv -o out.csv
     """  # noqa: D301 - click reads the backspace as: leave these lines alone
@@ -98,7 +98,7 @@ def estimate(
             )
         columns, rows = read_points(points)
         answers = answer_all(rows)
-        text = _json(map(_typed, rows, answers)) if as_json else _csv(columns, rows, answers)
+        text = _json(list(map(_typed, rows, answers))) if as_json else _csv(columns, rows, answers)
         _put(text, output, f"{sum(not one['error'] for one in answers)} of {len(rows)} points estimated; {output}")
         return
     if model is None:
@@ -108,8 +108,9 @@ def estimate(
         raise click.UsageError(f"{', '.join(missing)} is missing.")
     found, note = estimated(row)
     if as_json or output is not None:
-        text = _json([_typed(row, figures(found, note))])[2:-3] + "\n" if as_json else ""
-        _put(text or _csv(list(row), [row], [figures(found, note)]), output, f"1 of 1 points estimated; {output}")
+        answered = figures(found, note)
+        text = _json(_typed(row, answered)) if as_json else _csv(list(row), [row], [answered])
+        _put(text, output, f"1 of 1 points estimated; {output}")
     else:
         show(row, found, note)
 
@@ -212,10 +213,10 @@ def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, str]], answers: Ite
     return text.getvalue()
 
 
-def _json(objects: Iterable[Mapping[str, object]]) -> str:
+def _json(value: object) -> str:
     import msgspec
 
-    return msgspec.json.format(msgspec.json.encode(list(objects)), indent=2).decode() + "\n"
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
 
 
 def _typed(row: Mapping[str, str], found: Mapping[str, str]) -> dict[str, object]:
