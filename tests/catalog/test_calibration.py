@@ -11,6 +11,7 @@ from waterline import catalog
 from waterline.catalog import accelerators
 from waterline.catalog.calibration import PHYSICS, Calibration, calibration_of
 from waterline.catalog.engines import find_engine
+from waterline.cost.serving import pieces
 from waterline.cost.step import step_cost
 from waterline.hardware import Gpu
 from waterline.llm import PRECISIONS
@@ -117,6 +118,28 @@ def test_llamacpp_reaches_less_of_a_memory_its_vector_units_cannot_follow() -> N
 def test_a_card_without_a_known_vector_rate_is_taken_to_have_enough() -> None:
     gpu = next(gpu for gpu in accelerators.table().values() if "fp32" not in gpu.flops_per_s)
     assert Calibration(vector_flops=9.0).vector_s_per_byte(gpu) == 0.0
+
+
+def prompt_s(gpu: str, precision: str, tokens: int = 1024) -> float:
+    llm, engine = catalog.find_model("Llama-3.1-8B"), find_engine("llamacpp")
+    step = step_cost(llm, catalog.find_gpu(gpu), Layout(), precision, engine)
+    return pieces(step, 1, tokens, tokens).lone_s * calibration_of("llamacpp").reading
+
+
+# Seconds for 1024 tokens of Llama 3 8B, same source; a third either way
+@pytest.mark.parametrize(
+    ("gpu", "precision", "published"),
+    [("rtx-4080", "q4_k_m", 0.202), ("rtx-4080", "fp16", 0.152), ("rtx-3090", "fp16", 0.242),
+     ("rtx-a6000", "q4_k_m", 0.283), ("rtx-a6000", "fp16", 0.237), ("a40", "q4_k_m", 0.316), ("a40", "fp16", 0.253)],
+)  # fmt: skip
+def test_llamacpp_reads_prompts_as_published(gpu: str, precision: str, published: float) -> None:
+    assert prompt_s(gpu, precision) == pytest.approx(published, rel=0.34)
+
+
+def test_quantised_weights_slow_llamacpp_down_where_it_writes_them_out_first() -> None:
+    for gpu, slower in (("rtx-a6000", 1.19), ("a40", 1.25), ("rtx-4080", 1.33)):  # published
+        assert prompt_s(gpu, "q4_k_m") / prompt_s(gpu, "fp16") == pytest.approx(slower, rel=0.15), gpu
+        assert llamacpp_token_s(catalog.find_gpu(gpu), "q4_k_m") < llamacpp_token_s(catalog.find_gpu(gpu), "fp16") / 2
 
 
 def test_stages_of_a_pipeline_follow_one_another() -> None:

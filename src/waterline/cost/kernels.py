@@ -11,14 +11,14 @@ within 5 % on Hopper and Blackwell. So that is what short ones are taken for, pl
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from waterline.catalog import find_gpu
+from waterline.catalog import find_gpu, gpus
 from waterline.catalog.measurements import Measured, measured_gpus, measured_kernels
 from waterline.cost.kernels_curves import (
     CURVES,
@@ -90,11 +90,18 @@ class Kernels:
     ("measured") or one of its class, with this card's own peaks ("transferred").
     """
 
-    def __init__(self, gpu: Gpu, sources: Sequence[str], fits: Sequence[Mapping[str, Measured]] | None = None) -> None:
+    def __init__(
+        self,
+        gpu: Gpu,
+        sources: Sequence[str],
+        fits: Sequence[Mapping[str, Measured]] | None = None,
+        sixteen_bit_flops_per_s: float = 0.0,
+    ) -> None:
         self.gpu = gpu
         self.source = sources[0]
         self.provenance = "measured" if sources[0] == gpu.id else "transferred"
         self._alike = gpu.id == sources[0] or _generation(gpu) == _generation(find_gpu(sources[0]))
+        self._sixteen_bit_flops_per_s = sixteen_bit_flops_per_s  # of products that sum in 16 bits; 0: none does
         self._sources = sources
         self._own_fits = fits
         self._rates = frozenset(gpu.flops_per_s)
@@ -105,6 +112,9 @@ class Kernels:
         m, n, k = _floats(tokens, outputs, inputs)
         peaks = self.peaks_of("gemm", form)
         took = self._surface("gemm", form)(m, n, k)
+        if self._sixteen_bit_flops_per_s and peaks.input_bytes == SIXTEEN_BITS:
+            faster = replace(peaks, flops_per_s=self._sixteen_bit_flops_per_s)
+            took = CURVES["gemm"].usual_s(faster, m, n, k)
         if form == "fp8_block" and peaks.input_bytes < SIXTEEN_BITS:
             took = took + SCALING_S
         return np.maximum(took, peaks.limit_s(*gemm_work(peaks, m, n, k)))
@@ -451,6 +461,36 @@ def find_kernels(gpu: Gpu) -> Kernels:
 
 
 _found: dict[str, Kernels] = {}
+
+
+def bare_kernels(gpu: Gpu) -> Kernels:
+    """Return kernels unlike those measured: they reach the usual share of the peaks, and sum in 16 bits."""
+    return Kernels(gpu, (gpu.id,), (), _sixteen_bit_flops_per_s(gpu))
+
+
+def _sixteen_bit_flops_per_s(gpu: Gpu) -> float:
+    """Return the rate of products that also sum in 16 bits: the datasheet's, or twice that of cards which halve it.
+
+    GeForce cards sum in 32 bits at half the rate of their chips, and that is what their datasheets state. No product is
+    taken for faster than the datasheet all the same.
+    """
+    stated = max(gpu.flops_per_s.get(rate, 0.0) for rate in SIXTEEN_BIT)
+    return max(stated, gpu.flops_per_s.get("fp32", 0.0) * _whole_chips().get(gpu.target, 0.0))
+
+
+@lru_cache(maxsize=1)
+def _whole_chips() -> Mapping[str, float]:
+    """Return operations in 16 bits for each one of the vector units, of targets where some cards halve them."""
+    by_target: dict[str, list[float]] = {}
+    for gpu in gpus().values():
+        if (vector := gpu.flops_per_s.get("fp32")) and gpu.stack == "cuda":
+            stated = max(gpu.flops_per_s.get(rate, 0.0) for rate in SIXTEEN_BIT)
+            by_target.setdefault(gpu.target, []).append(stated / vector)
+    return {
+        target: max(ratios)
+        for target, ratios in by_target.items()
+        if any(1.9 < max(ratios) / ratio < 2.1 for ratio in ratios if ratio)
+    }
 
 
 def source_of(gpu: Gpu) -> str:

@@ -29,6 +29,7 @@ QUERY_LATENT = 1536  # q_lora_rank of DeepSeek V3, which the measured module has
 INDEX_HEADS = 64  # index_n_heads of DeepSeek V3.2, whole on every GPU
 SLOWER_IN_FEW_BITS = 1.15  # at most, than in 16
 EVEN_ABOVE = 8  # GPUs that share the experts: more of them keep copies of those in demand
+UNPACKED_ABOVE = 32  # tokens of a step; for fewer llama.cpp multiplies quantised weights as they are
 PASSES = 14  # how often they read or write the residual stream, together
 
 
@@ -131,9 +132,15 @@ class Shard:
             took = np.minimum(took, SLOWER_IN_FEW_BITS * self.kernels.gemm_s(tokens, outputs, inputs, "bf16"))
         # Fitted as a share of the usual time to read, of which bandwidth alone is MEMORY_EFFICIENCY.
         vector_s = self.vector_s_per_byte / MEMORY_EFFICIENCY * outputs * inputs * PRECISIONS[form].bits / 8
-        return vector_s + self._calibrated(
-            "products", took, "gemm", form, {"tokens": tokens, "outputs": outputs, "inputs": inputs}
-        )
+        sizes = {"tokens": tokens, "outputs": outputs, "inputs": inputs}
+        took = self._calibrated("products", took, "gemm", form, sizes)
+        return vector_s + took + self._unpacked_s(tokens, outputs * inputs, form)
+
+    def _unpacked_s(self, tokens: Numbers, weights: float, form: str) -> Numbers:
+        """Return the time to write quantised weights out in 16 bits and read those, as llama.cpp does for prompts."""
+        if not self.factors["products"] or not PRECISIONS[form].gguf or PRECISIONS[form].bits >= 16:
+            return np.zeros_like(tokens)
+        return np.where(tokens > UNPACKED_ABOVE, 2 * ACTIVATION_BYTES * weights / self.gpu.memory_bytes_per_s, 0.0)
 
     def _calibrated(self, part: str, took_s: Numbers, kind: str, form: str, sizes: Sizes) -> Numbers:
         factor = self.factors[part]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from waterline import catalog
 from waterline.catalog.calibration import Calibration, calibration_of
 from waterline.catalog.engines import EngineProfile, find_engine
-from waterline.cost.kernels import Kernels, find_kernels
+from waterline.cost.kernels import bare_kernels, find_kernels
 from waterline.cost.layers import Numbers, Shard, forms
 from waterline.errors import InfeasibleError
 from waterline.fleet import Fleet
@@ -129,7 +129,7 @@ def price_steps(
     if not any(name in gpu.flops_per_s for name in PRECISIONS[precision].compute):
         has = ", ".join(sorted(gpu.flops_per_s))
         raise InfeasibleError(f"{gpu.id} cannot compute in {precision}: it has {has}. Allow another precision.")
-    kernels = Kernels(gpu, (gpu.id,), ()) if calibration.own_kernels else find_kernels(gpu)
+    kernels = bare_kernels(gpu) if calibration.own_kernels else find_kernels(gpu)
     vector_s = calibration.vector_s_per_byte(gpu)
     cache = "fp8" if engine.cache_dtype(precision) == "fp8" and gpu.flops_per_s.get("fp8") else "bf16"
     shard = Shard(llm, gpu, layout, forms(llm, precision), kernels, cache, vector_s, calibration.factors(gpu))
