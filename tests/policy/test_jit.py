@@ -104,12 +104,12 @@ def routes(form: Callable[[Callable[..., object]], Callable[..., object]]) -> li
 
 def forecasts(form: Callable[[Callable[..., object]], Callable[..., object]]) -> list[object]:
     dice, series = np.random.default_rng(7), forecast.new_series([4, 9], 600.0, 48)
-    observe, ahead, highest = form(forecast.observe), form(forecast.forecast), form(forecast.highest)
+    observe, ahead, needs = form(forecast.observe), form(forecast.forecast), form(forecast.needs)
     answers: list[object] = []
     for step in range(600):
         if step % 11:
             observe(series, step % 2, step, float(dice.poisson(40 + 30 * np.sin(step * np.pi / 72))))
-        answers += [ahead(series, step % 2, step, 4), highest(series, step % 2, step, 1, 9)]
+        answers += [ahead(series, step % 2, step, 4), needs(series, step % 2, step)]
     return [*answers, *bits(series)]
 
 

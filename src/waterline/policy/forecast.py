@@ -2,11 +2,13 @@
 
 Two opinions are kept of every series (the load of one model by one tenant, in any unit):
 
-- *Momentum*: level and damped trend (Holt; Gardner and McKenzie 1985) of the load itself.
+- *Momentum*: level and damped trend (Holt; Gardner and McKenzie 1985) of the load itself. The gains grow while
+  residuals keep their sign (Trigg and Leach 1967), so that scatter is smoothed and a turn is followed.
 - *Habit*: the same of the load relative to this time of day on earlier days, from the second day on.
 
-They are weighed by the inverse of their squared errors, as made one horizon ahead lately. So a ramp that comes every
-day is foreseen, one that does not come (a holiday) costs a while of error, and an unknown one is followed by its trend.
+They are weighed by how wrong they were one horizon ahead, in the last half day or so: by the inverse square of the mean
+squared error. So a ramp that comes every day is foreseen, one that does not come (a holiday) costs a while of error,
+and an unknown one is followed by its trend.
 
 Nothing is learnt from a spike of one step: the value of a step counts once the next is known, as the median of the
 three. Larger surprises are taken in by and by: a residual counts as four times the usual at most, and the usual grows
@@ -29,13 +31,17 @@ from waterline.policy.jit import jit
 
 DAY_S = 86_400.0
 COVERED = 0.8  # of the loads lie below the bound
-LEVEL_GAIN = 0.3
-TREND_GAIN = 0.05
+LEAST_GAIN = 0.1  # of the level, a step, while the load scatters about it
+MOST_GAIN = 0.9  # while it runs away from it
+TREND_GAIN = 0.3  # of the trend, times the square of the level's
+RESIDUAL_GAIN = 0.17
 DAMPING = 0.97  # of the trend, a step
 HABIT_GAIN = 0.3  # of one more day, at least
-ERROR_GAIN = 0.02  # of one more error
+ERROR_GAIN = 0.02  # of one more error, in the bound
+JUDGED_S = DAY_S / 2  # for which opinions are remembered to have been wrong
 LARGEST_RESIDUAL = 4.0  # in usual ones
 LEAST_RELATIVE = 0.02  # of the mean load: what counts as usual at least, and as a quiet hour at most
+TINY = 1e-12
 NEVER = -1
 MOMENTUM, HABIT = 0, 1
 
@@ -55,6 +61,7 @@ class Series(NamedTuple):
     level: NDArray[np.float64]  # [series, opinion]
     trend: NDArray[np.float64]  # [series, opinion] a step
     usual: NDArray[np.float64]  # [series, opinion] absolute residual
+    drift: NDArray[np.float64]  # [series, opinion] residual: near the absolute one while the load runs away
     square: NDArray[np.float64]  # [series, opinion] of the error one horizon ahead; 0: none known
     foreseen: NDArray[np.float64]  # [series, opinion or both, step modulo] what was said about that step; NaN: nothing
     error: NDArray[np.float64]  # [series, 2] mean absolute error of both together, and the bound above it
@@ -80,6 +87,7 @@ def new_series(horizon_steps: NDArray[np.int64], step_s: float, times_of_day: in
         np.zeros((series, 2)),
         np.full(series, NEVER, np.int64),
         np.zeros(series),
+        np.zeros((series, 2)),
         np.zeros((series, 2)),
         np.zeros((series, 2)),
         np.zeros((series, 2)),
@@ -117,12 +125,17 @@ def forecast(series: Series, one: int, now_step: int, ahead_steps: int) -> tuple
 
 
 @jit
-def highest(series: Series, one: int, now_step: int, first_ahead: int, last_ahead: int) -> float:
-    """Return the highest bound over steps ahead, both ends included: what must be kept where something may stop."""
-    most = 0.0
-    for ahead in range(first_ahead, last_ahead + 1):
-        most = max(most, forecast(series, one, now_step, ahead)[1])
-    return most
+def needs(series: Series, one: int, now_step: int) -> tuple[float, float]:
+    """Return what `lending.Services` asks for: the load expected one horizon ahead, and the most from now until then.
+
+    Without the bound: replicas are planned with room for requests that scatter, and whoever starts on the bound pays
+    for each surprise for as long as `lending.STABLE_S`. Where no request above the forecast may be late, start on it.
+    """
+    wanted = forecast(series, one, now_step, series.horizon[one])[0]
+    kept = wanted
+    for ahead in range(series.horizon[one]):
+        kept = max(kept, forecast(series, one, now_step, ahead)[0])
+    return wanted, kept
 
 
 # --- Learning ---------------------------------------------------------------------------------------------------------
@@ -164,9 +177,12 @@ def _follow(series: Series, one: int, opinion: int, step: int, value: float, sca
     floor = LEAST_RELATIVE * series.mean[one] / scale
     most = LARGEST_RESIDUAL * max(series.usual[one, opinion], floor)
     residual = min(max(residual, -most), most)
-    series.usual[one, opinion] += (abs(residual) - series.usual[one, opinion]) * 0.1
-    series.level[one, opinion] = max(expected + LEVEL_GAIN * residual, 0.0)
-    series.trend[one, opinion] = trend + TREND_GAIN * residual
+    series.usual[one, opinion] += (abs(residual) - series.usual[one, opinion]) * RESIDUAL_GAIN
+    series.drift[one, opinion] += (residual - series.drift[one, opinion]) * RESIDUAL_GAIN
+    away = min(abs(series.drift[one, opinion]) / max(series.usual[one, opinion], TINY), 1.0)
+    gain = LEAST_GAIN + (MOST_GAIN - LEAST_GAIN) * away * away
+    series.level[one, opinion] = max(expected + gain * residual, 0.0)
+    series.trend[one, opinion] = trend + TREND_GAIN * gain * gain * residual
 
 
 @jit
@@ -180,7 +196,10 @@ def _judge(series: Series, one: int, step: int, load: float) -> None:
         if said[opinion] == said[opinion]:  # not NaN
             square = (load - said[opinion]) * (load - said[opinion])
             known = series.square[one, opinion]
-            series.square[one, opinion] = square if known == 0.0 else known + (square - known) * ERROR_GAIN
+            gain = min(1.0, series.step_s[0] / JUDGED_S)
+            if known == 0.0:  # the first: no worse than the others
+                known = series.square[one, MOMENTUM] if opinion == HABIT else square
+            series.square[one, opinion] = known + (square - known) * gain
     if said[2] == said[2]:
         error = load - said[2]
         known = series.error[one, 0]
@@ -210,15 +229,16 @@ def _fill_day(series: Series, one: int, step: int, load: float) -> None:
 
 @jit
 def _both(series: Series, one: int, step: int) -> float:
-    """Return both opinions on a step, weighed by the inverse of their squared errors; habit only where there is one."""
+    """Return both opinions on a step, weighed by how wrong they were; habit only where there is one."""
     momentum = _opinion(series, one, MOMENTUM, step)
     if series.level[one, HABIT] == 0.0 or not (_known(series, one, series.step[one]) and _known(series, one, step)):
         return momentum
     habit = _opinion(series, one, HABIT, step)
-    one_square, other_square = series.square[one, MOMENTUM], series.square[one, HABIT]
-    if one_square + other_square == 0.0:
+    wrong_habit = series.square[one, HABIT] * series.square[one, HABIT]
+    wrong_momentum = series.square[one, MOMENTUM] * series.square[one, MOMENTUM]
+    if wrong_habit + wrong_momentum == 0.0:
         return (momentum + habit) / 2
-    return float((momentum * other_square + habit * one_square) / (one_square + other_square))
+    return float((momentum * wrong_habit + habit * wrong_momentum) / (wrong_habit + wrong_momentum))
 
 
 @jit

@@ -54,8 +54,9 @@ START, DRAIN, HOLD, HAND_BACK = 1, 2, 3, 4  # kinds of moves
 STABLE_S = 300.0  # a service must have been able to spare a replica for so long; what people know from Kubernetes' HPA
 SLOT_S = STABLE_S / 10
 SLOTS = 11  # the last ten whole ones, and the one under way
-SLACK = 0.1  # of what must stay possible, on top, before anything is spare
+SLACK = 0.02  # of what must stay possible, on top, before anything is spare
 DUST = 1e-9
+UNKNOWN = -1.0
 
 
 class Tenants(NamedTuple):
@@ -140,6 +141,9 @@ class Tally(NamedTuple):
     chosen: NDArray[np.int64]  # [place] victims of the claim that is looked at
     left: NDArray[np.float64]  # [tenant] usage without them
     left_spare: NDArray[np.float64]  # [service] what can be spared without them
+    thrift: NDArray[np.float64]  # [model] fewest GPUs for a unit of work a second, of all nodes; inf: it runs nowhere
+    cost: NDArray[np.float64]  # [service, node] of a claim there when it was looked at; inf: not legal; UNKNOWN
+    donor: NDArray[np.int64]  # [service] who alone might give, in those costs
 
 
 def new_services(tenant: NDArray[np.int64], model: NDArray[np.int64], priority: NDArray[np.int64]) -> Services:
@@ -297,8 +301,11 @@ def _least_missed(
 ) -> int:
     """Return the replica a service hands back first: least lost work, then newest; NOBODY if it must keep them all."""
     tenant, best = services.tenant[service], NOBODY
+    ready_by_s = now_s - tenants.min_runtime_s[tenant]
     for replica in range(len(replicas.state)):
-        if replicas.service[replica] != service or not _may_stop(tenants, services, replicas, tally, replica, now_s):
+        if replicas.service[replica] != service or replicas.state[replica] != READY:
+            continue
+        if not tally.staying[replica] or replicas.since_s[replica] > ready_by_s:
             continue
         if layouts.rate[services.model[service], replicas.node[replica]] > tally.stable[service]:
             continue
@@ -345,6 +352,8 @@ def _start_on_idle(
     """Start a replica on idle GPUs if there are some that may be used: where it loads fastest, then fits best."""
     tenant, model = services.tenant[service], services.model[service]
     free = tally.free.sum()
+    own_promised = _promised(tenants, services, tally, tenant, OWN_IDLE)
+    lent_promised = _promised(tenants, services, tally, tenant, BORROW_IDLE)
     best, best_load_s, best_left, best_rule = NOBODY, np.inf, 0, OWN_IDLE
     for node in range(len(tally.free)):
         gpus = layouts.gpus[model, node]
@@ -353,7 +362,7 @@ def _start_on_idle(
         if tally.occupied[tenant] + gpus > tenants.limit_gpus[tenant] + DUST:
             continue
         rule = OWN_IDLE if tally.usage[tenant] + gpus <= tenants.deserved_gpus[tenant] + DUST else BORROW_IDLE
-        if free - gpus < _promised(tenants, services, layouts, tally, tenant, rule) - DUST:
+        if free - gpus < (own_promised if rule == OWN_IDLE else lent_promised) - DUST:
             continue
         load_s, left = layouts.load_s[model, node], tally.free[node] - gpus
         if load_s < best_load_s or (load_s == best_load_s and left < best_left):
@@ -368,7 +377,7 @@ def _start_on_idle(
 
 
 @jit
-def _promised(tenants: Tenants, services: Services, layouts: Layouts, tally: Tally, claimant: int, rule: int) -> float:
+def _promised(tenants: Tenants, services: Services, tally: Tally, claimant: int, rule: int) -> float:
     """Return the idle GPUs that are kept for other tenants.
 
     Their guarantees; and, before anybody borrows, what they will need soon of what they deserve: to lend what is about
@@ -380,26 +389,22 @@ def _promised(tenants: Tenants, services: Services, layouts: Layouts, tally: Tal
             continue
         due = max(tenants.guarantee_gpus[tenant] - tally.usage[tenant], 0.0)
         if rule == BORROW_IDLE:
-            soon = _needed_gpus(services, layouts, tally, tenant)
+            soon = _needed_gpus(services, tally, tenant)
             due = max(due, min(tenants.deserved_gpus[tenant] - tally.usage[tenant], soon))
         promised += due
     return promised
 
 
 @jit
-def _needed_gpus(services: Services, layouts: Layouts, tally: Tally, tenant: int) -> float:
+def _needed_gpus(services: Services, tally: Tally, tenant: int) -> float:
     """Return how many GPUs more a tenant will need soon, at the rate of the best node for each model."""
     needed = 0.0
     for service in range(len(services.tenant)):
         short = services.kept[service] - tally.supply[service]
         if services.tenant[service] != tenant or not short > 0.0:
             continue
-        model, least = services.model[service], np.inf
-        for node in range(len(tally.free)):
-            if layouts.gpus[model, node] > 0:
-                least = min(least, layouts.gpus[model, node] / layouts.rate[model, node])
-        if least < np.inf:
-            needed += short * least
+        thrift = tally.thrift[services.model[service]]
+        needed += short * thrift if thrift < np.inf else 0.0
     return needed
 
 
@@ -437,6 +442,7 @@ def _claim(
         deadline_s = max(deadline_s, now_s + grace_s)
     tally.open[claim] = 1
     tally.free[node] -= held
+    tally.cost[:, node] = UNKNOWN
     _push(tally, moves, HOLD, FREED_FOR_CLAIM, service, NOBODY, node, claim, held, 0.0, deadline_s)
     for place in range(victims):
         victim = tally.chosen[place]
@@ -458,30 +464,58 @@ def _cheapest_node(
     only: int,
     now_s: float,
 ) -> tuple[int, int]:
-    """Return the node where a claim loses the least, and the rule by which it is legal; NOBODY if it is nowhere."""
-    tenant, model = services.tenant[service], services.model[service]
-    idle = tally.free.sum()
-    own_promised = _promised(tenants, services, layouts, tally, tenant, OWN_IDLE)
-    lent_promised = _promised(tenants, services, layouts, tally, tenant, BORROW_IDLE)
-    best, best_cost, best_rule = NOBODY, np.inf, RECLAIM
-    for node in range(len(tally.free)):
-        gpus = layouts.gpus[model, node]
-        if gpus == 0:
+    """Return the node where a claim loses the least, and the rule by which it is legal; NOBODY if it is nowhere.
+
+    What a claim costs is remembered as long as nothing has moved on the node, and looked at again for the node that is
+    taken: what has been decided since may have made it illegal.
+    """
+    if tally.donor[service] != only:
+        tally.donor[service] = only
+        tally.cost[service, :] = UNKNOWN
+    while True:
+        best, best_cost = NOBODY, np.inf
+        for node in range(len(tally.free)):
+            if tally.cost[service, node] == UNKNOWN:
+                cost, _ = _claim_cost(tenants, services, layouts, replicas, tally, service, node, only, now_s)
+                tally.cost[service, node] = cost
+            if tally.cost[service, node] < best_cost:
+                best, best_cost = node, tally.cost[service, node]
+        if best == NOBODY:
+            return NOBODY, RECLAIM
+        cost, rule = _claim_cost(tenants, services, layouts, replicas, tally, service, best, only, now_s)
+        if cost <= best_cost:
+            return best, rule
+        tally.cost[service, best] = cost
+
+
+@jit
+def _claim_cost(
+    tenants: Tenants,
+    services: Services,
+    layouts: Layouts,
+    replicas: Replicas,
+    tally: Tally,
+    service: int,
+    node: int,
+    only: int,
+    now_s: float,
+) -> tuple[float, int]:
+    """Return what a claim on a node would lose, and the first rule by which it is legal; inf if there is none."""
+    tenant, gpus = services.tenant[service], layouts.gpus[services.model[service], node]
+    if gpus == 0:
+        return np.inf, RECLAIM
+    idle_left = tally.free.sum() - min(tally.free[node], gpus) if tally.free[node] > 0 else 0
+    for rule in (OWN_SURPLUS, RECLAIM, OUTBID_LOAN):
+        promise = BORROW_IDLE if rule == OUTBID_LOAN else OWN_IDLE
+        if tally.free[node] > 0 and idle_left < _promised(tenants, services, tally, tenant, promise) - DUST:
             continue
-        idle_left = idle - min(tally.free[node], gpus)
-        for rule in (OWN_SURPLUS, RECLAIM, OUTBID_LOAN):
-            if tally.free[node] > 0 and idle_left < (lent_promised if rule == OUTBID_LOAN else own_promised) - DUST:
-                continue
-            victims = _victims(tenants, services, layouts, replicas, tally, service, node, rule, only, now_s)
-            if victims == 0:
-                continue
-            cost = gpus * layouts.load_s[model, node]
+        victims = _victims(tenants, services, layouts, replicas, tally, service, node, rule, only, now_s)
+        if victims > 0:
+            cost = gpus * layouts.load_s[services.model[service], node]
             for place in range(victims):
                 cost += _loss_gpu_s(tenants, services, replicas, tally.chosen[place])
-            if cost < best_cost:
-                best, best_cost, best_rule = node, cost, rule
-            break
-    return best, best_rule
+            return float(cost), rule
+    return np.inf, RECLAIM
 
 
 @jit
@@ -615,13 +649,15 @@ def _most_over(
     own = services.tenant[service]
     reclaims = tally.usage[own] + 1.0 <= tenants.deserved_gpus[own] + DUST
     for replica in range(len(replicas.state)):
-        if not _may_stop(tenants, services, replicas, tally, replica, now_s):
-            continue
         giver = replicas.service[replica]
+        if replicas.state[replica] != READY or not tally.staying[replica]:
+            continue
+        if now_s - replicas.since_s[replica] < tenants.min_runtime_s[services.tenant[giver]]:
+            continue
         if not reclaims and services.priority[giver] >= services.priority[service]:
             continue
         tenant = services.tenant[giver]
-        part = _saturation(tenants, tally.usage, tenant)
+        part = tally.usage[tenant] / max(tenants.deserved_gpus[tenant], DUST)
         if tenant != own and part > 1.0 and (best == NOBODY or part > best_part):
             best, best_part = tenant, part
     return best
@@ -773,7 +809,15 @@ def _tally(
         np.zeros(count, np.int64),
         np.zeros(len(tenants.deserved_gpus)),
         np.zeros(len(services.tenant)),
+        np.full(len(layouts.gpus), np.inf),
+        np.full((len(services.tenant), len(free_gpus)), UNKNOWN),
+        np.full(len(services.tenant), NOBODY, np.int64),
     )
+    for model in range(len(layouts.gpus)):
+        for node in range(len(free_gpus)):
+            if layouts.gpus[model, node] > 0:
+                thrift = layouts.gpus[model, node] / layouts.rate[model, node]
+                tally.thrift[model] = min(tally.thrift[model], thrift)
     for replica in range(count):
         if replicas.state[replica] == GONE:
             continue
