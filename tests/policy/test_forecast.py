@@ -103,7 +103,7 @@ def test_two_thirds_of_a_rise_that_comes_every_day_are_foreseen_before_it_begins
     first = follow(days_of(before / 1440), step_s=60.0, horizon=10)
     fourth = follow(days_of(3 + before / 1440), step_s=60.0, horizon=10)
     assert ahead(first, before - 1, 10)[0] == pytest.approx(30, abs=3), "nobody can know"
-    assert daily(before + 9) == 54
+    assert daily(before + 9) == pytest.approx(54)
     assert 30 + (54 - 30) * 2 / 3 <= ahead(fourth, 3 * 1440 + before - 1, 10)[0] <= 60
 
 
@@ -140,12 +140,13 @@ def benchmark() -> ModuleType:
     return loaded
 
 
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed: this would take minutes")
 def test_on_a_ramp_a_forecast_halves_late_requests_and_lends_little_more_than_a_clairvoyant() -> None:
     """Ten minutes, a cold start of two; see benchmarks/policy.py, which prints more seeds."""
     script = benchmark()
     late, lent = {}, {}
     for policy in ("reactive", "forecast, first day", "clairvoyant"):
-        done = script.ramps(policy, 5)
+        done = script.ramps(policy, 3)
         late[policy], lent[policy] = sum(one.late for one in done), sum(one.lent_gpu_hours for one in done)
     assert late["reactive"] > 1000
     assert late["forecast, first day"] <= 0.5 * late["reactive"]
