@@ -197,7 +197,8 @@ class Pace:
     batch: Numbers  # answers under way, mean
     crowd_variance: Numbers  # of their number; the less a larger batch yields, the further it strays
     output_tokens: Numbers  # mean
-    output_sigma: Numbers  # of the logarithm
+    prompt_sigma: Numbers  # of the logarithm
+    output_sigma: Numbers
     prompts: Numbers  # [replica, part] lengths over the mean
     outputs: Numbers  # likewise
 
@@ -235,8 +236,20 @@ class Pace:
         """Return the fraction of requests whose first token takes longer than that."""
         left_s = np.asarray(ttft_s - self.first_token_s - self.plain_s)[..., None]
         left_s = left_s - self._took_s(self.own_s, self.own_pair_s)
-        late = np.where(left_s > 0, self._long_wait_fraction(np.maximum(left_s, 0.0)), 1.0)
-        return np.asarray(late @ WEIGHTS)
+        late = np.where(left_s > 0, self._long_wait_fraction(np.maximum(left_s, 0.0)), 1.0) @ WEIGHTS
+        return np.asarray(np.maximum(late, np.minimum(1.0, late + self._refused_fraction(ttft_s))))
+
+    def _refused_fraction(self, ttft_s: Numbers | float) -> Numbers:
+        """Return the fraction that comes while a prompt is read for which the deadline is too short, though it is not.
+
+        Admission knows of a prompt how long it takes, at the rate of the mean, and not how much of it has been read.
+        """
+        took_s = self._took_s(self.read_s, self.pair_s)
+        deadline_s = np.asarray(ttft_s)[..., None]
+        refused_s = np.where(self.prompts * np.asarray(self.read_s)[..., None] > deadline_s, took_s, 0.0)
+        return np.asarray(
+            self.requests_per_s * ((refused_s - np.maximum(took_s - deadline_s, 0.0)).clip(0.0) @ WEIGHTS)
+        )
 
     def _long_wait_fraction(self, wait_s: Numbers) -> Numbers:
         """Return the chance to wait longer: behind many prompts, or behind a single one that is very long."""
@@ -276,18 +289,30 @@ class Pace:
         delayed_s = work_s / idle - tokens * plain_s
         held_variance = rate * delay_square_s2 * work_s / idle**3 + work_variance / idle**2
         crowded_variance = (tokens * one_more_s / idle) ** 2 * self._crowd_seen(tokens)
-        spread_s = np.sqrt(np.maximum(held_variance + crowded_variance, 1e-300))
+        spread_s = np.sqrt(np.maximum(held_variance + crowded_variance, 1e-30))
         # What prompts hold up alone would be a gamma; the crowd, a normal, makes it less lopsided.
-        lopsided = 2 * held_variance**2 / np.maximum(delayed_s, 1e-300) / spread_s**3
-        lopsided = np.clip(np.where(delayed_s > 0, lopsided, 0.0), 1e-3, 1e3)
+        possible = (delayed_s > 0) & (held_variance > 0)
+        lopsided = 2 * held_variance / np.where(possible, delayed_s, 1.0) * np.where(possible, held_variance, 0.0)
+        lopsided = np.clip(lopsided / spread_s**3, 1e-3, 1e3)
         beyond = (tokens * (tpot_s - plain_s) - delayed_s) / spread_s
         # Wilson and Hilferty: the cube root of a gamma over its mean is nearly normal.
         root = np.cbrt(np.maximum(1 + beyond * lopsided / 2, 0.0))
         late = 1 - normal_fraction(6 / lopsided * (root - 1 + lopsided**2 / 36))
-        anybody = 1 - np.exp(-rate * (before_s + tokens * plain_s))
-        crowded = 1 - normal_fraction(tokens * (tpot_s - plain_s) / np.sqrt(np.maximum(crowded_variance, 1e-300)))
+        come = rate * (before_s + tokens * plain_s)  # while it waits, is read and lasts, mean
+        late = np.maximum(late, 1 - np.exp(-come * self._longer_fraction(tokens * (tpot_s - plain_s))))
+        anybody = 1 - np.exp(-come)
+        crowded = 1 - normal_fraction(tokens * (tpot_s - plain_s) / np.sqrt(np.maximum(crowded_variance, 1e-30)))
         # An answer of one token has none that could be late.
         return np.where(tokens >= 0.5, np.minimum(late, anybody + crowded), 0.0)
+
+    def _longer_fraction(self, delay_s: Numbers) -> Numbers:
+        """Return the fraction of prompts each of which alone delays the others by more."""
+        linear_s, pair_s = np.asarray(self.delay_s - self.pair_s)[..., None], np.asarray(self.pair_s)[..., None]
+        delay_s = np.maximum(delay_s, 0.0)
+        multiple = 2 * delay_s / np.maximum(linear_s + np.sqrt(linear_s**2 + 4 * pair_s * delay_s), 1e-300)
+        sigma = np.asarray(self.prompt_sigma)[..., None]
+        beyond = 1 - normal_fraction((np.log(np.maximum(multiple, 1e-300)) + sigma**2 / 2) / sigma)
+        return np.where(multiple < np.asarray(self.prompts)[..., -1:], beyond, 0.0)
 
     def _crowd_seen(self, tokens: Numbers) -> Numbers:
         """Return the variance of the mean number of answers under way, over the time of an answer of so many tokens.
@@ -300,9 +325,9 @@ class Pace:
 
     def late_place_fraction(self, places: Counts, patience_s: Numbers) -> Numbers:
         """Return the fraction of requests that find no place within their patience; one comes free as answers end."""
-        lasts_s = self.batch / np.maximum(self.requests_per_s, 1e-300)
-        waiting = np.maximum(patience_s, 0.0) * places / np.maximum(lasts_s, 1e-300)
-        spread = np.sqrt(np.maximum(self.crowd_variance, 1e-300))
+        lasts_s = self.batch / np.maximum(self.requests_per_s, 1e-12)
+        waiting = np.maximum(patience_s, 0.0) * places / np.maximum(lasts_s, 1e-9)
+        spread = np.sqrt(np.maximum(self.crowd_variance, 1e-12))
         return 1 - normal_fraction((places + waiting - self.batch) / spread)
 
 
@@ -355,10 +380,11 @@ class Load:
         self.pairs_per_token = np.array(pairs, dtype=np.float64) / self.new_tokens
         self.pair_s = self.steps.pair_s(np.array(pairs, dtype=np.float64)) * reads  # of a prompt of mean length
         self.output_tokens = np.array([one.output_tokens for one in lengths], dtype=np.float64)
+        self.prompt_sigma = np.array([one.prompt_sigma for one in lengths])
         self.output_sigma = np.array([one.output_sigma for one in lengths])
         self.context_tokens = _counts(one.context_tokens for one in lengths)
         longest = np.array([one.longest_tokens / one.prompt_tokens for one in lengths])
-        self.prompts = np.minimum(_multiples(np.array([one.prompt_sigma for one in lengths])), longest[:, None])
+        self.prompts = np.minimum(_multiples(self.prompt_sigma), longest[:, None])
         self.outputs = _multiples(self.output_sigma)
         self.mean_prompt, self.mean_square = self.prompts @ WEIGHTS, np.square(self.prompts) @ WEIGHTS
         self.longest_tokens = np.rint(self.prompts[:, -1] * [one.prompt_tokens for one in lengths]).astype(np.int64)
@@ -432,6 +458,7 @@ class Load:
             batch=batch,
             crowd_variance=batch / np.minimum(1.0, np.maximum(0.05, growth)),
             output_tokens=self.output_tokens,
+            prompt_sigma=self.prompt_sigma,
             output_sigma=self.output_sigma,
             prompts=self.prompts,
             outputs=self.outputs,
