@@ -21,7 +21,7 @@ def kind(name: str, gpus: int = 8, vendor: str = "nvidia", **limits: int) -> Kin
 
 
 def way(index: int, rate: float, tp: int = 1, pp: int = 1) -> Way:
-    return Way(kind=index, layout=Layout(tp=tp, pp=pp), precision="bf16", requests_per_s=rate)
+    return Way(kind=index, layout=Layout(tp=tp, pp=pp), precision="bf16", requests_per_s=rate, parts=(tp,) * pp)
 
 
 def task(rate: float, *ways: Way, model: str = "chat", hour: int = 0) -> Task:
@@ -149,7 +149,7 @@ def fits(
         for (task_, way_), count in replicas.items():
             one = tasks[task_].ways[way_]
             if tasks[task_].hour == hour:
-                number, size = one.groups(kinds[one.kind].gpus)
+                number, size = len(one.parts), one.parts[0]
                 groups += [(size, one.kind)] * number * count
         for size, index in sorted(groups, reverse=True):
             room = [place for place, left in enumerate(free[index]) if left >= size]
@@ -169,7 +169,7 @@ def servable(kinds: Sequence[Kind], tasks: Sequence[Task], servers: Sequence[int
         limits = []
         for index, number in pairs:
             one = tasks[index].ways[number]
-            count, size = one.groups(kinds[one.kind].gpus)
+            count, size = len(one.parts), one.parts[0]
             limits.append(servers[one.kind] * (kinds[one.kind].gpus // size) // count)
         best = -1.0
         for counts in itertools.product(*(range(limit + 1) for limit in limits)):

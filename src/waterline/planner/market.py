@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +18,17 @@ from waterline.errors import InfeasibleError, InputError, UnknownNameError, near
 from waterline.fleet import HOURS, Fleet, Model, Pool
 from waterline.hardware import Gpu, Node
 from waterline.llm import Llm
-from waterline.planner.candidates import Candidate, Rejection, Work, layouts, price
-from waterline.planner.needs import Need, needs
+from waterline.planner.candidates import (
+    Candidate,
+    Rejection,
+    Shape,
+    Work,
+    bound_requests_per_s,
+    price_all,
+    shapes,
+)
+from waterline.planner.needs import needs
+from waterline.planner.offers import groups_of
 from waterline.planner.purchase import Kind, Task, Way
 
 MOST_NODES = 4  # that a pipeline of bought servers spans
@@ -223,73 +232,79 @@ def hard_hours(fleet: Fleet) -> list[int]:
 
 def tasks(fleet: Fleet, found: Sequence[Offer]) -> list[Task]:
     """Return the work of the hardest hours with every way to do it. Raises InfeasibleError where there is none."""
-    known: dict[tuple[str, Work, int], list[Way]] = {}
+    hours = hard_hours(fleet)
     asked_of = {demand.model for demand in fleet.demand}
     made = []
-    for hour in hard_hours(fleet):
-        at_hour = _only(fleet, hour)
-        for model in fleet.models:
-            need = max(needs(at_hour, model), key=lambda need: need.requests_per_s)
-            if need.requests_per_s > 0 or model.name not in asked_of:
-                made.append(_task(fleet, need, hour, found, known))
+    for model in fleet.models:
+        by_hour = {hour: needs(fleet, model)[hour] for hour in hours}
+        kept = {hour: need for hour, need in by_hour.items() if need.requests_per_s > 0 or model.name not in asked_of}
+        works = list(dict.fromkeys(need.work for need in kept.values()))
+        ways = dict(zip(works, _ways(fleet.llm_of(model), model, works, found), strict=True))
+        made += [
+            Task(model=model.name, hour=hour, requests_per_s=need.requests_per_s, ways=ways[need.work])
+            for hour, need in kept.items()
+        ]
     return made
 
 
-def _only(fleet: Fleet, hour: int) -> Fleet:
-    """Return the fleet with the demand of one hour all day."""
-    return replace(
-        fleet,
-        demand=tuple(
-            demand if demand.trace else replace(demand, requests_per_s=demand.hourly_requests_per_s[hour])
-            for demand in fleet.demand
-        ),
-    )
+def _ways(llm: Llm, model: Model, works: Sequence[Work], found: Sequence[Offer]) -> list[tuple[Way, ...]]:
+    """Return, for each work, the ways to run a model that no other way on the same kind of server replaces.
 
-
-def _task(
-    fleet: Fleet, need: Need, hour: int, found: Sequence[Offer], known: dict[tuple[str, Work, int], list[Way]]
-) -> Task:
-    llm = fleet.llm_of(need.model)
-    ways: list[Way] = []
-    missed: list[tuple[str, Rejection]] = []
-    for index, offer in enumerate(found):
-        key = (need.model.name, need.work, index)
-        if key not in known:
-            known[key], rejections = _ways(llm, need.model, need.work, index, offer)
-            missed += [(offer.kind.name, rejection) for rejection in rejections]
-        ways += known[key]
-    if not ways:
-        raise InfeasibleError(_why_nowhere(need, missed))
-    return Task(model=need.model.name, hour=hour, requests_per_s=need.requests_per_s, ways=tuple(ways))
-
-
-def _ways(llm: Llm, model: Model, work: Work, index: int, offer: Offer) -> tuple[list[Way], list[Rejection]]:
-    """Return the ways to run a model on one kind of server that no other way there replaces.
-
-    Of pipelines the shortest ones count: once a longer one gives no more per GPU, still longer ones are not tried.
+    Shapes are priced the smallest first. What could not be worth its GPUs even at the rate no hardware exceeds, beside
+    what was priced already, is not priced.
     """
-    node = Node(gpu=offer.gpu, gpus=offer.kind.gpus)
-    nodes = offer.kind.most if offer.kind.most is not None else MOST_NODES
-    ways: list[Way] = []
-    rejections = []
-    for precision in model.precisions:
-        best = 0.0
-        for layout in layouts(llm, node, nodes):
-            priced = price(llm, node, layout, precision, model.engine, work)
-            if not isinstance(priced, Candidate):
-                rejections.append(priced)
-                continue
-            per_gpu = priced.requests_per_s / layout.gpus
-            if layout.pp > 1 and per_gpu <= best:
-                break
-            best = max(best, per_gpu)
-            ways.append(Way(kind=index, layout=layout, precision=precision, requests_per_s=priced.requests_per_s))
-    return [way for way in ways if not any(_replaces(other, way) for other in ways if other is not way)], rejections
+    wanted = [
+        (index, shape)
+        for index, offer in enumerate(found)
+        for shape in shapes(
+            llm,
+            Node(gpu=offer.gpu, gpus=offer.kind.gpus),
+            MOST_NODES if offer.kind.most is None else offer.kind.most,
+            model.precisions,
+            model.engine,
+            model.measured,
+        )
+        if shape.role == "both"
+    ]
+    ways: dict[Work, list[Way]] = {work: [] for work in works}
+    for gpus in sorted({shape.layout.gpus for _, shape in wanted}):
+        for work in works:
+            worth = []
+            for index, shape in wanted:
+                if shape.layout.gpus == gpus and (bound := bound_requests_per_s(shape, work)) > 0:
+                    at_best = _way(index, shape, bound)
+                    if not any(_replaces(way, at_best) for way in ways[work]):
+                        worth.append((index, shape))
+            (priced,) = price_all([shape for _, shape in worth], [work])
+            ways[work] += [
+                _way(index, shape, one.requests_per_s)
+                for (index, shape), one in zip(worth, priced, strict=True)
+                if isinstance(one, Candidate)
+            ]
+    for work, known in ways.items():
+        if not known:
+            raise InfeasibleError(
+                _why_nowhere(model, work, [(found[index].kind.name, shape) for index, shape in wanted])
+            )
+    return [
+        tuple(way for way in known if not any(_replaces(other, way) for other in known if other is not way))
+        for known in ways.values()
+    ]
+
+
+def _way(index: int, shape: Shape, requests_per_s: float) -> Way:
+    return Way(
+        kind=index,
+        layout=shape.layout,
+        precision=shape.precision,
+        requests_per_s=requests_per_s,
+        parts=groups_of(shape.layout, shape.node.gpus),
+    )
 
 
 def _replaces(other: Way, way: Way) -> bool:
     """Whether copies of the other, on the same GPUs, serve at least as much; of equals one stays."""
-    if other.layout.dp > 1 or other.layout.tp > way.layout.tp or other.layout.gpus > way.layout.gpus:
+    if other.kind != way.kind or max(other.parts) > max(way.parts) or other.layout.gpus > way.layout.gpus:
         return False
     copies = way.layout.gpus // other.layout.gpus
     if copies == 1 and other.requests_per_s == way.requests_per_s and other.layout.gpus == way.layout.gpus:
@@ -297,13 +312,15 @@ def _replaces(other: Way, way: Way) -> bool:
     return copies * other.requests_per_s >= way.requests_per_s
 
 
-def _why_nowhere(need: Need, missed: Iterable[tuple[str, Rejection]]) -> str:
+def _why_nowhere(model: Model, work: Work, wanted: Sequence[tuple[str, Shape]]) -> str:
+    (priced,) = price_all([shape for _, shape in wanted], [work])
+    missed = [(name, one) for (name, _), one in zip(wanted, priced, strict=True) if isinstance(one, Rejection)]
     nearest_miss: dict[str, Rejection] = {}
     for name, rejection in sorted(missed, key=lambda pair: pair[1].shortfall):
         nearest_miss.setdefault(name, rejection)
     shown = list(nearest_miss.items())[:MOST_SHOWN]
     told = "; ".join(f"on {name} {miss.precision} {miss.layout}: {miss.reason}" for name, miss in shown)
     return (
-        f"model '{need.model.name}' runs on none of the {len(nearest_miss)} kinds of servers considered. The nearest "
+        f"model '{model.name}' runs on none of the {len(nearest_miss)} kinds of servers considered. The nearest "
         f"misses: {told}. Allow a smaller precision, loosen its slo, or consider other cards with --gpu."
     )

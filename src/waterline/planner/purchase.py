@@ -1,8 +1,8 @@
 """Which servers to buy: whole servers of several kinds, so that every hour's replicas find their GPUs.
 
 The choice is a mixed-integer program, solved by HiGHS. It counts servers of each kind, and at each of the hardest hours
-replicas of each way to run each model. Tensor parallel groups are whole on one server; because their sizes are powers
-of two, they fit if and only if, for each size, the groups at least that large fit when counted in it.
+replicas of each way to run each model. Parts of a replica are whole on one server; because their sizes are powers of
+two, or a server, they fit if and only if, for each size, the groups at least that large fit when counted in it.
 """
 
 import math
@@ -42,13 +42,7 @@ class Way:
     layout: Layout
     precision: str
     requests_per_s: float  # of one replica, with the SLO held
-
-    def groups(self, gpus_per_server: int) -> tuple[int, int]:
-        """Return how many groups of GPUs a replica takes, each whole on one server, and how large they are."""
-        if self.layout.dp > 1:
-            size = min(self.layout.gpus, gpus_per_server)
-            return math.ceil(self.layout.gpus / size), size
-        return self.layout.pp, self.layout.tp
+    parts: tuple[int, ...]  # GPUs of each part of a replica that must stay on one server; all alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +167,7 @@ class _Program:
         on: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (kind, hour) -> (column, groups, size)
         for index, (task, way) in enumerate(self.pairs):
             one = self.tasks[task].ways[way]
-            groups, size = one.groups(self.kinds[one.kind].gpus)
+            groups, size = len(one.parts), one.parts[0]
             on.setdefault((one.kind, self.tasks[task].hour), []).append((self.first_pair + index, groups, size))
             used.setdefault(one.kind, []).append((self.first_pair + index, float(groups)))
         for (kind, _), taken in on.items():
@@ -214,7 +208,7 @@ class _Program:
             ways = [way for way in task.ways if way.kind == kind]
             if ways:
                 slowest = min(way.requests_per_s * self.kinds[kind].gpus / way.layout.gpus for way in ways)
-                needed = math.ceil(task.requests_per_s / slowest) + max(way.layout.pp for way in ways)
+                needed = math.ceil(task.requests_per_s / slowest) + max(len(way.parts) for way in ways)
                 by_hour[task.hour] = by_hour.get(task.hour, 0.0) + needed
         return max(by_hour.values(), default=0.0)
 
