@@ -101,12 +101,9 @@ def test_a_purchase_serves_the_demand_by_the_plan_of_its_fleet(free: Advice) -> 
         Pool(name=one.name, gpu=one.gpu, nodes=one.servers, gpus_per_node=one.gpus_per_server, usd_per_gpu_hour=1.0)
         for one in free.best.servers
     )
-    assert make_plan(replace(LARGE, pools=pools)).gpus <= sum(
-        one.servers * one.gpus_per_server for one in free.best.servers
-    )
-    one_less = tuple(replace(pool, nodes=pool.nodes - 1) if index else pool for index, pool in enumerate(pools))
-    with pytest.raises(InfeasibleError):
-        make_plan(replace(LARGE, pools=tuple(pool for pool in one_less if pool.nodes)))
+    plan = make_plan(replace(LARGE, pools=pools))
+    assert plan.objective == "money"  # "goodput" where the fleet is too small
+    assert plan.gpus <= sum(pool.gpus for pool in pools)
 
 
 def test_the_money_adds_up(free: Advice) -> None:

@@ -161,8 +161,8 @@ def buy(fleet: Fleet, wish: Wish, terms: Hosting) -> Advice:
     found, left_out = offers(fleet, wish, terms)
     _check_share(found, wish.max_vendor_share)
     desk = Desk(found, tasks(fleet, found), wish, terms)
-    best = desk.best()
     least = desk.least() if not wish.tender else None
+    best = desk.best(enough=least is not None and desk.affords(least))
     if least is None and wish.budget_usd is None and not wish.tender:
         raise InfeasibleError(desk.why_not())
     assert best is not None  # noqa: S101 - without a budget it serves everything, with one it may serve nothing
@@ -230,11 +230,24 @@ class Desk:
     def kinds(self) -> list[Kind]:
         return [offer.kind for offer in self.offers]
 
-    def best(self, scenario: str = "median", *, wish: Wish | None = None, banned: str = "") -> Purchase | None:
-        """Return the purchase that is cheapest over its lifetime; where the budget is too small, what serves most."""
+    def affords(self, purchase: Purchase) -> bool:
+        """Return whether the budget pays for a purchase, or nearly."""
+        return self.wish.budget_usd is None or purchase.usd <= self.wish.budget_usd * (1 + 2 * self.gap)
+
+    def best(
+        self, scenario: str = "median", *, wish: Wish | None = None, banned: str = "", enough: bool = True
+    ) -> Purchase | None:
+        """Return the purchase that is cheapest over its lifetime; where the budget is too small, what serves most.
+
+        Args:
+            scenario: see `price_factors`.
+            wish: another than that of the desk.
+            banned: a card that cannot be had.
+            enough: whether the budget might do; it is known not to where a milder wish was out of reach already.
+        """
         wish = wish or self.wish
         market = self._market(scenario, wish, banned)
-        choice = None if wish.tender else cheapest(self.kinds, self.tasks, market, self.gap)
+        choice = cheapest(self.kinds, self.tasks, market, self.gap) if enough and not wish.tender else None
         if choice is None and (wish.tender or wish.budget_usd is not None):
             choice = most(self.kinds, self.tasks, market, self.gap)
         return self._purchase(choice, scenario) if choice else None
@@ -274,7 +287,7 @@ class Desk:
         return tuple(self._loss(one.gpu, best) for one in best.bought if one.usd >= NOTABLE * best.usd)
 
     def _loss(self, gpu: str, best: Purchase) -> Loss:
-        instead = self.best(banned=gpu)
+        instead = self.best(banned=gpu, enough=best.whole)
         if instead is None:
             return Loss(gpu=gpu, instead=None)
         return Loss(
