@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from waterline.cli.buy import buy as command
+from waterline.errors import InputError
 from waterline.fleet import load_fleet
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -86,6 +89,12 @@ def test_without_a_fleet_a_budget_or_a_tender_is_worked_out() -> None:
     assert "deepseek-ai/DeepSeek-R1" in done.stdout
 
 
+def test_a_mistake_ends_with_its_exit_code() -> None:
+    done = buy("--budget", "5 XYZ")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("waterline: no rate is known for the currency 'XYZ'.")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,8 +119,8 @@ def test_without_a_fleet_a_budget_or_a_tender_is_worked_out() -> None:
     ],
 )
 def test_a_mistake_is_one_message(arguments: list[str | Path], message: str) -> None:
-    done = buy(*arguments)
-    assert done.returncode == 2
-    assert message in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
-    assert not done.stdout
+    done = CliRunner().invoke(command, [str(argument) for argument in arguments])
+    assert isinstance(done.exception, InputError | SystemExit), done.exception
+    said = str(done.exception) if isinstance(done.exception, InputError) else done.output
+    assert message in " ".join(said.split())
+    assert isinstance(done.exception, InputError) != bool(done.output)

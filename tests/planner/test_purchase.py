@@ -222,7 +222,7 @@ def test_no_purchase_is_cheaper(problem: tuple[list[Kind], list[Task], list[floa
 
 
 @given(problems(), st.integers(0, 60))
-@settings(max_examples=250)
+@settings(max_examples=150)
 def test_no_purchase_within_the_budget_serves_more(
     problem: tuple[list[Kind], list[Task], list[float]], budget: int
 ) -> None:
