@@ -152,6 +152,13 @@ def test_a_budget_below_every_server_buys_nothing() -> None:
     assert 0 < best.served_fraction < 1  # the box serves on
 
 
+def test_a_model_nobody_asks_anything_of_wants_one_replica_and_gets_none_for_nothing() -> None:
+    idle = replace(fleet(1.0), demand=())
+    assert advise(idle, new=True).best.whole
+    poor = advise(idle, new=True, budget_usd=10.0).best
+    assert (bought(poor), poor.served_fraction, poor.whole) == ({}, 0.0, False)
+
+
 # --- Safeguards -----------------------------------------------------------------------------------------------------
 
 

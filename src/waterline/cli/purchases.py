@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MOST_MODELS = 10  # shown of those a tender runs; --json has all
+PROVED = 2e-4  # what is nearer to the bound than that is as good as the best
 MOST_CARDS = 6  # named of those left out for one reason
 PRICE_KINDS = {
     "server": "asked for whole servers",
@@ -134,6 +135,8 @@ def _money_lines(advice: Advice, money: Money) -> Iterator[str]:
     best = advice.best
     what = "the whole demand" if best.whole else f"{best.served_fraction:.1%} of the requests at their hardest hours"
     yield f"It serves {what}, for {money(best.usd)} ({_range(best.low_usd, best.high_usd, money)})."
+    if best.gap > PROVED:
+        yield f"It is not proved to be the best: another could at best be better by {best.gap:.1%}."
     yield from _budget_lines(advice, money)
     kinds = f", and {money(best.kinds_usd)} for further kinds of servers" if best.kinds_usd else ""
     yield (

@@ -380,7 +380,7 @@ class Desk:
             servers=lines,
             replicas=self._replicas(choice),
             serving=self._serving(choice),
-            served_fraction=math.fsum(choice.served) / asked if asked else 1.0,
+            served_fraction=math.fsum(choice.served) / asked if asked else self._running_fraction(choice),
             usd=usd,
             low_usd=math.fsum(one.low_usd for one in bought),
             high_usd=math.fsum(one.high_usd for one in bought),
@@ -417,6 +417,10 @@ class Desk:
             rent_date=offer.rent.date if offer.rent else "",
             break_even_months=usd / (rent - running) if rent is not None and rent > running else None,
         )
+
+    def _running_fraction(self, choice: Choice) -> float:
+        """Return the fraction of models that have a replica, where nobody asks anything of any."""
+        return len({task for task, _ in choice.replicas}) / len(self.tasks)
 
     def _replicas(self, choice: Choice) -> tuple[Replicas, ...]:
         return tuple(

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from waterline.errors import WaterlineError
+from waterline.errors import InfeasibleError
 from waterline.plan import Layout
 
 GAP = 1e-4  # of the objective, between what is returned and what could at best exist
@@ -130,7 +130,7 @@ class _Program:
         self._serve(rows, everything=goal == "cheapest" and least_served is None)
         self._fit(rows)
         self._pay(rows)
-        if least_served is not None:
+        if least_served:
             rows.add(self._served(), least_served / self.asked, math.inf)
         objective = np.zeros(self.columns)
         if goal == "cheapest":
@@ -262,7 +262,7 @@ class _Program:
         info, status = highs.getInfo(), highs.getModelStatus()
         if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
             if status == highspy.HighsModelStatus.kTimeLimit:
-                raise WaterlineError(
+                raise InfeasibleError(
                     f"no purchase was found in {TIME_LIMIT_S:.0f} s. Name fewer cards with --gpu, or fewer models."
                 )
             return None
