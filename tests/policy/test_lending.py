@@ -165,12 +165,11 @@ def test_a_claim_that_is_no_longer_needed_is_given_back_to_all() -> None:
 
 
 def test_whoever_is_not_needed_in_the_end_is_put_back() -> None:
-    shares = {"a": (0, 4, 8), "b": (0, 0, 8), "c": (0, 0, 8)}
-    fleet = Fleet((8,), shares, model_gpus=((4,), (1,), (4,)), weight={"b": 1, "c": 1})
-    fleet.run("b", 1).run("c", 1, lost_gpu_s=10).want(a=4, b=1, c=4)
+    """The small one gives first, because its tenant deserves nothing; with the large one it is not needed."""
+    shares = {"a": (0, 4, 8), "b": (0, 0, 8), "c": (0, 1, 8)}
+    fleet = Fleet((8,), shares, model_gpus=((4,), (1,), (4,))).run("b", 1).run("c", 1).want(a=4, b=1, c=4)
     fleet.free_gpus[0] -= 3  # of somebody who cannot be stopped
-    drained = fleet.moves()
-    assert drained.victim.tolist() == [NOBODY, 1], "the small one alone would not do, with the large one it is too much"
+    assert fleet.moves().victim.tolist() == [NOBODY, 1]
 
 
 def test_a_tenant_first_uses_what_another_of_its_models_can_spare() -> None:
