@@ -78,7 +78,7 @@ def test_many_shapes_for_many_works_are_priced_like_each_by_itself() -> None:
             by_itself = price(shape.llm, shape.node, shape.layout, shape.precision, "vllm", work, shape.role)
             assert type(by_itself) is type(answer)
             if isinstance(answer, Candidate) and isinstance(by_itself, Candidate):
-                assert answer.requests_per_s == pytest.approx(by_itself.requests_per_s, rel=2e-3)
+                assert answer.requests_per_s == pytest.approx(by_itself.requests_per_s, rel=1e-9)
                 assert answer.role == shape.role
             if isinstance(answer, Rejection) and isinstance(by_itself, Rejection):
                 assert answer.reason == by_itself.reason

@@ -34,6 +34,7 @@ from waterline.hardware import Gpu, Node
 from waterline.llm import PRECISIONS, Llm
 from waterline.plan import Layout, Limit, Role
 from waterline.planner.queueing import (
+    UNDERSTATED,
     Counts,
     Lengths,
     Load,
@@ -454,7 +455,7 @@ class _Together:
         pace = self._paces(requests_per_s)
         allowed, alone_s = self.slos.late_fraction, pace.first_token_s + pace.plain_s + pace.own_s
         ttft_s = quantile_s(pace.late_first_fraction, allowed, alone_s)
-        tpot_s = quantile_s(pace.late_tokens_fraction, allowed, pace.plain_s * (1 + 1e-6))
+        tpot_s = quantile_s(pace.late_tokens_fraction, allowed / UNDERSTATED, pace.plain_s * (1 + 1e-6))
         if self.role == "prefill":
             tpot_s = np.zeros_like(tpot_s)
         elif self.role == "decode":

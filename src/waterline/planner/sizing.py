@@ -18,6 +18,7 @@ from waterline.llm import PRECISIONS, Llm
 from waterline.plan import Layout, Limit, Role
 from waterline.planner.candidates import (
     MOST_STAGES,
+    ROLES,
     Candidate,
     Rejection,
     Shape,
@@ -35,11 +36,14 @@ Aim = Literal["cheapest", "fewest"]
 Rank = tuple[float, float]  # dollars an hour and GPUs, or GPUs and dollars: less is better
 NOTHING: Rank = (math.inf, math.inf)
 
+_Part = tuple[Candidate, int]  # and how many replicas
 NODES = MOST_STAGES  # of each card, that a replica may span
 CARDS_SHOWN = 6
 LAYOUTS_SHOWN = 6  # of the best card
+MIXED_REPLICAS = 8  # of the best layout, that others may take the place of
 AT_ONCE = 4  # cards priced together
 MISSES_SHOWN = 3
+LONG = 4  # times the mean: a context that nearly all requests fit in
 
 
 class Part(Struct, frozen=True, kw_only=True):
@@ -107,7 +111,7 @@ class Question:
 class _Option:
     """Candidates that serve the load together, and how many replicas of each."""
 
-    parts: tuple[tuple[Candidate, int], ...]
+    parts: tuple[_Part, ...]
     rank: Rank
 
     @property
@@ -167,51 +171,33 @@ def _shown(options: Sequence[_Option]) -> list[_Option]:
 
 
 class _Card:
-    """A card, its shapes, and what they rank at best."""
+    """A card, the shapes that may serve the load on it, and what it ranks at best."""
 
     def __init__(self, question: Question, gpu: Gpu) -> None:
         node = Node(gpu=gpu, gpus=gpu.gpus_per_node)
         found = shapes(question.llm, node, NODES, question.precisions, question.engine)
+        ranked = [(_least(question, shape), shape) for shape in found]
         self.gpu = gpu.id
-        self.shapes = [(_rank(question, one, bound_requests_per_s(one, question.work)), one) for one in found]
-        self.sides = {role: self._least(role) for role in ("prefill", "decode")}
-        self.least = min(self._least("both"), self._together(self.sides["prefill"], self.sides["decode"]))
-
-    def _least(self, role: Role) -> Rank:
-        return min((rank for rank, shape in self.shapes if shape.role == role), default=NOTHING)
-
-    @staticmethod
-    def _together(one: Rank, other: Rank) -> Rank:
-        return one[0] + other[0], one[1] + other[1]
-
-    def worth(self, worst: Rank) -> list[Shape]:
-        """Return the shapes that may be part of something that ranks no worse than that."""
-        other = {"both": (0.0, 0.0), "prefill": self.sides["decode"], "decode": self.sides["prefill"]}
-        return [
-            shape
-            for rank, shape in self.shapes
-            if self._together(rank, other[shape.role]) <= worst and self._together(rank, other[shape.role]) < NOTHING
-        ]
+        self.shapes = [shape for rank, shape in ranked if rank < NOTHING]
+        whole, reading, writing = (
+            min((rank for rank, shape in ranked if shape.role == role), default=NOTHING) for role in ROLES
+        )
+        self.least = min(whole, (reading[0] + writing[0], reading[1] + writing[1]))
 
 
 def _options(question: Question) -> list[_Option]:
-    """Return what serves the load, the best first: the best of each of the best cards, and all of the best one."""
+    """Return what serves the load, the best first, no worse than the best of the last card that is shown."""
     waiting = sorted((_Card(question, gpu) for gpu in question.gpus), key=lambda card: card.least)
-    cards = {card.gpu: card for card in waiting}
     options: list[_Option] = []
-
-    def price(wanted: Sequence[Shape]) -> None:
-        options.extend(_combined(question, price_all(wanted, [question.work])[0]))
-        options.sort(key=lambda option: (option.rank, str(option)))
-
-    while waiting and waiting[0].least <= (worst := _worst_shown(options)) and waiting[0].least < NOTHING:
+    while waiting and waiting[0].least <= _worst_shown(options) and waiting[0].least < NOTHING:
         some, waiting = waiting[:AT_ONCE], waiting[AT_ONCE:]
-        price([shape for card in some for shape in card.worth(worst)])
-        options[:] = [option for option in options if option.rank <= _worst_shown(options)]  # steps are large
-    if options:
-        best = options[0].gpu
-        options[:] = [option for option in options if option.gpu != best]
-        price(cards[best].worth(NOTHING))
+        wanted = [shape for card in some for shape in card.shapes]
+        options += _combined(question, price_all(wanted, [question.work])[0])
+        worst = _worst_shown(options)
+        options = sorted(  # what cannot be shown is let go, because steps are large
+            (option for option in options if option.rank <= worst),
+            key=lambda option: (option.rank, option.gpu, str(option), option.parts[0][0].precision),
+        )
     return options
 
 
@@ -224,12 +210,14 @@ def _worst_shown(options: Sequence[_Option]) -> Rank:
     return ranks[CARDS_SHOWN - 1] if len(ranks) >= CARDS_SHOWN else NOTHING
 
 
-def _rank(question: Question, shape: Shape, requests_per_s: float) -> Rank:
-    if requests_per_s <= 0:
+def _least(question: Question, shape: Shape) -> Rank:
+    """Return what the load costs at least on such replicas, and parts of one."""
+    bound = bound_requests_per_s(shape, question.work)
+    if bound <= 0:
         return NOTHING
-    gpus = shape.layout.gpus * _replicas(question, requests_per_s)
+    gpus = shape.layout.gpus * question.requests_per_s / bound
     usd = question.usd_per_gpu_hour.get(shape.node.gpu.id, 0.0) * gpus
-    return (usd, float(gpus)) if question.aim == "cheapest" else (float(gpus), usd)
+    return (usd, gpus) if question.aim == "cheapest" else (gpus, usd)
 
 
 def _replicas(question: Question, requests_per_s: float) -> int:
@@ -237,23 +225,61 @@ def _replicas(question: Question, requests_per_s: float) -> int:
 
 
 def _combined(question: Question, priced: Sequence[Candidate | Rejection]) -> Iterator[_Option]:
-    """Yield every layout that does it alone, and every layout that writes with the best one that reads for it."""
-    candidates = [one for one in priced if isinstance(one, Candidate)]
-    readers: dict[tuple[str, str], tuple[Rank, Candidate]] = {}
-    for one in candidates:
-        rank = _rank(question, one.shape, one.requests_per_s)
-        if one.role == "both":
-            yield _Option(((one, _replicas(question, one.requests_per_s)),), rank)
-        elif one.role == "prefill":
-            key = one.node.gpu.id, one.precision
-            if key not in readers or rank < readers[key][0]:
-                readers[key] = rank, one
-    for one in candidates:
-        if one.role == "decode" and (one.node.gpu.id, one.precision) in readers:
-            reading, reader = readers[one.node.gpu.id, one.precision]
-            rank = _rank(question, one.shape, one.requests_per_s)
-            parts = tuple((part, _replicas(question, part.requests_per_s)) for part in (reader, one))
-            yield _Option(parts, (reading[0] + rank[0], reading[1] + rank[1]))
+    """Yield what serves the load: one layout, two that split it, and mixtures in which the last replica is small."""
+    groups: dict[tuple[str, str], dict[Role, list[Candidate]]] = {}
+    for one in priced:
+        if isinstance(one, Candidate):
+            groups.setdefault((one.node.gpu.id, one.precision), {}).setdefault(one.role, []).append(one)
+    for by_role in groups.values():
+        found: dict[Role, list[_Option]] = {
+            role: [_option(question, [(one, _replicas(question, one.requests_per_s))]) for one in some]
+            for role, some in by_role.items()
+        }
+        yield from found.get("both", [])
+        mixed = [_option(question, _mixed(question, by_role["both"]))] if "both" in by_role else []
+        if "prefill" in by_role and "decode" in by_role:
+            reading = min(found["prefill"], key=lambda option: option.rank)
+            yield from (_option(question, [*reading.parts, *writing.parts]) for writing in found["decode"])
+            sides = (_mixed(question, by_role["prefill"]), _mixed(question, by_role["decode"]))
+            mixed.append(_option(question, [*sides[0], *sides[1]]))
+        yield from (
+            option
+            for option in mixed
+            if len({(one.role, one.layout) for one, _ in option.parts}) > len({one.role for one, _ in option.parts})
+        )
+
+
+def _option(question: Question, parts: Sequence[_Part]) -> _Option:
+    gpus = sum(one.layout.gpus * replicas for one, replicas in parts)
+    usd = question.usd_per_gpu_hour.get(parts[0][0].node.gpu.id, 0.0) * gpus
+    return _Option(tuple(parts), (usd, float(gpus)) if question.aim == "cheapest" else (float(gpus), usd))
+
+
+def _mixed(question: Question, candidates: Sequence[Candidate]) -> list[_Part]:
+    """Return the fewest GPUs of candidates for one role: most are of the best layout, and the rest may be of others."""
+    best = max(candidates, key=lambda one: one.requests_per_s / one.layout.gpus)
+    bulk = max(0, int(question.requests_per_s / best.requests_per_s) - MIXED_REPLICAS)
+    left = question.requests_per_s - bulk * best.requests_per_s
+    reached: list[tuple[float, int, Candidate | None]] = [
+        (0.0, 0, None)
+    ]  # [GPUs] the most they do, from where, with what
+    while reached[-1][0] < left:
+        gpus = len(reached)
+        reached.append(
+            max(
+                ((reached[gpus - one.layout.gpus][0] + one.requests_per_s, gpus - one.layout.gpus, one)
+                 for one in candidates if one.layout.gpus <= gpus),
+                key=lambda step: step[0],
+                default=(0.0, gpus - 1, None),
+            )
+        )  # fmt: skip
+    counts: dict[int, int] = {id(best): bulk}
+    gpus = len(reached) - 1
+    while gpus:
+        _, gpus, used = reached[gpus]
+        if used:
+            counts[id(used)] = counts.get(id(used), 0) + 1
+    return [(one, counts[id(one)]) for one in candidates if counts.get(id(one))]
 
 
 # --- Answering ------------------------------------------------------------------------------------------------------
@@ -262,7 +288,7 @@ def _combined(question: Question, priced: Sequence[Candidate | Rejection]) -> It
 def _choices(question: Question, options: Sequence[_Option]) -> list[Choice]:
     """Return options as people read them, each replica at its part of the rate."""
     parts = [part for option in options for part in option.parts]
-    rates = [question.requests_per_s / replicas for _, replicas in parts]
+    rates = [rate for option in options for rate in _rates(question, option)]
     expected = iter(expected_all([candidate for candidate, _ in parts], rates))
     found = []
     for option in options:
@@ -275,7 +301,7 @@ def _choices(question: Question, options: Sequence[_Option]) -> list[Choice]:
             output_tokens=question.work.lengths.output_tokens,
             concurrency=max(1, round(times[-1].batch)),
         )  # fmt: skip
-        ttft_s, tpot_s = times[0].ttft_s, times[-1].tpot_s
+        ttft_s, tpot_s = max(one.ttft_s for one in times), max(one.tpot_s for one in times)
         gpus = sum(candidate.layout.gpus * replicas for candidate, replicas in option.parts)
         price = question.usd_per_gpu_hour.get(option.gpu)
         usd_per_hour = None if price is None else price * gpus
@@ -313,6 +339,14 @@ def _choices(question: Question, options: Sequence[_Option]) -> list[Choice]:
     return found
 
 
+def _rates(question: Question, option: _Option) -> list[float]:
+    """Return what each replica of each part gets: replicas for one role are busy alike."""
+    able: dict[Role, float] = {}
+    for one, replicas in option.parts:
+        able[one.role] = able.get(one.role, 0.0) + replicas * one.requests_per_s
+    return [one.requests_per_s * min(1.0, question.requests_per_s / able[one.role]) for one, _ in option.parts]
+
+
 # --- When nothing does ----------------------------------------------------------------------------------------------
 
 
@@ -346,10 +380,10 @@ def _remedies(question: Question, near: Sequence[Gpu]) -> Iterator[str]:
         if found := _best(replace(question, precisions=(precision,))):
             yield f"--precision {precision} ({found})"
             break
-    shortest = work.lengths.prompt_tokens + work.lengths.output_tokens
-    shorter = replace(question, work=replace(work, max_context_tokens=shortest))
-    if work.max_context_tokens > shortest and (found := _best(shorter)):
-        yield f"--context {shortest} ({found})"
+    enough = LONG * (work.lengths.prompt_tokens + work.lengths.output_tokens)
+    shorter = replace(question, work=replace(work, max_context_tokens=enough))
+    if work.max_context_tokens > enough and (found := _best(shorter)):
+        yield f"--context {enough} ({found})"
     for patient in ({"ttft_s": 1e9}, {"tpot_s": 1e9}, {"ttft_s": 1e9, "tpot_s": 1e9}):
         times = {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, **patient}
         if kept := _kept_slo(replace(question, gpus=near, work=replace(work, slo=Slo(**times, fraction=slo.fraction)))):
