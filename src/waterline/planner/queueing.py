@@ -263,7 +263,7 @@ class Pace:
 
     def late_tokens_fraction(self, tpot_s: Numbers | float) -> Numbers:
         """Return the fraction of requests whose tokens take longer than that, in the mean of their answer."""
-        tokens = self.outputs * np.asarray(self.output_tokens)[..., None] - 1
+        tokens = np.maximum(self.outputs * np.asarray(self.output_tokens)[..., None] - 1, 0.0)
         late = self._slow_fraction(tokens, np.asarray(tpot_s)[..., None]) @ WEIGHTS
         return np.where(tpot_s >= self.longest_s, 0.0, late)
 
