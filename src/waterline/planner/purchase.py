@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -246,15 +246,8 @@ class _Program:
         lp.integrality_ = [
             *[whole] * self.first_task, *[real] * len(self.tasks), *[whole] * (self.columns - self.first_used)
         ]  # fmt: skip
-
-        class Quiet(highspy.Highs):
-            """HiGHS that does not say its name on standard output, as its constructor does."""
-
-            def enableCallbacks(self) -> None:  # noqa: N802 - the constructor calls it
-                self.setOptionValue("output_flag", False)  # noqa: FBT003 - its signature
-                super().enableCallbacks()  # type: ignore[no-untyped-call] # as it comes
-
-        highs = Quiet()  # type: ignore[no-untyped-call] # as it comes
+        highs: Any = highspy._Highs()  # type: ignore[attr-defined] # noqa: SLF001 - highspy.Highs prints a banner
+        highs.setOptionValue("output_flag", False)  # noqa: FBT003 - its signature
         for option, value in (("mip_rel_gap", gap), ("time_limit", TIME_LIMIT_S), ("threads", 1)):
             highs.setOptionValue(option, value)
         highs.passModel(lp)
