@@ -98,6 +98,18 @@ class Shard:
         took = self.kernels.decode_attention_s(**sizes, cache=self.cache)
         return group.layers * self._calibrated("attention", took, "decode", "", sizes)
 
+    def decode_limit_s(self, group: AttentionLayers, sequences: Numbers, context_tokens: Numbers) -> Numbers:
+        """Return what the datasheet allows for `decode_s`; 0 for states and MLA, whose limit is that of a module."""
+        if group.kind in {"state", "latent"}:
+            return 0.0 * sequences * context_tokens
+        sizes: Sizes = {
+            "requests": sequences, "context_tokens": np.minimum(context_tokens, group.selected_tokens or np.inf),
+            "query_heads": self._heads(group), "kv_heads": self._kv_heads(group), "head_dim": group.head_dim,
+            "window_tokens": group.window_tokens,
+        }  # fmt: skip
+        shape = {name: np.asarray(size, dtype=np.float64) for name, size in sizes.items()}
+        return group.layers * self.kernels.limit_s("decode", "", self.cache, shape)
+
     def prefill_s(self, group: AttentionLayers, new_tokens: Numbers, cached_tokens: Numbers) -> Numbers:
         """Return the attention of the group for a chunk of one prompt; for MLA the projections as well."""
         if group.kind == "state":

@@ -37,6 +37,7 @@ from waterline.units import PICOSECONDS_PER_S
 CONTEXTS = np.array([64.0, 512.0, 2048.0, 8192.0, 32768.0])  # at which the cost of cached tokens is taken
 CHUNKS = np.array([64.0, 512.0, 2048.0, 8192.0])  # prompt tokens at which the cost of reading is taken …
 CACHED = np.array([0.0, 2048.0, 8192.0, 32768.0])  # … after so many of the same prompt
+FAR = np.array([1e6, 2e6])  # contexts where reading the cache is all there is
 MOST_DECODES = 1024  # sequences in the tables; more cost as much each as the last ones
 
 
@@ -159,6 +160,7 @@ def _attention_costs(shard: Shard, group: AttentionLayers) -> Iterator[Attention
         return  # left out
     decode_s = shard.decode_s(group, sequences[:, None], contexts[None, :])
     base_s, slope_s = _lines(shard.layout.dp * sequences[:, None] * contexts[None, :], decode_s)
+    slope_s = np.maximum(slope_s, _least_slope_s(shard, group, sequences, contexts[-2:] if window else FAR))
     prefill_s, columns = _reading(shard, group, window)
     fixed_s, token_s, pair_s = _plane(columns, prefill_s)
     yield AttentionCost(
@@ -201,6 +203,12 @@ def _lines(cached_tokens: Numbers, took_s: Numbers) -> tuple[Numbers, Numbers]:
     slope = (weight * (cached_tokens - x[:, None]) * (took_s - y[:, None])).sum(axis=1) / np.maximum(spread, 1e-300)
     slope = np.maximum(0.0, slope)
     return np.maximum(0.0, y - slope * x), slope
+
+
+def _least_slope_s(shard: Shard, group: AttentionLayers, sequences: Numbers, contexts: Numbers) -> Numbers:
+    """Return what a cached token takes at the card's bandwidth: lines through bent curves would fall below it."""
+    near_s, far_s = shard.decode_limit_s(group, sequences[:, None], contexts[None, :]).T
+    return np.asarray((far_s - near_s) / (shard.layout.dp * sequences * (contexts[1] - contexts[0])))
 
 
 def _plane(columns: Numbers, took_s: Numbers) -> Numbers:
