@@ -83,6 +83,8 @@ capacities = st.builds(
     max_context_tokens=st.sampled_from([20, 40, 60]),
     prefill_tokens_per_s=st.sampled_from([1e6, 3e6]),
     tokens_per_s=st.sampled_from([1e6, 2e6, 5e6, 5e6, 0.0]),
+    role=st.sampled_from(["both", "both", "prefill", "decode"]),
+    transfer_ps_per_token=st.sampled_from([0, 1, 100, 1000]),
     hours=st.sampled_from([EVERY_HOUR, EVERY_HOUR, (22,), (23,), (0, 23), (0, 1, 22)]),
 )
 fleets = st.lists(capacities, min_size=1, max_size=7).map(
@@ -124,6 +126,8 @@ def rows(passages: station.Passages) -> Iterator[tuple[int | float, ...]]:
         passages.replica.tolist(),
         passages.preemptions.tolist(),
         passages.retry_s.tolist(),
+        passages.read_by.tolist(),
+        passages.read_busy_ps.tolist(),
         strict=True,
     )
 
@@ -138,6 +142,8 @@ def by_steps(fleet: Sequence[Capacity], asked: Sequence[Request], deadline_s: fl
             index.get(passage.replica, refusal(passage)),
             passage.preemptions,
             passage.retry_s,
+            index.get(passage.read_by, state.NONE),
+            passage.read_busy_ps,
         )
         for passage in serve(fleet, asked, deadline_s=deadline_s, **EXPECTED)
     ]
@@ -240,7 +246,8 @@ def test_the_tree_of_waits_finds_whom_the_policy_finds(replicas: list[tuple[int,
         )
         for index, (_, rate, longest) in enumerate(replicas)
     ]
-    memory = state.make_memory(fleet, 0, 0, 1, 1)
+    memory = state.make_memory(fleet, [one.longest_tokens for one in fleet], 0, 0, 1)
+    memory = memory._replace(results=np.zeros(state.RESULT, np.int64), retries_s=np.zeros(1))
     state.make_ready(memory, fleet, 0)
     for index, (backlog, rate, _) in enumerate(replicas):
         memory.replicas[index * state.REPLICA + state.BACKLOG] = backlog
@@ -250,11 +257,11 @@ def test_the_tree_of_waits_finds_whom_the_policy_finds(replicas: list[tuple[int,
         fitting = [index for index, one in enumerate(replicas) if one[2] >= tokens]
         chosen = least_loaded([replicas[index][0] for index in fitting], [replicas[index][1] for index in fitting])
         if not fitting:
-            assert kernel.choose(memory, tokens, 0, math.inf) == state.TOO_LONG
+            assert kernel.choose(memory, tokens, 0, math.inf, 0) == state.TOO_LONG
         elif chosen < 0:
-            assert kernel.choose(memory, tokens, 0, 0.0) == state.NOT_SERVED
+            assert kernel.choose(memory, tokens, 0, 0.0, 0) == state.NOT_SERVED
         else:
-            assert kernel.choose(memory, tokens, 0, math.inf) == fitting[chosen]
+            assert kernel.choose(memory, tokens, 0, math.inf, 0) == fitting[chosen]
 
 
 # --- Traffic in pieces ----------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ from waterline.rehearsal.state import (
     CLASS_FIELDS,
     CLASSES,
     DECODES,
+    EXPECTED,
     EXPECTED_OUTPUT,
-    EXPECTED_TOKENS,
     FINISH_AT,
     FINISHES,
     FIRST_PS,
@@ -81,6 +81,7 @@ from waterline.rehearsal.state import (
     REPLICA,
     REQUEST,
     RESULT,
+    SENDS,
     SERVED_BY,
     SHARE,
     SLOPE_TABLE,
@@ -117,8 +118,10 @@ ADMIT = admission.ADMIT
 
 
 @compiled
-def run(memory: Memory, arrivals: Any, prompts: Any, outputs: Any, start: int, row: int, deadline_s: float) -> int:
-    """Serve arrivals from `start` on; the first has the row `row` of the results.
+def run(
+    memory: Memory, arrivals: Any, prompts: Any, outputs: Any, start: int, row: int, deadline_s: float, read: int
+) -> int:
+    """Serve arrivals from `start` on; the first has the row `row` of the results. `read`: by prefill replicas already.
 
     Returns the number of arrivals that were dealt with: fewer than all when there is no free slot for the next one, or
     when time has run out.
@@ -129,9 +132,9 @@ def run(memory: Memory, arrivals: Any, prompts: Any, outputs: Any, start: int, r
         if memory.counters[FREE_SLOT] == NONE or memory.counters[OUT_OF_TIME]:
             return index
         result = row + index
-        chosen = choose(memory, prompts[index] + outputs[index], result, deadline_s)
+        chosen = choose(memory, prompts[index] + outputs[index], result, deadline_s, read)
         if chosen >= 0:
-            accept(memory, chosen, now, result, prompts[index], outputs[index])
+            accept(memory, chosen, now, result, prompts[index], outputs[index], read)
         else:
             at = result * RESULT
             memory.results[at + FIRST_TOKEN_AT] = NONE
@@ -153,10 +156,11 @@ def advance(memory: Memory, now: int) -> None:
 
 
 @inlined
-def choose(memory: Memory, tokens: int, result: int, deadline_s: float) -> int:
+def choose(memory: Memory, tokens: int, result: int, deadline_s: float, read: int) -> int:
     """Decide about a request of so many tokens: return its replica, or why it is refused. The one place of policy.
 
     The shortest wait of a tree is what `policy.routing.least_loaded` finds by looking at every replica.
+    What has been `read` elsewhere is never refused.
     """
     unread = queued = 0
     last = NONE
@@ -169,16 +173,11 @@ def choose(memory: Memory, tokens: int, result: int, deadline_s: float) -> int:
         queued += memory.classes[at + QUEUED]
     if last == NONE:
         return TOO_LONG
-    retry_s = admission.retry_after_s(
-        unread,
-        memory.prefill_rates[last],
-        memory.counters[EXPECTED_TOKENS] * queued,
-        memory.rates[last],
-        deadline_s,
-    )
-    if retry_s > ADMIT:
-        memory.retries_s[result] = retry_s
-        return TOO_LATE
+    if not read:
+        retry_s = admission.retry_after_s(unread, memory.prefill_rates[last], queued, memory.rates[last], deadline_s)
+        if retry_s > ADMIT:
+            memory.retries_s[result] = retry_s
+            return TOO_LATE
     best, shortest_wait_s = NOT_SERVED, math.inf
     for number in range(last + 1):
         wait_s = memory.waits_s[memory.classes[number * CLASS_FIELDS + TREE] + 1]
@@ -186,6 +185,19 @@ def choose(memory: Memory, tokens: int, result: int, deadline_s: float) -> int:
             found = least_waiting(memory, number * CLASS_FIELDS)
             if wait_s < shortest_wait_s or found < best:
                 best, shortest_wait_s = found, wait_s
+    return choose_anybody(memory, tokens) if read and best < 0 else best
+
+
+@inlined
+def choose_anybody(memory: Memory, tokens: int) -> int:
+    """Return the replica that would drain its backlog first, of all that can hold so many tokens, ready or not."""
+    best, shortest_wait_s = NOT_SERVED, math.inf
+    for replica in range(len(memory.due_ps)):
+        rate = memory.tokens_per_s[replica]
+        if rate > 0 and memory.classes[memory.fixed[replica * FIXED + CLASS] + LONGEST] >= tokens:
+            wait_s = memory.replicas[replica * REPLICA + BACKLOG] / rate
+            if wait_s < shortest_wait_s:
+                best, shortest_wait_s = replica, wait_s
     return best
 
 
@@ -223,10 +235,14 @@ def reckon(memory: Memory, replica: int) -> None:
 
 
 @inlined
-def accept(memory: Memory, replica: int, now: int, result: int, prompt: int, output: int) -> None:
-    """Queue a request at its arrival."""
+def accept(memory: Memory, replica: int, now: int, result: int, prompt: int, output: int, read: int) -> None:
+    """Queue a request at its arrival, or at that of its cache, with its first token, when it was `read` elsewhere."""
+    row, fixed = replica * REPLICA, replica * FIXED
     slot = memory.counters[FREE_SLOT]
     at = slot * SLOT
+    if memory.fixed[fixed + SENDS]:
+        output = 1
+    unread, produced, held = (0, 1, prompt + 1) if read else (prompt, 0, 0)
     memory.counters[FREE_SLOT] = memory.slots[at + NEXT]
     memory.slots[at + REQUEST] = result
     memory.slots[at + PROMPT] = prompt
@@ -235,17 +251,17 @@ def accept(memory: Memory, replica: int, now: int, result: int, prompt: int, out
     memory.slots[at + FIRST_TOKEN] = NONE
     memory.slots[at + PREEMPTIONS] = 0
     memory.slots[at + NEXT] = NONE
-    memory.slots[at + PRODUCED] = 0
-    memory.slots[at + READ] = 0
+    memory.slots[at + PRODUCED] = produced
+    memory.slots[at + READ] = held
 
-    row, fixed = replica * REPLICA, replica * FIXED
-    of_class = memory.fixed[fixed + CLASS]
-    memory.fixed[fixed + UNREAD_HERE] += prompt
-    memory.classes[of_class + UNREAD] += prompt
-    if memory.replicas[row + ACCEPTED] >= memory.fixed[fixed + MAX_BATCH]:
-        memory.classes[of_class + QUEUED] += 1
+    if memory.fixed[fixed + READY]:
+        of_class = memory.fixed[fixed + CLASS]
+        memory.classes[of_class + UNREAD] += unread
+        if memory.replicas[row + ACCEPTED] >= memory.fixed[fixed + MAX_BATCH]:
+            memory.classes[of_class + QUEUED] += memory.fixed[fixed + EXPECTED]
+    memory.fixed[fixed + UNREAD_HERE] += unread
     memory.replicas[row + ACCEPTED] += 1
-    memory.replicas[row + BACKLOG] += prompt + memory.counters[EXPECTED_OUTPUT]
+    memory.replicas[row + BACKLOG] += unread + memory.fixed[fixed + EXPECTED_OUTPUT]
     reckon(memory, replica)
 
     if memory.replicas[row + HEAD] != NONE:
@@ -258,7 +274,7 @@ def accept(memory: Memory, replica: int, now: int, result: int, prompt: int, out
         memory.replicas[row + BEGIN_PS] = now
         reschedule(memory, replica, now + 1)
     elif memory.replicas[row + STEPS] > 1:
-        cut(memory, replica, now, prompt + 1)
+        cut(memory, replica, now, prompt + produced + 1)
 
 
 @inlined
@@ -327,6 +343,7 @@ def begin(memory: Memory, replica: int) -> int:
     row, fixed = replica * REPLICA, replica * FIXED
     while memory.replicas[row + DECODES] > memory.replicas[row + FREE]:
         preempt_latest(memory, replica)
+    join(memory, replica)
     decodes = memory.replicas[row + DECODES]
     prefill, pairs = fill_step(memory, replica)
     memory.replicas[row + PREFILL] = prefill
@@ -352,6 +369,43 @@ def begin(memory: Memory, replica: int) -> int:
 
 
 @inlined
+def join(memory: Memory, replica: int) -> None:
+    """Let those decode that have been read elsewhere, in the order of the queue, while there are slots and cache."""
+    row, fixed = replica * REPLICA, replica * FIXED
+    slots = min(memory.fixed[fixed + MAX_BATCH], memory.fixed[fixed + STEP_TOKENS])
+    slot = memory.replicas[row + HEAD]
+    while (
+        slot != NONE
+        and memory.slots[slot * SLOT + READ] > 0
+        and memory.replicas[row + READER] == NONE
+        and memory.replicas[row + DECODES] < slots
+    ):
+        at = slot * SLOT
+        held = memory.slots[at + READ]
+        if held + 1 > memory.replicas[row + FREE] - memory.replicas[row + DECODES]:
+            return
+        memory.replicas[row + FREE] -= held
+        memory.replicas[row + HEAD] = memory.slots[at + NEXT]
+        memory.slots[at + NEXT] = NONE
+        memory.slots[at + ADMITTED] = memory.counters[ADMISSIONS]
+        memory.counters[ADMISSIONS] += 1
+        decode(memory, replica, slot)
+        slot = memory.replicas[row + HEAD]
+
+
+@inlined
+def decode(memory: Memory, replica: int, slot: int) -> None:
+    """Put a request with everything read, and its last token to come some steps from now, among those that decode."""
+    row, at = replica * REPLICA, slot * SLOT
+    produced, decodes = memory.slots[at + PRODUCED], memory.replicas[row + DECODES]
+    memory.slots[at + BUSY_PS] -= memory.replicas[row + TOKEN_PS]
+    memory.replicas[row + CACHED] += memory.slots[at + PROMPT] + produced
+    finish = memory.replicas[row + ITERATION] + memory.slots[at + OUTPUT] - produced
+    add_finish(memory, memory.fixed[replica * FIXED + FINISHES], decodes, (finish << SLOT_BITS) | slot)
+    memory.replicas[row + DECODES] = decodes + 1
+
+
+@inlined
 def fill_step(memory: Memory, replica: int) -> tuple[int, int]:
     """Give what the decodes leave of a step to prompts, and admit; return the tokens read, and their pairs."""
     row, fixed = replica * REPLICA, replica * FIXED
@@ -364,7 +418,7 @@ def fill_step(memory: Memory, replica: int) -> tuple[int, int]:
     while budget > 0:
         if slot == NONE:
             slot = memory.replicas[row + HEAD]
-            if slot == NONE or running >= max_batch:
+            if slot == NONE or running >= max_batch or memory.slots[slot * SLOT + READ] > 0:
                 break
             at = slot * SLOT
             needed = memory.slots[at + PROMPT] + memory.slots[at + PRODUCED] + 1
@@ -486,12 +540,7 @@ def end_reading(memory: Memory, replica: int, now: int, token_ps: int) -> None:
             if produced == output:
                 leave(memory, replica, slot, now)
             else:
-                memory.slots[at + BUSY_PS] -= memory.replicas[row + TOKEN_PS]
-                memory.replicas[row + CACHED] += prompt + produced
-                finish = memory.replicas[row + ITERATION] + output - produced
-                decodes = memory.replicas[row + DECODES]
-                add_finish(memory, memory.fixed[fixed + FINISHES], decodes, (finish << SLOT_BITS) | slot)
-                memory.replicas[row + DECODES] = decodes + 1
+                decode(memory, replica, slot)
         slot = behind
 
 
@@ -506,9 +555,9 @@ def leave(memory: Memory, replica: int, slot: int, now: int) -> None:
     memory.results[result + SERVED_BY] = replica
     memory.results[result + PREEMPTED] = memory.slots[at + PREEMPTIONS]
     memory.replicas[row + FREE] += memory.slots[at + PROMPT] + memory.slots[at + OUTPUT]
-    memory.replicas[row + BACKLOG] -= memory.counters[EXPECTED_OUTPUT]
+    memory.replicas[row + BACKLOG] -= memory.fixed[fixed + EXPECTED_OUTPUT]
     if memory.replicas[row + ACCEPTED] > memory.fixed[fixed + MAX_BATCH] and memory.fixed[fixed + READY]:
-        memory.classes[memory.fixed[fixed + CLASS] + QUEUED] -= 1
+        memory.classes[memory.fixed[fixed + CLASS] + QUEUED] -= memory.fixed[fixed + EXPECTED]
     memory.replicas[row + ACCEPTED] -= 1
     memory.slots[at + NEXT] = memory.counters[FREE_SLOT]
     memory.counters[FREE_SLOT] = slot

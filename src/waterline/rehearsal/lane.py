@@ -10,8 +10,8 @@ from waterline.fleet import Demand
 from waterline.outcome import NOWHERE, STATUSES, Completion, Tally
 from waterline.plan import ModelPlan, Plan, Replica
 from waterline.rehearsal.arrivals import Piece, joined
-from waterline.rehearsal.oracle import NEVER, NOT_IN_SERVICE, Capacity, too_late, too_long
-from waterline.rehearsal.state import TOO_LATE, TOO_LONG, Integers, longest_tokens
+from waterline.rehearsal.oracle import NEVER, NOT_IN_SERVICE, Capacity, accepted_tokens, too_late, too_long
+from waterline.rehearsal.state import TOO_LATE, TOO_LONG, Integers
 from waterline.rehearsal.station import Passages, Station
 from waterline.units import PICOSECONDS_PER_S
 
@@ -39,7 +39,7 @@ class Lane:
             )
             for replica in replicas
         ]
-        self.longest_tokens = max((longest_tokens(one) for one in self.capacities), default=0)
+        self.longest_tokens = max(accepted_tokens(self.capacities), default=0)
         index = {replica.id: number for number, replica in enumerate(plan.replicas)}
         refusals = 3  # -1, -2 and -3 instead of a replica find what stands at the end
         self.first_token_ps = np.array([*(one.step.first_token_ps for one in self.capacities), *[0] * refusals])

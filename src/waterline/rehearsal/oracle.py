@@ -29,11 +29,21 @@ chunk, and finishes; and when nobody runs, the cache is empty and the head of th
 request come back in the step that took its cache: it needs one token more than it held, and somebody has claimed at
 least one of those.
 
+**Reading and writing may be apart.** A replica whose role is "prefill" reads prompts and produces first tokens; a
+request that wants more leaves it then, freeing its cache. The cache arrives at the decode replicas
+`Capacity.transfer_ps_per_token` times the prompt later. Only then is one of them chosen, by `policy.routing`, among
+those that serve at this hour and can hold the request, or among all that can when there is none: what has begun is not
+refused. There it waits its turn, first come, first served, and joins at the beginning of a step, before the decodes
+claim their cache, when no prompt is under way, a slot is free, and cache for what it brings and one token more. It has
+nothing to read unless it is preempted. Prefill replicas never wait for decode replicas, so all reading can be rehearsed
+before any writing; and they accept only what some decode replica can hold.
+
 **The router** sees, at the arrival of a request at time t, every token produced up to and including t. It does not know
 how many tokens a request will ask for and expects the mean of the plan.
 
 - `policy.routing` is shown the *backlog* of each replica: of a request its prompt and that mean, until its first token;
-  then that mean, until it ends.
+  then that mean, until it ends. On a prefill replica the mean is 1, the first token; on a decode replica there is no
+  prompt.
 - `policy.admission` is shown the work *before the first token* of a newcomer, on all replicas of the model together:
   prompts that have not been read, and a mean request for each one beyond the slots, because a slot must come free for
   it. The deadline is the TTFT of the SLO.
@@ -50,6 +60,7 @@ from dataclasses import dataclass
 
 from waterline.cost.step import StepCost, prefill_pairs
 from waterline.fleet import HOURS
+from waterline.plan import Role
 from waterline.policy.admission import ADMIT, retry_after_s
 from waterline.policy.routing import NOBODY, least_loaded
 from waterline.units import GIGA, HOUR_S, PICOSECONDS_PER_S
@@ -74,6 +85,18 @@ class Capacity:
     prefill_tokens_per_s: float  # at which it reads prompts, planned
     tokens_per_s: float  # prompt and output with all slots taken, planned; 0 takes it out of routing
     hours: tuple[int, ...] = tuple(range(HOURS))  # of the day, at which it gets requests
+    role: Role = "both"
+    transfer_ps_per_token: int = 0  # of a prompt that a prefill replica has read, to the decode replicas
+
+    @property
+    def longest_tokens(self) -> int:
+        """The longest request it can hold, prompt and output."""
+        return min(self.cache_tokens, self.max_context_tokens)
+
+    @property
+    def slots(self) -> int:
+        """Requests that can decode together: each takes a token of the step."""
+        return min(self.max_batch, self.step.step_tokens)
 
     def serves(self, hour: int) -> bool:
         return self.tokens_per_s > 0 and hour in self.hours
@@ -108,6 +131,8 @@ class Passage:
     finish_ps: int = NEVER
     busy_ps: int = 0  # its shares of the replica's steps
     preemptions: int = 0
+    read_by: str = ""  # the prefill replica, where reading and writing are apart; the times above are the other's
+    read_busy_ps: int = 0
 
 
 class SteppedReplica:
@@ -115,9 +140,10 @@ class SteppedReplica:
 
     def __init__(self, capacity: Capacity, expected_output_tokens: int, steps: list[Step] | None = None) -> None:
         self.capacity = capacity
-        self.expected_output_tokens = expected_output_tokens
+        self.expected_output_tokens = 1 if capacity.role == "prefill" else expected_output_tokens
         self.steps = steps
-        self.longest_tokens = min(capacity.cache_tokens, capacity.max_context_tokens)  # prompt and output of a request
+        self.longest_tokens = capacity.longest_tokens
+        self.sent: list[tuple[int, Passage]] = []  # on their way to a decode replica, and when they arrive
         self.free_tokens = capacity.cache_tokens
         self.waiting: deque[Passage] = deque()
         self.decoding: list[Passage] = []  # in the order of their admission, as are those below, who came after them
@@ -138,13 +164,22 @@ class SteppedReplica:
 
     def accept(self, passage: Passage) -> None:
         """Queue a request at its arrival, up to which the replica has been advanced."""
+        self._queue(passage, passage.arrival_ps)
+        self.unread_tokens += passage.tokens
+        self.backlog_tokens += passage.tokens + self.expected_output_tokens
+
+    def take_over(self, passage: Passage, at_ps: int) -> None:
+        """Queue a request that has been read elsewhere, at the arrival of its cache."""
+        self._queue(passage, at_ps)
+        passage.read_tokens = passage.tokens
+        self.backlog_tokens += self.expected_output_tokens
+
+    def _queue(self, passage: Passage, at_ps: int) -> None:
         if not self.stepping:
-            self.boundary_ps = passage.arrival_ps
+            self.boundary_ps = at_ps
         passage.replica = self.capacity.replica
         self.waiting.append(passage)
         self.accepted += 1
-        self.unread_tokens += passage.tokens
-        self.backlog_tokens += passage.tokens + self.expected_output_tokens
 
     def advance(self, now_ps: float) -> None:
         """End every step that ends up to and including `now_ps`; begin every step that begins before it.
@@ -164,6 +199,8 @@ class SteppedReplica:
         step = self.capacity.step
         while len(self.decoding) > self.free_tokens:
             self._preempt_latest()
+        while self._join_next():
+            pass
         decodes = len(self.decoding)
         self.free_tokens -= decodes
 
@@ -199,9 +236,26 @@ class SteppedReplica:
         passage.preemptions += 1
         self.waiting.appendleft(passage)
 
+    def _join_next(self) -> bool:
+        """Let the head of the queue decode, if it has been read elsewhere and there is a slot and cache for it."""
+        if not self.waiting or self.waiting[0].read_tokens == 0 or self.reading:
+            return False
+        if len(self.decoding) >= self.capacity.slots:
+            return False
+        tokens = self.waiting[0].tokens
+        if tokens + 1 > self.free_tokens - len(self.decoding):
+            return False
+        self.free_tokens -= tokens
+        self.decoding.append(self.waiting.popleft())
+        return True
+
     def _admit_next(self) -> bool:
-        """Admit the head of the queue, if there is one and a slot and cache for it."""
-        if not self.waiting or len(self.decoding) + len(self.reading) >= self.capacity.max_batch:
+        """Admit the head of the queue, if there is one that has to be read, and a slot and cache for it."""
+        if (
+            not self.waiting
+            or self.waiting[0].read_tokens
+            or len(self.decoding) + len(self.reading) >= self.capacity.max_batch
+        ):
             return False
         needed_tokens = self.waiting[0].tokens + 1
         if needed_tokens > self.free_tokens:
@@ -223,7 +277,8 @@ class SteppedReplica:
         self.reading = [passage for passage in self.reading if passage.read_tokens < passage.tokens]
         for passage in self.decoding:
             self._produce(passage)
-        self.decoding = [passage for passage in self.decoding if passage.finish_ps == NEVER]
+        sent = [passage for _, passage in self.sent]
+        self.decoding = [one for one in self.decoding if one.finish_ps == NEVER and one not in sent]
 
     def _produce(self, passage: Passage) -> None:
         """Give a request its next token; its cache was claimed before."""
@@ -235,9 +290,15 @@ class SteppedReplica:
             self.backlog_tokens -= passage.request.prompt_tokens
         if passage.produced_tokens == passage.request.output_tokens:
             passage.finish_ps = self.boundary_ps
-            self.free_tokens += passage.tokens
-            self.accepted -= 1
-            self.backlog_tokens -= self.expected_output_tokens
+        elif self.capacity.role == "prefill":
+            passage.read_by, passage.read_busy_ps, passage.busy_ps = passage.replica, passage.busy_ps, 0
+            takes_ps = passage.request.prompt_tokens * self.capacity.transfer_ps_per_token
+            self.sent.append((self.boundary_ps + takes_ps, passage))
+        else:
+            return
+        self.free_tokens += passage.tokens
+        self.accepted -= 1
+        self.backlog_tokens -= self.expected_output_tokens
 
     def _under_way(self, prefill_tokens: int) -> Step:
         return Step(
@@ -288,27 +349,61 @@ def serve(
     Returns:
         What became of each request, in the same order: refused (with a reason, and finished on arrival) or finished.
     """
-    replicas = [SteppedReplica(capacity, expected_output_tokens, steps) for capacity in capacities]
+    writers = [SteppedReplica(one, expected_output_tokens, steps) for one in capacities if one.role == "decode"]
+    readers = [SteppedReplica(one, expected_output_tokens, steps) for one in capacities if one.role != "decode"]
+    for reader, tokens in zip(readers, accepted_tokens(capacities), strict=True):
+        reader.longest_tokens = tokens
+
+    def hour(time_ps: int) -> int:
+        return (first_hour + time_ps // PICOSECONDS_PER_HOUR) % HOURS
+
     passages = []
     for request in requests:
         passage = Passage(request=request, arrival_ps=arrival_ps(request), tokens=request.prompt_tokens)
         passages.append(passage)
-        for replica in replicas:
+        for replica in readers:
             replica.advance(passage.arrival_ps)
-        hour = (first_hour + passage.arrival_ps // PICOSECONDS_PER_HOUR) % HOURS
-        chosen = _dispatch(passage, replicas, hour, deadline_s, expected_prompt_tokens + expected_output_tokens)
+        chosen = _dispatch(passage, readers, hour(passage.arrival_ps), deadline_s, expected_prompt_tokens)
         if chosen:
             chosen.accept(passage)
         else:
             passage.finish_ps = passage.arrival_ps
-    for replica in replicas:
+    for replica in readers:
+        replica.advance(math.inf)
+    order = {id(passage): number for number, passage in enumerate(passages)}
+    sent = [arriving for reader in readers for arriving in reader.sent]
+    for at_ps, passage in sorted(sent, key=lambda arriving: (arriving[0], order[id(arriving[1])])):
+        for replica in writers:
+            replica.advance(at_ps)
+        _writer(passage, writers, hour(at_ps)).take_over(passage, at_ps)
+    for replica in writers:
         replica.advance(math.inf)
     assert all(passage.finish_ps != NEVER for passage in passages)  # noqa: S101 - see "There is no livelock"
     return passages
 
 
+def accepted_tokens(capacities: Sequence[Capacity]) -> list[int]:
+    """Return the longest request that each replica which reads may accept; a prefill replica has to pass it on."""
+    writable = max(
+        (one.longest_tokens for one in capacities if one.role == "decode" and one.tokens_per_s > 0), default=0
+    )
+    return [
+        min(one.longest_tokens, writable) if one.role == "prefill" else one.longest_tokens
+        for one in capacities
+        if one.role != "decode"
+    ]
+
+
+def _writer(passage: Passage, writers: Sequence[SteppedReplica], hour: int) -> SteppedReplica:
+    """Return the decode replica for a request that has been read."""
+    tokens = passage.request.prompt_tokens + passage.request.output_tokens
+    able = [one for one in writers if one.longest_tokens >= tokens and one.capacity.tokens_per_s > 0]
+    able = [one for one in able if one.capacity.serves(hour)] or able
+    return able[least_loaded([one.backlog_tokens for one in able], [one.capacity.tokens_per_s for one in able])]
+
+
 def _dispatch(
-    passage: Passage, replicas: Sequence[SteppedReplica], hour: int, deadline_s: float, expected_tokens: int
+    passage: Passage, replicas: Sequence[SteppedReplica], hour: int, deadline_s: float, expected_prompt_tokens: int
 ) -> SteppedReplica | None:
     """Return the replica for a request, or None and the reason with the request."""
     request_tokens = passage.request.prompt_tokens + passage.request.output_tokens
@@ -322,7 +417,7 @@ def _dispatch(
     retry_s = retry_after_s(
         sum([replica.unread_tokens for replica in ready]),
         math.fsum(replica.capacity.prefill_tokens_per_s for replica in ready),
-        expected_tokens * sum([replica.queued for replica in ready]),
+        sum([replica.queued * (expected_prompt_tokens + replica.expected_output_tokens) for replica in ready]),
         math.fsum(tokens_per_s),
         deadline_s,
     )

@@ -55,8 +55,11 @@ REPLICA = 16
     FINISHES,  # where its heap of finishing steps begins
     READY,  # 1 when it gets requests
     UNREAD_HERE,  # prompt tokens of those without a first token
-) = range(8)
-FIXED = 8
+    SENDS,  # 1 when requests leave it with their first token
+    EXPECTED_OUTPUT,  # tokens, of a request here
+    EXPECTED,  # prompt and output
+) = range(11)
+FIXED = 16
 
 # A request that has been accepted. What is needed when it ends lies in the first eight.
 (
@@ -101,11 +104,11 @@ WINDOW_TOKENS, WINDOW_SLOPE_TABLE, WINDOW_PS_PER_PAIR = range(3)
 WINDOW = 4
 
 # Replicas that hold as long a request.
-LONGEST, UNREAD, QUEUED, TREE, LEAVES, MEMBERS = range(6)
+LONGEST, UNREAD, QUEUED, TREE, LEAVES, MEMBERS = range(6)  # QUEUED: expected tokens of requests beyond the slots
 CLASS_FIELDS = 8
 
 # Of all replicas together.
-FREE_SLOT, ADMISSIONS, EXPECTED_TOKENS, EXPECTED_OUTPUT, OUT_OF_TIME, CLASSES = range(6)
+FREE_SLOT, ADMISSIONS, OUT_OF_TIME, CLASSES = range(4)
 COUNTERS = 8
 
 STEP_BITS = 37  # a finish is one number: its step, and below it the slot
@@ -144,14 +147,18 @@ def aligned(count: int, fill: int = 0) -> Integers:
 
 
 def make_memory(
-    capacities: Sequence[Capacity], expected_prompt_tokens: int, expected_output_tokens: int, slots: int, results: int
+    capacities: Sequence[Capacity],
+    longest_tokens: Sequence[int],
+    expected_prompt_tokens: int,
+    expected_output_tokens: int,
+    slots: int,
 ) -> Memory:
     """Return the memory of idle replicas, none of them ready; see `make_ready`."""
     count = len(capacities)
     replicas, fixed = aligned(count * REPLICA), aligned(count * FIXED)
     kinds, windows, tables, kind_of = _steps(capacities)
-    classes, members, class_of, leaf_of, nodes = _classes(capacities)
-    heap_sizes = [min(one.max_batch, one.step.step_tokens) for one in capacities]
+    classes, members, class_of, leaf_of, nodes = _classes(longest_tokens)
+    heap_sizes = [one.slots for one in capacities]
     heaps = [0, *accumulate(heap_sizes)]
     for index, one in enumerate(capacities):
         row, at = index * REPLICA, index * FIXED
@@ -163,10 +170,11 @@ def make_memory(
         fixed[at + CLASS] = class_of[index] * CLASS_FIELDS
         fixed[at + LEAF] = leaf_of[index]
         fixed[at + FINISHES] = heaps[index]
+        fixed[at + SENDS] = one.role == "prefill"
+        fixed[at + EXPECTED_OUTPUT] = 1 if one.role == "prefill" else expected_output_tokens
+        fixed[at + EXPECTED] = expected_prompt_tokens + fixed[at + EXPECTED_OUTPUT]
     counters = aligned(COUNTERS)
     counters[FREE_SLOT] = NONE
-    counters[EXPECTED_TOKENS] = expected_prompt_tokens + expected_output_tokens
-    counters[EXPECTED_OUTPUT] = expected_output_tokens
     counters[CLASSES] = len(classes) // CLASS_FIELDS
     memory = Memory(
         replicas=replicas,
@@ -186,8 +194,8 @@ def make_memory(
         prefill_rates=np.zeros(len(classes) // CLASS_FIELDS),
         rates=np.zeros(len(classes) // CLASS_FIELDS),
         counters=counters,
-        results=aligned(results * RESULT),
-        retries_s=np.zeros(results),
+        results=aligned(0),
+        retries_s=np.zeros(0),
     )
     return with_slots(memory, slots)
 
@@ -208,8 +216,7 @@ def _steps(capacities: Sequence[Capacity]) -> tuple[Integers, Integers, Integers
     steps: dict[int, StepCost] = {}
     for one in capacities:
         steps[id(one.step)] = one.step
-        most = min(one.max_batch, one.step.step_tokens)
-        most_decodes[id(one.step)] = max(most, most_decodes.get(id(one.step), 0))
+        most_decodes[id(one.step)] = max(one.slots, most_decodes.get(id(one.step), 0))
     kinds: list[int] = []
     windows: list[int] = []
     tables: list[Integers] = []
@@ -257,18 +264,18 @@ def _entries(values: Sequence[int], rows: Integers) -> Integers:
     return np.array(values, np.int64)[np.minimum(rows, len(values) - 1)]
 
 
-def _classes(capacities: Sequence[Capacity]) -> tuple[Integers, Integers, list[int], list[int], Reals]:
+def _classes(longest_tokens: Sequence[int]) -> tuple[Integers, Integers, list[int], list[int], Reals]:
     """Return the classes, their members, class and leaf of each replica, and the trees of waits.
 
     A class has a complete binary tree, in the order of its replicas; the parent of node n is n // 2, the root 1.
     """
-    longest = sorted({longest_tokens(one) for one in capacities}, reverse=True)
+    longest = sorted(set(longest_tokens), reverse=True)
     rows: list[int] = []
     members: list[int] = []
     trees: list[Reals] = []
-    class_of, leaf_of = [0] * len(capacities), [0] * len(capacities)
+    class_of, leaf_of = [0] * len(longest_tokens), [0] * len(longest_tokens)
     for number, tokens in enumerate(longest):
-        own = [index for index, one in enumerate(capacities) if longest_tokens(one) == tokens]
+        own = [index for index, held in enumerate(longest_tokens) if held == tokens]
         leaves = 1 << (len(own) - 1).bit_length()
         tree = np.full(2 * leaves, math.inf)
         for place, index in enumerate(own):
@@ -278,11 +285,6 @@ def _classes(capacities: Sequence[Capacity]) -> tuple[Integers, Integers, list[i
         trees.append(tree)
     waits_s = np.concatenate(trees) if trees else np.zeros(0)
     return np.array(rows, np.int64), np.array(members, np.int64), class_of, leaf_of, waits_s
-
-
-def longest_tokens(capacity: Capacity) -> int:
-    """Return the longest request, prompt and output, that a replica can hold."""
-    return min(capacity.cache_tokens, capacity.max_context_tokens)
 
 
 def make_ready(memory: Memory, capacities: Sequence[Capacity], hour: int) -> None:
@@ -298,7 +300,8 @@ def make_ready(memory: Memory, capacities: Sequence[Capacity], hour: int) -> Non
         of_class, row = int(memory.fixed[index * FIXED + CLASS]), memory.replicas[index * REPLICA :]
         members[of_class // CLASS_FIELDS].append(capacities[index])
         memory.classes[of_class + UNREAD] += memory.fixed[index * FIXED + UNREAD_HERE]
-        memory.classes[of_class + QUEUED] += max(0, int(row[ACCEPTED]) - capacities[index].max_batch)
+        queued = max(0, int(row[ACCEPTED]) - capacities[index].max_batch)
+        memory.classes[of_class + QUEUED] += queued * memory.fixed[index * FIXED + EXPECTED]
         leaf = memory.classes[of_class + TREE] + memory.fixed[index * FIXED + LEAF]
         memory.waits_s[leaf] = int(row[BACKLOG]) / capacities[index].tokens_per_s
     for number in range(len(members)):
