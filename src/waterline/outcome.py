@@ -125,7 +125,11 @@ class Tally:
         account.ttft_s.append(ttft_s[ok & (output_tokens > 0)])
         account.tpot_s.append(tpot_s[ok & (output_tokens > 1)])
         reached = replica != NOWHERE
-        account.busy_s += np.bincount(replica[reached], busy_s[reached], minlength=len(self.replicas))
+        self.use(tenant, model, replica[reached], busy_s[reached])
+
+    def use(self, tenant: str, model: str, replica: Integers, busy_s: Reals) -> None:
+        """Put time of replicas on an account; arrays of indices and times."""
+        self.accounts[tenant, model].busy_s += np.bincount(replica, busy_s, minlength=len(self.replicas))
 
     def summaries(self, duration_s: float, usd: Mapping[str, float]) -> tuple[Summary, ...]:
         """Summarise by tenant and model, sorted by name, with the total first.

@@ -178,6 +178,26 @@ def test_a_replica_gets_requests_and_costs_at_its_hours_only() -> None:
     assert rehearsal.summaries[0].usd == rehearsal.usd
 
 
+def test_prompts_are_read_here_and_answers_written_there() -> None:
+    """Llama-3.1-8B keeps 128 KiB a token; a 4090 sends that through its PCIe port of 32 GB/s in 4.1 us."""
+    plan = patient(small_plan())
+    (replica,) = plan.replicas
+    reader = replace(replica, id="chat/read", role="prefill", usd_per_hour=1.0)
+    writer = replace(replica, id="chat/write", role="decode", tokens_per_s=1000.0)
+    split = replace(plan, replicas=(reader, writer))
+    alone, passed = (rehearse(one, burst(1, prompt_tokens=1000)).completions[0] for one in (plan, split))
+    assert passed.replica == "chat/write"
+    assert passed.first_token_s == alone.first_token_s
+    assert passed.finish_s - alone.finish_s == pytest.approx(1000 * 131_072 / 32e9, rel=0.02)
+    assert passed.gpu_s == pytest.approx(alone.gpu_s)
+    (total, part), whole = rehearse(split, burst(50)).summaries, rehearse(plan, burst(50)).summaries[0]
+    assert total.completed == 50
+    assert part.usd == pytest.approx(total.usd), "both replicas are paid by those who used them"
+    assert total.tpot_s is not None
+    assert whole.tpot_s is not None
+    assert total.tpot_s.p99 < whole.tpot_s.p99, "nobody's answer waits for somebody's prompt"
+
+
 def test_gpu_time_is_the_replica_s_time_on_all_its_gpus() -> None:
     one_gpu = rehearse(small_plan(), burst(1))
     (completion,) = one_gpu.completions

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from waterline.catalog import find_gpu
 from waterline.cost import replica_step_cost
+from waterline.cost.layers import NETWORK_BYTES_PER_S
+from waterline.cost.memory import sequence_cache_bytes
 from waterline.fleet import Demand
 from waterline.outcome import NOWHERE, STATUSES, Completion, Tally
 from waterline.plan import ModelPlan, Plan, Replica
 from waterline.rehearsal.arrivals import Piece, joined
 from waterline.rehearsal.oracle import NEVER, NOT_IN_SERVICE, Capacity, accepted_tokens, too_late, too_long
-from waterline.rehearsal.state import TOO_LATE, TOO_LONG, Integers
+from waterline.rehearsal.state import NONE, TOO_LATE, TOO_LONG, Integers, Reals
 from waterline.rehearsal.station import Passages, Station
 from waterline.units import PICOSECONDS_PER_S
 
@@ -34,8 +37,10 @@ class Lane:
                 cache_tokens=replica.cache_tokens,
                 max_context_tokens=replica.max_context_tokens,
                 prefill_tokens_per_s=replica.prefill_tokens_per_s,
-                tokens_per_s=replica.tokens_per_s,
+                tokens_per_s=replica.prefill_tokens_per_s if replica.role == "prefill" else replica.tokens_per_s,
                 hours=replica.hours,
+                role=replica.role,
+                transfer_ps_per_token=_transfer_ps_per_token(plan, replica, model.prompt_tokens),
             )
             for replica in replicas
         ]
@@ -70,9 +75,25 @@ class Lane:
         numbers = np.concatenate([np.zeros(0, np.int64), *(numbers for _, numbers in self.unsettled)])
         count = len(passages)
         self.unsettled = [(asked[count:], numbers[count:])]
+        first = np.where(passages.read_by == NONE, passages.replica, passages.read_by)
         for time_ps in (passages.first_token_ps, passages.finish_ps):
-            np.add(time_ps, self.first_token_ps[passages.replica], out=time_ps)
+            np.add(time_ps, self.first_token_ps[first], out=time_ps)
         return Settled(self, asked[:count], numbers[:count], passages)
+
+
+def _transfer_ps_per_token(plan: Plan, replica: Replica, prompt_tokens: int) -> int:
+    """Return how long the cache of a prompt token is on its way to the decode replicas, at the mean prompt.
+
+    Each GPU sends its part through its own port; the slowest port of both sides counts.
+    """
+    if replica.role != "prefill":
+        return 0
+    writers = [one for one in plan.replicas_of(replica.model) if one.role == "decode"]
+    gpus = [find_gpu(plan.fleet.pool(one.pool).gpu) for one in (replica, *writers)]
+    ports = [gpu.pcie_bytes_per_s or NETWORK_BYTES_PER_S for gpu in gpus]
+    llm = plan.fleet.llm_of(plan.fleet.model(replica.model))
+    sent_bytes = sequence_cache_bytes(llm, prompt_tokens, replica.layout)
+    return round(sent_bytes / min(NETWORK_BYTES_PER_S, *ports) * PICOSECONDS_PER_S / prompt_tokens)
 
 
 def _alike(replica: Replica) -> tuple[object, ...]:
@@ -106,6 +127,9 @@ class Settled:
         for row in np.flatnonzero(np.bincount(asked.row, minlength=len(rows))).tolist():
             own = asked.row == row
             tally.add(rows[row].tenant, self.lane.model, **{name: column[own] for name, column in columns.items()})
+            elsewhere = own & (passages.read_by != NONE)
+            readers, busy_s = self.lane.in_plan[passages.read_by[elsewhere]], passages.read_busy_ps[elsewhere]
+            tally.use(rows[row].tenant, self.lane.model, readers, busy_s / PICOSECONDS_PER_S)
 
     def completions(self, rows: tuple[Demand, ...]) -> Iterator[Completion]:
         """Return them one by one."""
@@ -117,12 +141,12 @@ class Settled:
             asked.row,
             passages.first_token_ps,
             passages.finish_ps,
-            passages.busy_ps,
             passages.replica,
             passages.preemptions,
             passages.retry_s,
+            self._gpu_ps(),
         )
-        for arrival_ps, prompt, output, row, first_ps, finish_ps, busy_ps, replica, preemptions, retry_s in zip(
+        for arrival_ps, prompt, output, row, first_ps, finish_ps, replica, preemptions, retry_s, gpu_ps in zip(
             *(column.tolist() for column in columns), strict=True
         ):
             by = self.lane.capacities[replica] if replica >= 0 else None
@@ -136,10 +160,17 @@ class Settled:
                 finish_s=finish_ps / PICOSECONDS_PER_S,
                 prompt_tokens=prompt,
                 output_tokens=output if by else 0,
-                gpu_s=busy_ps * by.gpus / PICOSECONDS_PER_S if by else 0.0,
+                gpu_s=gpu_ps / PICOSECONDS_PER_S,
                 preemptions=preemptions,
                 reason="" if by else self._reason(replica, prompt + output, retry_s),
             )
+
+    def _gpu_ps(self) -> Reals:
+        """Return the GPU time of each request, where it was read and where it was written."""
+        gpus = np.array([*(one.gpus for one in self.lane.capacities), 0, 0, 0], np.float64)
+        passages = self.passages
+        gpu_ps: Reals = passages.busy_ps * gpus[passages.replica] + passages.read_busy_ps * gpus[passages.read_by]
+        return gpu_ps
 
     def _reason(self, refusal: int, tokens: int, retry_s: float) -> str:
         if refusal == TOO_LONG:
