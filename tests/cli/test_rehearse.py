@@ -2,16 +2,28 @@
 
 import csv
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from examples import small_plan
+from waterline import rehearsal
 from waterline.cli.rehearse import rehearse
 from waterline.errors import FleetFileError, InputError, TraceError
 from waterline.plan import write_plan
+from waterline.rehearsal import Progress, Rehearsal
 
+rehearse_module = import_module("waterline.cli.rehearse")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OFFICE_HOUR = EXAMPLES / "traces" / "office-hour.csv"
 
@@ -92,6 +104,52 @@ def test_a_duration_without_bounds_is_refused_with_numbers(plan_file: Path) -> N
     result = run(plan_file, "--duration", "99999999999h")
     assert isinstance(result.exception, InputError)
     assert "a rehearsal holds 100 days, and this one would take 4,166,666,667" in str(result.exception)
+
+
+def test_ctrl_c_prints_what_has_been_learnt_so_far(plan_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rehearsal.rehearse
+
+    def interrupted(*arguments: Any, watch: Callable[[Progress], bool], **options: Any) -> Rehearsal:
+        def watching(progress: Progress) -> bool:
+            if progress.at_s > 2 * 3600:
+                os.kill(os.getpid(), signal.SIGINT)
+            return watch(progress)
+
+        return whole(*arguments, watch=watching, **options)
+
+    monkeypatch.setattr(rehearsal, "rehearse", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    result = run(plan_file, "--duration", "2000h", "--json")
+    assert result.exception is None
+    assert signal.getsignal(signal.SIGINT) is before
+    said = json.loads(result.output)
+    assert re.fullmatch(r"stopped after [\d,]+ requests; those under way then are not counted", said["replayed"][-1])
+    assert 2 * 3600 < said["duration_s"] < 3.1 * 3600
+    assert said["requests"] == pytest.approx(3 * 3600 * 0.5, rel=0.1)
+
+
+def test_without_numba_it_runs_and_says_so(plan_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "130")
+    arguments = ["rehearse", str(plan_file), "--trace", str(OFFICE_HOUR), "--duration", "10m"]
+    code = "import sys; sys.modules['numba'] = None; from waterline.cli import main; main()"
+    slow = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
+    quick = run(*arguments[1:]).output
+    assert "pip install 'waterline-llm[rehearse]'" in " ".join(slow.split())
+    assert slow.split("Rehearsed in")[0] == quick.split("Rehearsed in")[0]
+
+
+def test_a_person_at_a_terminal_sees_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with rehearse_module._watching() as watch:
+        assert watch(Progress(requests=1234, at_s=600.0, of_s=1200.0))
+    assert "1,234 requests" in capsys.readouterr().err
+    rehearse_module._prepare(lambda: time.sleep(2.0))
+    assert capsys.readouterr().err.startswith(
+        "Compiling the rehearsal for this machine, once; that takes 10 to 30 seconds"
+    )
 
 
 def test_mistakes_are_named(plan_file: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def _plan_of(path: Path) -> "Plan":
 
 def _prepare(prepare: Callable[[], None]) -> None:
     """Compile, and say so to a person at a terminal when it takes long: only the first time does."""
-    text = "Compiling the rehearsal for this machine, once; that takes about half a minute …"
+    text = "Compiling the rehearsal for this machine, once; that takes 10 to 30 seconds …"
     note = threading.Timer(1.5, click.echo, [text], {"err": True})
     if sys.stderr.isatty():
         note.start()

@@ -60,7 +60,7 @@ class Rehearsal:
 
 
 def prepare() -> None:
-    """Compile, or load what was compiled before: half a minute once, then a fraction of a second."""
+    """Compile, or load what was compiled before: 10 to 30 s once, then a fraction of a second."""
     deal(1, [1.0])
     warm_up()
 
