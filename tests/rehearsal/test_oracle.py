@@ -241,6 +241,73 @@ def test_the_router_does_not_know_how_long_an_answer_will_be() -> None:
     assert [(one.replica, one.reason) for one in short] == [(one.replica, one.reason) for one in long]
 
 
+def test_a_prompt_is_read_here_and_its_answer_written_there() -> None:
+    pair = [capacity("read", role="prefill", transfer_ps_per_token=100), capacity("write", role="decode")]
+    (a, b), steps = served(pair, [request(0, 4, 3), request(0, 2, 1)])
+    # begins  ends   where   what
+    #      0  1006   read    both prompts; b wants no more than its first token
+    #   1406  2407   write   a's cache of 4 tokens has come, and it decodes its second
+    #   2407  3408   write   and its third
+    assert [(step.replica, step.begin_ps, step.end_ps, step.prefill_tokens, step.decodes) for step in steps] == [
+        ("read", 0, 1006, 6, 0),
+        ("write", 1406, 2407, 0, 1),
+        ("write", 2407, 3408, 0, 1),
+    ]
+    assert (a.read_by, a.replica, a.first_token_ps, a.finish_ps) == ("read", "write", 1006, 3408)
+    assert (b.read_by, b.replica, b.first_token_ps, b.finish_ps) == ("", "read", 1006, 1006)
+    assert (a.read_busy_ps, a.busy_ps, b.busy_ps) == (4 * 167, 2002, 2 * 167)  # 1006 = 6 x 167 + 4
+    assert steps[1].occupied_tokens == 4 + 1 + 1  # prompt, first token, and the claim of the second
+
+
+def test_who_was_preempted_while_writing_is_read_again_where_it_writes() -> None:
+    pair = [capacity("read", role="prefill"), capacity("write", role="decode", cache_tokens=12)]
+    (a, b), steps = served(pair, [request(0, 4, 5), request(0, 4, 4)])
+    # begins  ends   what                                                           cache occupied
+    #   1008  2010   both have come, with 5 tokens each, and decode                 6 + 6
+    #   2010  3011   2 decodes, no cache: b goes; to come back it would need 7      7
+    #   3011  4012   a decodes, 4 tokens are free                                   8
+    #   4012  5013   a decodes and is done                                          9
+    #   5013  6019   b's prompt and 2 tokens are read, here                         7
+    #   6019  7020   b decodes its fourth token and is done                         8
+    assert [(step.end_ps, step.prefill_tokens, step.decodes, step.occupied_tokens) for step in steps[1:]] == [
+        (2010, 0, 2, 12),
+        (3011, 0, 1, 7),
+        (4012, 0, 1, 8),
+        (5013, 0, 1, 9),
+        (6019, 6, 0, 7),
+        (7020, 0, 1, 8),
+    ]
+    assert (a.preemptions, b.preemptions, b.finish_ps) == (0, 1, 7020)
+
+
+def test_a_prefill_replica_accepts_only_what_can_be_written_somewhere() -> None:
+    reader = capacity("read", role="prefill")
+    assert served([reader], [request(0, 1, 1)])[0][0].reason.endswith("holds more than 0")
+    passages, _ = served(
+        [reader, capacity("write", role="decode", cache_tokens=20)], [request(0, 18, 3), request(0, 18, 2)]
+    )
+    assert passages[0].reason == "21 tokens, of which no replica of the model holds more than 20"
+    assert passages[1].replica == "write"
+
+
+def test_what_has_begun_is_written_even_when_no_decode_replica_serves() -> None:
+    asleep = (3, 4)  # the trace begins at 0:00
+    pair = [capacity("read", role="prefill"), capacity("write", role="decode", hours=asleep)]
+    ((passage,), _) = served(pair, [request(0, 4, 3)])
+    assert (passage.replica, passage.produced_tokens) == ("write", 3)
+
+
+def test_a_replica_gets_requests_at_its_hours_and_serves_them_to_the_end() -> None:
+    hour_ns = 3600 * 10**9
+    slow = replace(ROUND, tokens_ps=(0, 600 * 10**12), step_tokens=1)  # ten minutes a token
+    pair = [capacity("first", step=slow, hours=(0,)), capacity("second", step=slow, hours=(1,))]
+    asked = [request(0, 1, 9), request(hour_ns - 1, 1, 1), request(hour_ns, 1, 1), request(2 * hour_ns, 1, 1)]
+    passages, _ = served(pair, asked, deadline_s=1e9)
+    assert [passage.replica for passage in passages] == ["first", "first", "second", ""]
+    assert passages[0].finish_ps > 3600 * 10**12
+    assert passages[3].reason == "would not start within 1e+09 s; retry after 1e+09 s"
+
+
 # --- Closed forms ---------------------------------------------------------------------------------------------------
 
 
