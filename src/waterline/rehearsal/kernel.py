@@ -35,8 +35,8 @@ from waterline.rehearsal.state import (
     CLASS_FIELDS,
     CLASSES,
     DECODES,
-    EXPECTED,
     EXPECTED_OUTPUT,
+    EXPECTED_PROMPT,
     FINISH_AT,
     FINISHES,
     FIRST_PS,
@@ -258,10 +258,10 @@ def accept(memory: Memory, replica: int, now: int, result: int, prompt: int, out
         of_class = memory.fixed[fixed + CLASS]
         memory.classes[of_class + UNREAD] += unread
         if memory.replicas[row + ACCEPTED] >= memory.fixed[fixed + MAX_BATCH]:
-            memory.classes[of_class + QUEUED] += memory.fixed[fixed + EXPECTED]
+            memory.classes[of_class + QUEUED] += memory.counters[EXPECTED_PROMPT] + expected_output(memory, fixed)
     memory.fixed[fixed + UNREAD_HERE] += unread
     memory.replicas[row + ACCEPTED] += 1
-    memory.replicas[row + BACKLOG] += unread + memory.fixed[fixed + EXPECTED_OUTPUT]
+    memory.replicas[row + BACKLOG] += unread + expected_output(memory, fixed)
     reckon(memory, replica)
 
     if memory.replicas[row + HEAD] != NONE:
@@ -278,11 +278,20 @@ def accept(memory: Memory, replica: int, now: int, result: int, prompt: int, out
 
 
 @inlined
+def expected_output(memory: Memory, fixed: int) -> int:
+    """Return how many tokens a request is expected to produce on a replica."""
+    if memory.fixed[fixed + SENDS]:
+        return 1
+    tokens: int = memory.counters[EXPECTED_OUTPUT]
+    return tokens
+
+
+@inlined
 def cut(memory: Memory, replica: int, now: int, needed: int) -> None:
     """End the steps under way at the first boundary at or after `now`, if a request that needs so much fits in then."""
     row, fixed = replica * REPLICA, replica * FIXED
     decodes = memory.replicas[row + DECODES]
-    if decodes >= memory.fixed[fixed + MAX_BATCH] or decodes >= memory.fixed[fixed + STEP_TOKENS]:
+    if decodes >= memory.fixed[fixed + MAX_BATCH] or decodes >= memory.kinds[memory.fixed[fixed + KIND] + STEP_TOKENS]:
         return
     first, growth = memory.replicas[row + FIRST_PS], memory.replicas[row + GROWTH_PS]
     begin = memory.replicas[row + BEGIN_PS]
@@ -372,7 +381,7 @@ def begin(memory: Memory, replica: int) -> int:
 def join(memory: Memory, replica: int) -> None:
     """Let those decode that have been read elsewhere, in the order of the queue, while there are slots and cache."""
     row, fixed = replica * REPLICA, replica * FIXED
-    slots = min(memory.fixed[fixed + MAX_BATCH], memory.fixed[fixed + STEP_TOKENS])
+    slots = min(memory.fixed[fixed + MAX_BATCH], memory.kinds[memory.fixed[fixed + KIND] + STEP_TOKENS])
     slot = memory.replicas[row + HEAD]
     while (
         slot != NONE
@@ -410,7 +419,7 @@ def fill_step(memory: Memory, replica: int) -> tuple[int, int]:
     """Give what the decodes leave of a step to prompts, and admit; return the tokens read, and their pairs."""
     row, fixed = replica * REPLICA, replica * FIXED
     decodes, free = memory.replicas[row + DECODES], memory.replicas[row + FREE]
-    budget = memory.fixed[fixed + STEP_TOKENS] - decodes
+    budget = memory.kinds[memory.fixed[fixed + KIND] + STEP_TOKENS] - decodes
     max_batch = memory.fixed[fixed + MAX_BATCH]
     prefill = pairs = 0
     running = decodes
@@ -555,9 +564,11 @@ def leave(memory: Memory, replica: int, slot: int, now: int) -> None:
     memory.results[result + SERVED_BY] = replica
     memory.results[result + PREEMPTED] = memory.slots[at + PREEMPTIONS]
     memory.replicas[row + FREE] += memory.slots[at + PROMPT] + memory.slots[at + OUTPUT]
-    memory.replicas[row + BACKLOG] -= memory.fixed[fixed + EXPECTED_OUTPUT]
+    memory.replicas[row + BACKLOG] -= expected_output(memory, fixed)
     if memory.replicas[row + ACCEPTED] > memory.fixed[fixed + MAX_BATCH] and memory.fixed[fixed + READY]:
-        memory.classes[memory.fixed[fixed + CLASS] + QUEUED] -= memory.fixed[fixed + EXPECTED]
+        memory.classes[memory.fixed[fixed + CLASS] + QUEUED] -= memory.counters[EXPECTED_PROMPT] + expected_output(
+            memory, fixed
+        )
     memory.replicas[row + ACCEPTED] -= 1
     memory.slots[at + NEXT] = memory.counters[FREE_SLOT]
     memory.counters[FREE_SLOT] = slot

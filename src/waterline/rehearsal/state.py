@@ -49,17 +49,14 @@ REPLICA = 16
 (
     KIND,  # where the row of its steps begins
     MAX_BATCH,
-    STEP_TOKENS,
     CLASS,  # of the replicas that hold as long a request
     LEAF,  # in the router's tree
     FINISHES,  # where its heap of finishing steps begins
     READY,  # 1 when it gets requests
     UNREAD_HERE,  # prompt tokens of those without a first token
     SENDS,  # 1 when requests leave it with their first token
-    EXPECTED_OUTPUT,  # tokens, of a request here
-    EXPECTED,  # prompt and output
-) = range(11)
-FIXED = 16
+) = range(8)
+FIXED = 8
 
 # A request that has been accepted. What is needed when it ends lies in the first eight.
 (
@@ -98,7 +95,8 @@ TOO_LONG, TOO_LATE, NOT_SERVED = -1, -2, -3  # instead of a replica
     READ_PS_PER_PAIR,  # of layers that see the whole context
     WINDOWS,  # where the first row of those that do not begins in `Memory.windows` …
     WINDOW_COUNT,  # … and how many there are
-) = range(14)
+    STEP_TOKENS,
+) = range(15)
 KIND_FIELDS = 16
 WINDOW_TOKENS, WINDOW_SLOPE_TABLE, WINDOW_PS_PER_PAIR = range(3)
 WINDOW = 4
@@ -108,7 +106,7 @@ LONGEST, UNREAD, QUEUED, TREE, LEAVES, MEMBERS = range(6)  # QUEUED: expected to
 CLASS_FIELDS = 8
 
 # Of all replicas together.
-FREE_SLOT, ADMISSIONS, OUT_OF_TIME, CLASSES = range(4)
+FREE_SLOT, ADMISSIONS, OUT_OF_TIME, CLASSES, EXPECTED_PROMPT, EXPECTED_OUTPUT = range(6)
 COUNTERS = 8
 
 STEP_BITS = 37  # a finish is one number: its step, and below it the slot
@@ -166,15 +164,14 @@ def make_memory(
         replicas[[row + HEAD, row + TAIL, row + READER]] = NONE
         fixed[at + KIND] = kind_of[index]
         fixed[at + MAX_BATCH] = one.max_batch
-        fixed[at + STEP_TOKENS] = one.step.step_tokens
         fixed[at + CLASS] = class_of[index] * CLASS_FIELDS
         fixed[at + LEAF] = leaf_of[index]
         fixed[at + FINISHES] = heaps[index]
         fixed[at + SENDS] = one.role == "prefill"
-        fixed[at + EXPECTED_OUTPUT] = 1 if one.role == "prefill" else expected_output_tokens
-        fixed[at + EXPECTED] = expected_prompt_tokens + fixed[at + EXPECTED_OUTPUT]
     counters = aligned(COUNTERS)
     counters[FREE_SLOT] = NONE
+    counters[EXPECTED_PROMPT] = expected_prompt_tokens
+    counters[EXPECTED_OUTPUT] = expected_output_tokens
     counters[CLASSES] = len(classes) // CLASS_FIELDS
     memory = Memory(
         replicas=replicas,
@@ -251,6 +248,7 @@ def _steps(capacities: Sequence[Capacity]) -> tuple[Integers, Integers, Integers
         row[READ_PS_PER_PAIR] = sum(layers.prefill_ps_per_pair for layers in whole)
         row[WINDOWS] = len(windows)
         row[WINDOW_COUNT] = len(parts)
+        row[STEP_TOKENS] = step.step_tokens
         for layers in parts:
             slopes = table(_entries(layers.decode_ps_per_token, per_rank))
             windows += [layers.window_tokens, slopes, layers.prefill_ps_per_pair, 0]
@@ -301,7 +299,8 @@ def make_ready(memory: Memory, capacities: Sequence[Capacity], hour: int) -> Non
         members[of_class // CLASS_FIELDS].append(capacities[index])
         memory.classes[of_class + UNREAD] += memory.fixed[index * FIXED + UNREAD_HERE]
         queued = max(0, int(row[ACCEPTED]) - capacities[index].max_batch)
-        memory.classes[of_class + QUEUED] += queued * memory.fixed[index * FIXED + EXPECTED]
+        output = 1 if capacities[index].role == "prefill" else memory.counters[EXPECTED_OUTPUT]
+        memory.classes[of_class + QUEUED] += queued * (memory.counters[EXPECTED_PROMPT] + output)
         leaf = memory.classes[of_class + TREE] + memory.fixed[index * FIXED + LEAF]
         memory.waits_s[leaf] = int(row[BACKLOG]) / capacities[index].tokens_per_s
     for number in range(len(members)):
