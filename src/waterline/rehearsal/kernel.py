@@ -24,13 +24,11 @@ from waterline.rehearsal.jit import compiled, inlined
 from waterline.rehearsal.state import (
     ACCEPTED,
     ADMISSIONS,
-    ADMITTED,
     ATTENTION_TABLE,
     BACKLOG,
     BEGIN_PS,
     BUSY_PS,
     CACHED,
-    CHUNK,
     CLASS,
     CLASS_FIELDS,
     CLASSES,
@@ -66,7 +64,6 @@ from waterline.rehearsal.state import (
     OUTPUT,
     PLAIN_TABLE,
     PREEMPTED,
-    PREEMPTIONS,
     PREFILL,
     PRODUCED,
     PROMPT,
@@ -141,7 +138,6 @@ def run(
             memory.results[at + FINISH_AT] = now
             memory.results[at + SHARE] = 0
             memory.results[at + SERVED_BY] = chosen
-            memory.results[at + PREEMPTED] = 0
     return len(arrivals)
 
 
@@ -249,7 +245,6 @@ def accept(memory: Memory, replica: int, now: int, result: int, prompt: int, out
     memory.slots[at + OUTPUT] = output
     memory.slots[at + BUSY_PS] = 0
     memory.slots[at + FIRST_TOKEN] = NONE
-    memory.slots[at + PREEMPTIONS] = 0
     memory.slots[at + NEXT] = NONE
     memory.slots[at + PRODUCED] = produced
     memory.slots[at + READ] = held
@@ -396,8 +391,6 @@ def join(memory: Memory, replica: int) -> None:
         memory.replicas[row + FREE] -= held
         memory.replicas[row + HEAD] = memory.slots[at + NEXT]
         memory.slots[at + NEXT] = NONE
-        memory.slots[at + ADMITTED] = memory.counters[ADMISSIONS]
-        memory.counters[ADMISSIONS] += 1
         decode(memory, replica, slot)
         slot = memory.replicas[row + HEAD]
 
@@ -407,6 +400,8 @@ def decode(memory: Memory, replica: int, slot: int) -> None:
     """Put a request with everything read, and its last token to come some steps from now, among those that decode."""
     row, at = replica * REPLICA, slot * SLOT
     produced, decodes = memory.slots[at + PRODUCED], memory.replicas[row + DECODES]
+    memory.slots[at + NEXT] = memory.counters[ADMISSIONS]  # they begin to decode in the order of their admission
+    memory.counters[ADMISSIONS] += 1
     memory.slots[at + BUSY_PS] -= memory.replicas[row + TOKEN_PS]
     memory.replicas[row + CACHED] += memory.slots[at + PROMPT] + produced
     finish = memory.replicas[row + ITERATION] + memory.slots[at + OUTPUT] - produced
@@ -436,8 +431,6 @@ def fill_step(memory: Memory, replica: int) -> tuple[int, int]:
             free -= needed
             memory.replicas[row + HEAD] = memory.slots[at + NEXT]
             memory.slots[at + NEXT] = NONE
-            memory.slots[at + ADMITTED] = memory.counters[ADMISSIONS]
-            memory.counters[ADMISSIONS] += 1
             if before == NONE:
                 memory.replicas[row + READER] = slot
             else:
@@ -445,7 +438,6 @@ def fill_step(memory: Memory, replica: int) -> tuple[int, int]:
         at = slot * SLOT
         read = memory.slots[at + READ]
         chunk = min(budget, memory.slots[at + PROMPT] + memory.slots[at + PRODUCED] - read)
-        memory.slots[at + CHUNK] = chunk
         prefill += chunk
         pairs += chunk * read + chunk * (chunk + 1) // 2
         budget -= chunk
@@ -468,7 +460,7 @@ def preempt_latest(memory: Memory, replica: int) -> None:
         heap, count = memory.fixed[replica * FIXED + FINISHES], memory.replicas[row + DECODES]
         place, latest = 0, NONE
         for other in range(count):
-            admitted = memory.slots[(memory.finishes[heap + other] & SLOT_MASK) * SLOT + ADMITTED]
+            admitted = memory.slots[(memory.finishes[heap + other] & SLOT_MASK) * SLOT + NEXT]
             if admitted > latest:
                 place, latest = other, admitted
         finish = memory.finishes[heap + place]
@@ -483,7 +475,7 @@ def preempt_latest(memory: Memory, replica: int) -> None:
         memory.replicas[row + DECODES] = count - 1
         remove_finish(memory, heap, count, place)
     memory.slots[at + READ] = 0
-    memory.slots[at + PREEMPTIONS] += 1
+    memory.results[memory.slots[at + REQUEST] * RESULT + PREEMPTED] += 1
     memory.slots[at + NEXT] = memory.replicas[row + HEAD]
     if memory.replicas[row + HEAD] == NONE:
         memory.replicas[row + TAIL] = slot
@@ -526,15 +518,16 @@ def end(memory: Memory, replica: int, now: int) -> None:
 def end_reading(memory: Memory, replica: int, now: int, token_ps: int) -> None:
     """Let those whose prompt has been read produce a token; at most one, the last, has more to read."""
     row, fixed = replica * REPLICA, replica * FIXED
-    slot = memory.replicas[row + READER]
+    slot, prefill = memory.replicas[row + READER], memory.replicas[row + PREFILL]
     memory.replicas[row + READER] = NONE
     while slot != NONE:
         at = slot * SLOT
         behind = memory.slots[at + NEXT]
-        chunk = memory.slots[at + CHUNK]
+        prompt, output, produced = memory.slots[at + PROMPT], memory.slots[at + OUTPUT], memory.slots[at + PRODUCED]
+        chunk = min(prefill, prompt + produced - memory.slots[at + READ])
+        prefill -= chunk
         memory.slots[at + READ] += chunk
         memory.slots[at + BUSY_PS] += token_ps * chunk
-        prompt, output, produced = memory.slots[at + PROMPT], memory.slots[at + OUTPUT], memory.slots[at + PRODUCED]
         if memory.slots[at + READ] < prompt + produced:
             memory.replicas[row + READER] = slot
         else:
@@ -562,7 +555,6 @@ def leave(memory: Memory, replica: int, slot: int, now: int) -> None:
     memory.results[result + FINISH_AT] = now
     memory.results[result + SHARE] = memory.slots[at + BUSY_PS]
     memory.results[result + SERVED_BY] = replica
-    memory.results[result + PREEMPTED] = memory.slots[at + PREEMPTIONS]
     memory.replicas[row + FREE] += memory.slots[at + PROMPT] + memory.slots[at + OUTPUT]
     memory.replicas[row + BACKLOG] -= expected_output(memory, fixed)
     if memory.replicas[row + ACCEPTED] > memory.fixed[fixed + MAX_BATCH] and memory.fixed[fixed + READY]:

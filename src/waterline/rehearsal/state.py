@@ -58,21 +58,18 @@ REPLICA = 16
 ) = range(8)
 FIXED = 8
 
-# A request that has been accepted. What is needed when it ends lies in the first eight.
+# A request that has been accepted: one line of the cache.
 (
     REQUEST,  # its row in the results
     PROMPT,
     OUTPUT,
     BUSY_PS,  # its share of the steps so far; while it decodes, less the replica's TOKEN_PS when it began to
     FIRST_TOKEN,  # when it came
-    PREEMPTIONS,
-    NEXT,  # slot behind it: of those that wait, read, or are free
+    NEXT,  # slot behind it: of those that wait, read, or are free; while it decodes, a number that grows with admission
     PRODUCED,  # tokens; while it decodes, when it began to
     READ,  # tokens since it was admitted
-    CHUNK,  # of it in the step under way
-    ADMITTED,  # a number that grows with every admission
-) = range(11)
-SLOT = 16
+) = range(8)
+SLOT = 8
 
 # What became of a request.
 FIRST_TOKEN_AT, FINISH_AT, SHARE, SERVED_BY, PREEMPTED = range(5)

@@ -284,6 +284,7 @@ class Stage:
             self.memory = self.memory._replace(results=results, retries_s=retries_s)
         self.memory.results[self.rows * RESULT + FINISH_AT : needed * RESULT : RESULT] = UNFINISHED
         self.memory.results[self.rows * RESULT + SERVED_BY : needed * RESULT : RESULT] = NONE
+        self.memory.results[self.rows * RESULT + PREEMPTED : needed * RESULT : RESULT] = 0
         self.memory.retries_s[self.rows : needed] = 0.0
 
     def _make_slots(self) -> None:
