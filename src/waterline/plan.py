@@ -92,6 +92,15 @@ class ModelPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     usd_per_million_tokens: Figure | None  # input and output together, over the day; None where nothing is served
     limited_by: Limit  # what keeps a replica from taking more
     reason: str
+    slo_hour_usd: Figure = 0.0  # saved a day if the SLO did not have to hold at the busiest hour
+
+
+class PoolPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much of a pool is used, and what more of it would be worth."""
+
+    pool: Name
+    gpus: Index  # in use at the hour at which most are
+    worth_usd_per_gpu_hour: Figure  # what one more GPU of this kind would save; 0 where there is room
 
 
 class TenantPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -152,6 +161,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tenants: tuple[TenantPlan, ...]
     replicas: tuple[Replica, ...]
     hours: tuple[HourPlan, ...] = ()  # all 24; empty in a plan whose replicas serve all day
+    pools: tuple[PoolPlan, ...] = ()
     warnings: tuple[str, ...] = ()  # where the fleet is too small: what is not served, why, and what would help
 
     @property

@@ -174,7 +174,7 @@ def test_entitlements_hold_with_shared_models_whether_the_fleet_is_large_enough_
     else:
         check(wish, choice)
         assert most.served == pytest.approx(wish.demand, rel=1e-5)
-        assert most.cost == pytest.approx(choice.cost)
+        assert most.cost >= choice.cost - 1e-6  # hour by hour, where the other looks at the whole day
 
 
 def more(wish: Problem, what: str) -> Problem:

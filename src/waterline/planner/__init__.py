@@ -12,14 +12,15 @@ from msgspec.structs import replace
 
 from waterline.fleet import Fleet
 from waterline.plan import EVERY_HOUR, ModelPlan, Place, Plan, Replica
-from waterline.planner.candidates import expected
+from waterline.planner.candidates import Candidate, Expected, expected_all
 from waterline.planner.day import hour_plans, tenant_plans
-from waterline.planner.explain import Reason, reasons, shortage
+from waterline.planner.explain import Reason, pool_plans, reasons
 from waterline.planner.milp import choose, serve_most
 from waterline.planner.needs import Need
-from waterline.planner.offers import Offers, asked_of, offers_of
+from waterline.planner.offers import Offer, Offers, offers_of
 from waterline.planner.packing import Placed, pack
 from waterline.planner.problem import Choice, Figures, capacity_of
+from waterline.planner.shortage import warnings as warnings_of
 from waterline.units import HOUR_S, MEGA
 
 __all__ = ["make_plan"]
@@ -40,7 +41,7 @@ def make_plan(fleet: Fleet) -> Plan:
     if choice is None:
         choice = serve_most(offers.problem)
         if fleet.objective != "goodput":
-            warnings = shortage(offers, choice)
+            warnings = warnings_of(offers, choice)
     return _plan(offers, choice, warnings)
 
 
@@ -49,7 +50,7 @@ def _plan(offers: Offers, choice: Choice, warnings: tuple[str, ...]) -> Plan:
     rates = _rates(offers, choice)
     placed = pack(offers.problem.pools, [(o.pool, o.groups) for o in offers.problem.options], choice.replicas)
     replicas = _replicas(offers, placed, rates)
-    asked = asked_of(fleet, offers.needs)
+    asked = offers.asked
     served = np.minimum(asked, choice.served / offers.gpu_time)
     served = np.where(served > asked * (1 - 1e-5), asked, served)
     hours = hour_plans(fleet, replicas, asked, served, choice.gpus)
@@ -62,6 +63,7 @@ def _plan(offers: Offers, choice: Choice, warnings: tuple[str, ...]) -> Plan:
         tenants=tenant_plans(fleet, choice.gpus),
         replicas=tuple(replicas),
         hours=hours,
+        pools=pool_plans(offers, choice),
         warnings=warnings,
     )
 
@@ -78,24 +80,28 @@ def _rates(offers: Offers, choice: Choice) -> Figures:
 
 def _replicas(offers: Offers, placed: Sequence[Placed], rates: Figures) -> list[Replica]:
     """Write the replicas down, numbered by model; those that serve alike expect alike."""
-    replicas: list[Replica] = []
-    alike: dict[tuple[int, tuple[int, ...]], Replica] = {}
-    for model in range(len(offers.fleet.models)):
-        mine = [one for one in placed if offers.problem.options[one.option].model == model]
-        for number, one in enumerate(mine):
-            key = (one.option, one.hours)
-            if key not in alike:
-                alike[key] = _replica(offers, one, rates[one.option])
-            first = alike[key]
-            replicas.append(replace(first, id=f"{first.model}/{number}", places=_cut(one.places, first.layout.gpus)))
+    kinds = {(one.option, one.hours): one for one in placed}
+    busiest = [_busiest(offers, one, rates[one.option]) for one in kinds.values()]
+    expected = expected_all([candidate for candidate, _ in busiest], [rate for _, rate in busiest])
+    alike = {
+        key: _replica(offers.offers[key[0]], candidate, times, key[1])
+        for key, (candidate, _), times in zip(kinds, busiest, expected, strict=True)
+    }
+    replicas, numbers = [], dict.fromkeys((model.name for model in offers.fleet.models), 0)
+    for one in sorted(placed, key=lambda one: offers.problem.options[one.option].model):
+        replica = alike[one.option, one.hours]
+        number = numbers[replica.model]
+        numbers[replica.model] += 1
+        places = _cut(one.places, replica.layout.gpus)
+        replicas.append(replace(replica, id=f"{replica.model}/{number}", places=places))
     return replicas
 
 
-def _replica(offers: Offers, placed: Placed, rates: Figures) -> Replica:
-    """Return a replica as it is expected to be at the hour at which it is busiest; `rates` are requests/s by hour."""
+def _busiest(offers: Offers, placed: Placed, rates: Figures) -> tuple[Candidate, float]:
+    """Return a replica as priced for the hour at which it is busiest, and its requests/s; `rates` are by hour."""
     offer = offers.offers[placed.option]
     needs = offers.needs[offers.problem.options[placed.option].model]
-    candidate, rate = max(
+    return max(
         (
             (candidate, min(float(rates[hour]), candidate.requests_per_s) if needs[hour].asked else 0.0)
             for hour in placed.hours
@@ -104,26 +110,30 @@ def _replica(offers: Offers, placed: Placed, rates: Figures) -> Replica:
         key=lambda one: one[1] / one[0].requests_per_s,
         default=(offer.any, 0.0),
     )
-    pace, lengths = expected(candidate, rate), candidate.work.lengths
+
+
+def _replica(offer: Offer, candidate: Candidate, times: Expected, hours: tuple[int, ...]) -> Replica:
+    """Return a replica without a place."""
+    lengths, full = candidate.work.lengths, candidate.full
     return Replica(
         id="-",
         model=offer.model.name,
         pool=offer.pool.name,
-        places=placed.places,
+        places=(),
         precision=candidate.precision,
         layout=candidate.layout,
         engine=candidate.engine.name,
         max_context_tokens=candidate.work.max_context_tokens,
-        max_batch=candidate.full.batch,
+        max_batch=full.batch,
         cache_tokens=candidate.cache_tokens,
         requests_per_s=candidate.requests_per_s,
-        prefill_tokens_per_s=lengths.prompt_tokens / pace.read_s if pace.read_s else 0.0,
-        tokens_per_s=candidate.full.requests_per_s * (lengths.prompt_tokens + lengths.output_tokens),
-        ttft_s=pace.ttft_s,
-        tpot_s=pace.tpot_s,
+        prefill_tokens_per_s=lengths.prompt_tokens / times.read_s if times.read_s else 0.0,
+        tokens_per_s=full.requests_per_s * (lengths.prompt_tokens + lengths.output_tokens),
+        ttft_s=times.ttft_s,
+        tpot_s=times.tpot_s,
         usd_per_hour=offer.usd_per_hour,
         role=candidate.role,
-        hours=placed.hours,
+        hours=hours,
         load_s=offer.load_s,
     )
 
@@ -159,6 +169,7 @@ def _model_plan(offers: Offers, reason: Reason, index: int, replicas: Sequence[R
         usd_per_million_tokens=usd / (requests * tokens / asked) * MEGA if requests else None,
         limited_by=reason.limited_by,
         reason=reason.text,
+        slo_hour_usd=reason.slo_hour_usd,
     )
 
 

@@ -1,24 +1,25 @@
-"""Why a plan is as it is, and what would change it."""
+"""Why a plan is as it is: what each choice won against, what holds it back, what more of something would be worth.
 
-from __future__ import annotations
+Everything here is found by planning again with one thing changed.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from waterline.fleet import Fleet
-from waterline.hardware import Node
-from waterline.llm import PRECISIONS
-from waterline.plan import Limit
-from waterline.planner.candidates import Candidate, Rejection, Work, expected, layouts, price
-from waterline.planner.needs import Need
-from waterline.planner.problem import Choice
+from waterline.fleet import HOURS
+from waterline.plan import Limit, PoolPlan
+from waterline.planner.candidates import Candidate, price_all
+from waterline.planner.milp import choose, fractions, least_cost
+from waterline.planner.offers import Offers
+from waterline.planner.problem import Choice, Counts, Figures, Problem, cost_of
+from waterline.units import usd_text
 from waterline.workload import Slo
 
-if TYPE_CHECKING:
-    from waterline.planner.offers import Offers
+NEAR = 0.01  # a choice that costs this fraction more than another costs as much
+ANY_TIME_S = 1e9
+MANY = 20  # replicas
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,59 +28,140 @@ class Reason:
 
     limited_by: Limit
     text: str
+    slo_hour_usd: float  # saved a day by not holding the SLO at the busiest hour
 
 
 def reasons(offers: Offers, choice: Choice) -> list[Reason]:
+    """Return a reason for each model of the fleet."""
     return [_reason(offers, choice, model) for model in range(len(offers.fleet.models))]
 
 
 def _reason(offers: Offers, choice: Choice, model: int) -> Reason:
-    mine = [i for i, option in enumerate(offers.problem.options) if option.model == model]
-    counts = choice.replicas[mine].max(axis=1)
-    main = mine[int(np.argmax(counts * offers.problem.gpus[mine]))]
-    return Reason(limited_by=offers.offers[main].any.limited_by, text=str(offers.offers[main]))
+    mine = [index for index, option in enumerate(offers.problem.options) if option.model == model]
+    counts = choice.replicas[mine]
+    used = [position for position in range(len(mine)) if counts[position].any()]
+    if not used:
+        return Reason(limited_by=offers.offers[mine[0]].any.limited_by, text="the fleet is too small", slo_hour_usd=0.0)
+    alone = replace(offers.problem, demand=choice.served).of(model)
+    used.sort(key=lambda position: -(alone.gpus[position] * counts[position]).sum())
+    names = [str(offers.offers[index]) for index in mine]
+    cost = cost_of(alone, counts)
+    parts = [_against_all(offers, alone, cost, names, used), _against_the_next(offers, alone, names, used)]
+    return Reason(
+        limited_by=offers.offers[mine[used[0]]].any.limited_by,
+        text="; ".join(part for part in parts if part),
+        slo_hour_usd=_slo_hour_usd(offers, alone, model, mine, counts),
+    )
 
 
-def shortage(offers: Offers, choice: Choice) -> tuple[str, ...]:
-    return ("too small",)
+def _against_all(offers: Offers, alone: Problem, cost: float, names: list[str], used: list[int]) -> str:
+    """Say what was taken, and what keeps it from being what the model would take had it the fleet to itself."""
+    best = _cheapest(alone)
+    taken = ", ".join(names[position] for position in used[:3]) + (f" and {len(used) - 3} more" if used[3:] else "")
+    if best is None or cost <= best[1] * (1 + NEAR) + 1e-9:
+        if len(names) == 1:
+            return "the only layout that does"
+        if len(used) == 1:
+            return f"cheapest of {len(names)} layouts that do"
+        return f"cheapest of {len(names)} layouts that do: {taken}"
+    wanted = _main(alone, best[0])
+    there = offers.fleet.pools[alone.options[wanted].pool].name
+    return (
+        f"{taken}, because others need '{there}' more: alone it would take {names[wanted]}, "
+        f"{_cost_text(offers, cost - best[1])} cheaper"
+    )
 
 
-def why_not(need: Need, fleet: Fleet, rejections: Sequence[tuple[str, Rejection]]) -> str:
-    """Say why a model runs on no pool: the nearest miss on each, then remedies that were tried and work."""
-    nearest: dict[str, Rejection] = {}
-    for pool, rejection in sorted(rejections, key=lambda pair: pair[1].shortfall):
-        nearest.setdefault(pool, rejection)
-    misses = "; ".join(f"on '{pool}' {miss.precision} {miss.layout}: {miss.reason}" for pool, miss in nearest.items())
-    found = _remedies(need, fleet)
-    advice = "What would do: " + "; or ".join(found) if found else "It needs cards with more memory, or more nodes"
-    return f"model '{need.model.name}' runs on none of the pools: {misses}. {advice}."
+def _against_the_next(offers: Offers, alone: Problem, names: list[str], used: list[int]) -> str:
+    """Say what the model would run as without what it does, and what that would cost."""
+    others = [position for position in range(len(names)) if position not in used]
+    second = _cheapest(alone.only(others)) if others else None
+    if second is None:
+        return "nothing else would do" if others else ""
+    return f"next: {names[others[_main(alone.only(others), second[0])]]} at {_cost_text(offers, second[1])}"
 
 
-def _remedies(need: Need, fleet: Fleet) -> list[str]:
-    """Return changes to one line of the fleet file, each checked to make the model run somewhere."""
-    found = []
-    others = [name for name, form in PRECISIONS.items() if not form.gguf and name not in need.model.precisions]
-    for precision in sorted(others, key=lambda name: -PRECISIONS[name].bits):
-        if runs := _first(need, fleet, need.work, (precision,)):
-            found.append(f"add \"{precision}\" to its precisions ({runs[1].layout} on '{runs[0]}')")
-            break
-    patient = replace(need.work, slo=Slo(ttft_s=1e9, tpot_s=1e9, fraction=need.work.slo.fraction))
-    if runs := _first(need, fleet, patient, need.model.precisions):
-        alone = expected(runs[1], 0.0)
-        slo = f"ttft_s = {alone.ttft_s * 1.2:.2g}, tpot_s = {alone.tpot_s * 1.2:.2g}"
-        found.append(f"loosen its slo to {slo} ({runs[1].layout} on '{runs[0]}')")
-    return found
+def _cheapest(alone: Problem) -> tuple[Figures, float] | None:
+    """Return [option, hour] replicas of one model by itself, and their cost; of very many, fractions tell as much."""
+    if alone.total.max() > MANY * np.median(alone.rates[alone.rates > 0]):
+        return fractions(alone)
+    choice = choose(alone, gap=NEAR)
+    return None if choice is None else (choice.replicas.astype(float), choice.cost)
 
 
-def _first(need: Need, fleet: Fleet, work: Work, precisions: Sequence[str]) -> tuple[str, Candidate] | None:
-    """Return a pool and the fastest candidate on it."""
-    llm = fleet.llm_of(need.model)
-    runs = [
-        (pool.name, priced)
-        for pool in fleet.pools
-        for node in [Node(gpu=fleet.gpu_of(pool), gpus=pool.gpus_per_node)]
-        for precision in precisions
-        for layout in layouts(llm, node, pool.nodes)
-        if isinstance(priced := price(llm, node, layout, precision, need.model.engine, work), Candidate)
-    ]
-    return min(runs, key=lambda run: run[1].step.step_ps(0, 0, 1, work.lengths.context_tokens), default=None)
+def _main(problem: Problem, replicas: Figures) -> int:
+    return int(np.argmax((problem.gpus[:, None] * replicas).sum(axis=1)))
+
+
+def _cost_text(offers: Offers, cost: float) -> str:
+    if offers.fleet.objective == "energy":
+        return f"{cost / HOURS / 1000:.3g} kW"
+    return f"{usd_text(cost / HOURS)}/h"
+
+
+def _slo_hour_usd(offers: Offers, alone: Problem, model: int, mine: list[int], counts: Counts) -> float:
+    """Return what a model that may be slow at its busiest hour saves in a day, with the options it has."""
+    used = [position for position in range(len(mine)) if counts[position].any()]
+    hour = int(np.argmax(alone.total[0]))
+    need = offers.needs[model][hour]
+    if not need.asked or offers.fleet.objective == "energy":
+        return 0.0
+    patient = replace(need.work, slo=Slo(ttft_s=ANY_TIME_S, tpot_s=ANY_TIME_S, fraction=need.work.slo.fraction))
+    (answers,) = price_all([offers.offers[mine[position]].shape for position in used], [patient])
+    options = []
+    for position, answer in zip(used, answers, strict=True):
+        rates = list(alone.options[position].requests_per_s)
+        rates[hour] = max(rates[hour], answer.requests_per_s if isinstance(answer, Candidate) else 0.0)
+        options.append(replace(alone.options[position], requests_per_s=tuple(rates)))
+    before, after = _cheapest(alone.only(used)), _cheapest(replace(alone, options=tuple(options)))
+    return max(0.0, before[1] - after[1]) if before and after else 0.0
+
+
+def pool_plans(offers: Offers, choice: Choice) -> tuple[PoolPlan, ...]:
+    """Return what is used of each pool, and what one more GPU of it would save, bought as whole nodes.
+
+    Savings are those of fractions of replicas: what a long row of such nodes saves each.
+    """
+    problem = replace(offers.problem, demand=choice.served)
+    before: float | None = None
+    plans = []
+    for index, pool in enumerate(offers.fleet.pools):
+        here = [i for i, option in enumerate(problem.options) if option.pool == index]
+        used = int((problem.gpus[here, None] * choice.replicas[here]).sum(axis=0).max(initial=0))
+        worth = 0.0
+        if here and _full(problem, index, choice.replicas) and offers.fleet.objective != "energy":
+            before = least_cost(problem) if before is None else before
+            after = least_cost(with_nodes(problem, index, 1))
+            worth = max(0.0, before - after) / HOURS / pool.gpus_per_node
+        plans.append(PoolPlan(pool=pool.name, gpus=used, worth_usd_per_gpu_hour=worth))
+    return tuple(plans)
+
+
+def _full(problem: Problem, pool: int, replicas: Counts) -> bool:
+    """Return whether there is no room on a pool, at some hour, for a group as large as the largest that is there."""
+    here = [i for i, option in enumerate(problem.options) if option.pool == pool and replicas[i].any()]
+    largest = max((group for i in here for group in problem.options[i].groups), default=0)
+    if not largest:
+        return False
+    nodes, gpus = problem.pools[pool]
+    taken = np.array([problem.options[i].slots(largest) for i in here]) @ replicas[here]
+    small = problem.gpus[here] @ replicas[here]
+    return bool((taken >= nodes * (gpus // largest)).any() or (small > nodes * gpus - largest).any())
+
+
+def with_nodes(problem: Problem, pool: int, more: int) -> Problem:
+    """Return the problem with more nodes of a pool; shares of the fleet grow with it."""
+    pools = tuple((nodes + more * (index == pool), gpus) for index, (nodes, gpus) in enumerate(problem.pools))
+    grown = replace(problem, pools=pools)
+    growth = grown.fleet_gpus / problem.fleet_gpus
+    return replace(
+        grown, guarantee=problem.guarantee * growth, deserved=problem.deserved * growth, limit=problem.limit * growth
+    )
+
+
+def with_limits(problem: Problem, tenants: Iterable[int], limit: float) -> Problem:
+    """Return the problem with the limit of some tenants raised to so many GPUs."""
+    limits = problem.limit.copy()
+    for tenant in tenants:
+        limits[tenant] = max(limits[tenant], limit)
+    return replace(problem, limit=limits)

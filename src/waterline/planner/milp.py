@@ -19,6 +19,7 @@ When the fleet is too small, goodput decides who is served: first everybody with
 serves is then served at the least cost.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 from time import monotonic
@@ -43,7 +44,9 @@ from waterline.planner.rounding import rounded
 
 GAP = 0.01
 TIME_LIMIT_S = 60.0
+MANY_COLUMNS = 10_000
 FEW_COLUMNS = 1000  # of a problem small enough to be searched for more than the gap asks
+WHATEVER_IT_COSTS = 1e9
 BRANCHES = 1000  # as many as the solver may try: a limit that gives the same plan on a slow machine, as time would not
 
 
@@ -59,6 +62,9 @@ def choose(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME_LIM
     small, period = merged(problem)
     kept = undominated(small, gap / 10)
     small = small.only(kept)
+    if small.rates.size > MANY_COLUMNS:  # so much that models compete, and that rounding does
+        choice = _together(small, 0.0, gap, until_s)
+        return None if choice is None else _widened(problem, choice, kept, period)
     enough = gap if small.rates.size > FEW_COLUMNS else gap / 10
     choice = _each_alone(small, inf, until_s)
     if choice is not None and _fits(small, choice) and choice.gap > enough:
@@ -68,6 +74,25 @@ def choose(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME_LIM
     return None if choice is None else _widened(problem, choice, kept, period)
 
 
+def least_cost(problem: Problem) -> float:
+    """Return what serving all costs in fractions of replicas, entitlements left out; infinite where it cannot be."""
+    found = fractions(problem)
+    return inf if found is None else found[1]
+
+
+def fractions(problem: Problem) -> tuple[Figures, float] | None:
+    """Return [option, hour] fractions of replicas that serve all, and their cost; entitlements are left out."""
+    small, period = merged(problem)
+    kept = undominated(small, GAP / 10)
+    program, y = _serving_all(small.only(kept))
+    found = program.solve(relaxed=True)
+    if found is None:
+        return None
+    values = np.zeros((len(problem.options), len(period)))
+    values[kept] = found.values[y][:, period]
+    return values, found.objective
+
+
 def serve_most(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME_LIMIT_S) -> Choice:
     """Return the choice that serves the most value at every hour, and what that costs at the least.
 
@@ -75,13 +100,23 @@ def serve_most(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME
     """
     until_s = monotonic() + time_limit_s
     small, period = merged(problem)
-    kept = undominated(small, 0.0)
-    small = small.only(kept)
-    hours = [_serve_most_at(small.at([hour]), gap, until_s) for hour in range(len(small.hours))]
-    replicas, served = (np.concatenate(parts, axis=-1) for parts in zip(*hours, strict=True))
-    asked = replace(small, demand=np.where(served > (1 - SLACK) * small.demand, small.demand, (1 - SLACK) * served))
-    best = choose(asked, gap=gap, time_limit_s=max(1.0, until_s - monotonic()))
-    return _widened(problem, best or _choice(asked, replicas, 0.0), kept, period)
+    kept = undominated(small, WHATEVER_IT_COSTS)
+    served = np.zeros_like(small.demand)
+    replicas = np.zeros((len(small.options), len(small.hours)), dtype=np.int64)
+    gpus = np.zeros_like(small.demand)
+    for hour in range(len(small.hours)):
+        now = small.at([hour])
+        few, most = _serve_most_at(now.only(kept), gap / 10, until_s)
+        replicas[kept, hour] = few[:, 0]
+        most = np.where(most > (1 - SLACK) * now.demand, now.demand, (1 - SLACK) * most)
+        most[most < 10 * SLACK * now.demand] = 0.0  # within the solver's tolerance of nothing
+        asked, before = replace(now, demand=most), replicas[:, hour - 1] if hour else None
+        best = _cheapest_entitled(asked, gap, until_s, before) or _choice(asked, replicas[:, [hour]], 0.0)
+        served[:, :, [hour]], replicas[:, [hour]], gpus[:, :, [hour]] = most, best.replicas, best.gpus
+    asked = replace(small, demand=served)
+    choice = _choice(asked, replicas, 0.0)
+    choice = replace(choice, gpus=gpus, bound=min(choice.cost, least_cost(asked)))
+    return _widened(problem, choice, range(len(small.options)), period)
 
 
 # --- One model after another, or all together -----------------------------------------------------------------------
@@ -108,28 +143,37 @@ def _together(problem: Problem, bound: float, gap: float, until_s: float) -> Cho
     if found is None:
         return None
     choice = _choice(problem, found[0], max(bound, found[1]))
-    return choice if entitled(problem, choice.gpus) else _cheapest_entitled(problem, choice.bound, gap, until_s)
+    if entitled(problem, choice.gpus):
+        return choice
+    entitled_choice = _cheapest_entitled(problem, gap, until_s)
+    return entitled_choice and replace(entitled_choice, bound=max(choice.bound, entitled_choice.bound))
 
 
 def _cheapest(problem: Problem, gap: float, until_s: float) -> tuple[Counts, float] | None:
     """Return [option, hour] replicas that serve all at the least cost, and its bound; entitlements are left out."""
-    program = Program()
-    y = _add_replicas(program, problem)
-    for model in range(problem.models):
-        _add_coverage(program, problem, model, y)
+    program, y = _serving_all(problem)
     found = _search(program, problem, y, gap, until_s)
     return None if found is None else (found[0], found[2])
 
 
-def _cheapest_entitled(problem: Problem, bound: float, gap: float, until_s: float) -> Choice | None:
+def _serving_all(problem: Problem) -> tuple[Program, Indices]:
     program = Program()
     y = _add_replicas(program, problem)
+    for model in range(problem.models):
+        _add_coverage(program, problem, model, y)
+    return program, y
+
+
+def _cheapest_entitled(problem: Problem, gap: float, until_s: float, before: Counts | None = None) -> Choice | None:
+    """Return the cheapest choice within pools and entitlements, after [option] replicas of the hour before."""
+    program = Program()
+    y = _add_replicas(program, problem, before=before)
     _, use, _ = _add_tenants(program, problem, y, at_least=problem.demand)
     found = _search(program, problem, y, gap, until_s)
     if found is None:
         return None
-    replicas, values, low = found
-    choice = _choice(problem, replicas, max(bound, low))
+    replicas, values, bound = found
+    choice = _choice(problem, replicas, bound)
     return choice if entitled(problem, choice.gpus) else replace(choice, gpus=values[use])
 
 
@@ -181,7 +225,8 @@ def _most(program: Program, y: Indices, gap: float, until_s: float, known: Outco
     down = program.solve(relaxed=True, fixed=(y, np.floor(relaxed.values[y] + SLACK)))
     best = min((one for one in (known, down) if one is not None), key=lambda one: one.objective, default=None)
     if best is None or best.objective - relaxed.objective > gap * abs(best.objective):
-        found = program.solve(gap=gap, time_limit_s=max(1.0, until_s - monotonic()))
+        most_nodes = BRANCHES if gap else None
+        found = program.solve(gap=gap, time_limit_s=max(1.0, until_s - monotonic()), most_nodes=most_nodes)
         if found is not None and (best is None or found.objective < best.objective):
             best = found
     assert best is not None  # noqa: S101 - as above: the solver finds at least that
@@ -191,8 +236,11 @@ def _most(program: Program, y: Indices, gap: float, until_s: float, known: Outco
 # --- Columns and rows -----------------------------------------------------------------------------------------------
 
 
-def _add_replicas(program: Program, problem: Problem, *, free: bool = False) -> Indices:
-    """Add [option, hour] replicas that keep within the pools; their cost and that of their starts, unless `free`."""
+def _add_replicas(program: Program, problem: Problem, *, free: bool = False, before: Counts | None = None) -> Indices:
+    """Add [option, hour] replicas that keep within the pools; their cost and that of their starts, unless `free`.
+
+    The hour before the first is the last, or has the replicas `before`.
+    """
     shape = (len(problem.options), len(problem.hours))
     running = np.array([option.cost for option in problem.options])[:, None] * np.array(problem.hours)
     y = program.add_columns(shape, cost=0.0 if free else running, integer=True)
@@ -201,10 +249,13 @@ def _add_replicas(program: Program, problem: Problem, *, free: bool = False) -> 
         for size, slots in problem.slots(pool).items():
             taken = np.array([problem.options[index].slots(size) for index in here])
             program.add_rows([(y[here].T, taken)], shape=shape[1:], upper=slots)
-    if not free and len(problem.hours) > 1:
+    if not free and (before is not None or len(problem.hours) > 1):
         starting = np.array([option.start_cost for option in problem.options])[:, None]
         starts = program.add_columns(shape, cost=starting)
-        program.add_rows([(starts, 1.0), (y, -1.0), (np.roll(y, 1, axis=1), 1.0)], shape=shape, lower=0.0)
+        if before is None:
+            program.add_rows([(starts, 1.0), (y, -1.0), (np.roll(y, 1, axis=1), 1.0)], shape=shape, lower=0.0)
+        else:
+            program.add_rows([(starts, 1.0), (y, -1.0)], shape=shape, lower=-before[:, None])
     return y
 
 
@@ -214,7 +265,8 @@ def _add_coverage(program: Program, problem: Problem, model: int, y: Indices) ->
     scale = np.where(asked > 0, asked, 1.0)
 
     def offered(options: list[int]) -> Term:
-        return y[options].T, problem.rates[options].T / scale[:, None]
+        enough = np.minimum(problem.rates[options].T, scale[:, None])  # more than all is no use: a tighter bound
+        return y[options].T, enough / scale[:, None]
 
     terms = [offered(problem.of_model(model, "both"))]
     for pair in problem.pairs(model):
@@ -294,8 +346,8 @@ def _choice(problem: Problem, replicas: Counts, bound: float) -> Choice:
     )
 
 
-def _widened(problem: Problem, choice: Choice, kept: list[int], period: list[int]) -> Choice:
+def _widened(problem: Problem, choice: Choice, kept: Sequence[int], period: list[int]) -> Choice:
     """Return the choice among all options and for all hours."""
     replicas = np.zeros((len(problem.options), len(period)), dtype=np.int64)
-    replicas[kept] = choice.replicas[:, period]
+    replicas[list(kept)] = choice.replicas[:, period]
     return replace(choice, replicas=replicas, served=choice.served[:, :, period], gpus=choice.gpus[:, :, period])

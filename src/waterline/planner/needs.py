@@ -11,6 +11,7 @@ from waterline.planner.queueing import Lengths, usual_lengths
 from waterline.workload import LENGTH_SIGMA, read_trace
 
 PEAK_WINDOW_S = 300.0  # a trace is planned for its busiest five minutes
+NOTHING_PER_S = 1e-9  # one request in thirty years
 UNASKED = Demand()  # the request lengths of a model nobody has asked anything of yet
 SQUARE_OVER_MEAN = math.exp(LENGTH_SIGMA**2)  # of lengths of which only the mean is known
 
@@ -49,7 +50,7 @@ def needs(fleet: Fleet, model: Model) -> tuple[Need, ...]:
     before, and a model without demand that of usual requests.
     """
     rows = [_hours(demand) for demand in fleet.demand if demand.model == model.name]
-    hours = [tuple(row[hour] for row in rows if row[hour].requests_per_s > 0) for hour in range(HOURS)]
+    hours = [tuple(row[hour] for row in rows if row[hour].requests_per_s > NOTHING_PER_S) for hour in range(HOURS)]
     works: dict[tuple[Asked, ...], Work] = {}
     found, latest = [], next((asked for asked in reversed(hours) if asked), ())
     for asked in hours:

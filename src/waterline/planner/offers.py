@@ -11,8 +11,8 @@ from waterline.fleet import HOURS, Fleet, Model, Pool
 from waterline.hardware import Node
 from waterline.plan import Layout
 from waterline.planner.candidates import Candidate, Rejection, Shape, Work, expected, price_all, shapes
-from waterline.planner.explain import why_not
 from waterline.planner.needs import Asked, Need, needs
+from waterline.planner.nowhere import why_not
 from waterline.planner.problem import Figures, Option, Problem
 from waterline.units import HOUR_S
 
@@ -64,6 +64,7 @@ class Offers:
     needs: tuple[tuple[Need, ...], ...]  # [model][hour]
     offers: tuple[Offer, ...]  # of the options of the problem, in their order
     problem: Problem
+    asked: Figures  # [model, tenant, hour] requests per second; the last tenant is nobody and asks nothing
     gpu_time: Figures  # [model, tenant, hour] of a request, over that of the mixture its work was priced for
 
 
@@ -83,13 +84,14 @@ def offers_of(fleet: Fleet) -> Offers:
     """Price all that could run. Raises InfeasibleError where a model runs on none of the pools."""
     by_model = tuple(needs(fleet, model) for model in fleet.models)
     offers = [offer for hours in by_model for offer in _offers_of_model(fleet, hours)]
-    gpu_time = _gpu_time(fleet, by_model, offers)
+    asked, gpu_time = _asked(fleet, by_model), _gpu_time(fleet, by_model, offers)
     return Offers(
         fleet=fleet,
         needs=by_model,
         offers=tuple(offers),
+        asked=asked,
         gpu_time=gpu_time,
-        problem=_problem(fleet, by_model, offers, gpu_time),
+        problem=_problem(fleet, by_model, offers, asked, gpu_time),
     )
 
 
@@ -158,8 +160,9 @@ def _seconds_per_token(need: Need, offers: Sequence[Offer]) -> tuple[float, floa
     return pace.read_s / read_tokens, pace.plain_s / max(1.0, pace.batch)
 
 
-def _problem(fleet: Fleet, by_model: Sequence[Sequence[Need]], offers: Sequence[Offer], gpu_time: Figures) -> Problem:
-    asked = asked_of(fleet, by_model)
+def _problem(
+    fleet: Fleet, by_model: Sequence[Sequence[Need]], offers: Sequence[Offer], asked: Figures, gpu_time: Figures
+) -> Problem:
     demand = asked * gpu_time
     value = 1.0 / gpu_time
     nobody = demand.sum(axis=(1, 2)) <= 0
@@ -196,8 +199,7 @@ def _problem(fleet: Fleet, by_model: Sequence[Sequence[Need]], offers: Sequence[
     )
 
 
-def asked_of(fleet: Fleet, by_model: Sequence[Sequence[Need]]) -> Figures:
-    """[model, tenant, hour] requests per second; the last tenant is nobody and asks nothing."""
+def _asked(fleet: Fleet, by_model: Sequence[Sequence[Need]]) -> Figures:
     tenants = [tenant.name for tenant in fleet.tenants]
     asked = np.zeros((len(by_model), len(tenants) + 1, HOURS))
     for model, hours in enumerate(by_model):

@@ -74,7 +74,7 @@ class PoolGpus:
         nodes, gpus, hours = self.taken.shape
         slots = gpus // size
         blocks = self.taken[:, : slots * size].reshape(nodes, slots, size, hours)
-        taken: NDArray[np.bool_] = blocks.any(axis=2)
+        taken: NDArray[np.bool_] = np.logical_or.reduce(blocks, axis=2)
         return taken
 
     def _take(self, slots: NDArray[np.int64], size: int, hours: Hours) -> tuple[Place, ...]:

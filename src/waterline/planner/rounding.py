@@ -12,12 +12,14 @@ import numpy as np
 from waterline.planner.problem import SLACK, Counts, Figures, Problem
 
 Move = tuple[int, ...]  # options of which to start one replica each
+ODD = 2.0  # what is one of a kind in its model counts as so much dearer: every layout more is one more to look after
 
 
 def rounded(problem: Problem, fractions: Figures) -> Counts | None:
     """Return [option, hour] replicas near to fractions of them that serve all that is asked; None where that fails."""
     replicas = np.floor(fractions + SLACK).astype(np.int64)
-    models = [_Sides(problem, model) for model in range(problem.models)]
+    wanted = set(np.flatnonzero(fractions.max(axis=1, initial=0.0) > SLACK).tolist())
+    models = [_Sides(problem, model, wanted) for model in range(problem.models)]
     for hour in range(len(problem.hours)):
         counts, rates = replicas[:, hour].tolist(), problem.rates[:, hour].tolist()
         free = _Free(problem, counts)
@@ -34,12 +36,15 @@ def rounded(problem: Problem, fractions: Figures) -> Counts | None:
 class _Sides:
     """The options of one model, by what they do."""
 
-    def __init__(self, problem: Problem, model: int) -> None:
+    def __init__(self, problem: Problem, model: int, wanted: set[int]) -> None:
         self.both = problem.of_model(model, "both")
         self.pairs = problem.pairs(model)
-        self.moves: list[Move] = [(option,) for option in self.both]
+        moves: list[Move] = [(option,) for option in self.both]
         for reads, writes in self.pairs:
-            self.moves += [(option,) for option in (*reads, *writes)] + list(product(reads, writes))
+            moves += [(option,) for option in (*reads, *writes)] + list(product(reads, writes))
+        self.moves = [(move, 1.0) for move in moves if wanted.issuperset(move)]
+        self.moves += [(move, ODD) for move in moves if len(move) == 1 and not wanted.issuperset(move)]
+        self.other_moves = [(move, 1.0) for move in moves if len(move) > 1 and not wanted.issuperset(move)]
 
     def capacity(self, counts: Sequence[int], rates: Sequence[float]) -> float:
         """Return the requests per second that replicas sustain."""
@@ -75,26 +80,43 @@ def _filled(problem: Problem, sides: _Sides, counts: list[int], rates: list[floa
     """Start replicas, what gives most for its cost first, until a model is served; return whether that worked."""
     served = sides.capacity(counts, rates)
     while served < asked:
-        best: tuple[float, Move, float] | None = None
-        for move in sides.moves:
-            _add(counts, move, 1)
-            reached = sides.capacity(counts, rates)
-            _add(counts, move, -1)
-            cost = sum(problem.options[option].cost for option in move)
-            gain = min(reached, asked) - served
-            if gain > 0 and (best is None or cost / gain < best[0]) and free.holds(move):
-                best = (cost / gain, move, reached)
+        best = None
+        for moves in (sides.moves, sides.other_moves):
+            best = best or _best_move(problem, sides, moves, counts, rates, free, served, asked)
         if best is None:
             return False
-        _add(counts, best[1], 1)
-        free.take(best[1])
-        served = best[2]
+        _add(counts, best[0], 1)
+        free.take(best[0])
+        served = best[1]
     return True
+
+
+def _best_move(
+    problem: Problem,
+    sides: _Sides,
+    moves: Sequence[tuple[Move, float]],
+    counts: list[int],
+    rates: list[float],
+    free: _Free,
+    served: float,
+    asked: float,
+) -> tuple[Move, float] | None:
+    """Return what serves most of what is missing for its cost, and the rate it comes to."""
+    best: tuple[float, Move, float] | None = None
+    for move, dearer in moves:
+        _add(counts, move, 1)
+        reached = sides.capacity(counts, rates)
+        _add(counts, move, -1)
+        cost = dearer * sum(problem.options[option].cost for option in move)
+        gain = min(reached, asked) - served
+        if gain > 0 and (best is None or cost / gain < best[0]) and free.holds(move):
+            best = (cost / gain, move, reached)
+    return best and best[1:]
 
 
 def _trim(problem: Problem, sides: _Sides, counts: list[int], rates: list[float], asked: float) -> None:
     """Stop what a model can do without, the dearest first."""
-    options = {option for move in sides.moves for option in move}
+    options = {option for move, _ in (*sides.moves, *sides.other_moves) for option in move if counts[option]}
     for option in sorted(options, key=lambda option: -problem.options[option].cost):
         while counts[option] > 0:
             counts[option] -= 1
