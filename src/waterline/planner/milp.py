@@ -44,7 +44,8 @@ from waterline.planner.rounding import rounded
 
 GAP = 0.01
 TIME_LIMIT_S = 60.0
-MANY_COLUMNS = 10_000
+ODDER = (2.0, 1.2)  # see `rounded`: tidy first, then near
+MANY_COLUMNS = 10_000  # of a problem too large for the solver to branch in
 FEW_COLUMNS = 1000  # of a problem small enough to be searched for more than the gap asks
 WHATEVER_IT_COSTS = 1e9
 BRANCHES = 1000  # as many as the solver may try: a limit that gives the same plan on a slow machine, as time would not
@@ -182,24 +183,29 @@ def _search(
 ) -> tuple[Counts, Figures, float] | None:
     """Return [option, hour] replicas, the values of all columns and a bound of the cost.
 
-    Rounding is enough where there is much of everything; where it is not, the solver branches, from there on.
+    Rounding is enough where there is much of everything; where there is little, the solver branches.
     """
     relaxed = program.solve(relaxed=True)
     if relaxed is None:
         return None
-    replicas = rounded(problem, relaxed.values[y])
-    best = None if replicas is None else program.solve(relaxed=True, fixed=(y, replicas.astype(float)))
+    best: Outcome | None = None
     bound = relaxed.objective
-    if best is None or best.objective - bound > gap * best.objective + 1e-9:
-        found = program.solve(
-            gap=gap,
-            time_limit_s=max(1.0, until_s - monotonic()),
-            most_nodes=BRANCHES if gap else None,
-        )
+    for odd in ODDER:
+        replicas = None if _near(best, bound, gap) else rounded(problem, relaxed.values[y], odd)
+        whole = None if replicas is None else program.solve(relaxed=True, fixed=(y, replicas.astype(float)))
+        if whole is not None and (best is None or whole.objective < best.objective):
+            best = whole
+    if not _near(best, bound, gap) and (best is None or y.size <= MANY_COLUMNS):
+        most_nodes = BRANCHES if gap else None
+        found = program.solve(gap=gap, time_limit_s=max(1.0, until_s - monotonic()), most_nodes=most_nodes)
         if found is not None:
             bound = max(bound, found.bound)
             best = found if best is None or found.objective <= best.objective else best
     return None if best is None else (_whole(best.values[y]), best.values, bound)
+
+
+def _near(found: Outcome | None, bound: float, gap: float) -> bool:
+    return found is not None and found.objective - bound <= gap * found.objective + 1e-9
 
 
 def _serve_most_at(problem: Problem, gap: float, until_s: float) -> tuple[Counts, Figures]:

@@ -12,14 +12,16 @@ import numpy as np
 from waterline.planner.problem import SLACK, Counts, Figures, Problem
 
 Move = tuple[int, ...]  # options of which to start one replica each
-ODD = 2.0  # what is one of a kind in its model counts as so much dearer: every layout more is one more to look after
 
 
-def rounded(problem: Problem, fractions: Figures) -> Counts | None:
-    """Return [option, hour] replicas near to fractions of them that serve all that is asked; None where that fails."""
+def rounded(problem: Problem, fractions: Figures, odd: float) -> Counts | None:
+    """Return [option, hour] replicas near to fractions of them that serve all that is asked; None where that fails.
+
+    What would be one of a kind in its model counts as `odd` times as dear: every layout more is one more to look after.
+    """
     replicas = np.floor(fractions + SLACK).astype(np.int64)
     wanted = set(np.flatnonzero(fractions.max(axis=1, initial=0.0) > SLACK).tolist())
-    models = [_Sides(problem, model, wanted) for model in range(problem.models)]
+    models = [_Sides(problem, model, wanted, odd) for model in range(problem.models)]
     for hour in range(len(problem.hours)):
         counts, rates = replicas[:, hour].tolist(), problem.rates[:, hour].tolist()
         free = _Free(problem, counts)
@@ -36,14 +38,14 @@ def rounded(problem: Problem, fractions: Figures) -> Counts | None:
 class _Sides:
     """The options of one model, by what they do."""
 
-    def __init__(self, problem: Problem, model: int, wanted: set[int]) -> None:
+    def __init__(self, problem: Problem, model: int, wanted: set[int], odd: float) -> None:
         self.both = problem.of_model(model, "both")
         self.pairs = problem.pairs(model)
         moves: list[Move] = [(option,) for option in self.both]
         for reads, writes in self.pairs:
             moves += [(option,) for option in (*reads, *writes)] + list(product(reads, writes))
         self.moves = [(move, 1.0) for move in moves if wanted.issuperset(move)]
-        self.moves += [(move, ODD) for move in moves if len(move) == 1 and not wanted.issuperset(move)]
+        self.moves += [(move, odd) for move in moves if len(move) == 1 and not wanted.issuperset(move)]
         self.other_moves = [(move, 1.0) for move in moves if len(move) > 1 and not wanted.issuperset(move)]
 
     def capacity(self, counts: Sequence[int], rates: Sequence[float]) -> float:
