@@ -298,7 +298,7 @@ class Pace:
         # Wilson and Hilferty: the cube root of a gamma over its mean is nearly normal.
         root = np.cbrt(np.maximum(1 + beyond * lopsided / 2, 0.0))
         late = 1 - normal_fraction(np.where(root > 0, 6 / lopsided * (root - 1 + lopsided**2 / 36), -FAR))
-        come = rate * (before_s + tokens * plain_s)  # while it waits, is read and lasts, mean
+        come = np.maximum(rate * (before_s + tokens * plain_s), 0.0)  # while it waits, is read and lasts, mean
         late = np.maximum(late, 1 - np.exp(-come * self._longer_fraction(tokens * (tpot_s - plain_s))))
         anybody = 1 - np.exp(-come)
         crowded = 1 - normal_fraction(tokens * (tpot_s - plain_s) / np.sqrt(np.maximum(crowded_variance, 1e-30)))
