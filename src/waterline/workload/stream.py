@@ -14,6 +14,7 @@ from waterline.units import DAY_S, GIGA
 
 CHUNK = 1 << 16  # requests, about
 UNSAID = -1  # of a tenant, model or client that the trace does not name
+UNMET = -2  # of a name that has not been met
 DAY_NS = DAY_S * GIGA
 
 Longs = NDArray[np.int64]
@@ -89,6 +90,13 @@ class Names:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def find(self, name: str) -> int:
+        """Return the index of a name, or one that no request has."""
+        return self._index.get(name, UNMET)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._names))
 
     def index(self, name: str) -> int:
         """Return the index of a name, a new one if it was never met; UNSAID of no name."""
