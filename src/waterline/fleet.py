@@ -22,6 +22,7 @@ from waterline.hardware import Gpu
 from waterline.llm import PRECISIONS, Llm
 from waterline.units import DAY_S, GIGA
 from waterline.workload import Slo
+from waterline.workload.columns import parse_columns
 
 HOURS = 24
 DEFAULT_CONTEXT_TOKENS = 32_768
@@ -88,6 +89,7 @@ class Demand(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tenant: str = ""  # "": the only tenant
     model: str = ""  # "": the only model
     trace: str = ""  # a file beside the fleet file
+    columns: str = ""  # which column of a trace is what; "": as its header says
     requests_per_s: Rate | tuple[Rate, ...] | None = None  # all day, or of each hour
     prompt_tokens: Count = 1000  # mean
     output_tokens: Count = 200  # mean
@@ -416,6 +418,9 @@ def _complete_demand(demand: Demand, number: int, fleet: Fleet, path: Path) -> D
             f"{path}: requests_per_s of {where} lists {len(demand.requests_per_s)} rates. Write one number, or "
             f"{HOURS} of them, from midnight on."
         )
+    if demand.columns:
+        with _naming(path, f"'columns' of {where}"):
+            parse_columns(demand.columns)
     trace = str((path.parent / Path(demand.trace).expanduser()).resolve()) if demand.trace else ""
     context = fleet.model(model).max_context_tokens
     if demand.prompt_tokens + demand.output_tokens > context:

@@ -2,16 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from waterline.fleet import HOURS, Demand, Fleet, Model, default_slo
 from waterline.planner.candidates import Work
 from waterline.planner.queueing import Lengths, usual_lengths
-from waterline.workload import LENGTH_SIGMA, read_trace
+from waterline.units import GIGA
+from waterline.workload import LENGTH_SIGMA
+from waterline.workload.files import open_trace
+from waterline.workload.stream import Ints, Longs
 
-PEAK_WINDOW_S = 300.0  # a trace is planned for its busiest five minutes
+PEAK_WINDOW_NS = 300 * GIGA  # a trace is planned for its busiest five minutes
 NOTHING_PER_S = 1e-9  # one request in thirty years
+LARGE = 10**6  # tokens; a chunk of squares of more might not fit 64 bits
 UNASKED = Demand()  # the request lengths of a model nobody has asked anything of yet
 SQUARE_OVER_MEAN = math.exp(LENGTH_SIGMA**2)  # of lengths of which only the mean is known
 
@@ -137,32 +142,68 @@ def _hours(demand: Demand) -> tuple[Asked, ...]:
             )
             for requests_per_s in demand.hourly_requests_per_s
         )
-    requests = read_trace(Path(demand.trace)).requests
-    prompt_tokens, prompt_square = _moments([request.prompt_tokens for request in requests])
-    output_tokens, output_square = _moments([request.output_tokens for request in requests])
-    asked = Asked(
+    return (_recorded(demand),) * HOURS
+
+
+def _recorded(demand: Demand) -> Asked:
+    """Read a trace once, and say what it asks in its busiest minutes and how long its requests are."""
+    peak = _Peak()
+    prompts, outputs = _Moments(), _Moments()
+    for chunk in open_trace(demand.trace, columns=demand.columns).chunks():
+        peak.add(chunk.arrival_ns)
+        prompts.add(chunk.prompt_tokens)
+        outputs.add(chunk.output_tokens)
+    return Asked(
         tenant=demand.tenant,
-        requests_per_s=_peak_requests_per_s([request.arrival_s for request in requests]),
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        prompt_square=prompt_square,
-        output_square=output_square,
+        requests_per_s=peak.requests_per_s,
+        prompt_tokens=prompts.mean,
+        output_tokens=outputs.mean,
+        prompt_square=prompts.square_over_mean,
+        output_square=outputs.square_over_mean,
         prefix_hit=demand.prefix_hit,
     )
-    return (asked,) * HOURS
 
 
-def _moments(lengths: Sequence[int]) -> tuple[float, float]:
-    """Return the mean, and the mean of the square over its square."""
-    mean = sum(lengths) / len(lengths)
-    return mean, sum(length * length for length in lengths) / len(lengths) / mean**2
+@dataclass(slots=True)
+class _Moments:
+    """Of lengths, as they are added."""
+
+    count: int = 0
+    total: int = 0
+    squares: int = 0
+
+    def add(self, lengths: Ints) -> None:
+        whole = lengths.astype(np.int64)
+        self.count += len(whole)
+        self.total += int(whole.sum())
+        self.squares += sum((whole * whole).tolist()) if whole.max() > LARGE else int((whole * whole).sum())
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count
+
+    @property
+    def square_over_mean(self) -> float:
+        """The mean of the square, over the square of the mean."""
+        return self.squares / self.count / self.mean**2
 
 
-def _peak_requests_per_s(arrivals_s: Sequence[float]) -> float:
-    """Return the rate of the busiest window; of the whole trace when it is shorter than one."""
-    first = most = 0
-    for last, arrival_s in enumerate(arrivals_s):
-        while arrival_s - arrivals_s[first] > PEAK_WINDOW_S:
-            first += 1
-        most = max(most, last - first + 1)
-    return most / min(PEAK_WINDOW_S, max(1.0, arrivals_s[-1] - arrivals_s[0]))
+@dataclass(slots=True)
+class _Peak:
+    """The busiest window of arrivals, as they are added; of all when they are shorter than one."""
+
+    recent_ns: Longs = field(default_factory=lambda: np.zeros(0, np.int64))  # those of the last window
+    first_ns: int | None = None
+    most: int = 0
+
+    def add(self, arrival_ns: Longs) -> None:
+        self.first_ns = int(arrival_ns[0]) if self.first_ns is None else self.first_ns
+        pool = np.concatenate([self.recent_ns, arrival_ns])
+        first = np.searchsorted(pool, pool - PEAK_WINDOW_NS)
+        self.most = max(self.most, int((np.arange(len(pool)) - first).max()) + 1)
+        self.recent_ns = pool[first[-1] :]
+
+    @property
+    def requests_per_s(self) -> float:
+        span_ns = int(self.recent_ns[-1]) - (self.first_ns or 0)
+        return self.most * GIGA / min(PEAK_WINDOW_NS, max(GIGA, span_ns))

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 from msgspec import Struct
 
 from waterline.errors import TraceError
 from waterline.units import DAY_S, GIGA
 from waterline.workload.columns import HEADER
 from waterline.workload.files import open_trace
+from waterline.workload.stream import Names, Stream, chunk_of, cut
 
 TICKS_PER_S = 10**7  # of 100 ns, the last digit of a timestamp
 FIRST_DAY = date(2025, 1, 1)  # of a trace we write: ours have no date of their own
@@ -81,6 +83,20 @@ class Trace:
     def duration_s(self) -> float:
         """Time from the first arrival to the last; 0 for fewer than two requests."""
         return self.requests[-1].arrival_s - self.requests[0].arrival_s if self.requests else 0.0
+
+    @property
+    def stream(self) -> Stream:
+        """The same requests as columns; arrivals rounded to the nanosecond."""
+        tenants, models = Names(), Names()
+        requests = self.requests
+        whole = chunk_of(
+            np.rint(np.array([request.arrival_s for request in requests], np.float64) * GIGA).astype(np.int64),
+            np.array([request.prompt_tokens for request in requests], np.int32),
+            np.array([request.output_tokens for request in requests], np.int32),
+            tenant=tenants.indices([request.tenant for request in requests]),
+            model=models.indices([request.model for request in requests]),
+        )
+        return Stream(name=self.name, read=lambda: cut(whole), tenants=tenants, models=models)
 
 
 def read_trace(path: str | os.PathLike[str]) -> Trace:

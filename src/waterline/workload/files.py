@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from waterline.workload.columns import HEADER, ColumnMap
+from waterline.workload.columns import HEADER, ColumnMap, parse_columns
 from waterline.workload.delimited import read_delimited
 from waterline.workload.mooncake import read_mooncake
 from waterline.workload.order import in_order
@@ -19,7 +19,7 @@ PARQUET = b"PAR1"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def open_trace(path: str | os.PathLike[str], *, columns: ColumnMap | None = None, seed: int = 0) -> Stream:
+def open_trace(path: str | os.PathLike[str], *, columns: ColumnMap | str | None = None, seed: int = 0) -> Stream:
     """Return the requests of a trace file: CSV, Parquet, Mooncake's JSON lines or ServeGen's clients.
 
     Text may be packed with gzip. The first arrival is second 0 of the stream, but for ServeGen, which begins at
@@ -27,7 +27,7 @@ def open_trace(path: str | os.PathLike[str], *, columns: ColumnMap | None = None
 
     Args:
         path: a file, or a folder of ServeGen.
-        columns: which column of a table is what; None: as its header says.
+        columns: which column of a table is what, see `parse_columns`; None or "": as its header says.
         seed: of what is drawn, for ServeGen.
 
     Raises:
@@ -35,6 +35,7 @@ def open_trace(path: str | os.PathLike[str], *, columns: ColumnMap | None = None
         MissingExtraError: it is Parquet, and pyarrow is not installed.
     """
     source = Source(Path(path))
+    columns = parse_columns(columns) if isinstance(columns, str) and columns else columns or None
     if is_folder_of_clients(source.path):
         return _drawn(source, seed)
     start = source.start(START)

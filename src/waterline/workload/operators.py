@@ -22,6 +22,7 @@ Flags = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 FARTHEST = 4 * CHUNK  # rows that are held until the next request of a tenant comes
 ANY = "*"
+MINUTE_NS = 60 * GIGA
 
 
 # --- Rate -------------------------------------------------------------------------------------------------------------
@@ -36,11 +37,24 @@ class Surge:
     length_ns: int  # at most a day
     tenant: str = ""  # "": all
 
+    def __str__(self) -> str:
+        minutes = self.begin_ns // MINUTE_NS
+        begin = f"{minutes // 60:02}:{minutes % 60:02}"
+        who = f"{self.tenant}:" if self.tenant else ""
+        return f"{who}{self.factor:g}x@{begin}+{self.length_ns / (60 * MINUTE_NS):g}h"
+
     def holds(self, clock_ns: Longs) -> Flags:
         """Tell for times since some midnight whether they lie in the window."""
         return (clock_ns - self.begin_ns) % DAY_NS < self.length_ns
 
+    def meets(self, begin_ns: int, end_ns: int) -> bool:
+        """Tell whether any of a stretch of time, since some midnight, lies in the window."""
+        return (begin_ns - self.begin_ns) % DAY_NS < self.length_ns or (
+            (self.begin_ns - begin_ns) % DAY_NS < end_ns - begin_ns
+        )
+
     def factors(self, clock_ns: Longs) -> Floats:
+        """Return how many times as much is asked at each of some times."""
         return np.where(self.holds(clock_ns), self.factor, 1.0)
 
 
@@ -130,6 +144,19 @@ def _copied(pool: Chunk, places: Longs, copies: Longs, end: int, dice: Generator
 
 
 # --- Time -------------------------------------------------------------------------------------------------------------
+
+
+def until(stream: Stream, end_ns: int) -> Stream:
+    """Leave out what comes at a time or later."""
+
+    def read() -> Iterator[Chunk]:
+        for chunk in stream.chunks():
+            if chunk.arrival_ns[-1] >= end_ns:
+                yield chunk[chunk.arrival_ns < end_ns]
+                return
+            yield chunk
+
+    return replace(stream, read=read)
 
 
 def shift(stream: Stream, by_ns: int) -> Stream:
