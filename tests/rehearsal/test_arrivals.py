@@ -15,7 +15,8 @@ from examples import small_plan
 from waterline.errors import InputError, TraceError
 from waterline.fleet import HOURS, Demand, Model, Tenant
 from waterline.plan import Plan
-from waterline.rehearsal.arrivals import busiest_hour, deal, poisson_trace, traffic
+from waterline.rehearsal.arrivals import busiest_hour, poisson_trace, traffic
+from waterline.rehearsal.dealing import deal
 from waterline.workload import Request, Trace, read_trace, write_trace
 
 ROOT = Path(__file__).parents[2]

@@ -42,7 +42,10 @@ class Duration(click.ParamType[float]):
 
 @click.command()
 @click.argument("fleet_or_plan", type=click.Path(path_type=Path))
-@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Replay this .csv or .csv.gz.")
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Replay this trace.")
+@click.option("--columns", metavar="MAP", default="", help="Of the trace: arrival=ts,prompt=in,output=out,tenant=team.")
+@click.option("--traffic", metavar="CHANGES", default="", help="Change the trace: 'x2, repeat 7 every 24h'.")
+@click.option("--surge", "surges", metavar="SURGE", multiple=True, help="public:10x@20:00+2h; may be given again.")
 @click.option("--duration", type=Duration(), metavar="TIME", help="Only so much of the traffic: 90s, 15m, 2h.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of drawn arrivals.")
 @click.option(
@@ -50,28 +53,45 @@ class Duration(click.ParamType[float]):
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summaries as JSON.")
 def rehearse(
-    fleet_or_plan: Path, trace: Path | None, duration: float | None, seed: int, output: Path | None, *, as_json: bool
+    fleet_or_plan: Path,
+    trace: Path | None,
+    columns: str,
+    traffic: str,
+    surges: tuple[str, ...],
+    duration: float | None,
+    seed: int,
+    output: Path | None,
+    *,
+    as_json: bool,
 ) -> None:
     """Replay traffic against FLEET_OR_PLAN (fleet.toml or plan.json): who waits, who is refused, what it costs.
 
     The traffic is the trace, dealt to the fleet's demand; without one, each demand's own trace, or arrivals drawn at
-    its rate: 15 minutes of the busiest hour. Every replica runs continuous batching at the speed of the cost model.
+    its rate: 15 minutes of the busiest hour, or from an hour before a surge to an hour after. Every replica runs
+    continuous batching at the speed of the cost model.
 
     \b
     waterline rehearse examples/mixed.toml
     waterline rehearse examples/mixed.toml --trace examples/traces/office-hour.csv
+    waterline rehearse examples/mixed.toml --surge public:10x@20:00+2h
     """  # noqa: D301 - click wants the character itself
     from waterline import rehearsal
-    from waterline.workload import read_trace
+    from waterline.workload.files import open_trace
+    from waterline.workload.grammar import parse_surge, parse_traffic
 
     if output == Path("-"):
         raise InputError("--output names a file, and '-' is none. To print the requests: --output /dev/stdout --json")
+    if (columns or traffic) and not trace:
+        raise InputError("--columns and --traffic are about a trace. Name it with --trace FILE.")
+    changes, surging = parse_traffic(traffic), [parse_surge(surge) for surge in surges]
+    replayed = changes.apply(open_trace(trace, columns=columns, seed=seed), seed=seed) if trace else None
     plan = _plan_of(fleet_or_plan)
-    replayed = read_trace(trace) if trace else None
     _prepare(rehearsal.prepare)
     began_s = time.perf_counter()
     with _watching() as watch:
-        happened = rehearsal.rehearse(plan, replayed, seed=seed, duration_s=duration, keep=bool(output), watch=watch)
+        happened = rehearsal.rehearse(
+            plan, replayed, seed=seed, duration_s=duration, surges=surging, keep=bool(output), watch=watch
+        )
     took_s = time.perf_counter() - began_s
     if output:
         write_completions(happened.completions, output)

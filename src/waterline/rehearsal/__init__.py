@@ -4,7 +4,7 @@
 gives the same, many steps at a time. A day's rehearsal is a matter of arithmetic: no clock, no network.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +12,16 @@ import numpy as np
 from waterline.fleet import HOURS, Demand
 from waterline.outcome import Completion, Summary, Tally
 from waterline.plan import Plan, Replica
-from waterline.rehearsal.arrivals import deal, traffic
+from waterline.rehearsal.arrivals import traffic
+from waterline.rehearsal.dealing import deal
 from waterline.rehearsal.jit import COMPILED
 from waterline.rehearsal.lane import Lane, Settled
 from waterline.rehearsal.oracle import PICOSECONDS_PER_HOUR
 from waterline.rehearsal.station import warm_up
 from waterline.units import HOUR_S, PICOSECONDS_PER_S
 from waterline.workload import Trace
+from waterline.workload.operators import Surge
+from waterline.workload.stream import Stream
 
 __all__ = ["COMPILED", "Progress", "Rehearsal", "prepare", "rehearse"]
 
@@ -67,10 +70,11 @@ def prepare() -> None:
 
 def rehearse(
     plan: Plan,
-    trace: Trace | None = None,
+    trace: Trace | Stream | None = None,
     *,
     seed: int = 0,
     duration_s: float | None = None,
+    surges: Sequence[Surge] = (),
     keep: bool = True,
     watch: Callable[[Progress], bool] = lambda _: True,
 ) -> Rehearsal:
@@ -81,6 +85,7 @@ def rehearse(
         trace: requests, dealt to the rows of the fleet's demand by their rates. None: what the demand says.
         seed: of drawn arrivals.
         duration_s: how much of the traffic; None: all of a trace, 15 minutes of the busiest hour without one.
+        surges: windows of the day in which a tenant, or all, ask more.
         keep: every request as well, for `Rehearsal.completions`; that takes some 100 bytes each.
         watch: called every now and then. Once it returns False, no more requests arrive, and the rehearsal tells of
             those whose end is known, up to the first of each model whose end is not.
@@ -89,7 +94,7 @@ def rehearse(
         TraceError: a trace of the demand cannot be read.
         InputError: nothing is asked in that time, or it takes more than 100 days.
     """
-    asked = traffic(plan, trace, seed=seed, duration_s=duration_s)
+    asked = traffic(plan, trace, seed=seed, duration_s=duration_s, surges=surges)
     lanes = [Lane(plan, model, asked.first_hour) for model in plan.models]
     gpus = [replica.layout.gpus for replica in plan.replicas]
     tally = Tally(plan.fleet.slos, [replica.id for replica in plan.replicas], gpus)

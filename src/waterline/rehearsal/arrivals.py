@@ -7,8 +7,7 @@ requests is never in memory whole.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,18 @@ from numpy.typing import NDArray
 from waterline.errors import InputError
 from waterline.fleet import DEFAULT_CONTEXT_TOKENS, HOURS, Demand
 from waterline.plan import Plan
-from waterline.rehearsal.jit import compiled, seen
+from waterline.rehearsal.dealing import dealt
 from waterline.units import DAY_S, GIGA, HOUR_S, PICOSECONDS_PER_S
-from waterline.workload import LENGTH_SIGMA, TICKS_PER_S, Request, Trace, read_trace
+from waterline.workload import LENGTH_SIGMA, TICKS_PER_S, Request, Trace, operators
+from waterline.workload.files import open_trace
+from waterline.workload.operators import Surge, refuse_longer, until
+from waterline.workload.stream import DAY_NS, Chunk, Stream, measure
 
 DEFAULT_DURATION_S = 15 * 60.0
 MOST_DRAWN = 2_000_000_000  # requests; an hour or more of work
 LONGEST_DAYS = 100  # time is kept in 64 bits of picoseconds
+HOUR_NS = HOUR_S * GIGA
+FAR_S = 1e9  # what lasts longer has no need to be cut
 PIECE = 1 << 16  # requests, about
 PICOSECONDS_PER_NS = PICOSECONDS_PER_S // GIGA
 PICOSECONDS_PER_TICK = PICOSECONDS_PER_S // TICKS_PER_S
@@ -100,63 +104,165 @@ class Traffic:
         return tuple(self._source.notes(self.rows, self._counts, self._spans_ps))
 
 
-def traffic(plan: Plan, trace: Trace | None, *, seed: int, duration_s: float | None) -> Traffic:
+def traffic(
+    plan: Plan, trace: Trace | Stream | None, *, seed: int, duration_s: float | None, surges: Sequence[Surge] = ()
+) -> Traffic:
     """Return what is asked of a fleet.
 
     Args:
         plan: its fleet says who asks. Without demand, a trace goes to all models in equal parts, from the first tenant.
-        trace: dealt to the rows of the demand, see `deal`. None: each row replays its own trace, or draws its arrivals,
+        trace: goes to the rows of the demand, see `dealt`. None: each row replays its own trace, or draws its arrivals,
             see `draw`, from the fleet's busiest hour on.
         seed: of all drawing.
-        duration_s: ask only so long. None: all of the longest trace, or 15 minutes where there is none.
+        duration_s: ask only so long. None: all of the longest trace, or 15 minutes where there is none; with surges
+            until an hour after the last.
+        surges: windows of the day in which more is asked. What is drawn then begins an hour before the first.
 
     Raises:
-        TraceError: a row's trace cannot be read.
-        InputError: too much is asked, or in no time; or the seed is negative.
+        TraceError: a trace cannot be read, or holds a request that no row asks or no model can hold.
+        UnknownNameError: a surge is of a tenant that the fleet does not have.
+        InputError: too much is asked, or in no time; the seed is negative; or a surge lies outside of that time.
     """
     if duration_s is not None and not 0 < duration_s < math.inf:
         raise InputError(f"a rehearsal of {duration_s:g} s is none. Ask for more than 0 s, and an end.")
     if seed < 0:
         raise InputError(f"seed = {seed} is negative. Give one from 0 on.")
     rows = _rows(plan)
-    own = {row.trace: read_trace(Path(row.trace)) for row in rows if row.trace}
-    hour = busiest_hour(rows)
-    if trace:
-        rates = [_mean_rate(own[row.trace]) if row.trace else row.hourly_requests_per_s[hour] for row in rows]
-        length_s = min(duration_s or math.inf, trace.duration_s)
-        return Traffic(rows, _Dealt(trace.name, _columns(trace, duration_s), rates), length_s, hour)
-    length_s = duration_s or max((one.duration_s for one in own.values()), default=DEFAULT_DURATION_S)
-    _check_drawn(sum(max(row.hourly_requests_per_s, default=0.0) for row in rows) * length_s, length_s)
-    recorded = {
-        index: (own[row.trace].name, _columns(own[row.trace], duration_s, index))
+    for surge in surges:
+        if surge.tenant:
+            plan.fleet.tenant(surge.tenant)
+    own = {
+        index: _Recorded(open_trace(row.trace, columns=row.columns, seed=seed), duration_s)
         for index, row in enumerate(rows)
         if row.trace
     }
-    return Traffic(rows, _Asked(plan, rows, recorded, seed, hour, length_s), length_s, hour)
+    if trace:
+        return _of_trace(plan, rows, own, trace, seed, duration_s, surges)
+    return _of_rows(plan, rows, own, seed, duration_s, surges)
+
+
+class _Recorded:
+    """A stream that has been read once: what is wrong in it has been told of, and how long it lasts is known."""
+
+    def __init__(self, stream: Stream, duration_s: float | None) -> None:
+        self.stream = until(stream, round(duration_s * GIGA)) if duration_s and duration_s < FAR_S else stream
+        self.measured = measure(self.stream)
+        self.length_s = self.measured.span_ns / GIGA
+        if self.measured.last_ns > LONGEST_DAYS * DAY_S * GIGA:
+            raise InputError(
+                f"a rehearsal holds {LONGEST_DAYS} days, but '{stream.name}' goes on for "
+                f"{self.measured.last_ns / GIGA / DAY_S:,.0f}. Take less of it with --duration."
+            )
+
+    @property
+    def requests_per_s(self) -> float:
+        return self.measured.requests / self.length_s if self.length_s > 0 else 0.0
+
+
+def _of_trace(
+    plan: Plan,
+    rows: tuple[Demand, ...],
+    own: dict[int, _Recorded],
+    trace: Trace | Stream,
+    seed: int,
+    duration_s: float | None,
+    surges: Sequence[Surge],
+) -> Traffic:
+    """Replay a trace for all rows.
+
+    By its own clock where the hour matters: when it lasts longer than one, or surges at some. A shorter one is held
+    against the busiest hour, when it hurts most.
+    """
+    if isinstance(trace, Stream):
+        longest = max(plan.fleet.model(row.model).max_context_tokens or DEFAULT_CONTEXT_TOKENS for row in rows)
+        trace = refuse_longer(trace, longest, "any model of the fleet")
+    hour = busiest_hour(rows)
+    rates = [
+        own[index].requests_per_s if row.trace else row.hourly_requests_per_s[hour] for index, row in enumerate(rows)
+    ]
+    stream = trace.stream if isinstance(trace, Trace) else trace
+    recorded = _Recorded(stream, duration_s)
+    if surges or recorded.length_s > HOUR_S:
+        hour = recorded.stream.clock_ns // HOUR_NS % HOURS
+    _check_surges(surges, recorded.stream.clock_ns, recorded.length_s)
+    asked = surged(dealt(recorded.stream, rows, rates), surges, seed)
+    return Traffic(rows, _Dealt(recorded, asked, surges), recorded.length_s, hour)
+
+
+def _of_rows(
+    plan: Plan,
+    rows: tuple[Demand, ...],
+    own: dict[int, _Recorded],
+    seed: int,
+    duration_s: float | None,
+    surges: Sequence[Surge],
+) -> Traffic:
+    """Let each row ask what is its own; all begin together."""
+    hour = busiest_hour(rows)
+    drawn_s = DEFAULT_DURATION_S
+    if surges:
+        hour = (surges[0].begin_ns // HOUR_NS - 1) % HOURS
+        last_ns = max((surge.begin_ns - hour * HOUR_NS) % DAY_NS + surge.length_ns for surge in surges)
+        drawn_s = math.ceil(last_ns / GIGA / HOUR_S + 1) * HOUR_S
+    length_s = duration_s or max((one.length_s for one in own.values()), default=drawn_s)
+    rate = sum(max(row.hourly_requests_per_s, default=0.0) for row in rows)
+    _check_drawn(rate * length_s, length_s)
+    _check_surges(surges, hour * HOUR_NS, length_s)
+    return Traffic(rows, _Asked(plan, rows, own, seed, hour, length_s, surges), length_s, hour)
+
+
+def surged(stream: Stream, surges: Sequence[Surge], seed: int) -> Stream:
+    """Return a stream with all surges, each with dice of its own."""
+    for number, surge in enumerate(surges):
+        stream = operators.surge(stream, surge, seed=1000 * seed + number)
+    return stream
+
+
+def _check_surges(surges: Sequence[Surge], clock_ns: int, length_s: float) -> None:
+    for surge in surges:
+        if not surge.meets(clock_ns, clock_ns + round(length_s * GIGA)):
+            begin, end = (_clock_text(clock_ns // GIGA + add_s) for add_s in (0, round(length_s)))
+            raise InputError(
+                f"the surge {surge} lies outside of the rehearsal, which goes from {begin} to {end}. Write another "
+                "hour, or a longer --duration."
+            )
+
+
+def _clock_text(clock_s: int) -> str:
+    return f"{clock_s // HOUR_S % HOURS:02}:{clock_s // 60 % 60:02}"
 
 
 class _Dealt:
     """A trace, dealt to all rows."""
 
-    def __init__(self, name: str, asked: Piece, rates: Sequence[float]) -> None:
-        self.name, self.asked, self.rates = name, asked, rates
+    def __init__(self, recorded: _Recorded, asked: Stream, surges: Sequence[Surge]) -> None:
+        self.recorded, self.asked, self.surges = recorded, asked, surges
 
     def pieces(self) -> Iterator[Piece]:
-        rows = deal(len(self.asked), self.rates)
-        whole = Piece(self.asked.arrival_ps, self.asked.prompt_tokens, self.asked.output_tokens, rows)
-        yield from _cut(whole)
+        for chunk in self.asked.chunks():
+            yield from _cut(_piece(chunk, chunk.model))
 
     def notes(
         self, rows: Sequence[Demand], counts: Sequence[int], spans_ps: Sequence[tuple[int, int] | None]
     ) -> Iterator[str]:
         known = [span_ps for span_ps in spans_ps if span_ps]
         first_ps, last_ps = min(first for first, _ in known), max(last for _, last in known)
-        yield f"{self.name}: {_span(sum(counts), (first_ps, last_ps))}"
+        yield f"{self.asked.name}: {_span(sum(counts), (first_ps, last_ps))}"
+        yield from self.asked.notes
         by_row: dict[tuple[str, str], int] = {}
         for row, count in zip(rows, counts, strict=True):
             by_row[row.tenant, row.model] = by_row.get((row.tenant, row.model), 0) + count
-        dealt = ", ".join(f"{tenant}/{model} {count:,}" for (tenant, model), count in by_row.items())
-        yield f"dealt in turn to {dealt}"
+        to_rows = ", ".join(f"{tenant}/{model} {count:,}" for (tenant, model), count in by_row.items())
+        named = len(self.recorded.stream.tenants) or len(self.recorded.stream.models)
+        yield f"{'as it names them' if named else 'dealt in turn'} to {to_rows}"
+        yield from _surge_notes(self.surges, self.asked.clock_ns)
+        if self.recorded.measured.cached_tokens:
+            yield f"{self.recorded.measured.cached_fraction:.1%} of its prompts' tokens had been asked before"
+
+
+def _surge_notes(surges: Sequence[Surge], clock_ns: int) -> Iterator[str]:
+    if surges:
+        yield f"surging {', '.join(map(str, surges))}; it begins at {_clock_text(clock_ns // GIGA)}"
 
 
 class _Asked:
@@ -166,56 +272,70 @@ class _Asked:
         self,
         plan: Plan,
         rows: Sequence[Demand],
-        recorded: dict[int, tuple[str, Piece]],
+        recorded: dict[int, _Recorded],
         seed: int,
         hour: int,
         length_s: float,
+        surges: Sequence[Surge],
     ) -> None:
         self.plan, self.rows, self.recorded = plan, rows, recorded
-        self.seed, self.hour, self.length_s = seed, hour, length_s
+        self.seed, self.hour, self.length_s, self.surges = seed, hour, length_s, surges
+        self.surges_of = [[one for one in surges if one.tenant in {"", row.tenant}] for row in rows]
 
     def pieces(self) -> Iterator[Piece]:
         length_ps = round(self.length_s * PICOSECONDS_PER_S)
         stretch_ps = self._stretch_ps()
+        cursors = {index: _Cursor(self._replayed(index, one.stream), index) for index, one in self.recorded.items()}
         for number in range(max(1, -(-length_ps // stretch_ps))):
             begin_ps = number * stretch_ps
             end_ps = begin_ps + stretch_ps
             last = end_ps >= length_ps
             parts = [
-                _between(self.recorded[index][1], begin_ps, None if last else end_ps)
-                if index in self.recorded
+                cursors[index].take(None if last else end_ps)
+                if index in cursors
                 else self._drawn(index, number, begin_ps, min(end_ps, length_ps))
                 for index in range(len(self.rows))
             ]
             merged = joined(parts)
             yield from _cut(merged[np.argsort(merged.arrival_ps, kind="stable")])
 
+    def _replayed(self, index: int, stream: Stream) -> Stream:
+        """Return a row's own trace, by the clock of the rehearsal, and with the surges of its tenant."""
+        surges = [replace(surge, tenant="") for surge in self.surges_of[index]]
+        return surged(replace(stream, clock_ns=self.hour * HOUR_NS), surges, self.seed)
+
     def notes(
         self, rows: Sequence[Demand], counts: Sequence[int], spans_ps: Sequence[tuple[int, int] | None]
     ) -> Iterator[str]:
         for index, row in enumerate(rows):
             drawn = index not in self.recorded
-            name = f"Poisson arrivals at {self._rate(row):.3g}/s" if drawn else self.recorded[index][0]
+            name = f"Poisson arrivals at {self._rate(row):.3g}/s" if drawn else self.recorded[index].stream.name
             yield f"{row.tenant}/{row.model}: {name}: {_span(counts[index], spans_ps[index])}"
         if len(self.recorded) < len(rows):
-            yield (
-                f"drawn with seed {self.seed}, over {self.length_s / 60:.3g} min from {self.hour}:00, the busiest hour"
-            )
+            which = "" if self.surges else ", the busiest hour"
+            yield f"drawn with seed {self.seed}, over {self.length_s / 60:.3g} min from {self.hour}:00{which}"
+        yield from _surge_notes(self.surges, self.hour * HOUR_NS)
 
     def _rate(self, row: Demand) -> float:
         return row.hourly_requests_per_s[self.hour]
 
     def _stretch_ps(self) -> int:
         """Return a whole fraction of an hour in which no more than a piece or two is drawn."""
-        largest = sum(max(row.hourly_requests_per_s, default=0.0) for row in self.rows)
+        largest = sum(
+            max(row.hourly_requests_per_s, default=0.0) * _most(surges)
+            for row, surges in zip(self.rows, self.surges_of, strict=True)
+        )
+        largest += sum(one.requests_per_s * _most(self.surges_of[index]) for index, one in self.recorded.items())
         halvings = max(0, math.ceil(math.log2(max(1.0, largest * HOUR_S / PIECE))))
         return (HOUR_S * PICOSECONDS_PER_S) >> min(halvings, 11)  # an hour is 2^11 times a whole number of ticks
 
     def _drawn(self, index: int, number: int, begin_ps: int, end_ps: int) -> Piece:
         row = self.rows[index]
         hour = (self.hour + begin_ps // (HOUR_S * PICOSECONDS_PER_S)) % HOURS
+        begin_ns, end_ns = (self.hour * HOUR_NS + time_ps // PICOSECONDS_PER_NS for time_ps in (begin_ps, end_ps))
+        surges = [surge for surge in self.surges_of[index] if surge.meets(begin_ns, end_ns)]
         arrivals_ps, prompts, outputs = draw(
-            [row.hourly_requests_per_s[hour]] * HOURS,
+            [row.hourly_requests_per_s[hour] * _most(surges)] * HOURS,
             prompt_tokens=row.prompt_tokens,
             output_tokens=row.output_tokens,
             max_context_tokens=self.plan.fleet.model(row.model).max_context_tokens or DEFAULT_CONTEXT_TOKENS,
@@ -223,31 +343,47 @@ class _Asked:
             first_hour=0,
             generator=Generator(PCG64([self.seed, index, number])),
         )
-        return Piece(begin_ps + arrivals_ps, prompts, outputs, np.full(len(prompts), index))
+        drawn = Piece(begin_ps + arrivals_ps, prompts, outputs, np.full(len(prompts), index))
+        if not surges:
+            return drawn
+        clock_ns = self.hour * HOUR_NS + drawn.arrival_ps // PICOSECONDS_PER_NS
+        kept = np.prod([surge.factors(clock_ns) for surge in surges], axis=0) / _most(surges)
+        return drawn[Generator(PCG64([self.seed, index, number, 1])).random(len(drawn)) < kept]
 
 
-def deal(count: int, rates: Sequence[float]) -> Integers:
-    """Give so many requests to rows, in proportion to their rates; in equal parts when all are 0.
-
-    Deterministic and as even as can be: each request goes to the row that lags furthest behind its share of all so far,
-    the first of equal ones. Returns the row of each request.
-    """
-    weights = np.array(rates if any(rates) else [1.0] * len(rates))
-    taken, takers = np.zeros(len(rates), np.int64), np.zeros(count, np.int64)
-    _deal(seen(weights), seen(taken), seen(takers), math.fsum(weights))
-    return takers
+def _most(surges: Sequence[Surge]) -> float:
+    """Return how many times as much is asked where all surges meet."""
+    return math.prod(max(1.0, surge.factor) for surge in surges)
 
 
-@compiled
-def _deal(weights: Any, taken: Any, takers: Any, total: float) -> None:
-    for number in range(len(takers)):
-        taker, furthest = 0, -math.inf
-        for row in range(len(weights)):
-            lag = weights[row] * (number + 1) - total * taken[row]
-            if lag > furthest:
-                taker, furthest = row, lag
-        taken[taker] += 1
-        takers[number] = taker
+class _Cursor:
+    """A stream that is taken in stretches of time."""
+
+    def __init__(self, stream: Stream, row: int) -> None:
+        self._chunks, self._row = stream.chunks(), row
+        self._rest: list[Piece] = []
+
+    def take(self, end_ps: int | None) -> Piece:
+        """Return what comes before a time and was not taken yet; None: the rest."""
+        taken, self._rest = self._rest, []
+        while end_ps is None or not taken or taken[-1].arrival_ps[-1] < end_ps:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                break
+            taken.append(_piece(chunk, np.full(len(chunk), self._row)))
+        whole = joined(taken) if taken else Piece(*[np.zeros(0, np.int64)] * 4)
+        end = len(whole) if end_ps is None else int(np.searchsorted(whole.arrival_ps, end_ps))
+        self._rest = [whole[end:]] if end < len(whole) else []
+        return whole[:end]
+
+
+def _piece(chunk: Chunk, row: NDArray[Any]) -> Piece:
+    return Piece(
+        chunk.arrival_ns * PICOSECONDS_PER_NS,
+        chunk.prompt_tokens.astype(np.int64),
+        chunk.output_tokens.astype(np.int64),
+        row.astype(np.int64),
+    )
 
 
 def draw(
@@ -335,23 +471,6 @@ def _rows(plan: Plan) -> tuple[Demand, ...]:
     return tuple(Demand(tenant=tenant, model=model.model, requests_per_s=0.0) for model in plan.models)
 
 
-def _columns(trace: Trace, duration_s: float | None, row: int = 0) -> Piece:
-    """Turn a trace into arrays, up to a time."""
-    kept = [request for request in trace.requests if duration_s is None or request.arrival_s < duration_s]
-    arrivals_s = np.array([request.arrival_s for request in kept], np.float64)
-    if kept and arrivals_s[-1] > LONGEST_DAYS * DAY_S:
-        raise InputError(
-            f"a rehearsal holds {LONGEST_DAYS} days, but '{trace.name}' goes on for {arrivals_s[-1] / DAY_S:,.0f}. "
-            f"Take less of it with --duration."
-        )
-    return Piece(
-        np.rint(arrivals_s * GIGA).astype(np.int64) * PICOSECONDS_PER_NS,
-        np.array([request.prompt_tokens for request in kept], np.int64),
-        np.array([request.output_tokens for request in kept], np.int64),
-        np.full(len(kept), row),
-    )
-
-
 def joined(parts: Sequence[Piece]) -> Piece:
     """Return pieces as one, in the order they are given."""
     if len(parts) == 1:
@@ -364,12 +483,6 @@ def joined(parts: Sequence[Piece]) -> Piece:
         np.concatenate([part.output_tokens for part in parts]),
         np.concatenate([part.row for part in parts]),
     )
-
-
-def _between(asked: Piece, begin_ps: int, end_ps: int | None) -> Piece:
-    begin = int(np.searchsorted(asked.arrival_ps, begin_ps))
-    end = len(asked) if end_ps is None else int(np.searchsorted(asked.arrival_ps, end_ps))
-    return asked[begin:end]
 
 
 def _cut(asked: Piece) -> Iterator[Piece]:
@@ -388,10 +501,6 @@ def _check_drawn(requests: float, length_s: float) -> None:
             f"a rehearsal of {length_s:,.10g} s would draw up to {requests:.3g} requests, more than {MOST_DRAWN:,}. "
             f"Ask for {length_s * MOST_DRAWN / requests:,.0f} s at most."
         )
-
-
-def _mean_rate(trace: Trace) -> float:
-    return len(trace.requests) / trace.duration_s if trace.duration_s > 0 else 0.0
 
 
 def _span(count: int, span_ps: tuple[int, int] | None) -> str:

@@ -139,6 +139,7 @@ class Measured:
 
     requests: int
     span_ns: int  # from the first arrival to the last
+    last_ns: int  # arrival, from the start of the stream
     prompt_tokens: int  # sums
     output_tokens: int
     cached_tokens: int
@@ -172,7 +173,7 @@ def measure(stream: Stream) -> Measured:
         requests += len(chunk)
         for name in sums:
             sums[name] += int(getattr(chunk, name).sum(dtype=np.int64))
-    return Measured(requests=requests, span_ns=last_ns - (first_ns or 0), **sums)
+    return Measured(requests=requests, span_ns=last_ns - (first_ns or 0), last_ns=last_ns, **sums)
 
 
 def cut(chunk: Chunk, size: int = CHUNK) -> Iterator[Chunk]:
