@@ -309,7 +309,7 @@ class Pace:
         """Return the fraction of prompts each of which alone delays the others by more."""
         linear_s, pair_s = np.asarray(self.delay_s - self.pair_s)[..., None], np.asarray(self.pair_s)[..., None]
         delay_s = np.maximum(delay_s, 0.0)
-        multiple = 2 * delay_s / np.maximum(linear_s + np.sqrt(linear_s**2 + 4 * pair_s * delay_s), 1e-300)
+        multiple = 2 * delay_s / np.maximum(linear_s + np.sqrt(linear_s**2 + 4 * pair_s * delay_s), 1e-200)
         sigma = np.asarray(self.prompt_sigma)[..., None]
         beyond = 1 - normal_fraction((np.log(np.maximum(multiple, 1e-300)) + sigma**2 / 2) / sigma)
         return np.where(multiple < np.asarray(self.prompts)[..., -1:], beyond, 0.0)
