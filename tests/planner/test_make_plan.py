@@ -210,7 +210,7 @@ def test_the_mixed_example_uses_both_vendors_and_names_every_tenant() -> None:
     assert all(tenant.gpus > 0 for tenant in plan.tenants)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     nodes=st.integers(1, 3),
     per_node=st.sampled_from([1, 2, 4, 8]),
