@@ -8,7 +8,7 @@ import pytest
 from waterline.cli import COMMANDS
 from waterline.errors import WaterlineError
 from waterline.fleet import ENGINES, Demand, Fleet, Model, Pool, Tenant
-from waterline.plan import VERSION, HourPlan, Layout, Loan, ModelPlan, Place, Plan, Replica, Share, TenantPlan
+from waterline.plan import VERSION, HourPlan, Layout, Loan, ModelPlan, Place, Plan, PoolPlan, Replica, Share, TenantPlan
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -40,6 +40,7 @@ def test_the_reference_lists_every_key_of_the_fleet_file_and_no_other(heading: s
         ("`places`", "key of a place", Place),
         ("`places`", "key of a layout", Layout),
         ("`hours`", "key", HourPlan),
+        ("`pools`", "key", PoolPlan),
         ("`shares`", "key of a share", Share),
         ("`shares`", "key of a loan", Loan),
     ],
