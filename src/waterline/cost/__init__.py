@@ -1,6 +1,7 @@
 """How many bytes, how many seconds, how many dollars: a model on a card in a layout. It knows no requests."""
 
 from waterline.cost.estimate import Asked, Between, Estimate, Priced, estimate_at_rate, estimate_replica
+from waterline.cost.measured import replica_step_cost
 from waterline.cost.memory import (
     MemoryFit,
     MemoryUse,
@@ -15,7 +16,7 @@ from waterline.cost.memory import (
 )
 from waterline.cost.serving import ServingPoint, serving_point
 from waterline.cost.split import Half, estimate_split
-from waterline.cost.step import StepCost, replica_step_cost, step_cost
+from waterline.cost.step import StepCost, step_cost
 
 __all__ = [
     "Asked",

@@ -22,16 +22,14 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from waterline import catalog
 from waterline.catalog.calibration import Calibration, calibration_of
-from waterline.catalog.engines import EngineProfile, find_engine
+from waterline.catalog.engines import EngineProfile
 from waterline.cost.kernels import bare_kernels, find_kernels
 from waterline.cost.layers import Numbers, Shard, forms
 from waterline.errors import InfeasibleError
-from waterline.fleet import Fleet
 from waterline.hardware import Gpu
 from waterline.llm import PRECISIONS, AttentionLayers, Llm
-from waterline.plan import Layout, Replica
+from waterline.plan import Layout
 from waterline.units import PICOSECONDS_PER_S
 
 CONTEXTS = np.array([64.0, 512.0, 2048.0, 8192.0, 32768.0])  # at which the cost of cached tokens is taken
@@ -109,18 +107,6 @@ def step_cost(llm: Llm, gpu: Gpu, layout: Layout, precision: str, engine: Engine
     Raises InfeasibleError when the card has no units for the precision.
     """
     return price_steps(llm, gpu, layout, precision, engine, calibration_of(engine.name, gpu.stack))
-
-
-def replica_step_cost(fleet: Fleet, replica: Replica) -> StepCost:
-    """Price the steps of a planned replica."""
-    gpu = catalog.find_gpu(fleet.pool(replica.pool).gpu)
-    return step_cost(
-        fleet.llm_of(fleet.model(replica.model)),
-        gpu,
-        replica.layout,
-        replica.precision,
-        find_engine(replica.engine).on(gpu),
-    )
 
 
 def price_steps(

@@ -27,8 +27,8 @@ from waterline.cost import (
 )
 from waterline.cost.kernels import SKEWED_SHARE, find_kernels
 from waterline.cost.layers import NETWORK_BYTES_PER_S, forms
+from waterline.cost.measured import MOST_BATCH, measured_step
 from waterline.cost.memory import gpu_weights
-from waterline.cost.step import AttentionCost
 from waterline.fleet import Measured
 from waterline.hardware import Gpu, Node
 from waterline.llm import PRECISIONS, Llm
@@ -50,14 +50,12 @@ from waterline.planner.queueing import (
     sustained,
     sustained_reading,
 )
-from waterline.units import PICOSECONDS_PER_S, gib_text, seconds_text
+from waterline.units import gib_text, seconds_text
 from waterline.workload import Slo
 
 MOST_STAGES = 8  # of a pipeline: each adds its latency to every token
 WIDE_NODES = (2, 4, 8)  # that experts are spread over
 SPLITTING = ("vllm", "sglang", "trtllm", "fake")  # engines that send the cache of a prompt to another replica
-MOST_MEASURED_BATCH = 1024  # requests a replica of which only rates are known decodes together …
-MEASURED_STEP_TOKENS = 8192  # … and the tokens it puts into one step
 ROLES: tuple[Role, ...] = ("both", "prefill", "decode")
 SIDE = 0.5  # of the late requests that an SLO allows, for each side of a split
 LITTLE_ROOM = 1 / 3  # of the memory, for weights: with less than that there is more cache than a batch takes
@@ -370,7 +368,7 @@ def hold(shape: Shape, work: Work, steps: dict[object, StepCost] | None = None) 
     engine = find_engine(shape.engine).on(node.gpu)
     memory = memory_use(shape.llm, node.gpu, layout, precision, engine)
     if shape.measured:  # it ran, whatever we make of its memory
-        tokens, places = MOST_MEASURED_BATCH * work.max_context_tokens, MOST_MEASURED_BATCH
+        tokens, places = MOST_BATCH * work.max_context_tokens, MOST_BATCH
     elif not _computes(node.gpu, precision):
         reason = f"{node.gpu.id} has no units for {precision}"
         return Rejection(shape=shape, binding="precision", shortfall=math.inf, reason=reason)
@@ -401,24 +399,8 @@ def _step_of(shape: Shape, engine: EngineProfile, known: dict[object, StepCost])
     key = (id(llm), gpu.id, layout, precision, engine.name, shape.measured)
     if key not in known:
         measured = shape.measured
-        known[key] = _measured_step(measured) if measured else step_cost(llm, gpu, layout, precision, engine)
+        known[key] = measured_step(measured) if measured else step_cost(llm, gpu, layout, precision, engine)
     return known[key]
-
-
-def _measured_step(measured: Measured) -> StepCost:
-    """Return steps in which every prompt token takes the same time, and every decode."""
-    decode_ps = round(PICOSECONDS_PER_S / measured.output_tokens_per_s)
-    attention = AttentionCost(
-        window_tokens=0,
-        decode_ps=tuple(range(0, decode_ps * (MOST_MEASURED_BATCH + 1), decode_ps)),
-        decode_ps_per_token=(0,) * (MOST_MEASURED_BATCH + 1),
-        prefill_ps=0,
-        prefill_ps_per_token=round(PICOSECONDS_PER_S / measured.prompt_tokens_per_s),
-        prefill_ps_per_pair=0,
-    )
-    return StepCost(
-        tokens_ps=(0,), more_ps_per_token=0, head_ps=(0,), attention=(attention,), step_tokens=MEASURED_STEP_TOKENS
-    )
 
 
 class _Together:
