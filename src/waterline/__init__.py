@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from waterline.planner import make_plan
     from waterline.rehearsal import Rehearsal, rehearse
     from waterline.workload import Request, Slo, Trace, read_trace
+    from waterline.workload.files import open_trace
 
 _HOME = {
     "Completion": "outcome",
@@ -32,6 +33,7 @@ _HOME = {
     "Trace": "workload",
     "load_fleet": "fleet",
     "make_plan": "planner",
+    "open_trace": "workload.files",
     "read_plan": "plan",
     "read_trace": "workload",
     "rehearse": "rehearsal",
@@ -49,6 +51,7 @@ __all__ = [
     "Trace",
     "load_fleet",
     "make_plan",
+    "open_trace",
     "read_plan",
     "read_trace",
     "rehearse",

@@ -161,3 +161,31 @@ def test_mistakes_are_named(plan_file: Path, tmp_path: Path) -> None:
         result = run(plan_file, "--duration", duration)
         assert result.exit_code == 2
         assert "is not a duration. Write one like 90s, 15m or 2h." in result.output
+
+
+def test_a_table_is_replayed_by_its_columns_changed_and_surging(plan_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("t,p,o\n" + "".join(f"{at},50,5\n" for at in range(60)))
+    trace = ("--trace", tmp_path / "log.csv", "--columns", "arrival=t,prompt=p,output=o", "--json")
+    result = run(plan_file, *trace, "--traffic", "x2, repeat 2 every 60s", "--surge", "3x@00:01+1m")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["requests"] == 2 * 60 + 3 * 2 * 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (
+            ("--columns", "arrival=t,prompt=p,output=o"),
+            "--columns and --traffic are about a trace. Name it with --trace",
+        ),
+        (("--traffic", "x2"), "--columns and --traffic are about a trace"),
+        (("--surge", "10x"), "'10x' needs a factor, an hour of the day and how long. Write it like surge 10x@20:00+2h"),
+        (("--surge", "nobody:10x@20:00+2h"), "the fleet has no tenant 'nobody'"),
+    ],
+)
+def test_a_mistake_in_the_traffic_is_answered_with_what_to_write(
+    plan_file: Path, arguments: tuple[str, ...], complaint: str
+) -> None:
+    result = run(plan_file, *arguments)
+    assert isinstance(result.exception, InputError)
+    assert complaint in str(result.exception)

@@ -71,7 +71,7 @@ def test_a_name_that_no_row_has_is_answered_with_what_to_write() -> None:
         dealt(stream_of(["a", "z"]), [row("a")], [1.0]).whole()
     assert str(caught.value) == (
         "given, line 3: no [[demand]] is of tenant 'z'; there are a/chat. Add one, or say who is meant: "
-        "tenant by tenant z=… *=…"
+        "--traffic 'tenant by tenant z=… *=…'"
     )
 
 
@@ -83,7 +83,7 @@ def test_a_surge_of_a_tenant_multiplies_its_part_of_a_dealt_trace() -> None:
     got = Counter((request.tenant, int(request.arrival_s) // 60) for request in asked.requests())
     assert [got["b", minute] for minute in range(10)] == [30] * 10
     assert [got["a", minute] for minute in range(10)] == [30, 30, 150, 30, 30, 30, 30, 30, 30, 30]
-    assert asked.notes[-1] == "surging a:5x@00:02+0.0166667h; it begins at 00:00"
+    assert asked.notes[-1] == "surging a:5x@00:02+1m; it begins at 00:00"
 
 
 def test_drawn_arrivals_surge_by_their_rate_from_an_hour_before_to_an_hour_after() -> None:

@@ -158,7 +158,8 @@ def test_what_is_too_long_is_cut_dropped_or_refused() -> None:
     assert operators.drop(own, 16).whole().prompt_tokens.tolist() == [10, 11]
     assert measure(operators.refuse_longer(own, 18, "model 'chat'")).requests == 4
     with pytest.raises(
-        TraceError, match="mine.csv, line 4: 12 \\+ 5 tokens are more than the 16 of model 'chat'. Write 'drop 16'"
+        TraceError,
+        match="mine.csv, line 4: 12 \\+ 5 tokens are more than the 16 of model 'chat'. Write --traffic 'drop 16'",
     ):
         measure(operators.refuse_longer(own, 16, "model 'chat'"))
 

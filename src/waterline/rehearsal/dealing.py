@@ -84,6 +84,6 @@ def _meant(stream: Stream, chunk: Chunk, at: int, rows: Sequence[Demand]) -> lis
         kind, name = ("tenant", tenant) if tenant else ("model", model)
         raise TraceError(
             f"{stream.name}, line {chunk.line[at]}: no [[demand]] is of {' and '.join(said)}; there are {asking}. Add "
-            f"one, or say who is meant: {kind} by {kind} {name}=… *=…"
+            f"one, or say who is meant: --traffic '{kind} by {kind} {name}=… *=…'"
         )
     return meant

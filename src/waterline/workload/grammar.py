@@ -6,6 +6,7 @@ Changes are made from left to right. Every mistake is answered with what to writ
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -94,11 +95,12 @@ def _change(text: str, folder: Path) -> Change:
     words = rest.split()
     if verb in {"tenant", "model"}:
         return _names(verb, text, words)  # type: ignore[arg-type]  # it is one of the two
+    if not text:
+        raise TraceError(f"there is nothing between two commas. Write changes like {EXAMPLES['x']}.")
     if verb not in PARSERS:
+        close = get_close_matches(verb, EXAMPLES, n=1)
         raise TraceError(
-            f"'{text}' changes nothing. {nearest(verb, EXAMPLES)} Written like {EXAMPLES.get(verb, EXAMPLES['x'])}."
-            if text
-            else f"there is nothing between two commas. Write changes like {EXAMPLES['x']}."
+            f"'{text}' changes nothing. {nearest(verb, EXAMPLES)} Write it like {EXAMPLES[close[0] if close else 'x']}."
         )
     return PARSERS[verb](text, words, folder)
 

@@ -41,7 +41,9 @@ class Surge:
         minutes = self.begin_ns // MINUTE_NS
         begin = f"{minutes // 60:02}:{minutes % 60:02}"
         who = f"{self.tenant}:" if self.tenant else ""
-        return f"{who}{self.factor:g}x@{begin}+{self.length_ns / (60 * MINUTE_NS):g}h"
+        hours, rest_ns = divmod(self.length_ns, 60 * MINUTE_NS)
+        length = f"{self.length_ns / MINUTE_NS:g}m" if rest_ns else f"{hours}h"
+        return f"{who}{self.factor:g}x@{begin}+{length}"
 
     def holds(self, clock_ns: Longs) -> Flags:
         """Tell for times since some midnight whether they lie in the window."""
@@ -255,8 +257,8 @@ def refuse_longer(stream: Stream, longest_tokens: int, whose: str) -> Stream:
                 where = f"line {chunk.line[first]}" if chunk.line[first] else "what was drawn"
                 raise TraceError(
                     f"{stream.name}, {where}: {chunk.prompt_tokens[first]:,} + {chunk.output_tokens[first]:,} tokens "
-                    f"are more than the {longest_tokens:,} of {whose}. Write 'drop {longest_tokens}' to leave such "
-                    f"requests out, 'cut {longest_tokens}' to shorten them, or raise max_context_tokens."
+                    f"are more than the {longest_tokens:,} of {whose}. Write --traffic 'drop {longest_tokens}' to "
+                    f"leave such requests out, 'cut {longest_tokens}' to shorten them, or raise max_context_tokens."
                 )
             yield chunk
 
