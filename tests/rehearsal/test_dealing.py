@@ -126,19 +126,25 @@ def test_a_surge_outside_of_the_rehearsal_or_of_nobody_is_an_error() -> None:
         traffic(plan, None, seed=0, duration_s=None, surges=[parse_surge("publik:10x@20:00+2h")])
 
 
-def test_a_trace_beyond_the_context_of_every_model_is_an_error() -> None:
+def test_a_trace_beyond_the_context_is_an_error_and_single_requests_are_counted() -> None:
     plan = plan_with(row("a"))
     longest = plan.fleet.models[0].max_context_tokens
-    own = stream_of(["a"] * 3)
-    long = replace(
-        own, read=lambda: (replace(c, prompt_tokens=np.full(len(c), longest, np.int32)) for c in own.chunks())
+
+    def with_prompts(*prompts: int) -> Stream:
+        own = stream_of(["a"] * len(prompts), size=len(prompts))
+        return replace(own, read=lambda: iter([replace(own.whole(), prompt_tokens=np.array(prompts, np.int32))]))
+
+    with pytest.raises(TraceError) as caught:
+        traffic(plan, with_prompts(longest, 2 * longest), seed=0, duration_s=None)
+    assert str(caught.value) == (
+        f"given, line 2: {longest:,} + 5 tokens are more than the {longest:,} that a model of the fleet may hold, and so "
+        f"is every other request. Write --traffic 'cut {longest}' to shorten them, or raise max_context_tokens."
     )
-    with pytest.raises(
-        TraceError, match=rf"given, line 2: .* more than the {longest:,} of any model of the fleet. Write"
-    ):
-        traffic(plan, long, seed=0, duration_s=None)
-    fitting = parse_traffic(f"cut {longest}").apply(long)
-    assert len(traffic(plan, fitting, seed=0, duration_s=None).requests()) == 3
+    cut_to_fit = parse_traffic(f"cut {longest}").apply(with_prompts(longest, 2 * longest))
+    assert len(traffic(plan, cut_to_fit, seed=0, duration_s=None).requests()) == 2
+    asked = traffic(plan, with_prompts(longest, longest - 5, 10), seed=0, duration_s=None)
+    assert len(asked.requests()) == 3
+    assert asked.notes[-1] == "1 of its requests are longer than any model's context, and refused"
 
 
 def test_a_stream_is_rehearsed_like_the_same_trace_of_objects(tmp_path: Path) -> None:

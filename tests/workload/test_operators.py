@@ -150,18 +150,12 @@ def test_one_trace_follows_another_with_its_names() -> None:
 # --- Lengths -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_too_long_is_cut_dropped_or_refused() -> None:
+def test_what_is_too_long_is_cut_or_dropped() -> None:
     own = stream_of([0, 1, 2, 3])  # 10 + 5, 11 + 5, 12 + 5, 13 + 5 tokens
     whole = operators.cut(own, 13).whole()
     assert whole.prompt_tokens.tolist() == [10, 11, 12, 12]
     assert whole.output_tokens.tolist() == [3, 2, 1, 1]
     assert operators.drop(own, 16).whole().prompt_tokens.tolist() == [10, 11]
-    assert measure(operators.refuse_longer(own, 18, "model 'chat'")).requests == 4
-    with pytest.raises(
-        TraceError,
-        match="mine.csv, line 4: 12 \\+ 5 tokens are more than the 16 of model 'chat'. Write --traffic 'drop 16'",
-    ):
-        measure(operators.refuse_longer(own, 16, "model 'chat'"))
 
 
 # --- Who ---------------------------------------------------------------------------------------------------------------

@@ -14,14 +14,14 @@ import numpy as np
 from numpy.random import PCG64, Generator
 from numpy.typing import NDArray
 
-from waterline.errors import InputError
+from waterline.errors import InputError, TraceError
 from waterline.fleet import DEFAULT_CONTEXT_TOKENS, HOURS, Demand
 from waterline.plan import Plan
 from waterline.rehearsal.dealing import dealt
 from waterline.units import DAY_S, GIGA, HOUR_S, PICOSECONDS_PER_S
 from waterline.workload import LENGTH_SIGMA, TICKS_PER_S, Request, Trace, operators
 from waterline.workload.files import open_trace
-from waterline.workload.operators import Surge, refuse_longer, until
+from waterline.workload.operators import Surge, until
 from waterline.workload.stream import DAY_NS, Chunk, Stream, measure
 
 DEFAULT_DURATION_S = 15 * 60.0
@@ -119,7 +119,7 @@ def traffic(
         surges: windows of the day in which more is asked. What is drawn then begins an hour before the first.
 
     Raises:
-        TraceError: a trace cannot be read, or holds a request that no row asks or no model can hold.
+        TraceError: a trace cannot be read, holds a request that no row asks, or none that a model can hold.
         UnknownNameError: a surge is of a tenant that the fleet does not have.
         InputError: too much is asked, or in no time; the seed is negative; or a surge lies outside of that time.
     """
@@ -132,7 +132,7 @@ def traffic(
         if surge.tenant:
             plan.fleet.tenant(surge.tenant)
     own = {
-        index: _Recorded(open_trace(row.trace, columns=row.columns, seed=seed), duration_s)
+        index: _Recorded(open_trace(row.trace, columns=row.columns, seed=seed), duration_s, _context_tokens(plan, row))
         for index, row in enumerate(rows)
         if row.trace
     }
@@ -142,16 +142,38 @@ def traffic(
 
 
 class _Recorded:
-    """A stream that has been read once: what is wrong in it has been told of, and how long it lasts is known."""
+    """A stream that has been read once: what is wrong in it has been told of, and how long it lasts is known.
 
-    def __init__(self, stream: Stream, duration_s: float | None) -> None:
+    Requests of more than `longest_tokens` are counted; a file in which no other is there is a TraceError.
+    """
+
+    def __init__(self, stream: Stream, duration_s: float | None, longest_tokens: int) -> None:
         self.stream = until(stream, round(duration_s * GIGA)) if duration_s and duration_s < FAR_S else stream
-        self.measured = measure(self.stream)
+        self.longest_tokens, self.too_long = longest_tokens, 0
+        self.measured = measure(replace(self.stream, read=self._counted))
         self.length_s = self.measured.span_ns / GIGA
         if self.measured.last_ns > LONGEST_DAYS * DAY_S * GIGA:
             raise InputError(
                 f"a rehearsal holds {LONGEST_DAYS} days, but '{stream.name}' goes on for "
                 f"{self.measured.last_ns / GIGA / DAY_S:,.0f}. Take less of it with --duration."
+            )
+
+    def _counted(self) -> Iterator[Chunk]:
+        line = prompt = output = requests = 0
+        for chunk in self.stream.chunks():
+            long = np.flatnonzero(chunk.tokens > self.longest_tokens)
+            if len(long) and not self.too_long:
+                line, prompt, output = (
+                    int(column[long[0]]) for column in (chunk.line, chunk.prompt_tokens, chunk.output_tokens)
+                )
+            self.too_long += len(long)
+            requests += len(chunk)
+            yield chunk
+        if line and self.too_long == requests:
+            raise TraceError(
+                f"{self.stream.name}, line {line}: {prompt:,} + {output:,} tokens are more than the "
+                f"{self.longest_tokens:,} that a model of the fleet may hold, and so is every other request. Write "
+                f"--traffic 'cut {self.longest_tokens}' to shorten them, or raise max_context_tokens."
             )
 
     @property
@@ -173,15 +195,12 @@ def _of_trace(
     By its own clock where the hour matters: when it lasts longer than one, or surges at some. A shorter one is held
     against the busiest hour, when it hurts most.
     """
-    if isinstance(trace, Stream):
-        longest = max(plan.fleet.model(row.model).max_context_tokens or DEFAULT_CONTEXT_TOKENS for row in rows)
-        trace = refuse_longer(trace, longest, "any model of the fleet")
     hour = busiest_hour(rows)
     rates = [
         own[index].requests_per_s if row.trace else row.hourly_requests_per_s[hour] for index, row in enumerate(rows)
     ]
     stream = trace.stream if isinstance(trace, Trace) else trace
-    recorded = _Recorded(stream, duration_s)
+    recorded = _Recorded(stream, duration_s, max(_context_tokens(plan, row) for row in rows))
     if surges or recorded.length_s > HOUR_S:
         hour = recorded.stream.clock_ns // HOUR_NS % HOURS
     _check_surges(surges, recorded.stream.clock_ns, recorded.length_s)
@@ -256,6 +275,8 @@ class _Dealt:
         named = len(self.recorded.stream.tenants) or len(self.recorded.stream.models)
         yield f"{'as it names them' if named else 'dealt in turn'} to {to_rows}"
         yield from _surge_notes(self.surges, self.asked.clock_ns)
+        if self.recorded.too_long:
+            yield f"{self.recorded.too_long:,} of its requests are longer than any model's context, and refused"
         if self.recorded.measured.cached_tokens:
             yield f"{self.recorded.measured.cached_fraction:.1%} of its prompts' tokens had been asked before"
 
@@ -338,7 +359,7 @@ class _Asked:
             [row.hourly_requests_per_s[hour] * _most(surges)] * HOURS,
             prompt_tokens=row.prompt_tokens,
             output_tokens=row.output_tokens,
-            max_context_tokens=self.plan.fleet.model(row.model).max_context_tokens or DEFAULT_CONTEXT_TOKENS,
+            max_context_tokens=_context_tokens(self.plan, row),
             duration_s=(end_ps - begin_ps) / PICOSECONDS_PER_S,
             first_hour=0,
             generator=Generator(PCG64([self.seed, index, number])),
@@ -462,6 +483,10 @@ def _lengths(mean: float, count: int, generator: Generator) -> Integers:
     """Draw whole numbers; a lognormal with parameter μ has the mean exp(μ + σ²/2)."""
     lengths = generator.lognormal(np.log(mean) - LENGTH_SIGMA**2 / 2, LENGTH_SIGMA, count)
     return np.rint(lengths).astype(np.int64)
+
+
+def _context_tokens(plan: Plan, row: Demand) -> int:
+    return plan.fleet.model(row.model).max_context_tokens or DEFAULT_CONTEXT_TOKENS
 
 
 def _rows(plan: Plan) -> tuple[Demand, ...]:

@@ -241,32 +241,9 @@ def drop(stream: Stream, longest_tokens: int) -> Stream:
 
     def read() -> Iterator[Chunk]:
         for chunk in stream.chunks():
-            yield chunk[_tokens(chunk) <= longest_tokens]
+            yield chunk[chunk.tokens <= longest_tokens]
 
     return replace(stream, read=read)
-
-
-def refuse_longer(stream: Stream, longest_tokens: int, whose: str) -> Stream:
-    """Raise a TraceError, while it is read, at the first request that does not fit a context."""
-
-    def read() -> Iterator[Chunk]:
-        for chunk in stream.chunks():
-            long = np.flatnonzero(_tokens(chunk) > longest_tokens)
-            if len(long):
-                first = int(long[0])
-                where = f"line {chunk.line[first]}" if chunk.line[first] else "what was drawn"
-                raise TraceError(
-                    f"{stream.name}, {where}: {chunk.prompt_tokens[first]:,} + {chunk.output_tokens[first]:,} tokens "
-                    f"are more than the {longest_tokens:,} of {whose}. Write --traffic 'drop {longest_tokens}' to "
-                    f"leave such requests out, 'cut {longest_tokens}' to shorten them, or raise max_context_tokens."
-                )
-            yield chunk
-
-    return replace(stream, read=read)
-
-
-def _tokens(chunk: Chunk) -> Longs:
-    return chunk.prompt_tokens.astype(np.int64) + chunk.output_tokens
 
 
 # --- Who --------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,11 @@ class Chunk:
     def __len__(self) -> int:
         return len(self.arrival_ns)
 
+    @property
+    def tokens(self) -> Longs:
+        """Of prompt and answer together."""
+        return self.prompt_tokens.astype(np.int64) + self.output_tokens
+
     def __getitem__(self, which: "slice | NDArray[np.bool_] | NDArray[np.intp]") -> "Chunk":
         return Chunk(*(getattr(self, name)[which] for name in COLUMNS))
 
