@@ -364,6 +364,15 @@ def test_a_seed_says_what_is_drawn(tmp_path: Path) -> None:
     assert first.prompt_tokens.tolist() == again.prompt_tokens.tolist() != other.prompt_tokens.tolist()
 
 
+def test_a_client_without_lengths_borrows_them_and_that_is_said(tmp_path: Path) -> None:
+    stream = open_trace(archive(tmp_path, CLIENTS | {"chunk-10-dataset.json": "{}"}))
+    chunk = stream.whole()
+    assert set(chunk.prompt_tokens[chunk.client == 1].tolist()) == {100, 300}
+    assert stream.notes[2] == (
+        "1 of the clients, who ask 62.5% of the requests, come without lengths: theirs are drawn from the others'"
+    )
+
+
 def test_bursts_are_those_of_the_recorded_shape(tmp_path: Path) -> None:
     members = {
         "chunk-0-trace.csv": "0,20,1.0,Gamma,1.0,1.0\n", "chunk-0-dataset.json": LENGTHS,
@@ -397,7 +406,10 @@ def test_a_folder_of_clients_is_read_like_the_archive(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"chunk-3-dataset.json": "{}"}, "has the rates of client 3 but not its lengths. Put its chunk-3-dataset.json"),
+        (
+            {"chunk-3-dataset.json": "{}", "chunk-10-dataset.json": "{}"},
+            "has the rates of its clients but not their lengths. Put their chunk-…-dataset.json beside",
+        ),
         ({"chunk-3-trace.csv": "0,fast,1,Gamma,1,1\n"}, "line 1: '0,fast,1,Gamma,1,1' is not window start"),
         ({"chunk-3-trace.csv": "0,nan,1,Gamma,1,1\n"}, "windows must follow one another from 0 on"),
         ({"chunk-3-trace.csv": "0,1,1,Gamma,1,1\n"}, "has other windows than the others"),
@@ -481,12 +493,8 @@ def test_a_day_of_a_service_is_drawn_as_often_and_as_long_as_it_was(shared_data:
     model, got = read_servegen(Source(path)), measure(open_trace(path, seed=1))
     assert got.requests == round(model.requests_per_s.sum() * 600)
     expected = sum(
-        client.requests_per_s[window] * 600 * _lengths_at(client, window * 600)["output_tokens"].mean
+        client.requests_per_s[window] * 600 * client.lengths_at(window * 600)["output_tokens"].mean
         for client in model.clients
         for window in range(144)
     )
     assert got.output_tokens == pytest.approx(expected, rel=0.005)
-
-
-def _lengths_at(client, second):  # type: ignore[no-untyped-def]
-    return next(own for since_s, own in reversed(client.lengths) if since_s <= second)

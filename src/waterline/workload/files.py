@@ -69,5 +69,11 @@ def _drawn(source: Source, seed: int) -> Stream:
     notes = [f"{len(model.clients)} clients of {model.name}, drawn with seed {seed}"]
     if model.gaps:
         notes.append(f"{model.gaps} of {len(model.recorded)} windows were not recorded: each asks what the last did")
+    borrowing, share = model.borrowing
+    if borrowing:
+        notes.append(
+            f"{borrowing} of the clients, who ask {share:.1%} of the requests, come without lengths: theirs are drawn "
+            "from the others'"
+        )
     clients = Names([f"client {client.number}" for client in model.clients])
     return Stream(name=model.name, read=partial(model.chunks, seed), notes=tuple(notes), clients=clients)

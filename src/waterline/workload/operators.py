@@ -106,22 +106,32 @@ def multiplied(chunks: Iterator[Chunk], chosen: Callable[[Chunk], tuple[Flags, F
     """
     number_dice, place_dice = Generator(PCG64([seed, 0])), Generator(PCG64([seed, 1]))
     held: tuple[Chunk, Flags, Longs] | None = None
-    for chunk in chain(chunks, [None]):
-        if chunk is not None:
-            mine, factors = chosen(chunk)
-            copies = np.floor(factors + number_dice.random(len(chunk))).astype(np.int64)
-            held = _appended(held, (chunk, mine, copies))
+    for part in chain(_counted(chunks, chosen, number_dice), [None]):
+        held = _appended(held, part) if part else held
         if held is None:
             return
         pool, mine, copies = held
         places = np.flatnonzero(mine)
         end = len(pool)
-        if chunk is not None and len(places) and (places[-1] > 0 or end < FARTHEST):
+        if part and len(places) and (places[-1] > 0 or end < FARTHEST):
             end = int(places[-1])
         ready = _copied(pool, places, copies, end, place_dice)
         held = (pool[end:], mine[end:], copies[end:]) if end < len(pool) else None
         if len(ready):
             yield ready
+
+
+def _counted(
+    chunks: Iterator[Chunk], chosen: Callable[[Chunk], tuple[Flags, Floats]], dice: Generator
+) -> Iterator[tuple[Chunk, Flags, Longs]]:
+    """Yield requests, which of them belong together, and how many there are to be of each; few at a time if many."""
+    for chunk in chunks:
+        mine, factors = chosen(chunk)
+        copies = np.floor(factors + dice.random(len(chunk))).astype(np.int64)
+        size = max(1, int(CHUNK / max(1.0, factors.max())))
+        for begin in range(0, len(chunk), size):
+            part = slice(begin, begin + size)
+            yield chunk[part], mine[part], copies[part]
 
 
 def _appended(held: tuple[Chunk, Flags, Longs] | None, more: tuple[Chunk, Flags, Longs]) -> tuple[Chunk, Flags, Longs]:

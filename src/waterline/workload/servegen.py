@@ -62,7 +62,10 @@ class Client:
     requests_per_s: Floats  # [window]
     family: NDArray[np.int8]  # [window] index into FAMILIES
     shape: Floats  # [window]
-    lengths: tuple[tuple[int, Lengths], ...]  # (from this second on, …), in the order of time
+    lengths: tuple[tuple[int, Lengths], ...]  # (from this second on, …), in the order of time; empty: unknown
+
+    def lengths_at(self, time_s: int) -> Lengths:
+        return next((own for since_s, own in reversed(self.lengths) if since_s <= time_s), self.lengths[0][1])
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,11 @@ class ServeGen:
 
     def chunks(self, seed: int) -> Iterator[Chunk]:
         """Draw all requests, window by window; each client and window has dice of its own."""
-        for client in self.clients:
-            if not client.lengths:
-                raise TraceError(
-                    f"{self.name} has the rates of client {client.number} but not its lengths. Put its "
-                    f"chunk-{client.number}-dataset.json beside, or leave its chunk-{client.number}-trace.csv out."
-                )
+        if not self.lenders[0]:
+            raise TraceError(
+                f"{self.name} has the rates of its clients but not their lengths. Put their chunk-…-dataset.json "
+                "beside."
+            )
         for window, recorded in enumerate(self.recorded.tolist()):
             drawn = [
                 self._drawn(index, client, window, recorded, seed)
@@ -109,13 +111,33 @@ class ServeGen:
             together = joined(drawn)
             yield from cut(together[np.argsort(together.arrival_ns, kind="stable")])
 
+    @cached_property
+    def lenders(self) -> tuple[tuple[Client, ...], Floats]:
+        """Clients whose lengths are known, and up to which of them a share of all requests goes."""
+        known = tuple(client for client in self.clients if client.lengths)
+        asked = np.cumsum([client.requests_per_s.sum() for client in known])
+        return known, asked / asked[-1] if len(asked) else asked
+
+    @property
+    def borrowing(self) -> tuple[int, float]:
+        """How many clients have no lengths, and the share of all requests that is theirs."""
+        without = [client.requests_per_s.sum() for client in self.clients if not client.lengths]
+        return len(without), float(sum(without) / self.requests_per_s.sum())
+
+    def _lender(self, client: Client, generator: Generator) -> Client:
+        """Return whose lengths a client has: its own, or if they are unknown those of another, as often as that asks."""
+        if client.lengths:
+            return client
+        known, upto = self.lenders
+        return known[min(int(np.searchsorted(upto, generator.random(), side="right")), len(known) - 1)]
+
     def _drawn(self, index: int, client: Client, window: int, recorded: int, seed: int) -> Chunk:
         generator = Generator(PCG64([seed, client.number, window]))
         expected = client.requests_per_s[recorded] * self.window_s
         count = int(expected + generator.random()) if abs(expected - round(expected)) > 1e-6 else round(expected)
         places = _places(count, FAMILIES[client.family[recorded]], float(client.shape[recorded]), generator)
         begin_s = window * self.window_s
-        lengths = next((own for since_s, own in reversed(client.lengths) if since_s <= begin_s), client.lengths[0][1])
+        lengths = self._lender(client, generator).lengths_at(begin_s)
         return chunk_of(
             begin_s * GIGA + (places * (self.window_s * GIGA)).astype(np.int64),
             _prompts(lengths, count, generator),
