@@ -430,6 +430,32 @@ def test_a_cut_or_foreign_archive_is_said(tmp_path: Path) -> None:
         open_trace(archive(tmp_path, {"readme.txt": "hi"}))
 
 
+def test_what_is_no_table_has_no_columns(tmp_path: Path) -> None:
+    for path in (written(tmp_path, mooncake(0, 5, 5, [])), archive(tmp_path, CLIENTS)):
+        with pytest.raises(TraceError, match="it is no table, and needs no map of columns"):
+            open_trace(path, columns=MAPPED)
+
+
+@given(
+    st.sampled_from(
+        ["", f"{HEADER}\n", "arrival_s,prompt_tokens,output_tokens\n", '{"timestamp": 0,', "PAR1", "\x1f\x8b"]
+    ),
+    st.text(max_size=60) | st.from_regex(r"([0-9:.\- ]{0,30},[0-9.]{0,12},[0-9]{0,3}\n){0,4}", fullmatch=True),
+)
+def test_whatever_is_in_a_file_the_answer_is_a_stream_or_one_of_our_errors(
+    tmp_path_factory: pytest.TempPathFactory, start: str, rest: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "anything"
+    path.write_bytes(start.encode("latin-1") + rest.encode("utf-8", "surrogatepass"))
+    try:
+        got = measure(open_trace(path))
+    except TraceError as error:
+        assert str(path) in str(error)
+        assert len(str(error)) < len(str(path)) + 300
+    else:
+        assert got.requests > 0
+
+
 # --- The traces we were built on ---------------------------------------------------------------------------------------
 
 

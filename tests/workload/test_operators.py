@@ -215,6 +215,12 @@ def test_changes_are_made_from_left_to_right(tmp_path: Path) -> None:
     assert arrivals(parse_traffic("").apply(own)) == [0, 10 * S]
 
 
+def test_a_trace_that_follows_has_the_same_columns(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("t,p,o\n1,1,1\n3,1,1\n")
+    changes = parse_traffic("then log.csv", tmp_path, columns="arrival=t,prompt=p,output=o")
+    assert arrivals(changes.apply(stream_of([0, 10 * S]))) == [0, 10 * S, 20 * S, 22 * S]
+
+
 def test_two_changes_have_dice_of_their_own() -> None:
     own = stream_of(list(range(0, 4000 * S, S)), size=1000)
     quarter = arrivals(parse_traffic("x0.5, x0.5").apply(own))

@@ -83,7 +83,7 @@ def rehearse(
         raise InputError("--output names a file, and '-' is none. To print the requests: --output /dev/stdout --json")
     if (columns or traffic) and not trace:
         raise InputError("--columns and --traffic are about a trace. Name it with --trace FILE.")
-    changes, surging = parse_traffic(traffic), [parse_surge(surge) for surge in surges]
+    changes, surging = parse_traffic(traffic, columns=columns), [parse_surge(surge) for surge in surges]
     replayed = changes.apply(open_trace(trace, columns=columns, seed=seed), seed=seed) if trace else None
     plan = _plan_of(fleet_or_plan)
     _prepare(rehearsal.prepare)

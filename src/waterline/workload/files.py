@@ -36,17 +36,19 @@ def open_trace(path: str | os.PathLike[str], *, columns: ColumnMap | str | None 
     """
     source = Source(Path(path))
     columns = parse_columns(columns) if isinstance(columns, str) and columns else columns or None
-    if is_folder_of_clients(source.path):
-        return _drawn(source, seed)
-    start = source.start(START)
-    if is_tar(start):
+    folder = is_folder_of_clients(source.path)
+    start = b"" if folder else source.start(START)
+    is_json = start.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"{"
+    if columns and (folder or is_tar(start) or is_json):
+        source.refuse("it is no table, and needs no map of columns. Leave that out.")
+    if folder or is_tar(start):
         return _drawn(source, seed)
     if not start.strip():
         source.refuse(f"it is empty. Expected a first line {HEADER}.")
     names = {key: Names() for key in ("tenant", "model", "client")}
     if start.startswith(PARQUET):
         rows = partial(read_parquet, source, columns, names)
-    elif start.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"{":
+    elif is_json:
         rows = partial(read_mooncake, source)
     else:
         rows = partial(read_delimited, source, columns, names)

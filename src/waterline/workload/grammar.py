@@ -48,12 +48,12 @@ class Changes:
         return stream
 
 
-def parse_traffic(text: str, folder: Path = Path()) -> Changes:
-    """Read changes; files are looked for in `folder`. Raises TraceError."""
+def parse_traffic(text: str, folder: Path = Path(), *, columns: str = "") -> Changes:
+    """Read changes; files are looked for in `folder`, and have these columns if they are tables. Raises TraceError."""
     parts = [part.strip() for part in text.split(",")]
     if parts == [""]:
         return Changes()
-    return Changes(tuple(_change(part, folder) for part in parts))
+    return Changes(tuple(_change(part, folder, columns) for part in parts))
 
 
 def parse_surge(text: str) -> Surge:
@@ -84,7 +84,7 @@ def duration_s(text: str) -> float | None:
     return -total_s if found[1] else total_s
 
 
-def _change(text: str, folder: Path) -> Change:
+def _change(text: str, folder: Path, columns: str) -> Change:
     scaled = re.fullmatch(r"x\s*([\d.]+)|([\d.]+)\s*x", text)
     if scaled:
         factor = _number(scaled[1] or scaled[2])
@@ -95,6 +95,8 @@ def _change(text: str, folder: Path) -> Change:
     words = rest.split()
     if verb in {"tenant", "model"}:
         return _names(verb, text, words)  # type: ignore[arg-type]  # it is one of the two
+    if verb == "then":
+        return _then(text, words, folder, columns)
     if not text:
         raise TraceError(f"there is nothing between two commas. Write changes like {EXAMPLES['x']}.")
     if verb not in PARSERS:
@@ -102,17 +104,17 @@ def _change(text: str, folder: Path) -> Change:
         raise TraceError(
             f"'{text}' changes nothing. {nearest(verb, EXAMPLES)} Write it like {EXAMPLES[close[0] if close else 'x']}."
         )
-    return PARSERS[verb](text, words, folder)
+    return PARSERS[verb](text, words)
 
 
-def _shift(text: str, words: list[str], folder: Path) -> Change:  # noqa: ARG001 - all parsers are called alike
+def _shift(text: str, words: list[str]) -> Change:
     if len(words) != 1:
         raise _wrong("shift", text, "one time")
     by_ns = _duration_ns("shift", text, words[0])
     return lambda stream, _: operators.shift(stream, by_ns)
 
 
-def _repeat(text: str, words: list[str], folder: Path) -> Change:  # noqa: ARG001
+def _repeat(text: str, words: list[str]) -> Change:
     if len(words) not in {1, 3} or words[1:2] not in ([], ["every"]) or not words[0].isdecimal():
         raise _wrong("repeat", text, "how often")
     times = int(words[0])
@@ -124,23 +126,23 @@ def _repeat(text: str, words: list[str], folder: Path) -> Change:  # noqa: ARG00
     return lambda stream, _: operators.repeat(stream, times, every_ns=every_ns)
 
 
-def _then(text: str, words: list[str], folder: Path) -> Change:
+def _then(text: str, words: list[str], folder: Path, columns: str) -> Change:
     at_ns = None
     if len(words) >= 3 and words[-2] == "at":
         at_ns = _duration_ns("then", text, words[-1])
         words = words[:-2]
     if not words or (at_ns is not None and at_ns < 0):
         raise _wrong("then", text, "a trace file, and a time from 0 on if any")
-    second = open_trace(folder / " ".join(words))
+    second = open_trace(folder / " ".join(words), columns=columns)
     return lambda stream, _: operators.splice(stream, second, at_ns=at_ns)
 
 
-def _surge(text: str, words: list[str], folder: Path) -> Change:  # noqa: ARG001
+def _surge(text: str, words: list[str]) -> Change:  # noqa: ARG001 - all parsers are called alike
     surge = parse_surge(" ".join(words))
     return lambda stream, seed: operators.surge(stream, surge, seed=seed)
 
 
-def _lengths(text: str, words: list[str], folder: Path) -> Change:  # noqa: ARG001
+def _lengths(text: str, words: list[str]) -> Change:
     verb = text.split(maxsplit=1)[0]
     if len(words) != 1 or not words[0].isdecimal() or int(words[0]) < 2:
         raise _wrong(verb, text, "the tokens of a context, at least 2")
@@ -149,10 +151,9 @@ def _lengths(text: str, words: list[str], folder: Path) -> Change:  # noqa: ARG0
     return lambda stream, _: change(stream, longest_tokens)
 
 
-PARSERS: dict[str, Callable[[str, list[str], Path], Change]] = {
+PARSERS: dict[str, Callable[[str, list[str]], Change]] = {
     "shift": _shift,
     "repeat": _repeat,
-    "then": _then,
     "surge": _surge,
     "cut": _lengths,
     "drop": _lengths,

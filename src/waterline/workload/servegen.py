@@ -125,7 +125,7 @@ class ServeGen:
         return len(without), float(sum(without) / self.requests_per_s.sum())
 
     def _lender(self, client: Client, generator: Generator) -> Client:
-        """Return whose lengths a client has: its own, or if they are unknown those of another, as often as that asks."""
+        """Return whose lengths a client has: its own, or if they are unknown those of others, as often as they ask."""
         if client.lengths:
             return client
         known, upto = self.lenders
