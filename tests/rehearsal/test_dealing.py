@@ -124,6 +124,9 @@ def test_a_surge_outside_of_the_rehearsal_or_of_nobody_is_an_error() -> None:
         traffic(plan, stream_of(["a"] * 60), seed=0, duration_s=None, surges=[parse_surge("10x@20:00+2h")])
     with pytest.raises(UnknownNameError, match="the fleet has no tenant 'publik'"):
         traffic(plan, None, seed=0, duration_s=None, surges=[parse_surge("publik:10x@20:00+2h")])
+    idle = replaced(plan, fleet=replaced(plan.fleet, tenants=(*plan.fleet.tenants, Tenant(name="idle"))))
+    with pytest.raises(InputError, match=r"tenant 'idle' of the surge idle:10x@20:00\+2h asks for nothing. Give it a"):
+        traffic(idle, None, seed=0, duration_s=None, surges=[parse_surge("idle:10x@20:00+2h")])
 
 
 def test_a_trace_beyond_the_context_is_an_error_and_single_requests_are_counted() -> None:

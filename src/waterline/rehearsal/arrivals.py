@@ -129,8 +129,8 @@ def traffic(
         raise InputError(f"seed = {seed} is negative. Give one from 0 on.")
     rows = _rows(plan)
     for surge in surges:
-        if surge.tenant:
-            plan.fleet.tenant(surge.tenant)
+        if surge.tenant and plan.fleet.tenant(surge.tenant).name not in {row.tenant for row in rows}:
+            raise InputError(f"tenant '{surge.tenant}' of the surge {surge} asks for nothing. Give it a [[demand]].")
     own = {
         index: _Recorded(open_trace(row.trace, columns=row.columns, seed=seed), duration_s, _context_tokens(plan, row))
         for index, row in enumerate(rows)
