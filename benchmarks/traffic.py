@@ -93,7 +93,7 @@ def main() -> None:
         ]
         cases += [
             (f"CSV of Azure, {change}", lambda change=change: parse_traffic(change).apply(open_trace(azure)), None)
-            for change in ("x0.5", "x10", "surge 10x@00:05+5m", "tenant a=0.7 b=0.3")
+            for change in ("x0.5", "x10", "x100", "surge 10x@00:05+5m", "tenant a=0.7 b=0.3")
         ]
         for what, stream, peer in cases:
             got = measure(stream()).requests
