@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import msgspec
+
 from waterline import catalog
 from waterline.catalog.calibration import calibration_of
 from waterline.catalog.currencies import find_currency
@@ -37,6 +39,7 @@ from waterline.hardware import Gpu
 from waterline.llm import PRECISIONS, Llm
 from waterline.llm.gguf_sizes import file_bytes
 from waterline.plan import Layout
+from waterline.planner import make_plan
 from waterline.planner.buying import Advice, Purchase, buy
 from waterline.planner.fits import fits
 from waterline.planner.market import Wish
@@ -49,6 +52,7 @@ PAGE = ROOT / "docs" / "explanation" / "the-article.md"
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 1000, 200  # of the requests whose times are shown
 USUAL_TOKENS, LONG_TOKENS = 8192, 32_768  # contexts that concurrency is given at; the second is what we call long
+NODE = 8  # cards
 FELT = 1.05  # a step slower by less than this is lost in what a version of the software changes
 
 HOLDS, PARTLY, NOT = "**It holds.**", "**It holds in part.**", "**It does not hold.**"
@@ -102,8 +106,8 @@ def steps_of(setting: Setting) -> StepCost:
 def page() -> str:
     """Return the whole page."""
     parts = (
-        HEAD, small_model(), middle_model(), large_model(), bits(), weaker_link(), tender(), rules(), mix(), worth(),
-        not_here(),
+        HEAD, small_model(), middle_model(), large_model(), bits(), weaker_link(), iceberg(), vendors(),
+        tender(), rules(), mix(), worth(), not_here(),
     )  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -328,6 +332,57 @@ def exchange_table(whole: Gpu, cut: Gpu) -> str:
     return table(("exchange", "message", "H100", "H800", "longer by"), rows, text_columns=1)
 
 
+def iceberg() -> str:
+    """Plan the day DeepSeek published, with the throughput they gave and with our own."""
+    fleet = load_fleet(ROOT / "examples" / "deepseek-day.toml")
+    given = make_plan(fleet)
+    own = make_plan(msgspec.structs.replace(fleet, models=(msgspec.structs.replace(fleet.models[0], measured=()),)))
+    nodes = {plan: [hour.gpus / NODE for hour in plan.hours] for plan in (given, own)}
+    free = 1 - min(nodes[given]) / max(nodes[given])
+    verdict = PARTLY if free > 0.5 else NOT
+    rows = [
+        (name, theirs, *(of(plan) for plan in (given, own)))
+        for name, theirs, of in (
+            ("nodes, mean of the day", "226.75", lambda plan: f"{sum(nodes[plan]) / 24:.1f}"),
+            ("nodes, most", "278", lambda plan: f"{max(nodes[plan]):.0f}"),
+            ("nodes, least", "68", lambda plan: f"{min(nodes[plan]):.0f}"),
+            ("USD a day, at 2 a GPU-hour", "87,072", lambda plan: f"{sum(hour.usd for hour in plan.hours):,.0f}"),
+        )
+    ]
+    return section(
+        "The iceberg, by day and by night",
+        "Of 60,000 cards most are kept for research and enterprise, and a small part serves the public.",
+        f"{verdict} How many cards there are, nobody has said. What DeepSeek published of its service is one day of "
+        "February 2025: by day all of its nodes served, at night most went to research and training. A plan of that "
+        f"day (`examples/deepseek-day.toml`) frees {free:.0%} of the nodes in the hour that asks least. With the "
+        "throughput of a node that they measured, and with that of our own cost model, which was fitted on none of "
+        "it, a plan takes:",
+        table(("", "DeepSeek", "their throughput", "our cost model"), rows, text_columns=1),
+        "Our hours are sized for what is asked in them, at the hours of their chart of income; their nodes went up "
+        "before the morning's load and stayed at 278 all day.",
+    )
+
+
+def vendors() -> str:
+    """Say on which stacks the mixed example runs at its busiest hour."""
+    plan = make_plan(load_fleet(ROOT / "examples" / "mixed.toml"))
+    cards = {pool.name: card(pool.gpu) for pool in plan.fleet.pools}
+    gpus: dict[tuple[str, str], int] = {}
+    for replica in plan.replicas_at(plan.busiest_hour):
+        where = (replica.model, replica.pool)
+        gpus[where] = gpus.get(where, 0) + replica.layout.gpus
+    stacks = {cards[pool].stack for _, pool in gpus}
+    rows = [(name, cards[pool].id, cards[pool].vendor, cards[pool].stack, str(gpus[name, pool])) for name, pool in gpus]
+    return section(
+        "NVIDIA and AMD in one fleet",
+        "The fleet may take NVIDIA's cards with CUDA or AMD's with ROCm.",
+        f"{HOLDS if len(stacks) > 1 else NOT} One plan of `examples/mixed.toml` puts each model where it is cheapest, "
+        f"on {both(sorted(stacks))}; a replica never spans two vendors. `waterline launch` prints the command and "
+        "the variables of each engine on its own stack.",
+        table(("model", "card", "vendor", "stack", "cards at the busiest hour"), rows, text_columns=4),
+    )
+
+
 def tender() -> str:
     priced, yuan = server_price("a100-sxm-80g"), find_currency("CNY")
     h800 = server_price("h800-sxm-80g")
@@ -457,8 +512,7 @@ OTHERS = (  # of the post, that other parts of Waterline answer or will
     ("25,000 A100 for GPT-4 against that", "the same"),
     ("test-time scaling makes it efficient", "effort: thinking budgets that follow the load"),
     ("layouts searched around the H800's link, for training", "planning a training run; serving is above"),
-    ("the iceberg: most of 60,000 cards are lent and come back", "lending, and `waterline rehearse`"),
-    ("NVIDIA or AMD, CUDA or ROCm", "one catalogue, `waterline plan`"),
+    ("the Spring Festival's peak is survived", "lending, and `waterline rehearse`"),
     ("writing 8-bit and 4-bit checkpoints", "`waterline quantize`; the sizes are above"),
 )
 
