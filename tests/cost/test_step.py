@@ -1,5 +1,5 @@
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -331,7 +331,7 @@ def numbers(part: Any) -> Iterator[Any]:
     if is_dataclass(part):
         for field in fields(part):
             yield from numbers(getattr(part, field.name))
-    elif isinstance(part, tuple):
+    elif isinstance(part, Sequence):
         for one in part:
             yield from numbers(one)
     else:

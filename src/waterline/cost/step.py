@@ -15,22 +15,21 @@ without changing the result.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from waterline.catalog.calibration import Calibration, calibration_of
 from waterline.catalog.engines import EngineProfile
+from waterline.cost.durations import Durations, picoseconds
 from waterline.cost.kernels import bare_kernels, find_kernels
 from waterline.cost.layers import Numbers, Shard, forms
 from waterline.errors import InfeasibleError
 from waterline.hardware import Gpu
 from waterline.llm import PRECISIONS, AttentionLayers, Llm
 from waterline.plan import Layout
-from waterline.units import PICOSECONDS_PER_S
 
 CONTEXTS = np.array([64.0, 512.0, 2048.0, 8192.0, 32768.0])  # at which the cost of cached tokens is taken
 CHUNKS = np.array([64.0, 512.0, 2048.0, 8192.0])  # prompt tokens at which the cost of reading is taken …
@@ -44,8 +43,8 @@ class AttentionCost:
     """One kind of attention layers, all of them together; a window limits what is read and multiplied."""
 
     window_tokens: int  # 0: the whole context
-    decode_ps: tuple[int, ...]  # [decodes of a rank] whatever their context; the last one for more
-    decode_ps_per_token: tuple[int, ...]  # [decodes of a rank] of all that all ranks have cached; the last one for more
+    decode_ps: Sequence[int]  # [decodes of a rank] whatever their context; the last one for more
+    decode_ps_per_token: Sequence[int]  # [decodes of a rank] of all that all ranks have cached; the last one for more
     prefill_ps: int  # for a step with prompt tokens
     prefill_ps_per_token: int  # of all ranks' together, as the next
     prefill_ps_per_pair: int  # one query against one key and value
@@ -55,9 +54,9 @@ class AttentionCost:
 class StepCost:
     """The coefficients of one replica's steps; see `step_ps` for how they combine."""
 
-    tokens_ps: tuple[int, ...]  # [tokens of a rank] everything but attention and head …
+    tokens_ps: Sequence[int]  # [tokens of a rank] everything but attention and head …
     more_ps_per_token: int  # … and each token beyond the table
-    head_ps: tuple[int, ...]  # [sequences of a rank] that sample a token; the last one for more
+    head_ps: Sequence[int]  # [sequences of a rank] that sample a token; the last one for more
     attention: tuple[AttentionCost, ...]
     step_tokens: int  # prompt and output tokens the engine puts into one step, at most, over all ranks
     ranks: int = 1  # of data-parallel attention: each has its share of the sequences, all wait for the fullest
@@ -133,7 +132,7 @@ def price_steps(
         attention=tuple(cost for group in llm.attention for cost in _attention_costs(shard, group)),
         step_tokens=engine.step_tokens * layout.dp,
         ranks=layout.dp,
-        first_token_ps=int(_ps(calibration.request_s)),
+        first_token_ps=_ps(calibration.request_s),
     )
 
 
@@ -152,16 +151,16 @@ def _attention_costs(shard: Shard, group: AttentionLayers) -> Iterator[Attention
     yield AttentionCost(
         window_tokens=window,
         decode_ps=_table(sequences, base_s),
-        decode_ps_per_token=tuple(_ps(np.interp(np.arange(MOST_DECODES + 1), sequences, slope_s)).tolist()),
-        prefill_ps=int(_ps(fixed_s)),
-        prefill_ps_per_token=int(_ps(token_s / shard.layout.dp)),
-        prefill_ps_per_pair=int(_ps(pair_s / shard.layout.dp)),
+        decode_ps_per_token=Durations(sequences, slope_s, free=False),
+        prefill_ps=_ps(fixed_s),
+        prefill_ps_per_token=_ps(token_s / shard.layout.dp),
+        prefill_ps_per_pair=_ps(pair_s / shard.layout.dp),
     )
     if group.selected_tokens and (index_s := shard.index_s_per_token(group)):
-        every = tuple([int(_ps(index_s))] * 2)
+        every = tuple([_ps(index_s)] * 2)
         yield AttentionCost(
             window_tokens=0, decode_ps=(0,), decode_ps_per_token=every,
-            prefill_ps=0, prefill_ps_per_token=0, prefill_ps_per_pair=int(_ps(shard.index_s_per_pair(group))),
+            prefill_ps=0, prefill_ps_per_token=0, prefill_ps_per_pair=_ps(shard.index_s_per_pair(group)),
         )  # fmt: skip
 
 
@@ -217,13 +216,10 @@ def _counts(most: int) -> Numbers:
     return np.array(sorted({*np.arange(1.0, 17.0).tolist(), *np.round(grown).tolist(), float(most)}))
 
 
-def _table(counts: Numbers, took_s: Numbers) -> tuple[int, ...]:
+def _table(counts: Numbers, took_s: Numbers) -> Durations:
     """Return picoseconds by count, from 0 (nothing, no time) to the last of `counts`; more never takes less."""
-    table = _ps(np.interp(np.arange(int(counts[-1]) + 1), counts, np.maximum.accumulate(took_s)))
-    table[0] = 0
-    return tuple(table.tolist())
+    return Durations(counts, np.maximum.accumulate(took_s))
 
 
-def _ps(duration_s: Numbers | float) -> NDArray[np.int64]:
-    """Round up, but not for the last bits of a float: 8000.0000000001 is 8000."""
-    return np.ceil(np.round(np.asarray(duration_s) * PICOSECONDS_PER_S, 3)).astype(np.int64)
+def _ps(duration_s: float) -> int:
+    return int(picoseconds(duration_s))

@@ -176,7 +176,7 @@ def _counts(values: object) -> Counts:
     return np.fromiter(values, np.int64)  # type: ignore[call-overload, no-any-return] # an iterable of integers
 
 
-def _at(tables: list[tuple[int, ...]], index: Counts) -> Counts:
+def _at(tables: list[Sequence[int]], index: Counts) -> Counts:
     """Return an entry of each replica's table; in one array the tables of all replicas would be many megabytes."""
     return np.fromiter(map(getitem, tables, index.tolist()), np.int64, len(tables))
 
