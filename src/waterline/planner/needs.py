@@ -11,7 +11,6 @@ from waterline.planner.candidates import Work
 from waterline.planner.queueing import Lengths, usual_lengths
 from waterline.units import GIGA
 from waterline.workload import LENGTH_SIGMA
-from waterline.workload.files import open_trace
 from waterline.workload.stream import Ints, Longs
 
 PEAK_WINDOW_NS = 300 * GIGA  # a trace is planned for its busiest five minutes
@@ -149,6 +148,8 @@ def _recorded(demand: Demand) -> Asked:
     """Read a trace once, and say what it asks in its busiest minutes and how long its requests are."""
     peak = _Peak()
     prompts, outputs = _Moments(), _Moments()
+    from waterline.workload.files import open_trace  # noqa: PLC0415 - every format's libraries; most fleets name no trace
+
     for chunk in open_trace(demand.trace, columns=demand.columns).chunks():
         peak.add(chunk.arrival_ns)
         prompts.add(chunk.prompt_tokens)

@@ -22,7 +22,6 @@ from msgspec import Struct
 from waterline.errors import TraceError
 from waterline.units import DAY_S, GIGA
 from waterline.workload.columns import HEADER
-from waterline.workload.files import open_trace
 from waterline.workload.stream import Names, Stream, chunk_of, cut
 
 TICKS_PER_S = 10**7  # of 100 ns, the last digit of a timestamp
@@ -101,6 +100,8 @@ class Trace:
 
 def read_trace(path: str | os.PathLike[str]) -> Trace:
     """Read a trace file of any format we know into objects; see `open_trace`, which takes no more memory for more."""
+    from waterline.workload.files import open_trace  # noqa: PLC0415 - every format's libraries; most commands read none
+
     stream = open_trace(path)
     return Trace(
         name=stream.name,
