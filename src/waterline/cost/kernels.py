@@ -106,6 +106,7 @@ class Kernels:
         self._own_fits = fits
         self._rates = frozenset(gpu.flops_per_s)
         self._surfaces: dict[tuple[str, str, str, float, float], Surface] = {}
+        self._peaks: dict[tuple[str, str, str, float, float], Peaks] = {}
 
     def gemm_s(self, tokens: ArrayLike, outputs: ArrayLike, inputs: ArrayLike, form: str) -> Seconds:
         """Return the time of (tokens x inputs) · (inputs x outputs)."""
@@ -362,6 +363,12 @@ class Kernels:
 
     def peaks_of(self, kind: str, form: str = "", cache: str = "", total: float = 0.0, pair: float = 0.0) -> Peaks:
         """Return what the card offers a kernel of this kind; for an exchange the link's rates stand for memory's."""
+        key = (kind, form, cache, total, pair)
+        if key not in self._peaks:
+            self._peaks[key] = self._peaks_of(*key)
+        return self._peaks[key]
+
+    def _peaks_of(self, kind: str, form: str, cache: str, total: float, pair: float) -> Peaks:
         if kind in EXCHANGES or kind == "custom_all_reduce":
             total, pair = (total, pair) if total else self._wire_rates(self.gpu.link)
             return Peaks(bytes_per_s=total, flops_per_s=1.0, pair_bytes_per_s=pair)
@@ -460,12 +467,16 @@ def find_kernels(gpu: Gpu) -> Kernels:
     return found
 
 
-_found: dict[str, Kernels] = {}
-
-
 def bare_kernels(gpu: Gpu) -> Kernels:
     """Return kernels unlike those measured: they reach the usual share of the peaks, and sum in 16 bits."""
-    return Kernels(gpu, (gpu.id,), (), _sixteen_bit_flops_per_s(gpu))
+    found = _bare.get(gpu.id)
+    if found is None or found.gpu is not gpu:
+        found = _bare[gpu.id] = Kernels(gpu, (gpu.id,), (), _sixteen_bit_flops_per_s(gpu))
+    return found
+
+
+_found: dict[str, Kernels] = {}
+_bare: dict[str, Kernels] = {}
 
 
 def _sixteen_bit_flops_per_s(gpu: Gpu) -> float:

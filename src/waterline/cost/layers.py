@@ -5,9 +5,9 @@ whole. Data-parallel attention gives each rank its own sequences; experts then s
 of a pipeline follow one another, so a step passes every layer, whichever GPU holds it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,15 @@ def forms(llm: Llm, precision: str) -> Mapping[str, str]:
     return found
 
 
+class Product(NamedTuple):
+    """A matrix product that so many layers have."""
+
+    layers: int
+    outputs: float
+    inputs: float
+    form: str
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One GPU's share of a model; all times in seconds, over all layers, as the engine's calibration has them."""
@@ -64,11 +73,8 @@ class Shard:
 
     def tokens_s(self, tokens: Numbers) -> Numbers:
         """Return what a step of so many tokens on each rank takes, attention and output head left out."""
-        took = self.llm.layers * self._small_s(tokens) + self._unaccounted_s(tokens)
-        for group in self.llm.attention:
-            took = took + group.layers * self._projections_s(group, tokens)
+        took = self.llm.layers * self._small_s(tokens) + self._products_s(tokens)
         for layers in self.llm.feed_forward:
-            took = took + layers.layers * self._dense_s(layers, tokens)
             if layers.experts:
                 took = took + layers.layers * self._experts_s(layers, tokens * self.layout.dp)
         exchange = self._exchange_s(tokens)
@@ -78,7 +84,8 @@ class Shard:
 
     def head_s(self, sequences: Numbers) -> Numbers:
         """Return the time of the output head for so many sequences on each rank."""
-        return self._gemm_s(sequences, self.llm.vocabulary / self.layout.tp, self.llm.hidden, self.forms["head"])
+        outputs, inputs = np.array(self.llm.vocabulary / self.layout.tp), np.array(float(self.llm.hidden))
+        return self._gemm_s(sequences, outputs, inputs, self.forms["head"])
 
     def decode_s(self, group: AttentionLayers, sequences: Numbers, context_tokens: Numbers) -> Numbers:
         """Return the attention of the group for sequences of a rank that decode; for MLA the projections as well."""
@@ -131,8 +138,21 @@ class Shard:
         took = self.kernels.prefill_attention_s(**sizes, cache=self.cache)
         return group.layers * self._calibrated("attention", took, "prefill", "", sizes)
 
-    def _gemm_s(self, tokens: Numbers, outputs: float, inputs: float, form: str) -> Numbers:
-        """Return the time of a matrix product.
+    def _products_s(self, tokens: Numbers) -> Numbers:
+        """Return the time of all products but the output head's; those of a form are timed together."""
+        by_form: dict[str, list[Product]] = {}
+        for product in (*self._projections(), *self._dense(), *self._unaccounted()):
+            by_form.setdefault(product.form, []).append(product)
+        took = np.zeros_like(tokens)
+        for form, products in by_form.items():
+            outputs = np.array([float(product.outputs) for product in products])[:, None]
+            inputs = np.array([float(product.inputs) for product in products])[:, None]
+            layers = np.array([float(product.layers) for product in products])
+            took = took + (layers[:, None] * self._gemm_s(tokens, outputs, inputs, form)).sum(axis=0)
+        return took
+
+    def _gemm_s(self, tokens: Numbers, outputs: Numbers, inputs: Numbers, form: str) -> Numbers:
+        """Return the time of matrix products, [product, tokens] or [tokens] of one.
 
         Block-scaled fp8 was measured outside CUDA graphs: up to a few hundred tokens, and for narrow matrices always,
         its points are the host's launches. Per-tensor fp8 moves and multiplies the same and is taken instead.
@@ -148,10 +168,10 @@ class Shard:
         took = self._calibrated("products", took, "gemm", form, sizes)
         return vector_s + took + self._unpacked_s(tokens, outputs * inputs, form)
 
-    def _unpacked_s(self, tokens: Numbers, weights: float, form: str) -> Numbers:
+    def _unpacked_s(self, tokens: Numbers, weights: Numbers, form: str) -> Numbers:
         """Return the time to write quantised weights out in 16 bits and read those, as llama.cpp does for prompts."""
         if not self.factors["products"] or not PRECISIONS[form].gguf or PRECISIONS[form].bits >= 16:
-            return np.zeros_like(tokens)
+            return np.zeros(())
         return np.where(tokens > UNPACKED_ABOVE, 2 * ACTIVATION_BYTES * weights / self.gpu.memory_bytes_per_s, 0.0)
 
     def _calibrated(self, part: str, took_s: Numbers, kind: str, form: str, sizes: Sizes) -> Numbers:
@@ -179,28 +199,27 @@ class Shard:
     def _kv_heads(self, group: AttentionLayers) -> int:
         return max(1, -(-group.kv_heads // self.layout.tp))
 
-    def _projections_s(self, group: AttentionLayers, tokens: Numbers) -> Numbers:
-        if group.kind in {"latent", "state"} or not group.query_heads:
-            return np.zeros_like(tokens)
-        heads, kv_heads = self._heads(group), self._kv_heads(group)
-        value_dim = group.value_head_dim or group.head_dim
-        into = heads * group.head_dim + kv_heads * (group.head_dim + value_dim)
-        gemm = self._gemm_s
-        form = self.forms["attention"]
-        return gemm(tokens, into, self.llm.hidden, form) + gemm(tokens, self.llm.hidden, heads * value_dim, form)
+    def _projections(self) -> Iterator[Product]:
+        hidden, form = self.llm.hidden, self.forms["attention"]
+        for group in self.llm.attention:
+            if group.kind in {"latent", "state"} or not group.query_heads:
+                continue
+            heads, kv_heads = self._heads(group), self._kv_heads(group)
+            value_dim = group.value_head_dim or group.head_dim
+            into = heads * group.head_dim + kv_heads * (group.head_dim + value_dim)
+            yield Product(group.layers, into, hidden, form)
+            yield Product(group.layers, hidden, heads * value_dim, form)
 
-    def _dense_s(self, layers: FeedForwardLayers, tokens: Numbers) -> Numbers:
-        """A dense network, or the experts every token passes, and the router."""
-        width = layers.shared_intermediate if layers.experts else layers.intermediate
-        hidden, gemm = self.llm.hidden, self._gemm_s
-        took = np.zeros_like(tokens)
-        if width:
-            own, form = width / self.layout.tp, self.forms["shared" if layers.experts else "dense"]
-            took = took + gemm(tokens, (layers.matrices - 1) * own, hidden, form)
-            took = took + gemm(tokens, hidden, own, form)
-        if layers.experts:
-            took = took + gemm(tokens, layers.experts, hidden, "bf16")
-        return took
+    def _dense(self) -> Iterator[Product]:
+        """Dense networks, or the experts every token passes, and the routers."""
+        hidden = self.llm.hidden
+        for layers in self.llm.feed_forward:
+            if width := layers.shared_intermediate if layers.experts else layers.intermediate:
+                own, form = width / self.layout.tp, self.forms["shared" if layers.experts else "dense"]
+                yield Product(layers.layers, (layers.matrices - 1) * own, hidden, form)
+                yield Product(layers.layers, hidden, own, form)
+            if layers.experts:
+                yield Product(layers.layers, layers.experts, hidden, "bf16")
 
     def _experts_s(self, layers: FeedForwardLayers, tokens: Numbers) -> Numbers:
         gpus = self.layout.tp * self.layout.dp
@@ -215,7 +234,7 @@ class Shard:
         kind = "experts_balanced" if even else "experts"
         return self._calibrated("experts", took, kind, self.forms["experts"], sizes)
 
-    def _unaccounted_s(self, tokens: Numbers) -> Numbers:
+    def _unaccounted(self) -> Iterator[Product]:
         """Whatever else every token is multiplied with: the projections of states, indexers, biases, gates."""
         known = embedding_parameters(self.llm)
         for group in self.llm.attention:
@@ -227,10 +246,10 @@ class Shard:
         rest = self.llm.active_parameters - known
         states = sum(group.layers for group in self.llm.attention if group.kind == "state")
         if rest <= 0.02 * self.llm.active_parameters and not states:
-            return np.zeros_like(tokens)
-        layers_count = states or self.llm.layers
-        width = max(1.0, rest / layers_count / self.llm.hidden / self.layout.tp)
-        return layers_count * self._gemm_s(tokens, width, self.llm.hidden, self.forms["attention"])
+            return
+        count = states or self.llm.layers
+        width = max(1.0, rest / count / self.llm.hidden / self.layout.tp)
+        yield Product(count, width, self.llm.hidden, self.forms["attention"])
 
     def _small_s(self, tokens: Numbers) -> Numbers:
         moved = PASSES * ACTIVATION_BYTES * self.llm.hidden * tokens
