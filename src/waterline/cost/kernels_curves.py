@@ -40,7 +40,7 @@ class Peaks:
         """Return what is usual: a launch, then memory or arithmetic, whichever takes longer, rounded at the knee."""
         memory_s = moved_bytes / (self.bytes_per_s * MEMORY_EFFICIENCY)
         compute_s = flops / (self.flops_per_s * COMPUTE_EFFICIENCY)
-        return floor_s + np.cbrt(memory_s**3 + compute_s**3)
+        return floor_s + np.cbrt(memory_s * memory_s * memory_s + compute_s * compute_s * compute_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ whole. Data-parallel attention gives each rank its own sequences; experts then s
 of a pipeline follow one another, so a step passes every layer, whichever GPU holds it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,6 +86,13 @@ class Shard:
         """Return the time of the output head for so many sequences on each rank."""
         outputs, inputs = np.array(self.llm.vocabulary / self.layout.tp), np.array(float(self.llm.hidden))
         return self._gemm_s(sequences, outputs, inputs, self.forms["head"])
+
+    def key_of(self, group: AttentionLayers) -> tuple[Hashable, ...]:
+        """Return all that the attention of the group depends on: it takes the same time wherever this is the same."""
+        latent = group.kind == "latent"
+        factor = self.factors["latent" if latent else "attention"]
+        projected = (self.llm.hidden, self.forms["attention"]) if latent else ()
+        return (self.kernels, group, self.layout.tp, self.layout.dp, self.cache, factor, projected)
 
     def decode_s(self, group: AttentionLayers, sequences: Numbers, context_tokens: Numbers) -> Numbers:
         """Return the attention of the group for sequences of a rank that decode; for MLA the projections as well."""

@@ -15,9 +15,9 @@ without changing the result.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -129,11 +129,27 @@ def price_steps(
         tokens_ps=table,
         more_ps_per_token=-(-(table[-1] - table[-257]) // 256),
         head_ps=_table(sequences, shard.head_s(sequences)),
-        attention=tuple(cost for group in llm.attention for cost in _attention_costs(shard, group)),
+        attention=tuple(
+            cost for group in llm.attention for cost in _attention(_Part(shard.key_of(group), group, shard))
+        ),
         step_tokens=engine.step_tokens * layout.dp,
         ranks=layout.dp,
         first_token_ps=_ps(calibration.request_s),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Layers of a shard; those of another are the same if their keys are: at another precision, in other stages."""
+
+    key: tuple[Hashable, ...]
+    group: AttentionLayers = field(compare=False)
+    shard: Shard = field(compare=False)
+
+
+@lru_cache(maxsize=4096)
+def _attention(part: _Part) -> tuple[AttentionCost, ...]:
+    return tuple(_attention_costs(part.shard, part.group))
 
 
 def _attention_costs(shard: Shard, group: AttentionLayers) -> Iterator[AttentionCost]:
