@@ -231,7 +231,7 @@ def test_more_bandwidth_or_flops_is_never_slower_but_for_what_the_fits_leave(
 
 @SLOW
 @given(
-    llms.filter(lambda llm: not llm.expert_parameters),
+    llms,
     st.sampled_from([gpu for gpu in GPUS if {"fp8", "bf16"} <= set(gpu.flops_per_s)]),
     layouts,
     engines,
@@ -241,7 +241,6 @@ def test_more_bandwidth_or_flops_is_never_slower_but_for_what_the_fits_leave(
 def test_eight_bits_are_at_most_a_fifth_slower_than_sixteen(
     llm: Llm, gpu: Gpu, layout: Layout, engine: str, prompt: int, clients: int
 ) -> None:
-    """Without experts: vLLM's for fp8 were measured on Hopper, and take up to three times as long."""
     card = ample(gpu)
     sixteen, eight = (
         estimate(priced(llm, card, layout, precision, engine), prompt, 200, clients) for precision in ("bf16", "fp8")

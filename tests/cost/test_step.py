@@ -309,14 +309,22 @@ def test_a_better_card_is_never_slower_but_for_what_the_fits_leave(
 def test_eight_bits_are_hardly_ever_slower_than_sixteen(
     model: str, card: str, engine: str, prompt: int, running: int, context: int
 ) -> None:
-    """Narrow matrices and experts are left out: kernels were measured whose fp8 takes twice as long as bf16.
-
-    Those of matrices narrower than 1500 on every card, those of vLLM's experts on Hopper.
-    """
+    """Matrices narrower than 1500 are left out: kernels were measured whose fp8 takes twice as long as bf16."""
     case = Case(catalog.find_model(model), catalog.find_gpu(card), ONE, "bf16", engine)
     prompt, running = in_one_step(case.step(), prompt, running)
     work = prompt, prefill_pairs(0, prompt), running, running * context
     assert case.step(precision="fp8").step_ps(*work) <= 1.2 * case.step().step_ps(*work)
+
+
+@pytest.mark.parametrize("card", ["h200-sxm-141g", "gh200-144g", "h20-141g", "b200-sxm-180g"])
+@pytest.mark.parametrize("model", ["zai-org/GLM-5.2", "Qwen/Qwen3-30B-A3B", "openai/gpt-oss-120b"])
+def test_experts_quantised_to_eight_bits_are_not_slower_than_in_sixteen(model: str, card: str) -> None:
+    """Of the kernels measured for fp8 the better one counts, and int8 was measured nowhere."""
+    case = Case(catalog.find_model(model), catalog.find_gpu(card), Layout(tp=2, dp=2, ep=4), "bf16", "vllm")
+    for work in ((64, prefill_pairs(0, 64), 0, 0), (2048, prefill_pairs(0, 2048), 0, 0), (0, 0, 64, 64 * 1100)):
+        sixteen = case.step().step_ps(*work)
+        assert case.step(precision="fp8").step_ps(*work) <= 1.05 * sixteen
+        assert case.step(precision="int8").step_ps(*work) <= 1.2 * sixteen
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])

@@ -417,6 +417,11 @@ class Kernels:
         found = self._fit_of(kind, form, cache)
         return found.measured if found else {}
 
+    def measured(self, kind: str, form: str) -> bool:
+        """Return whether kernels of this kind and form were measured on this very card."""
+        own = self._fits(kind)[:1] if self.provenance == "measured" else []
+        return any(f"{kind}/{form}" in fit for fit in own)
+
     def within(
         self, kind: str, form: str = "", cache: str = "", times: float = 2.0, **sizes: ArrayLike
     ) -> NDArray[np.bool_]:
