@@ -155,7 +155,7 @@ def test_a_rate_is_served_as_the_rehearsal_steps_through_it(prompt: int, output:
     point = at_rate(rate, prompt, output)
     assert point is not None
     ttft_s, tpot_s = stepped(rate, prompt, output)
-    assert point.alone_s + point.others_s + point.wait_s == pytest.approx(ttft_s, rel=0.15)
+    assert point.lone_s + point.others_s + point.wait_s == pytest.approx(ttft_s, rel=0.15)
     assert point.tpot_s == pytest.approx(tpot_s, rel=0.25 if prompt > 100 else 0.05)  # read in chunks: too slow
 
 
@@ -185,4 +185,4 @@ def test_a_slower_clock_makes_everything_longer(share: float, slower: float, pro
     assert plain is not None
     assert slow is not None
     assert slow.tpot_s >= slower * plain.tpot_s * (1 - 1e-9)
-    assert slow.alone_s >= slower * plain.alone_s * (1 - 1e-9)
+    assert slow.lone_s >= slower * plain.lone_s * (1 - 1e-9)

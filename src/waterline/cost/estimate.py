@@ -220,7 +220,7 @@ def estimate_at_rate(replica: Priced, asked: Asked, requests_per_s: float) -> Es
 def first_token_s(calibration: Calibration, point: OpenPoint, ratio: float = 1.0) -> float:
     """Return the time to a first token that waits for no other prompt; see `closed_loop`."""
     others_s = max(point.others_s, calibration.steps * point.tpot_s)
-    return ratio * (calibration.request_s + calibration.reading * point.alone_s + others_s)
+    return ratio * (calibration.request_s + calibration.reading * point.lone_s + others_s)
 
 
 def room_for(replica: Priced, memory: MemoryUse, tokens: int) -> int:

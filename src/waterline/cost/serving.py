@@ -59,7 +59,7 @@ def pieces(step: StepCost, batch: int, prompt_tokens: int, context_tokens: int, 
         pairs = prefill_pairs(first, tokens)
         alone_ps += step.step_ps(ranks * tokens, ranks * pairs, 0, 0)
         lone_ps += step.step_ps(tokens, ranks * pairs, 0, 0)  # `step_ps` spreads pairs over all ranks
-        reading_ps += step.step_ps(tokens, pairs, batch - 1, (batch - 1) * context_tokens)
+        reading_ps += step.step_ps(tokens, ranks * pairs, batch - 1, (batch - 1) * context_tokens)
         delay_ps += step.step_ps(tokens, pairs, batch, whole) - plain_ps
     return Pieces(
         plain_s=plain_ps / PICOSECONDS_PER_S,
@@ -79,7 +79,7 @@ class OpenPoint:
     tpot_s: float
     wait_s: float  # of a request, for the prompts before it and for a place
     others_s: float  # by which those who decode delay a first token: half a step, and their part of those it is read in
-    alone_s: float  # reading its prompt, with nobody else about
+    lone_s: float  # reading its prompt on one rank, with nobody else about
 
 
 def sustained_requests_per_s(price: Callable[[int], Pieces], most: int, output_tokens: int) -> tuple[float, int]:
@@ -121,8 +121,8 @@ def open_point(
         batch=low,
         tpot_s=slower * _answer_s(found, rate, output_tokens) / output_tokens,
         wait_s=slower * (_read_wait_s(found, rate) + _place_wait_s(rate, output_tokens * tpot_s, most)),
-        others_s=slower * (tpot_s / 2 + found.reading_s - found.alone_s),
-        alone_s=slower * found.alone_s,
+        others_s=slower * (tpot_s / 2 + found.reading_s - found.lone_s),
+        lone_s=slower * found.lone_s,
     )
 
 

@@ -55,7 +55,7 @@ class SplitPoint:
 class _Reading:
     """The side that reads, one prompt after another on each of its data-parallel ranks."""
 
-    alone_s: float  # one prompt
+    lone_s: float  # one prompt, while the other ranks have none
     busy_s: float  # of a rank, for each of many prompts: short ones are read several at a time
     ranks: int  # over all replicas
 
@@ -115,7 +115,7 @@ def split_point(
         decode, requests_per_s / decode.replicas, prompt_tokens + output_tokens // 2, output_tokens
     )
     wait_s = reading.wait_s(requests_per_s, clients)
-    own_s = calibration.request_s + calibration.reading * reading.alone_s
+    own_s = calibration.request_s + calibration.reading * reading.lone_s
     return SplitPoint(
         ttft_s=own_s + wait_s + transfer_s + tpot_s,  # passed on over there, in a step
         tpot_s=tpot_s,
@@ -128,14 +128,14 @@ def split_point(
 
 def _reading(prefill: Side, prompt_tokens: int, cached_tokens: int) -> _Reading:
     step = prefill.step
-    alone_s = pieces(step, 1, prompt_tokens, prompt_tokens, cached_tokens).alone_s
+    one = pieces(step, 1, prompt_tokens, prompt_tokens, cached_tokens)
     first = min(cached_tokens, prompt_tokens - 1)
     several = step.ranks * max(1, step.step_tokens // step.ranks // (prompt_tokens - first))  # prompts in one step
     together_ps = step.step_ps(
         several * (prompt_tokens - first), several * prefill_pairs(first, prompt_tokens - first), 0, 0
     )
-    busy_s = min(alone_s, together_ps / PICOSECONDS_PER_S * step.ranks / several)
-    return _Reading(alone_s=alone_s, busy_s=busy_s, ranks=prefill.replicas * step.ranks)
+    busy_s = min(one.alone_s, together_ps / PICOSECONDS_PER_S * step.ranks / several)
+    return _Reading(lone_s=one.lone_s, busy_s=busy_s, ranks=prefill.replicas * step.ranks)
 
 
 def _writes_s(decode: Side, context_tokens: int) -> Callable[[int], float]:
