@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from fit_serving import most_line
 from numpy.typing import NDArray
 
 from waterline import catalog
@@ -541,6 +542,7 @@ def lines(fitted: Fitted) -> Iterator[str]:
     cards = sorted({point.gpu.id for point in points} & set(accelerators.table()))
     yield f"gpus = {cards}".replace("'", '"')
     yield f'source = "{len(points)} rows"'
+    yield most_line(points)
     spreads = {"transferred": fitted.left_out_s}
     if fitted.name == "llamacpp":
         spreads["interpolated"] = fitted.left_out_s

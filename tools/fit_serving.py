@@ -15,10 +15,11 @@ widest.
 import argparse
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -286,6 +287,14 @@ def _left_out_ratios(data: Design, groups: list[str]) -> tuple[tuple[float, floa
     return ratios(data.ttft_s, ttft_s), ratios(data.tpot_s, tpot_s)
 
 
+def most_line(runs: Sequence[Any]) -> str:
+    """Return the largest of each size among runs, as a line of the table."""
+    most = {name: max(getattr(run, name) for run in runs) for name in ("isl", "osl", "concurrency")}
+    most["context"] = max(run.isl + run.osl for run in runs)
+    most["gpus"] = max(run.layout.gpus for run in runs)
+    return "most = { " + ", ".join(f"{name} = {value}" for name, value in most.items()) + " }"
+
+
 def _widest(edges: list[tuple[float, float]]) -> tuple[float, float]:
     return min(low for low, _ in edges), max(high for _, high in edges)
 
@@ -313,8 +322,7 @@ def _entry(engine: str, runs: list[Run]) -> list[str]:
     lines = ["", f"[{engine}]"]
     lines += [f"{name} = {getattr(found, name):.4g}" for name in (*STEP, *REQUEST)]
     lines += [f"gpus = {cards}".replace("'", '"'), f'source = "{len(runs)} runs"']
-    most = {name: max(getattr(run, name) for run in runs) for name in ("isl", "osl", "concurrency")}
-    lines.append("most = { " + ", ".join(f"{name} = {value}" for name, value in most.items()) + " }")
+    lines.append(most_line(runs))
     models = {card: sorted({run.llm.parameters for run in runs if run.card == card}) for card in cards}
     lines.append("parameters = { " + ", ".join(f"{card} = {some}" for card, some in models.items()) + " }")
     by = {name: _left_out_ratios(data, [getattr(run, name) for run in runs]) for name in ("configuration", *OUTSIDE)}

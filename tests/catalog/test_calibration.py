@@ -153,7 +153,9 @@ FOLDER = Path(__file__).parents[2].parent / "shared" / "data" / "serving"
 
 @pytest.mark.skipif(not FOLDER.exists(), reason="the collected runs are not beside the checkout")
 def test_the_public_table_is_near_what_its_tool_writes_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    main = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "fit_public.py"))["main"]
+    tools = Path(__file__).parents[2] / "tools"
+    monkeypatch.syspath_prepend(tools)
+    main = runpy.run_path(str(tools / "fit_public.py"))["main"]
     monkeypatch.setattr(sys, "argv", ["fit_public.py", str(FOLDER)])
     monkeypatch.setitem(main.__globals__, "TARGET", tmp_path / "written.toml")
     main()

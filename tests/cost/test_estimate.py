@@ -188,4 +188,26 @@ def test_beyond_twice_what_was_measured_it_says_so() -> None:
         return found.notes
 
     assert notes(8192) == ()
-    assert notes(32_768) == ("isl 32768 is beyond twice what was measured, 8192",)
+    assert notes(32_768) == (
+        "isl 32768 is beyond twice what was measured, 8192",
+        "context 32868 is beyond twice what was measured, 10000",
+    )
+
+
+@pytest.mark.parametrize(
+    ("card", "engine", "layout", "said"),
+    [
+        ("h200_sxm", "vllm", Layout(tp=8, pp=4), "gpus 32 is beyond twice what was measured, 8"),
+        ("mi300x", "vllm", Layout(tp=8), "context 60200 is beyond twice what was measured, 4224"),
+        ("mi300x", "sglang", Layout(tp=8), "isl 60000 is beyond twice what was measured, 4194"),
+        ("rtx-5090", "llamacpp", Layout(pp=8), "concurrency 8 is beyond twice what was measured, 1"),
+    ],
+)
+def test_every_engine_knows_how_far_its_runs_reach(card: str, engine: str, layout: Layout, said: str) -> None:
+    llm, gpu = catalog.find_model("meta-llama/Meta-Llama-3.1-70B"), catalog.find_gpu(card)
+    profile = find_engine(engine).on(gpu)
+    step = step_cost(llm, gpu, layout, "bf16", profile)
+    found = estimate_replica(
+        llm, gpu, layout, "bf16", profile, step, prompt_tokens=60_000, output_tokens=200, concurrency=8
+    )
+    assert said in found.notes

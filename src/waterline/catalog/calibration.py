@@ -49,7 +49,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     together: float = 0.0  # share of the requests of a run that start at the same moment
     gpus: tuple[str, ...] = ()  # the runs were on
     parameters: Mapping[str, tuple[int, ...]] = {}  # card -> of the models that ran there; none: any that runs there
-    most: Mapping[str, int] = {}  # the largest isl, osl and concurrency of the runs
+    most: Mapping[str, int] = {}  # the largest isl, osl, context, concurrency and number of GPUs of the runs
     spread: Mapping[str, Spread] = {}  # by provenance
     source: str = ""
 
