@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from waterline import catalog
 from waterline.catalog.calibration import calibration_of
 from waterline.catalog.engines import find_engine
-from waterline.cost import Between, Estimate, estimate_replica, step_cost
+from waterline.cost import Between, Estimate, Priced, estimate_replica, step_cost
+from waterline.cost.estimate import Asked, estimate_at_rate
 from waterline.errors import InfeasibleError, InputError
 from waterline.plan import Layout
 
@@ -174,6 +175,18 @@ def test_a_profile_with_fewer_places_runs_fewer() -> None:
         llm, gpu, Layout(), "bf16", profile, step, prompt_tokens=100, output_tokens=100, concurrency=20
     )
     assert found.running == 5
+
+
+def test_a_request_that_comes_alone_is_read_as_that_of_one_client() -> None:
+    llm, gpu, layout = catalog.find_model("deepseek-ai/DeepSeek-R1"), catalog.find_gpu("h200_sxm"), Layout(dp=8, ep=8)
+    engine = find_engine("vllm").on(gpu)
+    replica = Priced(llm, gpu, layout, "fp8", engine, step_cost(llm, gpu, layout, "fp8", engine))
+    asked = Asked(prompt_tokens=8000, output_tokens=100)
+    client = estimate_replica(
+        llm, gpu, layout, "fp8", engine, replica.step, prompt_tokens=8000, output_tokens=100, concurrency=1
+    )
+    lone = estimate_at_rate(replica, asked, 1e-6)
+    assert lone.ttft_s.value == pytest.approx(client.ttft_s.value, rel=0.15)
 
 
 def test_beyond_twice_what_was_measured_it_says_so() -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from waterline import catalog
 from waterline.catalog.engines import find_engine
+from waterline.cost.serving import pieces
 from waterline.cost.split import Side, split_point
 from waterline.cost.step import StepCost, step_cost
 from waterline.errors import InfeasibleError
@@ -41,6 +42,13 @@ def test_deepseek_s_own_figures_come_out() -> None:
     ample = Side(step=PREFILL.step, replicas=100, most=1)
     decode = split_point(ample, DECODE, 14_800 * 18 / OUTPUT, 4989 - OUTPUT // 2, OUTPUT)
     assert 1 / decode.tpot_s == pytest.approx(21, rel=0.3)
+
+
+def test_a_lone_prompt_is_not_held_up_by_ranks_that_read_nothing() -> None:
+    own = pieces(PREFILL.step, 1, PROMPT, PROMPT)
+    found = split_point(PREFILL, DECODE, 1e-6, PROMPT, 64)
+    assert own.lone_s < 0.5 * own.alone_s
+    assert found.ttft_s == pytest.approx(own.lone_s + found.tpot_s, rel=1e-3)
 
 
 def test_waiting_grows_with_the_rate_and_ends_in_an_error() -> None:

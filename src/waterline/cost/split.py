@@ -55,13 +55,18 @@ class SplitPoint:
 class _Reading:
     """The side that reads, one prompt after another on each of its data-parallel ranks."""
 
-    lone_s: float  # one prompt, while the other ranks have none
+    lone_s: float  # one prompt, while the other ranks have none …
+    alone_s: float  # … and while each of them has one as well
     busy_s: float  # of a rank, for each of many prompts: short ones are read several at a time
     ranks: int  # over all replicas
 
     @property
     def requests_per_s(self) -> float:
         return self.ranks / self.busy_s
+
+    def own_s(self, busy: float) -> float:
+        """Return the reading of one prompt while each of the other ranks reads one for such a share of the time."""
+        return self.lone_s + busy * (self.alone_s - self.lone_s)
 
     def wait_s(self, requests_per_s: float, clients: int = 0, slower: float = 1.0) -> float:
         """Return the mean wait for the prompts before, which come independently (Pollaczek and Khinchine).
@@ -115,7 +120,7 @@ def split_point(
         decode, requests_per_s / decode.replicas, prompt_tokens + output_tokens // 2, output_tokens
     )
     wait_s = reading.wait_s(requests_per_s, clients)
-    own_s = calibration.request_s + calibration.reading * reading.lone_s
+    own_s = calibration.request_s + calibration.reading * reading.own_s(busy)
     return SplitPoint(
         ttft_s=own_s + wait_s + transfer_s + tpot_s,  # passed on over there, in a step
         tpot_s=tpot_s,
@@ -135,7 +140,7 @@ def _reading(prefill: Side, prompt_tokens: int, cached_tokens: int) -> _Reading:
         several * (prompt_tokens - first), several * prefill_pairs(first, prompt_tokens - first), 0, 0
     )
     busy_s = min(one.alone_s, together_ps / PICOSECONDS_PER_S * step.ranks / several)
-    return _Reading(lone_s=one.lone_s, busy_s=busy_s, ranks=prefill.replicas * step.ranks)
+    return _Reading(lone_s=one.lone_s, alone_s=one.alone_s, busy_s=busy_s, ranks=prefill.replicas * step.ranks)
 
 
 def _writes_s(decode: Side, context_tokens: int) -> Callable[[int], float]:
