@@ -75,6 +75,13 @@ def test_times_carry_an_interval_and_where_they_come_from() -> None:
     assert not fit("qwen3-32b", "cpu").provenance
 
 
+def test_tensorrt_llm_runs_on_no_other_vendor_s_cards() -> None:
+    found = fit("llama-3.1-8b", "mi300x", engine="trtllm")
+    assert (found.runs, found.why_not) == (False, "trtllm runs on NVIDIA's cards alone")
+    llm, cards = catalog.find_model("llama-3.1-8b"), [catalog.find_gpu(name) for name in ("mi300x", "h200_sxm")]
+    assert [one.gpu for one in whole_nodes(llm, cards, ("bf16",), "trtllm", 4096, 1)] == ["h200-sxm-141g"]
+
+
 def test_tensorrt_llm_is_priced_like_the_others_but_runs_no_gguf() -> None:
     assert fit("qwen3-32b", "h100-sxm-80g", engine="trtllm").runs
     with pytest.raises(InputError, match="q4_k_m is a format of llama.cpp, trtllm does not run it"):

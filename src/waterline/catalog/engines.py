@@ -10,6 +10,7 @@ import msgspec
 
 from waterline.errors import InputError, UnknownNameError, nearest
 from waterline.hardware import Gpu
+from waterline.llm.precision import PRECISIONS
 from waterline.units import GIB, GIGA, MIB
 
 LARGE_BYTES = 69 * GIB  # engines take cards of 70 GiB and more, as sold, for data-centre cards: 80 GB of HBM and up
@@ -96,6 +97,22 @@ class EngineProfile:
             step_tokens=self.large_step_tokens or self.step_tokens,
             max_batch=self.large_max_batch or self.max_batch,
         )
+
+
+def check_runs(engine: str, precision: str, gpu: Gpu) -> None:
+    """Raise InputError when an engine does not read weights of a precision, or does not run on such cards at all."""
+    if PRECISIONS[precision].gguf and engine in {"vllm", "sglang", "trtllm"}:
+        raise InputError(
+            f"{precision} is a format of llama.cpp, {engine} does not run it. Take the engine llamacpp, or another "
+            "precision."
+        )
+    if not runs_on(engine, gpu):
+        raise InputError(f"{engine} does not run on {gpu.id}, but on NVIDIA's cards alone. Take another engine.")
+
+
+def runs_on(engine: str, gpu: Gpu) -> bool:
+    """Return whether an engine runs on such cards at all: TensorRT-LLM is NVIDIA's own."""
+    return engine != "trtllm" or gpu.stack == "cuda"
 
 
 @cache

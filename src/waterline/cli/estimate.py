@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from waterline import catalog
-from waterline.catalog.engines import find_engine
+from waterline.catalog.engines import check_runs, find_engine
 from waterline.cli.tables import console, draw
 from waterline.cost import Estimate, Priced, step_cost
 from waterline.cost.estimate import MEANING, Asked, Between, estimate_at_rate, estimate_replica
@@ -40,6 +40,7 @@ NUMBERS = {*FOUND, *KNOWN} - {"model", "gpu", "prefill_gpu", "decode_gpu", "engi
 NUMBERS -= {"provenance", "note", "error"}
 SPELLED = {"fp4": "nvfp4", "fp16": "bf16", "int4 awq": "int4", "awq": "int4", "gptq": "int4"}
 MOST = 10**9
+MOST_DEGREE = 4096  # GPUs along one degree of a layout: more share no replica anywhere
 HELP = {
     "gpu": "The card; `waterline catalog gpus` lists them.",
     "isl": "Tokens of a prompt.",
@@ -259,7 +260,7 @@ def estimated(row: Mapping[str, str]) -> tuple[Estimate, str]:
     found = estimate_replica(
         replica.llm, replica.gpu, replica.layout, replica.precision, replica.engine, replica.step,
         prompt_tokens=asked.prompt_tokens, output_tokens=asked.output_tokens, prefix_hit=asked.prefix_hit,
-        concurrency=concurrency * _count(row, "attention_dp", 1),
+        concurrency=concurrency * _count(row, "attention_dp", 1, MOST_DEGREE),
     )  # fmt: skip
     return found, note
 
@@ -270,8 +271,8 @@ def _half(row: Mapping[str, str], side: str) -> tuple[Half, str]:
 
 
 def _placed(row: Mapping[str, str], gpu: str, side: str) -> tuple[Priced, str]:
-    layout, note = read_layout(*(_count(row, side + name, 1) for name in DEGREES))
-    engine = row.get("engine", "").strip() or "vllm"
+    layout, note = read_layout(*(_count(row, side + name, 1, MOST_DEGREE) for name in DEGREES))
+    engine = row.get("engine", "").strip().lower() or "vllm"
     return _priced(row["model"].strip(), gpu.strip(), row.get("precision", "").strip(), engine, layout), note
 
 
@@ -280,6 +281,7 @@ def _priced(model: str, gpu_name: str, precision: str, engine_name: str, layout:
     """Price the steps of a replica, once for all rows about it; a priced replica takes half a megabyte."""
     llm, gpu = catalog.load_model(model, Path()), _card(gpu_name)
     precision = read_precision(precision, llm)
+    check_runs(engine_name, precision, gpu)
     engine = find_engine(engine_name).on(gpu)
     if engine_name != "llamacpp":  # which deals out layers and rows as they come
         _check_layout(llm, layout)
@@ -319,24 +321,29 @@ def read_layout(tp: int, pp: int, attention_dp: int, moe_tp: int, moe_ep: int) -
         really = moe_ep if twice else tp
         layout = Layout(tp=1, dp=really, pp=pp, ep=really) if attention_dp > 1 else Layout(tp=really, pp=pp, ep=really)
         return layout, f"read as {layout.gpus} GPUs, {layout}"
-    ep = max(1, moe_ep)
+    ep, shared = max(1, moe_ep), moe_tp * max(1, moe_ep)
     if gpus % ep:
         raise InputError(f"moe_ep = {moe_ep} does not divide tp x attention_dp = {gpus}.")
-    return Layout(tp=tp, pp=pp, dp=attention_dp, ep=ep), ""
+    if gpus % shared and shared % gpus:
+        raise InputError(f"moe_tp x moe_ep = {shared} does not divide tp x attention_dp = {gpus}.")
+    layout = Layout(tp=tp, pp=pp, dp=attention_dp, ep=ep)
+    if moe_tp > 1 and shared != gpus:
+        return layout, f"moe_tp x moe_ep = {shared}: experts are taken to be over all {gpus} GPUs of a stage, ep{ep}"
+    return layout, ""
 
 
 def _given(row: Mapping[str, str], name: str) -> bool:
     return (row.get(name) or "").strip() not in {"", "0", "1"}
 
 
-def _count(row: Mapping[str, str], name: str, default: int | None = None) -> int:
+def _count(row: Mapping[str, str], name: str, default: int | None = None, most: int = MOST) -> int:
     """Return a whole number; runs write 0 and nothing for degrees they do not have."""
     text = (row.get(name) or "").strip()
     if default is not None and text in {"", "0"}:
         return default
     value = _number(name, text)
-    if value != int(value) or not 1 <= value <= MOST:
-        raise InputError(f"{name} = '{text[:40]}' should be a whole number from 1 to {MOST:_}.")
+    if value != int(value) or not 1 <= value <= most:
+        raise InputError(f"{name} = '{text[:40]}' should be a whole number from 1 to {most:_}.")
     return int(value)
 
 

@@ -7,6 +7,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from waterline import catalog
+from waterline.catalog.engines import runs_on
 from waterline.cost import estimate_replica
 from waterline.errors import InputError
 from waterline.hardware import Gpu, Node
@@ -92,6 +93,8 @@ def _rank(fit: Fit) -> tuple[bool, bool, bool, float, int]:
 
 
 def _fit(llm: Llm, gpu: Gpu, precisions: tuple[str, ...], engine: str, work: Work, concurrency: int) -> Fit:
+    if not runs_on(engine, gpu):
+        return Fit(gpu=gpu.id, vendor=gpu.vendor, runs=False, why_not=f"{engine} runs on NVIDIA's cards alone")
     node = Node(gpu=gpu, gpus=gpu.gpus_per_node)
     why_not, nearest = "", math.inf
     for precision, layout in _smallest_first(llm, node, precisions):
@@ -117,7 +120,7 @@ def whole_nodes(
     That is a node of more than one card whose number divides the heads of the model.
     """
     work, found = _work(context_tokens), []
-    for gpu in gpus:
+    for gpu in (one for one in gpus if runs_on(engine, one)):
         node = Node(gpu=gpu, gpus=gpu.gpus_per_node)
         whole = [layout for layout in layouts(llm, node, 1) if layout.tp == node.gpus > 1]
         shapes = (
