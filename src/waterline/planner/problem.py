@@ -111,6 +111,18 @@ class Problem:
         sizes = {group for option in self.options if option.pool == pool for group in option.groups}
         return {size: nodes * (gpus // size) for size in sorted(sizes)}
 
+    @cached_property
+    def slot_rows(self) -> tuple[Counts, Counts]:
+        """[row] slots of one size on one pool, and [row, option] how many of them a replica takes."""
+        rows = [(pool, size, slots) for pool in range(len(self.pools)) for size, slots in self.slots(pool).items()]
+        taken = [
+            [option.slots(size) if option.pool == pool else 0 for option in self.options] for pool, size, _ in rows
+        ]
+        return (
+            np.array([slots for *_, slots in rows], dtype=np.int64),
+            np.array(taken, dtype=np.int64).reshape(len(rows), len(self.options)),
+        )
+
     def at(self, hours: Sequence[int], lengths: Sequence[int] | None = None) -> "Problem":
         """Return the problem of some of the hours."""
         return replace(
@@ -182,12 +194,8 @@ def capacity_of(problem: Problem, replicas: Counts) -> Figures:
 
 def oversold(problem: Problem, replicas: Counts) -> NDArray[np.bool_]:
     """[hour] whether replicas do not fit onto their pools."""
-    over = np.zeros(len(problem.hours), dtype=bool)
-    for pool in range(len(problem.pools)):
-        here = [i for i, option in enumerate(problem.options) if option.pool == pool]
-        for size, slots in problem.slots(pool).items():
-            taken = np.array([problem.options[i].slots(size) for i in here]) @ replicas[here]
-            over |= taken > slots
+    slots, taken = problem.slot_rows
+    over: NDArray[np.bool_] = np.any(taken @ replicas > slots[:, None], axis=0)
     return over
 
 
@@ -240,24 +248,24 @@ def undominated(problem: Problem, tolerance: float) -> list[int]:
 
     Several replicas of the other may stand for one: two of one GPU for one of two GPUs. Of equals the first is kept.
     `tolerance` is the fraction by which the other may be dearer all the same.
+
+    Nothing better is lost. In any choice put k replicas of A for each of B, where k is what `_dominates` compares: they
+    serve at least as much at every hour and take no more slots of any size, so what was served and fitted still is and
+    does. Running them costs no more, and k times the starts of B cost no more than B's running and starting saved, as
+    each start is followed by an hour of running at least. GPUs do not rise, so that entitlements hold as before.
     """
-    kept: list[int] = []
-    slots = [problem.slots(pool) for pool in range(len(problem.pools))]
+    kept: dict[tuple[int, int, str, str], list[int]] = {}
+    sizes = [tuple(problem.slots(pool)) for pool in range(len(problem.pools))]
     order = sorted(
         range(len(problem.options)),
         key=lambda i: (problem.options[i].gpus, problem.options[i].cost, -sum(problem.options[i].requests_per_s)),
     )
     for index in order:
         option = problem.options[index]
-        alike = [
-            i
-            for i in kept
-            if (problem.options[i].model, problem.options[i].pool, problem.options[i].role, problem.options[i].partner)
-            == (option.model, option.pool, option.role, option.partner)
-        ]
-        if not any(_dominates(problem.options[i], option, slots[option.pool], tolerance) for i in alike):
-            kept.append(index)
-    return sorted(kept)
+        alike = kept.setdefault((option.model, option.pool, option.role, option.partner), [])
+        if not any(_dominates(problem.options[i], option, sizes[option.pool], tolerance) for i in alike):
+            alike.append(index)
+    return sorted(index for alike in kept.values() for index in alike)
 
 
 def _dominates(one: Option, other: Option, sizes: Iterable[int], tolerance: float) -> bool:

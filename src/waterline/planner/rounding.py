@@ -4,14 +4,15 @@ A large fleet has hundreds of replicas of an option, so what rounding costs is a
 known, because the program without integers bounds the cost from below.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 
 from waterline.planner.problem import SLACK, Counts, Figures, Problem
 
-Move = tuple[int, ...]  # options of which to start one replica each
+EXACT = 5e-8  # of what is asked; less than the solver's tolerance, which looks at the result again
 
 
 def rounded(problem: Problem, fractions: Figures, odd: float) -> Counts | None:
@@ -20,113 +21,96 @@ def rounded(problem: Problem, fractions: Figures, odd: float) -> Counts | None:
     What would be one of a kind in its model counts as `odd` times as dear: every layout more is one more to look after.
     """
     replicas = np.floor(fractions + SLACK).astype(np.int64)
-    wanted = set(np.flatnonzero(fractions.max(axis=1, initial=0.0) > SLACK).tolist())
-    models = [_Sides(problem, model, wanted, odd) for model in range(problem.models)]
+    wanted = fractions.max(axis=1, initial=0.0) > SLACK
+    slots, taken = problem.slot_rows
+    models = [_moves(problem, model, wanted, odd) for model in range(problem.models)]
     for hour in range(len(problem.hours)):
-        counts, rates = replicas[:, hour].tolist(), problem.rates[:, hour].tolist()
-        free = _Free(problem, counts)
-        asked = problem.total[:, hour] * (1 - SLACK)
-        missing = [asked[model] - sides.capacity(counts, rates) for model, sides in enumerate(models)]
+        counts = replicas[:, hour]
+        rates = np.append(problem.rates[:, hour], 0.0)
+        free = slots - taken @ counts
+        asked = problem.total[:, hour] * (1 - EXACT)
+        missing = [asked[model] - moves.capacity(counts, rates)[2] for model, moves in enumerate(models)]
         for model in sorted(range(problem.models), key=lambda model: -missing[model]):
-            if not _filled(problem, models[model], counts, rates, free, asked[model]):
+            if not _filled(models[model], counts, rates, free, asked[model]):
                 return None
-            _trim(problem, models[model], counts, rates, asked[model])
-        replicas[:, hour] = counts
+            free += taken @ _trim(problem, models[model], counts, rates, asked[model])
     return replicas
 
 
-class _Sides:
-    """The options of one model, by what they do."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moves:
+    """What can be started of one model: one replica, or one that reads and one that writes."""
 
-    def __init__(self, problem: Problem, model: int, wanted: set[int], odd: float) -> None:
-        self.both = problem.of_model(model, "both")
-        self.pairs = problem.pairs(model)
-        moves: list[Move] = [(option,) for option in self.both]
-        for reads, writes in self.pairs:
-            moves += [(option,) for option in (*reads, *writes)] + list(product(reads, writes))
-        self.moves = [(move, 1.0) for move in moves if wanted.issuperset(move)]
-        self.moves += [(move, odd) for move in moves if len(move) == 1 and not wanted.issuperset(move)]
-        self.other_moves = [(move, 1.0) for move in moves if len(move) > 1 and not wanted.issuperset(move)]
+    both: Counts  # options
+    pairs: tuple[tuple[Counts, Counts], ...]  # options that read, and those that write
+    options: Counts  # [move, (whole, reads, writes)]; the number after the last option is nobody, and does nothing
+    pair: Counts  # [move]
+    cost: Figures  # [move]; what is one of a kind counts as dearer
+    slots: Counts  # [slot row, move] taken
+    last_resort: NDArray[np.bool_]  # [move] to be taken where no other is left
 
-    def capacity(self, counts: Sequence[int], rates: Sequence[float]) -> float:
-        """Return the requests per second that replicas sustain."""
-        whole = sum(rates[option] * counts[option] for option in self.both)
-        return whole + sum(
-            min(sum(rates[option] * counts[option] for option in side) for side in pair) for pair in self.pairs
+    def capacity(self, counts: Counts, rates: Figures) -> tuple[Figures, Figures, float]:
+        """Return [pair] requests per second that are read, likewise written, and those answered in all."""
+        reads, writes = (
+            np.array([float(rates[pair[side]] @ counts[pair[side]]) for pair in self.pairs] or [0.0]) for side in (0, 1)
         )
+        return reads, writes, float(rates[self.both] @ counts[self.both] + np.minimum(reads, writes).sum())
 
 
-class _Free:
-    """The slots of each pool that are not taken at one hour."""
+def _moves(problem: Problem, model: int, wanted: NDArray[np.bool_], odd: float) -> _Moves:
+    nobody = len(problem.options)
+    both, pairs = problem.of_model(model, "both"), problem.pairs(model)
+    moves = [((option, nobody, nobody), 0) for option in both]
+    for index, (reads, writes) in enumerate(pairs):
+        moves += [((nobody, option, nobody), index) for option in reads]
+        moves += [((nobody, nobody, option), index) for option in writes]
+        moves += [((nobody, *two), index) for two in product(reads, writes)]
+    options = np.array([move for move, _ in moves], dtype=np.int64).reshape(-1, 3)
+    known = np.append(wanted, True)[options].all(axis=1)
+    single = (options == nobody).sum(axis=1) == 2
+    costs = np.append([option.cost for option in problem.options], 0.0)[options].sum(axis=1)
+    _, taken = problem.slot_rows
+    taken = np.hstack([taken, np.zeros((len(taken), 1), dtype=np.int64)])
+    return _Moves(
+        both=np.array(both, dtype=np.int64),
+        pairs=tuple((np.array(reads), np.array(writes)) for reads, writes in pairs),
+        options=options,
+        pair=np.array([pair for _, pair in moves], dtype=np.int64),
+        cost=np.where(known | ~single, costs, odd * costs),
+        slots=taken[:, options].sum(axis=2),
+        last_resort=~known & ~single,
+    )
 
-    def __init__(self, problem: Problem, counts: Sequence[int]) -> None:
-        self.problem = problem
-        self.slots = [problem.slots(pool) for pool in range(len(problem.pools))]
-        for option, count in enumerate(counts):
-            self.take((option,), count)
 
-    def take(self, move: Move, times: int = 1) -> None:
-        for option in move:
-            slots = self.slots[self.problem.options[option].pool]
-            for size in slots if times else ():
-                slots[size] -= times * self.problem.options[option].slots(size)
-
-    def holds(self, move: Move) -> bool:
-        self.take(move)
-        fits = all(free >= 0 for option in move for free in self.slots[self.problem.options[option].pool].values())
-        self.take(move, -1)
-        return fits
-
-
-def _filled(problem: Problem, sides: _Sides, counts: list[int], rates: list[float], free: _Free, asked: float) -> bool:
+def _filled(moves: _Moves, counts: Counts, rates: Figures, free: Counts, asked: float) -> bool:
     """Start replicas, what gives most for its cost first, until a model is served; return whether that worked."""
-    served = sides.capacity(counts, rates)
-    while served < asked:
-        best = None
-        for moves in (sides.moves, sides.other_moves):
-            best = best or _best_move(problem, sides, moves, counts, rates, free, served, asked)
-        if best is None:
+    whole, read, written = rates[moves.options].T
+    while (now := moves.capacity(counts, rates))[2] < asked:
+        reads, writes, served = now
+        paired = np.minimum(reads[moves.pair] + read, writes[moves.pair] + written)
+        gain = np.minimum(whole + paired - np.minimum(reads, writes)[moves.pair], asked - served)
+        useful = np.flatnonzero(gain > 0)
+        useful = useful[(moves.slots[:, useful] <= np.maximum(free, 0)[:, None]).all(axis=0)]
+        if (usual := useful[~moves.last_resort[useful]]).size:
+            useful = usual
+        if not useful.size:
             return False
-        _add(counts, best[0], 1)
-        free.take(best[0])
-        served = best[1]
+        best = useful[np.argmin(moves.cost[useful] / gain[useful])]
+        started = moves.options[best]
+        counts[started[started < len(counts)]] += 1
+        free -= moves.slots[:, best]
     return True
 
 
-def _best_move(
-    problem: Problem,
-    sides: _Sides,
-    moves: Sequence[tuple[Move, float]],
-    counts: list[int],
-    rates: list[float],
-    free: _Free,
-    served: float,
-    asked: float,
-) -> tuple[Move, float] | None:
-    """Return what serves most of what is missing for its cost, and the rate it comes to."""
-    best: tuple[float, Move, float] | None = None
-    for move, dearer in moves:
-        _add(counts, move, 1)
-        reached = sides.capacity(counts, rates)
-        _add(counts, move, -1)
-        cost = dearer * sum(problem.options[option].cost for option in move)
-        gain = min(reached, asked) - served
-        if gain > 0 and (best is None or cost / gain < best[0]) and free.holds(move):
-            best = (cost / gain, move, reached)
-    return best and best[1:]
-
-
-def _trim(problem: Problem, sides: _Sides, counts: list[int], rates: list[float], asked: float) -> None:
-    """Stop what a model can do without, the dearest first."""
-    options = {option for move, _ in (*sides.moves, *sides.other_moves) for option in move if counts[option]}
-    for option in sorted(options, key=lambda option: -problem.options[option].cost):
+def _trim(problem: Problem, moves: _Moves, counts: Counts, rates: Figures, asked: float) -> Counts:
+    """Stop what a model can do without, the dearest first; return [option] how many were stopped."""
+    stopped = np.zeros_like(counts)
+    running = [option for option in np.unique(moves.options[moves.options < len(counts)]).tolist() if counts[option]]
+    for option in sorted(running, key=lambda option: -problem.options[option].cost):
         while counts[option] > 0:
             counts[option] -= 1
-            if sides.capacity(counts, rates) < asked:
+            if moves.capacity(counts, rates)[2] < asked:
                 counts[option] += 1
                 break
-
-
-def _add(counts: list[int], move: Move, times: int) -> None:
-    for option in move:
-        counts[option] += times
+            stopped[option] += 1
+    return stopped
