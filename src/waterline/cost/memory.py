@@ -159,7 +159,7 @@ def gpu_weights(
         dense_bytes=math.ceil(dense_size * share),
         experts_bytes=math.ceil(expert_size * share),
         embedding_bytes=math.ceil(table * tables),
-        vision_bytes=math.ceil(llm.vision_parameters * 2 / tp),
+        vision_bytes=math.ceil(llm.vision_parameters * (4 if precision == "fp32" else 2) / tp),
     )
 
 
