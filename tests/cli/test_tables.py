@@ -135,6 +135,14 @@ def test_fit_says_the_lengths_its_times_are_for(context: str, prompt: int, outpu
     assert f"Times are means for a prompt of {prompt} tokens and {output} back; four of five" in result.output
 
 
+def test_fit_shows_the_longest_context_and_what_a_price_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    drawn = CliRunner().invoke(fit, ["qwen3-32b", "--gpu", "mi300x"]).output
+    assert "longest context" in drawn
+    assert " 40960 " in drawn  # all that the model reads
+    assert "A price per M tokens counts prompts and answers" in drawn
+
+
 def test_fit_says_what_its_times_are_worth() -> None:
     result = CliRunner().invoke(fit, ["qwen3-32b", "--gpu", "mi300x"])
     worth = next(line for line in result.output.splitlines() if "TTFT" in line and "TPOT" in line and "-" in line)

@@ -76,6 +76,7 @@ def show(found: Sequence[Fit], title: str, context_tokens: int) -> None:
             one.precision,
             str(one.layout),
             one.provenance,
+            str(one.max_context_tokens),
             str(one.max_concurrency),
             seconds_text(one.ttft_s or 0.0),
             seconds_text(one.tpot_s or 0.0),
@@ -94,13 +95,24 @@ def show(found: Sequence[Fit], title: str, context_tokens: int) -> None:
             "precision",
             "layout",
             "times",
+            "longest context",
             "most at once",
             "TTFT",
             "TPOT",
             "tokens/s",
             "per hour",
         )
-        spare = ("times", "most at once", "per M tokens", "layout", "TPOT", "TTFT", "tokens/s", "precision")
+        spare = (
+            "longest context",
+            "times",
+            "most at once",
+            "per M tokens",
+            "layout",
+            "TPOT",
+            "TTFT",
+            "tokens/s",
+            "precision",
+        )
         draw(screen, title, (*columns, "per M tokens"), rows, text_columns=5, spare=spare)
     for one in found:
         if not one.runs:
@@ -112,6 +124,7 @@ def show(found: Sequence[Fit], title: str, context_tokens: int) -> None:
         lines = [
             f"Times are means for {asked}; four of five measurements lie within so many times them:",
             *_worth(found),
+            "A price per M tokens counts prompts and answers, with as many requests at once as a replica holds.",
         ]
         screen.print("\n".join(lines), style="dim")
 
