@@ -70,7 +70,7 @@ class Replica(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cache_tokens: Tokens  # tokens the KV cache holds, over all requests
     requests_per_s: Figure  # the most at which its SLO holds
     prefill_tokens_per_s: Figure  # the rate at which it reads prompts while others decode
-    tokens_per_s: Figure  # prompt and output together, with `max_batch` requests all the time
+    tokens_per_s: Figure  # prompt and output, with `max_batch` requests all the time; of a split what its role sustains
     ttft_s: Figure  # what the SLO's fraction of the requests is expected to see at most, at the planned rate
     tpot_s: Figure
     usd_per_hour: Figure
@@ -124,7 +124,7 @@ class Share(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: Name
     asked_requests_per_s: Figure
     served_requests_per_s: Figure  # the same, but where the fleet is too small
-    gpus: Figure  # its part of the model's GPUs, by GPU time
+    gpus: Figure  # of the model's: the GPU time of its requests, and idle time that it has room for
 
 
 class Loan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

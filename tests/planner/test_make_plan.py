@@ -14,6 +14,7 @@ from waterline.hardware import Node
 from waterline.planner import make_plan
 from waterline.planner.candidates import layouts
 from waterline.planner.day import loans
+from waterline.rehearsal import rehearse
 from waterline.workload import Slo
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -316,3 +317,32 @@ def test_layouts_divide_heads_and_layers() -> None:
     qwen = catalog.find_model("qwen2.5-7b-instruct")  # 28 heads
     assert [str(layout) for layout in layouts(qwen, node, 1)] == ["tp1", "tp2", "tp4", "tp4 pp2"]
     assert max(layout.pp for layout in layouts(qwen, node, 1000)) == 8
+
+
+def test_the_sides_of_a_split_are_given_requests_in_proportion_to_what_each_replica_sustains() -> None:
+    """One decode replica is half as large as the other and holds a fifth of its requests: routers must know."""
+    hours = tuple([8.0] * 7 + [40.0] * 17)
+    wide = Fleet(
+        name="wide",
+        pools=(Pool(name="h200", gpu="h200-sxm-141g", nodes=24, gpus_per_node=8, usd_per_gpu_hour=4.59),),
+        models=(
+            Model(
+                name="chat",
+                weights="deepseek-ai/DeepSeek-V3.2",
+                precisions=("fp8",),
+                max_context_tokens=32768,
+                slo=Slo(ttft_s=4.0, tpot_s=0.05),
+                engine="vllm",
+            ),
+        ),
+        tenants=(Tenant(name="public", deserved=1.0),),
+        demand=(Demand(tenant="public", model="chat", requests_per_s=hours, prompt_tokens=4000, output_tokens=1000),),
+    )
+    plan = make_plan(wide)
+    served = plan.replicas_at(plan.busiest_hour)
+    writing = [replica for replica in served if replica.role == "decode"]
+    assert len({replica.layout.gpus for replica in writing}) == 2
+    for replica in served:
+        tokens = {"both": 0, "prefill": 4000, "decode": 1000}[replica.role]
+        assert replica.tokens_per_s == pytest.approx(replica.requests_per_s * tokens)
+    assert rehearse(plan, duration_s=120.0, keep=False).summaries[0].slo_fraction >= 0.99

@@ -114,7 +114,7 @@ def _busiest(offers: Offers, placed: Placed, rates: Figures) -> tuple[Candidate,
 
 def _replica(offer: Offer, candidate: Candidate, times: Expected, hours: tuple[int, ...]) -> Replica:
     """Return a replica without a place."""
-    lengths, full = candidate.work.lengths, candidate.full
+    lengths = candidate.work.lengths
     return Replica(
         id="-",
         model=offer.model.name,
@@ -124,11 +124,11 @@ def _replica(offer: Offer, candidate: Candidate, times: Expected, hours: tuple[i
         layout=candidate.layout,
         engine=candidate.engine.name,
         max_context_tokens=candidate.work.max_context_tokens,
-        max_batch=full.batch,
+        max_batch=candidate.full.batch,
         cache_tokens=candidate.cache_tokens,
         requests_per_s=candidate.requests_per_s,
         prefill_tokens_per_s=lengths.prompt_tokens / times.read_s if times.read_s else 0.0,
-        tokens_per_s=full.requests_per_s * (lengths.prompt_tokens + lengths.output_tokens),
+        tokens_per_s=_tokens_per_s(candidate),
         ttft_s=times.ttft_s,
         tpot_s=times.tpot_s,
         usd_per_hour=offer.usd_per_hour,
@@ -136,6 +136,14 @@ def _replica(offer: Offer, candidate: Candidate, times: Expected, hours: tuple[i
         hours=hours,
         load_s=offer.load_s,
     )
+
+
+def _tokens_per_s(candidate: Candidate) -> float:
+    """Return what routers divide requests by: what a side of a split sustains is what it was given requests for."""
+    lengths = candidate.work.lengths
+    if candidate.role == "both":
+        return candidate.full.requests_per_s * (lengths.prompt_tokens + lengths.output_tokens)
+    return candidate.requests_per_s * (lengths.prompt_tokens if candidate.role == "prefill" else lengths.output_tokens)
 
 
 def _cut(places: Sequence[Place], gpus: int) -> tuple[Place, ...]:
