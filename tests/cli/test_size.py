@@ -53,6 +53,7 @@ def test_a_price_of_ones_own_counts() -> None:
         (("--rate", "0"), "--rate = 0 should be a number above 0"),
         (("--rate", "-3"), "--rate = -3 should be a number above 0"),
         (("--rate", "nan"), "--rate = nan should be a number above 0"),
+        (("--rate", "1e30"), "--rate = 1e+30 should be at most 10,000,000 requests a second"),
         (("--ttft", "0"), "--ttft = 0 should be a number above 0"),
         (("--tpot", "inf"), "--tpot = inf should be a number above 0"),
         (("--fraction", "1"), "--fraction = 1 should be a share between 0 and 1"),

@@ -10,7 +10,7 @@ import msgspec
 from waterline import catalog
 from waterline.catalog.engines import find_engine
 from waterline.errors import InputError, UnknownNameError, nearest
-from waterline.fleet import DEFAULT_CONTEXT_TOKENS, default_precisions, default_slo
+from waterline.fleet import DEFAULT_CONTEXT_TOKENS, MOST, default_precisions, default_slo
 from waterline.hardware import Gpu
 from waterline.llm import PRECISIONS, Llm
 from waterline.planner.candidates import Work
@@ -84,7 +84,7 @@ def size(
     answer = find_size(
         Question(
             llm=llm,
-            requests_per_s=_above_zero("--rate", requests_per_s),
+            requests_per_s=_rate(requests_per_s),
             work=Work(
                 lengths=usual_lengths(prompt_tokens, output_tokens, hit), max_context_tokens=context_tokens, slo=slo
             ),
@@ -108,6 +108,13 @@ def _above_zero(name: str, value: float) -> float:
     if not 0 < value < math.inf:
         raise InputError(f"{name} = {value:g} should be a number above 0.")
     return value
+
+
+def _rate(requests_per_s: float) -> float:
+    """Return the rate, if a fleet file could ask for it too."""
+    if _above_zero("--rate", requests_per_s) > MOST:
+        raise InputError(f"--rate = {requests_per_s:g} should be at most {MOST:,} requests a second.")
+    return requests_per_s
 
 
 def _between(name: str, value: float, *, least_included: bool) -> float:
