@@ -15,6 +15,8 @@ Three steps, each taken only when the one before was not enough:
 2. all models together, without entitlements; when those hold all the same, nothing is cheaper;
 3. all models and entitlements.
 
+Whatever was chosen then loses the starts that do not pay, see `moves`.
+
 When the fleet is too small, goodput decides who is served: first everybody within what it deserves, then all. What it
 serves is then served at the least cost.
 """
@@ -26,6 +28,7 @@ from time import monotonic
 
 import numpy as np
 
+from waterline.planner.moves import settled
 from waterline.planner.problem import (
     SLACK,
     Choice,
@@ -65,14 +68,14 @@ def choose(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME_LIM
     small = small.only(kept)
     if small.rates.size > MANY_COLUMNS:  # so much that models compete, and that rounding does
         choice = _together(small, 0.0, gap, until_s)
-        return None if choice is None else _widened(problem, choice, kept, period)
+        return None if choice is None else _widened(problem, _settled(small, choice), kept, period)
     enough = gap if small.rates.size > FEW_COLUMNS else gap / 10
     choice = _each_alone(small, inf, until_s)
     if choice is not None and _fits(small, choice) and choice.gap > enough:
         choice = _each_alone(small, enough, until_s)
     if choice is not None and not _fits(small, choice):
         choice = _together(small, choice.bound, enough, until_s)
-    return None if choice is None else _widened(problem, choice, kept, period)
+    return None if choice is None else _widened(problem, _settled(small, choice), kept, period)
 
 
 def least_cost(problem: Problem) -> float:
@@ -117,7 +120,7 @@ def serve_most(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME
     asked = replace(small, demand=served)
     choice = _choice(asked, replicas, 0.0)
     choice = replace(choice, gpus=gpus, bound=min(choice.cost, least_cost(asked)))
-    return _widened(problem, choice, range(len(small.options)), period)
+    return _widened(problem, _settled(asked, choice), range(len(small.options)), period)
 
 
 # --- One model after another, or all together -----------------------------------------------------------------------
@@ -350,6 +353,12 @@ def _choice(problem: Problem, replicas: Counts, bound: float) -> Choice:
         cost=cost_of(problem, replicas),
         bound=bound,
     )
+
+
+def _settled(problem: Problem, choice: Choice) -> Choice:
+    """Return the choice without the starts that do not pay, where entitlements hold all the same."""
+    found = _choice(problem, settled(problem, choice.replicas), choice.bound)
+    return found if found.cost < choice.cost and _fits(problem, found) else choice
 
 
 def _widened(problem: Problem, choice: Choice, kept: Sequence[int], period: list[int]) -> Choice:

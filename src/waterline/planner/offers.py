@@ -96,7 +96,10 @@ def offers_of(fleet: Fleet) -> Offers:
 
 
 def _offers_of_model(fleet: Fleet, hours: Sequence[Need]) -> list[Offer]:
-    """Return every shape on every pool that does for the work of some hour."""
+    """Return every shape on every pool that does for the work of some hour.
+
+    Prefill and decode apart are for pools of several nodes: inside one node, what they share is not worth two engines.
+    """
     model = hours[0].model
     llm = fleet.llm_of(model)
     works = list(dict.fromkeys(need.work for need in hours))
@@ -105,6 +108,7 @@ def _offers_of_model(fleet: Fleet, hours: Sequence[Need]) -> list[Offer]:
         for pool in fleet.pools
         for node in [Node(gpu=fleet.gpu_of(pool), gpus=pool.gpus_per_node)]
         for shape in shapes(llm, node, pool.nodes, model.precisions, model.engine, model.measured)
+        if shape.role == "both" or pool.nodes > 1
     ]
     priced = price_all([shape for _, shape in wanted], works)
     found, rejections = [], []
