@@ -7,7 +7,7 @@ the same integers, on every machine.
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 import numpy as np
@@ -22,18 +22,18 @@ ROUNDING = 1000.0  # parts of a picosecond that count: 8000.0000000001 is 8000
 class Durations(Sequence[int]):
     """Picoseconds, rounded up, for counts from 0 to the last of `counts`; below the first, what the first takes."""
 
-    __slots__ = ("_counts", "_known", "_slopes", "_took_s", "free")
+    __slots__ = ("_counts", "_known", "_last", "_slopes", "_took_s")
 
     def __init__(self, counts: Numbers, took_s: Numbers, *, free: bool = True) -> None:
-        """Take rising counts and seconds at each; `free`: a count of 0 takes no time."""
-        self.free = free
-        self._counts: list[float] = counts.tolist()
-        self._took_s: list[float] = took_s.tolist()
-        self._slopes: list[float] = [*(np.diff(took_s) / np.diff(counts)).tolist(), 0.0]
-        self._known: dict[int, int] = {0: 0} if free else {}
+        """Take rising counts from 1 and seconds at each; `free`: a count of 0 takes no time."""
+        self._last = int(counts[-1])
+        self._counts: list[float] = [0.0, *counts.tolist()]
+        self._took_s: list[float] = [0.0 if free else float(took_s[0]), *took_s.tolist()]
+        self._slopes: list[float] = [0.0, *((took_s[1:] - took_s[:-1]) / (counts[1:] - counts[:-1])).tolist(), 0.0]
+        self._known: dict[int, int] = {}
 
     def __len__(self) -> int:
-        return int(self._counts[-1]) + 1
+        return self._last + 1
 
     @overload
     def __getitem__(self, count: int) -> int: ...
@@ -47,27 +47,24 @@ class Durations(Sequence[int]):
             return tuple(self.whole()[count].tolist()) if isinstance(count, slice) else self._computed(count)
 
     def _computed(self, count: int) -> int:
-        if not -len(self) <= count < len(self):
-            raise IndexError(f"{count} is not among {len(self)} counts")
-        place = count % len(self)
-        if place == 0 and self.free:
-            return 0
-        knot = max(0, bisect_right(self._counts, place) - 1)
-        beyond = max(0.0, place - self._counts[knot])
-        took_ps = (self._slopes[knot] * beyond + self._took_s[knot]) * PICOSECONDS_PER_S
-        self._known[count] = found = math.ceil(round(took_ps * ROUNDING) / ROUNDING)
+        if not 0 <= count <= self._last:
+            if not -self._last - 1 <= count < 0:
+                raise IndexError(f"{count} is not among {len(self)} counts")
+            count += self._last + 1
+        knot = bisect_right(self._counts, count) - 1
+        took_s = self._slopes[knot] * (count - self._counts[knot]) + self._took_s[knot]
+        self._known[count] = found = math.ceil(round(took_s * PICOSECONDS_PER_S * ROUNDING) / ROUNDING)
         return found
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.whole().tolist())
 
     def whole(self) -> NDArray[np.int64]:
         """Return all entries."""
         places = np.arange(len(self), dtype=np.float64)
-        counts, took_s = np.array(self._counts), np.array(self._took_s)
-        knots = np.maximum(0, np.searchsorted(counts, places, side="right") - 1)
-        beyond = np.maximum(0.0, places - counts[knots])
-        found = picoseconds(np.array(self._slopes)[knots] * beyond + took_s[knots])
-        if self.free:
-            found[0] = 0
-        return found
+        counts = np.array(self._counts)
+        knots = counts.searchsorted(places, side="right") - 1
+        return picoseconds(np.array(self._slopes)[knots] * (places - counts[knots]) + np.array(self._took_s)[knots])
 
     def __array__(self, dtype: object = None, copy: object = None) -> NDArray[np.int64]:
         """Return `whole`, which NumPy asks for."""
@@ -75,7 +72,7 @@ class Durations(Sequence[int]):
         return self.whole().astype(dtype or np.int64)  # type: ignore[call-overload, no-any-return] # NumPy's own type
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and tuple(self[:]) == tuple(other)
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
 
     def __hash__(self) -> int:
         return hash((len(self), self[-1]))

@@ -7,7 +7,7 @@ no slower with higher ones. As corrections do not depend on peaks and the runnin
 keeps order, neither is the surface; and it never falls when those sizes grow.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,21 +58,25 @@ class Curve:
 
 
 class Surface:
-    """Seconds of one kind of kernel on one card."""
+    """Seconds of one kind of kernel on one card; knots are worked out when shapes near them are first asked for.
+
+    A running maximum ties the knots along the sizes that grow together, so those are worked out whole. The others are
+    mostly few: a model has one head size, a grid has five.
+    """
 
     def __init__(self, curve: Curve, peaks: Peaks, correction: Numbers | None) -> None:
-        knots = [_extended(np.array(values), curve.beyond) for values in curve.sizes.values()]
-        nodes = np.meshgrid(*knots, indexing="ij", sparse=True)
-        log_s = np.log(np.broadcast_to(curve.usual_s(peaks, *nodes), [len(values) for values in knots]))
-        if correction is not None:
-            log_s = log_s + np.pad(correction, 1, mode="edge")
-        for axis, name in enumerate(curve.sizes):
-            if name in curve.growing:
-                log_s = np.maximum.accumulate(log_s, axis=axis)
-        self._knots = [np.log2(values) for values in knots]
+        self._curve, self._peaks, self._correction = curve, peaks, correction
+        self._sizes = [_extended(np.array(values, dtype=np.float64), curve.beyond) for values in curve.sizes.values()]
+        self._knots = [np.log2(values) for values in self._sizes]
         self._widths = [np.diff(values) for values in self._knots]
-        self._log_s = log_s.ravel()
-        self._strides = [int(np.prod(log_s.shape[axis + 1 :])) for axis in range(log_s.ndim)]
+        self._growing = [name in curve.growing for name in curve.sizes]
+        shape = [len(values) for values in self._knots]
+        self._log_s = np.empty(shape)
+        self._flat = self._log_s.ravel()  # the same memory
+        self._known = np.zeros(
+            [count - 1 for count, grows in zip(shape, self._growing, strict=True) if not grows], np.bool_
+        )  # [cell of each size that does not grow]
+        self._strides = [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
         corners = np.zeros(1, dtype=np.intp)
         for stride in reversed(self._strides):
             corners = np.concatenate([corners, corners + stride])
@@ -82,17 +86,48 @@ class Surface:
         """Return seconds; sizes beyond the last knot count as that knot, below the first as the first."""
         first: NDArray[np.intp] | int = 0
         fractions = []
-        for size, knots, widths, stride in zip(sizes, self._knots, self._widths, self._strides, strict=True):
+        cell = []
+        for size, knots, widths, stride, grows in zip(
+            sizes, self._knots, self._widths, self._strides, self._growing, strict=True
+        ):
             place = np.log2(size)
-            left = np.minimum(np.maximum(np.searchsorted(knots, place, side="right") - 1, 0), len(widths) - 1)
+            left = np.minimum(np.maximum(knots.searchsorted(place, side="right") - 1, 0), len(widths) - 1)
             fractions.append(np.minimum(np.maximum((place - knots[left]) / widths[left], 0.0), 1.0))
             first = first + left * stride
-        corners = self._log_s[np.add.outer(self._corners, first)]
+            if not grows:
+                cell.append(left)
+        if not self._known[tuple(cell)].all():
+            self._work_out([np.array(sorted({*left.ravel().tolist()}), dtype=np.intp) for left in cell])
+        corners = self._flat[np.add.outer(self._corners, first)]
         for fraction in fractions:
             half = len(corners) // 2
             corners = corners[:half] + fraction * (corners[half:] - corners[:half])
         took_s: Numbers = np.exp(corners[0])
         return took_s
+
+    def _work_out(self, cells: Sequence[NDArray[np.intp]]) -> None:
+        """Fill the knots around all these cells of the sizes that do not grow."""
+        waiting = iter(cells)
+        chosen = []
+        for values, grows in zip(self._sizes, self._growing, strict=True):
+            if grows:
+                chosen.append(np.arange(len(values)))
+            else:
+                cell = next(waiting)
+                chosen.append(np.array(sorted({*cell.tolist(), *(cell + 1).tolist()}), dtype=np.intp))
+        nodes = np.ix_(*(values[rows] for values, rows in zip(self._sizes, chosen, strict=True)))
+        log_s = np.log(np.broadcast_to(self._curve.usual_s(self._peaks, *nodes), [len(rows) for rows in chosen]))
+        if self._correction is not None:
+            inner = (
+                np.minimum(np.maximum(rows - 1, 0), count - 1)
+                for rows, count in zip(chosen, self._correction.shape, strict=True)
+            )
+            log_s = log_s + self._correction[np.ix_(*inner)]  # beyond the measured knots it stays as it is
+        for axis, grows in enumerate(self._growing):
+            if grows:
+                log_s = np.maximum.accumulate(log_s, axis=axis)
+        self._log_s[np.ix_(*chosen)] = log_s
+        self._known[np.ix_(*cells)] = True
 
 
 def weights_at(knots: list[Numbers], sizes: list[Numbers]) -> tuple[NDArray[np.intp], Numbers]:

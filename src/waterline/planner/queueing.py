@@ -20,6 +20,7 @@ with an entry a replica. The tests hold the result against the step-by-step rehe
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from operator import getitem
 from statistics import NormalDist
 from typing import Self
@@ -177,8 +178,11 @@ def _counts(values: object) -> Counts:
 
 
 def _at(tables: list[Sequence[int]], index: Counts) -> Counts:
-    """Return an entry of each replica's table; in one array the tables of all replicas would be many megabytes."""
-    return np.fromiter(map(getitem, tables, index.tolist()), np.int64, len(tables))
+    """Return entries of each replica's table: replicas are the last axis of the index.
+
+    In one array the tables of all replicas would be many megabytes.
+    """
+    return np.fromiter(map(getitem, cycle(tables), index.ravel().tolist()), np.int64, index.size).reshape(index.shape)
 
 
 # --- A replica at a rate --------------------------------------------------------------------------------------------
@@ -396,7 +400,8 @@ class Load:
         """
         few = np.maximum(1, np.floor(batch)).astype(np.int64)
         share = np.clip(batch - few, 0.0, 1.0)  # of the time that there is one more
-        fewer, more = self._times_s(few, longest=longest), self._times_s(few + 1, longest=longest)
+        found_s = self._times_s(np.stack([few, few + 1]), longest=longest)
+        fewer, more = found_s[:, 0], found_s[:, 1]
         return self._times(fewer + share * (more - fewer))
 
     def reading_times(self) -> Times:
@@ -417,7 +422,7 @@ class Load:
         )
 
     def _times_s(self, decodes: Counts, *, longest: bool) -> Numbers:
-        """Return [time of `Times`, replica]."""
+        """Return [time of `Times`, …] for decodes […], the last axis that of replicas."""
         steps, new = self.steps, self.new_tokens
         room = np.maximum(1, steps.step_tokens - decodes)
         chunk = np.minimum(room, new)
