@@ -52,7 +52,7 @@ def fit(
     context_tokens = context_tokens or min(8192, llm.max_context_tokens)
     if context_tokens > llm.max_context_tokens:
         raise InputError(f"{llm.name} reads at most {llm.max_context_tokens} tokens. Write --context at most that.")
-    cards = [catalog.find_gpu(name) for name in gpus] or list(catalog.gpus().values())
+    cards = [gpu for name in gpus for gpu in catalog.find_gpus(name)] or list(catalog.gpus().values())
     precisions = precisions or default_fit_precisions(llm, engine)
     found = fits(llm, cards, precisions, engine, context_tokens, concurrency)
     if nodes:
