@@ -119,3 +119,7 @@ def test_llama_cpp_s_mixes_weigh_what_its_files_do() -> None:
     on_host = 32000 * 4096 * 4.5 / 8  # token_embd in Q4_K
     assert held.total_bytes + on_host == pytest.approx(file_bytes(llm, "q4_k_m"), rel=0.002)
     assert held.embedding_bytes == pytest.approx(32000 * 4096 * 6.5625 / 8, rel=1e-3)  # output in Q6_K
+
+
+def test_llama_cpp_gets_formats_of_its_own_for_a_checkpoint_in_fp8() -> None:
+    assert default_fit_precisions(catalog.find_model("deepseek-r1"), "llamacpp") == ("q8_0", "q4_k_m")

@@ -50,9 +50,11 @@ class Fit(Struct, frozen=True, kw_only=True):
 
 
 def default_fit_precisions(llm: Llm, engine: str) -> tuple[str, ...]:
-    """Return the published precision, then the usual smaller ones, the best first."""
+    """Return the published precision, then the usual smaller ones, the best first; of llama.cpp its own formats."""
     if engine == "llamacpp":
         usual: tuple[str, ...] = ("fp16", "q8_0", "q4_k_m")
+        if llm.precision in {"fp8", "int8", "int4", "nvfp4"}:
+            return usual[1:]
     else:
         usual = ("bf16", "fp8", "int8", "int4")
     smaller = (name for name in usual if PRECISIONS[name].bits <= PRECISIONS[llm.precision].bits)
