@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.small_problems import small_problem
-from waterline.planner.explain import with_limits, with_nodes
+from waterline.planner.problem import with_limits, with_nodes
 from waterline.planner.shortage import MOST_TIMES_LARGER, does, fewest_nodes, lowest_limit
 
 

@@ -19,7 +19,7 @@ from waterline.planner.milp import choose, serve_most
 from waterline.planner.needs import Need
 from waterline.planner.offers import Offer, Offers, offers_of
 from waterline.planner.packing import Placed, pack
-from waterline.planner.problem import Choice, Figures, capacity_of
+from waterline.planner.problem import Choice, Figures, capacity_of, rather_whole
 from waterline.planner.shortage import warnings as warnings_of
 from waterline.units import HOUR_S, MEGA
 
@@ -36,10 +36,11 @@ def make_plan(fleet: Fleet) -> Plan:
         InputError: the objective is energy, and the power of a card is not known.
     """
     offers = offers_of(fleet)
-    choice = choose(offers.problem)
+    problem = rather_whole(offers.problem)
+    choice = choose(problem)
     warnings: tuple[str, ...] = ()
     if choice is None:
-        choice = serve_most(offers.problem)
+        choice = serve_most(problem)
         if fleet.objective != "goodput":
             warnings = warnings_of(offers, choice)
     return _plan(offers, choice, warnings)
@@ -158,8 +159,12 @@ def _cut(places: Sequence[Place], gpus: int) -> tuple[Place, ...]:
 def _model_plan(offers: Offers, reason: Reason, index: int, replicas: Sequence[Replica], served: Figures) -> ModelPlan:
     model, needs = offers.fleet.models[index], offers.needs[index]
     mine = [replica for replica in replicas if replica.model == model.name]
-    at_hour = [[replica for replica in mine if hour in replica.hours] for hour in EVERY_HOUR]
-    most = max(at_hour, key=lambda now: sum(replica.layout.gpus for replica in now))
+    gpus = dict.fromkeys(EVERY_HOUR, 0)
+    for replica in mine:
+        for hour in replica.hours:
+            gpus[hour] += replica.layout.gpus
+    busiest = max(gpus, key=lambda hour: gpus[hour])
+    most = [replica for replica in mine if busiest in replica.hours]
     peak = max(needs, key=lambda need: need.requests_per_s)
     asked = sum(one.requests_per_s for one in peak.asked)
     tokens = sum(one.requests_per_s * (one.prompt_tokens + one.output_tokens) for one in peak.asked)

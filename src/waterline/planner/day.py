@@ -24,8 +24,21 @@ def hour_plans(
         gpus: [model, tenant, hour] that each tenant uses.
     """
     watts = {pool.name: fleet.gpu_of(pool).tdp_watts or 0.0 for pool in fleet.pools}
+    at_hour: list[list[Replica]] = [[] for _ in EVERY_HOUR]
+    for replica in replicas:
+        for hour in replica.hours:
+            at_hour[hour].append(replica)
     return tuple(
-        _hour_plan(fleet, hour, replicas, watts, asked[:, :, hour], served[:, :, hour], gpus[:, :, hour])
+        _hour_plan(
+            fleet,
+            hour,
+            at_hour[hour],
+            at_hour[hour - 1],
+            watts,
+            asked[:, :, hour],
+            served[:, :, hour],
+            gpus[:, :, hour],
+        )
         for hour in EVERY_HOUR
     )
 
@@ -33,15 +46,15 @@ def hour_plans(
 def _hour_plan(
     fleet: Fleet,
     hour: int,
-    replicas: Sequence[Replica],
+    now: Sequence[Replica],
+    before: Sequence[Replica],
     watts: dict[str, float],
     asked: Figures,
     served: Figures,
     gpus: Figures,
 ) -> HourPlan:
-    now = [replica for replica in replicas if hour in replica.hours]
-    before = (hour - 1) % len(EVERY_HOUR)
-    starting = [replica for replica in now if before not in replica.hours]
+    running, ran = {replica.id for replica in now}, {replica.id for replica in before}
+    starting = [replica for replica in now if replica.id not in ran]
     return HourPlan(
         hour=hour,
         gpus=sum(replica.layout.gpus for replica in now),
@@ -62,7 +75,7 @@ def _hour_plan(
         ),
         loans=tuple(loans(fleet, gpus.sum(axis=0)[:-1].tolist())),
         starts=tuple(replica.id for replica in starting),
-        stops=tuple(replica.id for replica in replicas if before in replica.hours and hour not in replica.hours),
+        stops=tuple(replica.id for replica in before if replica.id not in running),
     )
 
 

@@ -3,7 +3,6 @@
 Everything here is found by planning again with one thing changed.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,9 +10,9 @@ import numpy as np
 from waterline.fleet import HOURS
 from waterline.plan import Limit, PoolPlan
 from waterline.planner.candidates import Candidate, price_all
-from waterline.planner.milp import choose, fractions, least_cost
+from waterline.planner.milp import choose, fractions, saved_by_a_node
 from waterline.planner.offers import Offers
-from waterline.planner.problem import Choice, Counts, Figures, Problem, cost_of
+from waterline.planner.problem import Choice, Counts, Figures, Problem, cost_of, rather_whole
 from waterline.units import usd_text
 from waterline.workload import Slo
 
@@ -45,8 +44,7 @@ def _reason(offers: Offers, choice: Choice, model: int) -> Reason:
     alone = replace(offers.problem, demand=choice.served).of(model)
     used.sort(key=lambda position: -(alone.gpus[position] * counts[position]).sum())
     names = [str(offers.offers[index]) for index in mine]
-    cost = cost_of(alone, counts)
-    parts = [_against_all(offers, alone, cost, names, used), _against_the_next(offers, alone, names, used)]
+    parts = [_against_all(offers, alone, names, counts), _against_the_next(offers, alone, names, used)]
     return Reason(
         limited_by=offers.offers[mine[used[0]]].any.limited_by,
         text="; ".join(part for part in parts if part),
@@ -54,39 +52,45 @@ def _reason(offers: Offers, choice: Choice, model: int) -> Reason:
     )
 
 
-def _against_all(offers: Offers, alone: Problem, cost: float, names: list[str], used: list[int]) -> str:
+def _against_all(offers: Offers, alone: Problem, names: list[str], counts: Counts) -> str:
     """Say what was taken, and what keeps it from being what the model would take had it the fleet to itself."""
+    used = np.flatnonzero(counts.any(axis=1)).tolist()
+    used.sort(key=lambda position: -(alone.gpus[position] * counts[position]).sum())
     best = _cheapest(alone)
     taken = ", ".join(names[position] for position in used[:3]) + (f" and {len(used) - 3} more" if used[3:] else "")
-    if best is None or cost <= best[1] * (1 + NEAR) + 1e-9:
+    tied = rather_whole(alone)
+    if best is None or cost_of(tied, counts) <= cost_of(tied, best) * (1 + NEAR) + 1e-9:
         if len(names) == 1:
             return "the only layout that does"
         if len(used) == 1:
             return f"cheapest of {len(names)} layouts that do"
         return f"cheapest of {len(names)} layouts that do: {taken}"
-    wanted = _main(alone, best[0])
+    wanted = _main(alone, best)
     there = offers.fleet.pools[alone.options[wanted].pool].name
     return (
         f"{taken}, because others need '{there}' more: alone it would take {names[wanted]}, "
-        f"{_cost_text(offers, cost - best[1])} cheaper"
+        f"{_cost_text(offers, cost_of(alone, counts) - cost_of(alone, best))} cheaper"
     )
 
 
 def _against_the_next(offers: Offers, alone: Problem, names: list[str], used: list[int]) -> str:
     """Say what the model would run as without what it does, and what that would cost."""
     others = [position for position in range(len(names)) if position not in used]
-    second = _cheapest(alone.only(others)) if others else None
+    rest = alone.only(others)
+    second = _cheapest(rest) if others else None
     if second is None:
         return "nothing else would do" if others else ""
-    return f"next: {names[others[_main(alone.only(others), second[0])]]} at {_cost_text(offers, second[1])}"
+    return f"next: {names[others[_main(rest, second)]]} at {_cost_text(offers, cost_of(rest, second))}"
 
 
-def _cheapest(alone: Problem) -> tuple[Figures, float] | None:
-    """Return [option, hour] replicas of one model by itself, and their cost; of very many, fractions tell as much."""
+def _cheapest(alone: Problem) -> Figures | None:
+    """Return [option, hour] replicas of one model by itself; of very many, fractions tell as much."""
+    tied = rather_whole(alone)
     if alone.total.max() > MANY * np.median(alone.rates[alone.rates > 0]):
-        return fractions(alone)
-    choice = choose(alone, gap=NEAR)
-    return None if choice is None else (choice.replicas.astype(float), choice.cost)
+        found = fractions(tied)
+        return None if found is None else found[0]
+    choice = choose(tied, gap=NEAR)
+    return None if choice is None else choice.replicas.astype(float)
 
 
 def _main(problem: Problem, replicas: Figures) -> int:
@@ -100,9 +104,9 @@ def _cost_text(offers: Offers, cost: float) -> str:
 
 
 def _slo_hour_usd(offers: Offers, alone: Problem, model: int, mine: list[int], counts: Counts) -> float:
-    """Return what a model that may be slow at its busiest hour saves in a day, with the options it has."""
-    used = [position for position in range(len(mine)) if counts[position].any()]
+    """Return what a model that may be slow at its busiest hour saves at that hour, with what it runs then."""
     hour = int(np.argmax(alone.total[0]))
+    used = [position for position in range(len(mine)) if counts[position, hour]]
     need = offers.needs[model][hour]
     if not need.asked or offers.fleet.objective == "energy":
         return 0.0
@@ -113,8 +117,13 @@ def _slo_hour_usd(offers: Offers, alone: Problem, model: int, mine: list[int], c
         rates = list(alone.options[position].requests_per_s)
         rates[hour] = max(rates[hour], answer.requests_per_s if isinstance(answer, Candidate) else 0.0)
         options.append(replace(alone.options[position], requests_per_s=tuple(rates)))
-    before, after = _cheapest(alone.only(used)), _cheapest(replace(alone, options=tuple(options)))
-    return max(0.0, before[1] - after[1]) if before and after else 0.0
+    now = alone.at([hour])
+    before, after = _cheapest(now.only(used)), _cheapest(replace(alone, options=tuple(options)).at([hour]))
+    return (
+        0.0
+        if before is None or after is None
+        else max(0.0, cost_of(now.only(used), before) - cost_of(now.only(used), after))
+    )
 
 
 def pool_plans(offers: Offers, choice: Choice) -> tuple[PoolPlan, ...]:
@@ -123,16 +132,13 @@ def pool_plans(offers: Offers, choice: Choice) -> tuple[PoolPlan, ...]:
     Savings are those of fractions of replicas: what a long row of such nodes saves each.
     """
     problem = replace(offers.problem, demand=choice.served)
-    before: float | None = None
+    full = [pool for pool in range(len(problem.pools)) if _full(problem, pool, choice.replicas)]
+    saved = saved_by_a_node(problem, full) if full and offers.fleet.objective != "energy" else {}
     plans = []
     for index, pool in enumerate(offers.fleet.pools):
         here = [i for i, option in enumerate(problem.options) if option.pool == index]
         used = int((problem.gpus[here, None] * choice.replicas[here]).sum(axis=0).max(initial=0))
-        worth = 0.0
-        if here and _full(problem, index, choice.replicas) and offers.fleet.objective != "energy":
-            before = least_cost(problem) if before is None else before
-            after = least_cost(with_nodes(problem, index, 1))
-            worth = max(0.0, before - after) / HOURS / pool.gpus_per_node
+        worth = saved.get(index, 0.0) / HOURS / pool.gpus_per_node
         plans.append(PoolPlan(pool=pool.name, gpus=used, worth_usd_per_gpu_hour=worth))
     return tuple(plans)
 
@@ -147,21 +153,3 @@ def _full(problem: Problem, pool: int, replicas: Counts) -> bool:
     taken = np.array([problem.options[i].slots(largest) for i in here]) @ replicas[here]
     small = problem.gpus[here] @ replicas[here]
     return bool((taken >= nodes * (gpus // largest)).any() or (small > nodes * gpus - largest).any())
-
-
-def with_nodes(problem: Problem, pool: int, more: int) -> Problem:
-    """Return the problem with more nodes of a pool; shares of the fleet grow with it."""
-    pools = tuple((nodes + more * (index == pool), gpus) for index, (nodes, gpus) in enumerate(problem.pools))
-    grown = replace(problem, pools=pools)
-    growth = grown.fleet_gpus / problem.fleet_gpus
-    return replace(
-        grown, guarantee=problem.guarantee * growth, deserved=problem.deserved * growth, limit=problem.limit * growth
-    )
-
-
-def with_limits(problem: Problem, tenants: Iterable[int], limit: float) -> Problem:
-    """Return the problem with the limit of some tenants raised to so many GPUs."""
-    limits = problem.limit.copy()
-    for tenant in tenants:
-        limits[tenant] = max(limits[tenant], limit)
-    return replace(problem, limit=limits)

@@ -41,6 +41,7 @@ from waterline.planner.problem import (
     oversold,
     shares_of,
     undominated,
+    with_nodes,
 )
 from waterline.planner.program import Indices, Outcome, Program, Term
 from waterline.planner.rounding import rounded
@@ -95,6 +96,32 @@ def fractions(problem: Problem) -> tuple[Figures, float] | None:
     values = np.zeros((len(problem.options), len(period)))
     values[kept] = found.values[y][:, period]
     return values, found.objective
+
+
+def saved_by_a_node(problem: Problem, full: Sequence[int]) -> dict[int, float]:
+    """Return what one more node saves a day, in fractions of replicas, of each of the pools that are `full`.
+
+    The cost is convex in the room on the pools, so that what the first node saves is at most what the duals of the
+    linear program say, and nothing where they say so. Where fractions take long, the duals are the answer: of many
+    nodes, one more is as good as a hair more. Elsewhere it is found by planning with that node.
+    """
+    small, _ = merged(problem)
+    small = small.only(undominated(small, GAP / 10))
+    program, _ = _serving_all(small)
+    found = program.solve(relaxed=True) if full else None
+    if found is None:
+        return dict.fromkeys(full, 0.0)
+    of_room = iter(
+        found.duals.reshape(-1, len(small.hours)).sum(axis=1)
+    )  # rows of room come first, see `_add_replicas`
+    saved = {}
+    for pool, (_, gpus) in enumerate(small.pools):
+        saved[pool] = -float(sum(next(of_room) * (gpus // size) for size in small.slots(pool)))
+    if small.rates.size <= MANY_COLUMNS:
+        for pool in full:
+            if saved[pool] > 0:
+                saved[pool] = max(0.0, found.objective - least_cost(with_nodes(problem, pool, 1)))
+    return {pool: max(0.0, saved[pool]) for pool in full}
 
 
 def serve_most(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME_LIMIT_S) -> Choice:

@@ -14,6 +14,7 @@ from waterline.plan import Role
 
 Figures = NDArray[np.float64]
 Counts = NDArray[np.int64]
+SIMPLER = 0.03  # of the cost: what a model run by one kind of replica may cost more than by two
 SLACK = 1e-6  # a plan may be short of a rate, or over a share, by this fraction: the solver's own tolerance
 
 
@@ -165,15 +166,15 @@ class Choice:
         return max(0.0, self.cost - self.bound) / max(self.cost, 1e-9)
 
 
-def cost_of(problem: Problem, replicas: Counts) -> float:
-    """Return what replicas cost in a day, their starts included; midnight follows the last hour."""
+def cost_of(problem: Problem, replicas: Counts | Figures) -> float:
+    """Return what replicas, or fractions of them, cost in a day with their starts; midnight follows the last hour."""
     running = np.array([option.cost for option in problem.options]) @ (replicas @ np.array(problem.hours))
     return float(running + (starts_of(replicas) @ np.ones(len(problem.hours))) @ _start_costs(problem))
 
 
-def starts_of(replicas: Counts) -> Counts:
+def starts_of(replicas: Counts | Figures) -> Counts | Figures:
     """[option, hour] replicas that serve from that hour on and did not before."""
-    starts: Counts = np.maximum(0, replicas - np.roll(replicas, 1, axis=1))
+    starts: Counts | Figures = np.maximum(0, replicas - np.roll(replicas, 1, axis=1))
     return starts
 
 
@@ -190,6 +191,24 @@ def capacity_of(problem: Problem, replicas: Counts) -> Figures:
         for reads, writes in problem.pairs(model):
             capacity[model] += np.minimum(offered[reads].sum(axis=0), offered[writes].sum(axis=0))
     return capacity
+
+
+def rather_whole(problem: Problem) -> Problem:
+    """Return the problem with prefill and decode apart counted as `SIMPLER` dearer: a tie-break.
+
+    Two kinds of engine and a cache that travels are more to run than one kind, so that a model is only split where that
+    saves more than this. A choice that is best here costs at most that much more than the best of the problem itself.
+    """
+    dearer = 1 + SIMPLER
+    return replace(
+        problem,
+        options=tuple(
+            option
+            if option.role == "both"
+            else replace(option, cost=dearer * option.cost, start_cost=dearer * option.start_cost)
+            for option in problem.options
+        ),
+    )
 
 
 def oversold(problem: Problem, replicas: Counts) -> NDArray[np.bool_]:
@@ -217,6 +236,27 @@ def entitled(problem: Problem, gpus: Figures) -> bool:
     within = use <= problem.limit[:, None] + slack
     reserved = np.maximum(use, problem.guarantee[:, None]).sum(axis=0)
     return bool(within.all() and (reserved <= problem.fleet_gpus + slack).all())
+
+
+# --- Nearly the same problem ------------------------------------------------------------------------------------------
+
+
+def with_nodes(problem: Problem, pool: int, more: int) -> Problem:
+    """Return the problem with more nodes of a pool; shares of the fleet grow with it."""
+    pools = tuple((nodes + more * (index == pool), gpus) for index, (nodes, gpus) in enumerate(problem.pools))
+    grown = replace(problem, pools=pools)
+    growth = grown.fleet_gpus / problem.fleet_gpus
+    return replace(
+        grown, guarantee=problem.guarantee * growth, deserved=problem.deserved * growth, limit=problem.limit * growth
+    )
+
+
+def with_limits(problem: Problem, tenants: Iterable[int], limit: float) -> Problem:
+    """Return the problem with the limit of some tenants raised to so many GPUs."""
+    limits = problem.limit.copy()
+    for tenant in tenants:
+        limits[tenant] = max(limits[tenant], limit)
+    return replace(problem, limit=limits)
 
 
 # --- The same problem, smaller --------------------------------------------------------------------------------------

@@ -11,10 +11,9 @@ from msgspec.structs import replace
 from waterline.errors import InfeasibleError
 from waterline.fleet import Fleet, Model
 from waterline.llm import PRECISIONS
-from waterline.planner.explain import with_limits, with_nodes
 from waterline.planner.milp import choose
 from waterline.planner.offers import Offers, offers_of
-from waterline.planner.problem import SLACK, Choice, Figures, Problem
+from waterline.planner.problem import SLACK, Choice, Figures, Problem, with_limits, with_nodes
 from waterline.workload import Slo
 
 ENOUGH = 1.0  # of a gap: whether anything does, not what is cheapest
