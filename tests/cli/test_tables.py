@@ -194,6 +194,18 @@ def test_a_model_that_found_no_room_has_a_row(capsys: pytest.CaptureFixture[str]
     assert re.search(r"│ chat  │ 0 +│ - +│ - +│ - +│ +0.5 │ +- │ +- │ +- │ +\$0.000 │ +- │", drawn)
 
 
+def test_what_does_not_serve_in_the_busiest_hour_has_no_cost_then(capsys: pytest.CaptureFixture[str]) -> None:
+    small = small_plan()
+    (always,) = small.replicas
+    larger = replace(always, id="other/0", layout=replace(always.layout, tp=2), usd_per_hour=4.0, hours=(12,))
+    night = replace(always, hours=(0, 1), usd_per_hour=1.25)
+    plan_command._draw_models(replace(small, replicas=(night, larger)), console())
+    drawn = capsys.readouterr().out
+    assert "$4.00" in drawn
+    assert "$1.25" not in drawn
+    assert "$0.000" not in drawn
+
+
 def test_many_tenants_share_a_column_whatever_they_are_called(capsys: pytest.CaptureFixture[str]) -> None:
     plan = a_day(8)
     names = ["public", "others", "idle", "x", "y", "z"]

@@ -127,7 +127,7 @@ def _draw_models(plan: Plan, screen: "Console") -> None:
                     seconds_text(one.ttft_s),
                     seconds_text(one.tpot_s),
                     str(one.max_batch),
-                    usd_text(group.usd_per_hour(busiest)),
+                    usd_text(usd) if (usd := group.usd_per_hour(busiest)) or not one.usd_per_hour else "-",
                     per_million if index == 0 else "",
                 )
             )
