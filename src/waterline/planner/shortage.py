@@ -86,7 +86,7 @@ def remedies(offers: Offers, short: list[int], tenants: list[int]) -> Iterator[s
             yield f"{nodes} more node{'s' * (nodes > 1)} of '{pool.name}'"
     if limit := lowest_limit(problem, tenants):
         names = " and ".join(f"'{fleet.tenants[tenant].name}'" for tenant in tenants)
-        yield f"raise the limit of {names} to {np.ceil(100 * limit / fleet.gpus) / 100:.2f}"
+        yield f"raise the limit of {names} to {share_text(limit, fleet.gpus)}"
     for model in short:
         yield from _other_precisions(fleet, model)
     yield from _slower(fleet, short)
@@ -105,6 +105,11 @@ def lowest_limit(problem: Problem, tenants: list[int]) -> float | None:
         return None
     more = _fewest(lambda more: does(with_limits(problem, tenants, (lowest + more) * step)), 100 - lowest)
     return None if more is None else (lowest + more) * step
+
+
+def share_text(gpus: float, fleet_gpus: int) -> str:
+    """Say GPUs as a fraction of the fleet, in hundredths, rounded up; what is whole hundredths stays so."""
+    return f"{np.ceil(100 * gpus / fleet_gpus - SLACK) / 100:.2f}"
 
 
 def does(problem: Problem) -> bool:
