@@ -123,7 +123,11 @@ def test_an_fp8_model_may_also_run_in_int8(tmp_path: Path) -> None:
             "model 'chat' was measured twice on 'rtx-4090'",
         ),
         ("requests_per_s = 1.0", "requests_per_s = 1.0\nprefix_hit = 1.5", "'prefix_hit' of .*: expected a number < 1"),
-        ("[[pools]]", 'objective = "speed"\n[[pools]]', "'objective': .*'speed'"),
+        (
+            "[[pools]]",
+            'objective = "speed"\n[[pools]]',
+            "'objective': 'speed' is none. Write one of: money, energy, goodput",
+        ),
         ("[[pools]]", "[[pool]]", "unknown key 'pool'. Did you mean 'pools'"),
         ("[[models]]", "[[models]", "not valid TOML: .*line"),
     ],

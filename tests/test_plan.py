@@ -42,7 +42,7 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, data: bytes, message:
 def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     write_plan(small_plan(), path)
-    path.write_text(path.read_text().replace('"version": 2', '"version": 1', 1))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1, "of_old": true', 1))
     with pytest.raises(PlanFileError, match="version 1, this program reads 2"):
         read_plan(path)
 

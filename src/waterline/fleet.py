@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -29,6 +29,7 @@ DEFAULT_CONTEXT_TOKENS = 32_768
 ENGINES = ("vllm", "sglang", "llamacpp", "openai", "fake")
 PRICED_ENGINES = ("trtllm",)  # that `waterline fit` and `waterline estimate` know, and nothing starts
 
+Objective = Literal["money", "energy", "goodput"]
 MOST = 10**7  # of anything that is counted here; a slip of the finger, not a fleet, is larger
 Count = Annotated[int, Meta(ge=1, le=MOST)]
 Positive = Annotated[float, Meta(gt=0, le=MOST)]
@@ -109,7 +110,7 @@ class Fleet(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Pools, models, tenants and what is asked of them."""
 
     name: Name
-    objective: Literal["money", "energy", "goodput"] = "money"  # goodput: serve most, then cheapest
+    objective: Objective = "money"  # goodput: serve most, then cheapest
     pools: Annotated[tuple[Pool, ...], Meta(min_length=1)]
     models: Annotated[tuple[Model, ...], Meta(min_length=1)]
     tenants: tuple[Tenant, ...] = ()
@@ -223,6 +224,8 @@ def _explain(message: str, data: dict[str, Any]) -> str:
         return f"{place}unknown key '{unknown[1]}'. {nearest(unknown[1], table.__struct_fields__)}"
     if missing := re.search(r"missing required field `(.+)`", problem):
         return f"{place}the key '{missing[1]}' is missing. Add it: {missing[1]} = …"
+    if other := re.fullmatch(r"Invalid enum value '(.*)'", problem):  # there is one such key
+        return f"{place}'{other[1]}' is none. Write one of: {', '.join(get_args(Objective))}."
     problem = re.sub(
         r"`([^`]+)`", lambda types: " or ".join(IN_WORDS.get(t, t) for t in types[1].split(" | ")), problem
     )

@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from waterline.errors import InputError, PlanFileError, nearest
-from waterline.fleet import ENGINES, HOURS, Count, Fleet, Name, Pool, check_fleet
+from waterline.fleet import ENGINES, HOURS, Count, Fleet, Name, Objective, Pool, check_fleet
 from waterline.llm import PRECISIONS
 from waterline.workload import write_whole
 
@@ -23,7 +23,6 @@ WRITE_AGAIN = "Write it again with: waterline plan FLEET"
 EVERY_HOUR = tuple(range(HOURS))
 Limit = Literal["memory", "ttft", "tpot", "engine"]
 Role = Literal["both", "prefill", "decode"]
-Objective = Literal["money", "energy", "goodput"]
 Hour = Annotated[int, Meta(ge=0, lt=HOURS)]  # of the day, from midnight on
 Index = Annotated[int, Meta(ge=0)]
 Tokens = Annotated[int, Meta(ge=1)]  # worked out, not typed: a cache may hold more than any Count
@@ -192,6 +191,12 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return tuple(replica for replica in self.replicas if replica.model == model)
 
 
+class _Versioned(Struct, frozen=True, kw_only=True):
+    """What every version of a plan says first."""
+
+    version: int = VERSION
+
+
 def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write the plan as JSON, whole or not at all."""
     if not isinstance(plan, Plan):
@@ -222,13 +227,14 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     except OSError as error:
         raise PlanFileError(f"cannot read {path}: {error.strerror}.") from error
     try:
-        plan = msgspec.json.decode(data, type=Plan)
+        version = msgspec.json.decode(data, type=_Versioned).version  # another version has other keys
+        plan = msgspec.json.decode(data, type=Plan) if version == VERSION else None
     except msgspec.ValidationError as error:
         raise PlanFileError(f"{path} is not a plan: {_explain(str(error), data)}. {WRITE_AGAIN}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PlanFileError(f"{path} is not a plan: {error}. {WRITE_AGAIN}") from error
-    if plan.version != VERSION:
-        raise PlanFileError(f"{path} is a plan of version {plan.version}, this program reads {VERSION}. {WRITE_AGAIN}")
+    if plan is None:
+        raise PlanFileError(f"{path} is a plan of version {version}, this program reads {VERSION}. {WRITE_AGAIN}")
     try:
         plan = replace(plan, fleet=check_fleet(plan.fleet, path))
     except InputError as error:

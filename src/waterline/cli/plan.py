@@ -95,7 +95,8 @@ def _say_waterline(plan: Plan, screen: "Console") -> None:
         low, high = (end(plan.hours, key=lambda hour: hour.gpus_of(PUBLIC)) for end in (min, max))
         least, most = (f"{gpus_text(hour.gpus_of(PUBLIC))} at {day.clock(hour.hour)}" for hour in (low, high))
         share = high.gpus_of(PUBLIC) / plan.fleet.gpus
-        screen.print(f"Waterline: of {plan.fleet.gpus:,} GPUs {least}, {most} serve the public ({share:.0%} at most).")
+        served = f"{least}, {most}" if low is not high else f"{gpus_text(high.gpus_of(PUBLIC))} all day"
+        screen.print(f"Waterline: of {plan.fleet.gpus:,} GPUs {served} serve the public ({share:.0%} at most).")
         return
     for tenant in public:
         share = tenant.gpus / plan.fleet.gpus
