@@ -18,6 +18,7 @@ Numbers = NDArray[np.float64]
 MEMORY_EFFICIENCY = 0.8  # before correction
 COMPUTE_EFFICIENCY = 0.65
 SIXTEEN_BITS = 2  # bytes of an activation
+MOST_PLACES = 1024  # of single sizes on a surface, that are kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,7 @@ class Surface:
         self._sizes = [_extended(np.array(values, dtype=np.float64), curve.beyond) for values in curve.sizes.values()]
         self._knots = [np.log2(values) for values in self._sizes]
         self._widths = [np.diff(values) for values in self._knots]
+        self._places: dict[tuple[int, float], tuple[NDArray[np.intp], Numbers]] = {}
         self._growing = [name in curve.growing for name in curve.sizes]
         shape = [len(values) for values in self._knots]
         self._log_s = np.empty(shape)
@@ -87,14 +89,11 @@ class Surface:
         first: NDArray[np.intp] | int = 0
         fractions = []
         cell = []
-        for size, knots, widths, stride, grows in zip(
-            sizes, self._knots, self._widths, self._strides, self._growing, strict=True
-        ):
-            place = np.log2(size)
-            left = np.minimum(np.maximum(knots.searchsorted(place, side="right") - 1, 0), len(widths) - 1)
-            fractions.append(np.minimum(np.maximum((place - knots[left]) / widths[left], 0.0), 1.0))
-            first = first + left * stride
-            if not grows:
+        for axis, size in enumerate(sizes):
+            left, fraction = self._place(axis, size)
+            fractions.append(fraction)
+            first = first + left * self._strides[axis]
+            if not self._growing[axis]:
                 cell.append(left)
         if not self._known[tuple(cell)].all():
             self._work_out([np.array(sorted({*left.ravel().tolist()}), dtype=np.intp) for left in cell])
@@ -104,6 +103,18 @@ class Surface:
             corners = corners[:half] + fraction * (corners[half:] - corners[:half])
         took_s: Numbers = np.exp(corners[0])
         return took_s
+
+    def _place(self, axis: int, size: Numbers) -> tuple[NDArray[np.intp], Numbers]:
+        """Return the knots to the left of sizes, and how far to the next one they are; of a single size it is kept."""
+        key = (axis, float(size)) if size.ndim == 0 else None
+        if key is not None and key in self._places:
+            return self._places[key]
+        place, knots, widths = np.log2(size), self._knots[axis], self._widths[axis]
+        left = np.minimum(np.maximum(knots.searchsorted(place, side="right") - 1, 0), len(widths) - 1)
+        fraction = np.minimum(np.maximum((place - knots[left]) / widths[left], 0.0), 1.0)
+        if key is not None and len(self._places) < MOST_PLACES:
+            self._places[key] = left, fraction
+        return left, fraction
 
     def _work_out(self, cells: Sequence[NDArray[np.intp]]) -> None:
         """Fill the knots around all these cells of the sizes that do not grow."""
