@@ -52,6 +52,7 @@ ODDER = (2.0, 1.2)  # see `rounded`: tidy first, then near
 MANY_COLUMNS = 10_000  # of a problem too large for the solver to branch in
 FEW_COLUMNS = 1000  # of a problem small enough to be searched for more than the gap asks
 WHATEVER_IT_COSTS = 1e9
+NEVER = 0.0  # instead of a time until which the solver may branch: rounding has to do
 BRANCHES = 1000  # as many as the solver may try: a limit that gives the same plan on a slow machine, as time would not
 
 
@@ -62,8 +63,9 @@ def choose(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME_LIM
         problem: what could run and what is asked.
         gap: how much dearer than the best it may be, as a fraction.
         time_limit_s: after which the best choice found counts, with its gap; None then also means: none was found.
+            0: rounding has to do, without a search.
     """
-    until_s = monotonic() + time_limit_s
+    until_s = monotonic() + time_limit_s if time_limit_s > 0 else NEVER
     small, period = merged(problem)
     kept = undominated(small, gap / 10)
     small = small.only(kept)
@@ -127,10 +129,11 @@ def saved_by_a_node(problem: Problem, full: Sequence[int]) -> dict[int, float]:
 def serve_most(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME_LIMIT_S) -> Choice:
     """Return the choice that serves the most value at every hour, and what that costs at the least.
 
-    Nobody gets more than it deserves before everybody has what it asks, or what it deserves of it.
+    Nobody gets more than it deserves before everybody has what it asks, or what it deserves of it. Where options and
+    hours are very many, replicas are rounded down from fractions, which loses little of much and takes seconds.
     """
-    until_s = monotonic() + time_limit_s
     small, period = merged(problem)
+    until_s = NEVER if small.rates.size > MANY_COLUMNS else monotonic() + time_limit_s
     kept = undominated(small, WHATEVER_IT_COSTS)
     served = np.zeros_like(small.demand)
     replicas = np.zeros((len(small.options), len(small.hours)), dtype=np.int64)
@@ -225,7 +228,7 @@ def _search(
         whole = None if replicas is None else program.solve(relaxed=True, fixed=(y, replicas.astype(float)))
         if whole is not None and (best is None or whole.objective < best.objective):
             best = whole
-    if not _near(best, bound, gap) and (best is None or y.size <= MANY_COLUMNS):
+    if not _near(best, bound, gap) and until_s > NEVER and (best is None or y.size <= MANY_COLUMNS):
         most_nodes = BRANCHES if gap else None
         found = program.solve(gap=gap, time_limit_s=max(1.0, until_s - monotonic()), most_nodes=most_nodes)
         if found is not None:
@@ -260,7 +263,7 @@ def _most(program: Program, y: Indices, gap: float, until_s: float, known: Outco
     assert relaxed is not None  # noqa: S101 - to serve nobody is a solution
     down = program.solve(relaxed=True, fixed=(y, np.floor(relaxed.values[y] + SLACK)))
     best = min((one for one in (known, down) if one is not None), key=lambda one: one.objective, default=None)
-    if best is None or best.objective - relaxed.objective > gap * abs(best.objective):
+    if best is None or (until_s > NEVER and best.objective - relaxed.objective > gap * abs(best.objective)):
         most_nodes = BRANCHES if gap else None
         found = program.solve(gap=gap, time_limit_s=max(1.0, until_s - monotonic()), most_nodes=most_nodes)
         if found is not None and (best is None or found.objective < best.objective):

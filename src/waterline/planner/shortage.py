@@ -4,6 +4,8 @@ Each remedy that is offered was planned with, and does.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from time import process_time
 
 import numpy as np
 from msgspec.structs import replace
@@ -11,7 +13,7 @@ from msgspec.structs import replace
 from waterline.errors import InfeasibleError
 from waterline.fleet import Fleet, Model
 from waterline.llm import PRECISIONS
-from waterline.planner.milp import choose
+from waterline.planner.milp import MANY_COLUMNS, TIME_LIMIT_S, choose
 from waterline.planner.offers import Offers, offers_of
 from waterline.planner.problem import SLACK, Choice, Figures, Problem, with_limits, with_nodes
 from waterline.workload import Slo
@@ -19,6 +21,7 @@ from waterline.workload import Slo
 ENOUGH = 1.0  # of a gap: whether anything does, not what is cheapest
 MOST_TIMES_LARGER = 64  # a pool; beyond that it is another fleet
 SLOWER = (1.5, 2.0, 4.0)
+TIME_S = 20.0  # of this process, to look for remedies; a fleet of thousands of cards asks a second for each try
 
 
 def warnings(offers: Offers, choice: Choice) -> tuple[str, ...]:
@@ -28,10 +31,16 @@ def warnings(offers: Offers, choice: Choice) -> tuple[str, ...]:
     short = [model for model in range(len(offers.fleet.models)) if missing[model].any()]
     said = [_not_served(offers, choice, missing, model) for model in short]
     tenants = [tenant for tenant in range(missing.shape[1] - 1) if missing[:, tenant].any()]
-    found = list(remedies(offers, short, tenants))
+    found: list[str] = []
+    until_s, untried = process_time() + TIME_S, ""
+    for what, tried in remedies(offers, short, tenants):
+        if process_time() > until_s:
+            untried = f" Not tried, as {TIME_S:.0f} s of computing had passed: {what}, and what comes after it."
+            break
+        found += tried()
     if found:
-        return (*said, "What would do: " + "; or ".join(found) + ".")
-    return (*said, "No single change was found that would do: lower the demand, or plan a larger fleet.")
+        return (*said, "What would do: " + "; or ".join(found) + "." + untried)
+    return (*said, f"No single change was found that would do: lower the demand, or plan a larger fleet.{untried}")
 
 
 def _not_served(offers: Offers, choice: Choice, missing: Figures, model: int) -> str:
@@ -78,18 +87,30 @@ def _why(offers: Offers, choice: Choice, model: int, hour: int) -> str:
     return f"It runs on {named}, which lack about {float(missing.sum()) * per_request:.1f} GPUs."
 
 
-def remedies(offers: Offers, short: list[int], tenants: list[int]) -> Iterator[str]:
-    """Yield changes to one part of the fleet file, each of which makes the fleet large enough."""
-    fleet, problem = offers.fleet, offers.problem
-    for index, pool in enumerate(fleet.pools):
-        if nodes := fewest_nodes(problem, index):
-            yield f"{nodes} more node{'s' * (nodes > 1)} of '{pool.name}'"
-    if limit := lowest_limit(problem, tenants):
-        names = " and ".join(f"'{fleet.tenants[tenant].name}'" for tenant in tenants)
-        yield f"raise the limit of {names} to {share_text(limit, fleet.gpus)}"
+def remedies(offers: Offers, short: list[int], tenants: list[int]) -> Iterator[tuple[str, Callable[[], Iterator[str]]]]:
+    """Yield kinds of change to one part of the fleet file, the quickest to try first, and what tries them.
+
+    Each try yields what makes the fleet large enough, or nothing.
+    """
+    fleet = offers.fleet
+    if any(offers.problem.limit[tenant] < offers.problem.fleet_gpus for tenant in tenants):
+        yield "a higher limit", partial(_higher_limit, offers, tenants)
+    for pool in range(len(fleet.pools)):
+        yield f"more nodes of '{fleet.pools[pool].name}'", partial(_more_nodes, offers, pool)
     for model in short:
-        yield from _other_precisions(fleet, model)
-    yield from _slower(fleet, short)
+        yield f"other precisions of '{fleet.models[model].name}'", partial(_other_precisions, fleet, model)
+    yield "a looser slo", partial(_slower, fleet, short)
+
+
+def _more_nodes(offers: Offers, pool: int) -> Iterator[str]:
+    if nodes := fewest_nodes(offers.problem, pool):
+        yield f"{nodes} more node{'s' * (nodes > 1)} of '{offers.fleet.pools[pool].name}'"
+
+
+def _higher_limit(offers: Offers, tenants: list[int]) -> Iterator[str]:
+    if limit := lowest_limit(offers.problem, tenants):
+        names = " and ".join(f"'{offers.fleet.tenants[tenant].name}'" for tenant in tenants)
+        yield f"raise the limit of {names} to {share_text(limit, offers.fleet.gpus)}"
 
 
 def fewest_nodes(problem: Problem, pool: int) -> int | None:
@@ -113,8 +134,9 @@ def share_text(gpus: float, fleet_gpus: int) -> str:
 
 
 def does(problem: Problem) -> bool:
-    """Return whether a fleet serves all that is asked of it."""
-    return choose(problem, gap=ENOUGH) is not None
+    """Return whether a fleet serves all that is asked of it; of a large one, whether rounding finds that it does."""
+    large = problem.rates.size > MANY_COLUMNS
+    return choose(problem, gap=ENOUGH, time_limit_s=0.0 if large else TIME_LIMIT_S) is not None
 
 
 def _fewest(enough: Callable[[int], bool], most: int) -> int | None:
