@@ -77,7 +77,11 @@ def test_fit_prints_json_with_units_in_the_names() -> None:
     [
         (["plan", "nowhere.toml"], 2, "cannot read the fleet file nowhere.toml: No such file"),
         (["fit", "deepseek-r9"], 2, "'deepseek-r9'"),
-        (["fit", "qwen3-32b", "--gpu", "h100"], 2, "h100-pcie-80g, h100-sxm-80g, h100-nvl-94g"),
+        (
+            ["estimate", "qwen3-32b", "--gpu", "h100", "--isl", "9", "--osl", "9", "--concurrency", "1"],
+            2,
+            "h100-pcie-80g, h100-sxm-80g, h100-nvl-94g",
+        ),
         (["fit", "qwen3-32b", "--precision", "fp9"], 2, "no precision is called 'fp9'. Did you mean"),
         (["fit", "qwen3-32b", "--engine", "vlm"], 2, "no engine is called 'vlm'. Did you mean 'vllm'"),
         (["fit", "qwen3-32b", "--context", "9999999"], 2, "reads at most"),

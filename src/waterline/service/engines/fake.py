@@ -83,7 +83,7 @@ def prepare(plan: Plan, replica: Replica) -> Fake:
         expected_output_tokens=expected,
     )
     command = (sys.executable, "-m", "waterline.service.engines.fake")
-    return Fake(command=command, input=msgspec.json.encode(part) + b"\n", name=replica.model)
+    return Fake(command=command, input=msgspec.json.encode(part, enc_hook=list) + b"\n", name=replica.model)
 
 
 # --- The steps ------------------------------------------------------------------------------------------------------
