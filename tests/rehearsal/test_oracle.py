@@ -61,8 +61,13 @@ def capacity(name: str = "a/0", **changes: object) -> Capacity:
     return replace(usual, **changes)  # type: ignore[arg-type] # mypy does not know the names
 
 
-def request(arrival_ns: int, prompt_tokens: int, output_tokens: int) -> Request:
-    return Request(arrival_s=arrival_ns / 1e9, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+def request(arrival_ns: int, prompt_tokens: int, output_tokens: int, cached_tokens: int = 0) -> Request:
+    return Request(
+        arrival_s=arrival_ns / 1e9,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        cached_tokens=cached_tokens,
+    )
 
 
 def served(
@@ -88,6 +93,35 @@ def test_a_trace_may_be_longer_than_64_bits_of_picoseconds() -> None:
     (first, last), _ = served([capacity()], [request(0, 1, 1), request(days_107_ns, 1, 2)])
     assert first.finish_ps == 1001
     assert last.finish_ps == last.arrival_ps + 2 * 1001 > 2**63
+
+
+def test_what_is_cached_of_a_prompt_is_seen_and_held_but_not_read() -> None:
+    (one,), steps = served([capacity(step=LENGTHY)], [request(0, 10, 2, cached_tokens=6)])
+    read_ps = LENGTHY.step_ps(4, 4 * 6 + 4 * 5 // 2, 0, 0)  # its last 4 tokens, each of which sees the 6 before them
+    assert [(step.prefill_tokens, step.decodes, step.occupied_tokens) for step in steps] == [(4, 0, 11), (0, 1, 12)]
+    assert (one.first_token_ps, one.finish_ps) == (read_ps, read_ps + LENGTHY.step_ps(0, 0, 1, 11))
+
+
+def test_after_a_preemption_what_was_cached_is_read_too() -> None:
+    pair = [request(0, 4, 6), request(0, 4, 4, cached_tokens=3)]
+    (_, late), steps = served([capacity(cache_tokens=12)], pair)
+    assert late.preemptions == 1
+    # 4 + 1 to begin with; of a cache of 12 each holds 6 when the second must go, with its prompt and 2 tokens
+    assert [step.prefill_tokens for step in steps if step.prefill_tokens] == [5, 6]
+
+
+def test_where_rates_count_cached_tokens_all_is_read() -> None:
+    _, steps = served([capacity(reads_cached=True)], [request(0, 8, 1, cached_tokens=6)])
+    assert [step.prefill_tokens for step in steps] == [8]
+
+
+def test_who_waits_behind_cached_prompts_waits_for_what_is_read_of_them() -> None:
+    """At 10^9 tokens a second 4 are read in 4 ns: with 60 of its 64 cached the first keeps nobody out, whole it does."""
+    for cached, refused in ((60, False), (0, True)):
+        (_, second), _ = served(
+            [capacity()], [request(0, 64, 1, cached_tokens=cached), request(1, 1, 1)], deadline_s=10e-9
+        )
+        assert bool(second.reason) is refused
 
 
 def test_two_requests_share_steps_in_chunks() -> None:

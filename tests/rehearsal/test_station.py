@@ -84,6 +84,7 @@ capacities = st.builds(
     prefill_tokens_per_s=st.sampled_from([1e6, 3e6]),
     tokens_per_s=st.sampled_from([1e6, 2e6, 5e6, 5e6, 0.0]),
     role=st.sampled_from(["both", "both", "prefill", "decode"]),
+    reads_cached=st.sampled_from([False, False, True]),
     transfer_ps_per_token=st.sampled_from([0, 1, 100, 1000]),
     hours=st.sampled_from([EVERY_HOUR, EVERY_HOUR, (22,), (23,), (0, 23), (0, 1, 22)]),
 )
@@ -92,7 +93,9 @@ fleets = st.lists(capacities, min_size=1, max_size=7).map(
 )
 HOUR_NS = 3600 * 10**9
 requests = st.builds(
-    lambda ns, prompt, output: Request(arrival_s=ns / 1e9, prompt_tokens=prompt, output_tokens=output),
+    lambda ns, prompt, output, cached: Request(
+        arrival_s=ns / 1e9, prompt_tokens=prompt, output_tokens=output, cached_tokens=min(cached, prompt - 1)
+    ),
     st.one_of(
         st.integers(0, 20),
         st.integers(0, 400),
@@ -101,6 +104,7 @@ requests = st.builds(
     ),
     st.integers(1, 24),
     st.integers(1, 40),
+    st.one_of(st.just(0), st.integers(0, 23)),
 )
 traffics = st.lists(requests, min_size=1, max_size=50).map(lambda made: sorted(made, key=lambda one: one.arrival_s))
 deadlines = st.sampled_from([math.inf, 1e-4, 2e-5, 0.0])
@@ -110,9 +114,11 @@ def by_events(
     module: ModuleType, fleet: Sequence[Capacity], asked: Sequence[Request], deadline_s: float, pieces: int = 1
 ) -> Iterator[tuple[int | float, ...]]:
     served = module.Station(fleet, deadline_s=deadline_s, **EXPECTED)
-    columns = np.array([(round(one.arrival_s * 1e9) * 1000, one.prompt_tokens, one.output_tokens) for one in asked])
-    for piece in np.array_split(columns.reshape(-1, 3), pieces):
-        served.offer(piece[:, 0], piece[:, 1], piece[:, 2])
+    columns = np.array(
+        [(round(one.arrival_s * 1e9) * 1000, one.prompt_tokens, one.output_tokens, one.cached_tokens) for one in asked]
+    )
+    for piece in np.array_split(columns, pieces):
+        served.offer(*piece.T)
         yield from rows(served.collect())
     served.drain()
     yield from rows(served.collect())
@@ -202,8 +208,10 @@ def test_real_steps_are_skipped_exactly_too(name: str) -> None:
     arrivals_s = np.round(np.cumsum(generator.exponential(0.03, 1500)), 9).tolist()
     lengths = np.clip(generator.lognormal((6.5, 5.3), 1.0, (1500, 2)), 1, 5000).astype(int).tolist()
     asked = [
-        Request(arrival_s=at_s, prompt_tokens=prompt, output_tokens=output)
-        for at_s, (prompt, output) in zip(arrivals_s, lengths, strict=True)
+        Request(
+            arrival_s=at_s, prompt_tokens=prompt, output_tokens=output, cached_tokens=number % 3 * (prompt - 1) // 4
+        )
+        for number, (at_s, (prompt, output)) in enumerate(zip(arrivals_s, lengths, strict=True))
     ]
     stepped = by_steps(fleet, asked, 4.0)
     assert list(by_events(STATIONS[name], fleet, asked, 4.0, pieces=7)) == stepped

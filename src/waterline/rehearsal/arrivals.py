@@ -7,7 +7,7 @@ requests is never in memory whole.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,16 @@ class Piece:
     prompt_tokens: Integers
     output_tokens: Integers
     row: Integers  # index of the row of the demand that asks
+    cached_tokens: NDArray[np.int32]  # of the prompt; at least one token of it is not
 
     def __len__(self) -> int:
         return len(self.arrival_ps)
 
     def __getitem__(self, which: slice | NDArray[Any]) -> "Piece":
-        return Piece(self.arrival_ps[which], self.prompt_tokens[which], self.output_tokens[which], self.row[which])
+        return Piece(*(getattr(self, name)[which] for name in COLUMNS))
+
+
+COLUMNS = tuple(column.name for column in fields(Piece))
 
 
 class Traffic:
@@ -87,13 +91,15 @@ class Traffic:
                 output_tokens=output_tokens,
                 tenant=self.rows[row].tenant,
                 model=self.rows[row].model,
+                cached_tokens=cached_tokens,
             )
             for piece in self.pieces()
-            for arrival_ps, prompt_tokens, output_tokens, row in zip(
+            for arrival_ps, prompt_tokens, output_tokens, row, cached_tokens in zip(
                 piece.arrival_ps.tolist(),
                 piece.prompt_tokens.tolist(),
                 piece.output_tokens.tolist(),
                 piece.row.tolist(),
+                piece.cached_tokens.tolist(),
                 strict=True,
             )
         ]
@@ -176,6 +182,17 @@ class _Recorded:
                 f"--traffic 'cut {self.longest_tokens}' to shorten them, or raise max_context_tokens."
             )
 
+    def prefix_hit(self, row: Demand) -> float:
+        """Return what the demand says is cached of each prompt, where the trace does not say it of any."""
+        return 0.0 if self.measured.cached_tokens else row.prefix_hit
+
+    def cached_notes(self, rows: Sequence[Demand]) -> Iterator[str]:
+        if self.measured.cached_tokens:
+            share = self.measured.cached_fraction
+            yield f"{share:.1%} of its prompts' tokens had been asked before, and are not read again"
+        elif any(row.prefix_hit for row in rows):
+            yield "it does not tell what was cached of its prompts: taken from prefix_hit"
+
     @property
     def requests_per_s(self) -> float:
         return self.measured.requests / self.length_s if self.length_s > 0 else 0.0
@@ -205,7 +222,7 @@ def _of_trace(
         hour = recorded.stream.clock_ns // HOUR_NS % HOURS
     _check_surges(surges, recorded.stream.clock_ns, recorded.length_s)
     asked = surged(dealt(recorded.stream, rows, rates), surges, seed)
-    return Traffic(rows, _Dealt(recorded, asked, surges), recorded.length_s, hour)
+    return Traffic(rows, _Dealt(recorded, asked, surges, rows), recorded.length_s, hour)
 
 
 def _of_rows(
@@ -254,12 +271,13 @@ def _clock_text(clock_s: int) -> str:
 class _Dealt:
     """A trace, dealt to all rows."""
 
-    def __init__(self, recorded: _Recorded, asked: Stream, surges: Sequence[Surge]) -> None:
+    def __init__(self, recorded: _Recorded, asked: Stream, surges: Sequence[Surge], rows: Sequence[Demand]) -> None:
         self.recorded, self.asked, self.surges = recorded, asked, surges
+        self.prefix_hits = np.array([recorded.prefix_hit(row) for row in rows])
 
     def pieces(self) -> Iterator[Piece]:
         for chunk in self.asked.chunks():
-            yield from _cut(_piece(chunk, chunk.model))
+            yield from _cut(_piece(chunk, chunk.model, self.prefix_hits[chunk.model]))
 
     def notes(
         self, rows: Sequence[Demand], counts: Sequence[int], spans_ps: Sequence[tuple[int, int] | None]
@@ -277,8 +295,7 @@ class _Dealt:
         yield from _surge_notes(self.surges, self.asked.clock_ns)
         if self.recorded.too_long:
             yield f"{self.recorded.too_long:,} of its requests are longer than any model's context, and refused"
-        if self.recorded.measured.cached_tokens:
-            yield f"{self.recorded.measured.cached_fraction:.1%} of its prompts' tokens had been asked before"
+        yield from self.recorded.cached_notes(rows)
 
 
 def _surge_notes(surges: Sequence[Surge], clock_ns: int) -> Iterator[str]:
@@ -306,7 +323,10 @@ class _Asked:
     def pieces(self) -> Iterator[Piece]:
         length_ps = round(self.length_s * PICOSECONDS_PER_S)
         stretch_ps = self._stretch_ps()
-        cursors = {index: _Cursor(self._replayed(index, one.stream), index) for index, one in self.recorded.items()}
+        cursors = {
+            index: _Cursor(self._replayed(index, one.stream), index, one.prefix_hit(self.rows[index]))
+            for index, one in self.recorded.items()
+        }
         for number in range(max(1, -(-length_ps // stretch_ps))):
             begin_ps = number * stretch_ps
             end_ps = begin_ps + stretch_ps
@@ -332,6 +352,8 @@ class _Asked:
             drawn = index not in self.recorded
             name = f"Poisson arrivals at {self._rate(row):.3g}/s" if drawn else self.recorded[index].stream.name
             yield f"{row.tenant}/{row.model}: {name}: {_span(counts[index], spans_ps[index])}"
+            if not drawn:
+                yield from self.recorded[index].cached_notes([row])
         if len(self.recorded) < len(rows):
             which = "" if self.surges else ", the busiest hour"
             yield f"drawn with seed {self.seed}, over {self.length_s / 60:.3g} min from {self.hour}:00{which}"
@@ -364,7 +386,8 @@ class _Asked:
             first_hour=0,
             generator=Generator(PCG64([self.seed, index, number])),
         )
-        drawn = Piece(begin_ps + arrivals_ps, prompts, outputs, np.full(len(prompts), index))
+        cached = _cached(prompts, row.prefix_hit)
+        drawn = Piece(begin_ps + arrivals_ps, prompts, outputs, np.full(len(prompts), index), cached)
         if not surges:
             return drawn
         clock_ns = self.hour * HOUR_NS + drawn.arrival_ps // PICOSECONDS_PER_NS
@@ -380,8 +403,8 @@ def _most(surges: Sequence[Surge]) -> float:
 class _Cursor:
     """A stream that is taken in stretches of time."""
 
-    def __init__(self, stream: Stream, row: int) -> None:
-        self._chunks, self._row = stream.chunks(), row
+    def __init__(self, stream: Stream, row: int, prefix_hit: float) -> None:
+        self._chunks, self._row, self._prefix_hit = stream.chunks(), row, prefix_hit
         self._rest: list[Piece] = []
 
     def take(self, end_ps: int | None) -> Piece:
@@ -391,20 +414,29 @@ class _Cursor:
             chunk = next(self._chunks, None)
             if chunk is None:
                 break
-            taken.append(_piece(chunk, np.full(len(chunk), self._row)))
-        whole = joined(taken) if taken else Piece(*[np.zeros(0, np.int64)] * 4)
+            taken.append(_piece(chunk, np.full(len(chunk), self._row), self._prefix_hit))
+        whole = joined(taken)
         end = len(whole) if end_ps is None else int(np.searchsorted(whole.arrival_ps, end_ps))
         self._rest = [whole[end:]] if end < len(whole) else []
         return whole[:end]
 
 
-def _piece(chunk: Chunk, row: NDArray[Any]) -> Piece:
+def _piece(chunk: Chunk, row: NDArray[Any], prefix_hit: float | NDArray[np.float64]) -> Piece:
+    """Return a chunk as a piece. `prefix_hit`: of a trace that does not tell what was cached."""
+    prompts = chunk.prompt_tokens.astype(np.int64)
+    told = np.minimum(chunk.cached_tokens, chunk.prompt_tokens - 1)
     return Piece(
         chunk.arrival_ns * PICOSECONDS_PER_NS,
-        chunk.prompt_tokens.astype(np.int64),
+        prompts,
         chunk.output_tokens.astype(np.int64),
         row.astype(np.int64),
+        np.maximum(told, _cached(prompts, prefix_hit)),
     )
+
+
+def _cached(prompt_tokens: Integers, prefix_hit: float | NDArray[np.float64]) -> NDArray[np.int32]:
+    """Return how much of prompts is cached; at least their last token is read."""
+    return np.minimum(np.rint(prefix_hit * prompt_tokens), prompt_tokens - 1).astype(np.int32)
 
 
 def draw(
@@ -501,13 +533,8 @@ def joined(parts: Sequence[Piece]) -> Piece:
     if len(parts) == 1:
         return parts[0]
     none = np.zeros(0, np.int64)
-    parts = [Piece(none, none, none, none), *parts]
-    return Piece(
-        np.concatenate([part.arrival_ps for part in parts]),
-        np.concatenate([part.prompt_tokens for part in parts]),
-        np.concatenate([part.output_tokens for part in parts]),
-        np.concatenate([part.row for part in parts]),
-    )
+    parts = [Piece(none, none, none, none, none.astype(np.int32)), *parts]
+    return Piece(*(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS))
 
 
 def _cut(asked: Piece) -> Iterator[Piece]:

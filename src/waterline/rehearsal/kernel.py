@@ -74,6 +74,7 @@ from waterline.rehearsal.state import (
     READ_PS_PER_PAIR,
     READ_PS_PER_TOKEN,
     READER,
+    READS_CACHED,
     READY,
     REPLICA,
     REQUEST,
@@ -116,7 +117,15 @@ ADMIT = admission.ADMIT
 
 @compiled
 def run(
-    memory: Memory, arrivals: Any, prompts: Any, outputs: Any, start: int, row: int, deadline_s: float, read: int
+    memory: Memory,
+    arrivals: Any,
+    prompts: Any,
+    outputs: Any,
+    cached: Any,
+    start: int,
+    row: int,
+    deadline_s: float,
+    read: int,
 ) -> int:
     """Serve arrivals from `start` on; the first has the row `row` of the results. `read`: by prefill replicas already.
 
@@ -131,7 +140,7 @@ def run(
         result = row + index
         chosen = choose(memory, prompts[index] + outputs[index], result, deadline_s, read)
         if chosen >= 0:
-            accept(memory, chosen, now, result, prompts[index], outputs[index], read)
+            accept(memory, chosen, now, result, prompts[index], outputs[index], cached[index], read)
         else:
             at = result * RESULT
             memory.results[at + FIRST_TOKEN_AT] = NONE
@@ -231,20 +240,24 @@ def reckon(memory: Memory, replica: int) -> None:
 
 
 @inlined
-def accept(memory: Memory, replica: int, now: int, result: int, prompt: int, output: int, read: int) -> None:
+def accept(
+    memory: Memory, replica: int, now: int, result: int, prompt: int, output: int, cached: int, read: int
+) -> None:
     """Queue a request at its arrival, or at that of its cache, with its first token, when it was `read` elsewhere."""
     row, fixed = replica * REPLICA, replica * FIXED
     slot = memory.counters[FREE_SLOT]
     at = slot * SLOT
     if memory.fixed[fixed + SENDS]:
         output = 1
-    unread, produced, held = (0, 1, prompt + 1) if read else (prompt, 0, 0)
+    if memory.kinds[memory.fixed[fixed + KIND] + READS_CACHED]:
+        cached = 0
+    unread, produced, held = (0, 1, prompt + 1) if read else (prompt - cached, 0, -cached)
     memory.counters[FREE_SLOT] = memory.slots[at + NEXT]
     memory.slots[at + REQUEST] = result
     memory.slots[at + PROMPT] = prompt
     memory.slots[at + OUTPUT] = output
     memory.slots[at + BUSY_PS] = 0
-    memory.slots[at + FIRST_TOKEN] = NONE
+    memory.slots[at + FIRST_TOKEN] = NONE - cached
     memory.slots[at + NEXT] = NONE
     memory.slots[at + PRODUCED] = produced
     memory.slots[at + READ] = held
@@ -256,7 +269,7 @@ def accept(memory: Memory, replica: int, now: int, result: int, prompt: int, out
             memory.classes[of_class + QUEUED] += memory.counters[EXPECTED_PROMPT] + expected_output(memory, fixed)
     memory.fixed[fixed + UNREAD_HERE] += unread
     memory.replicas[row + ACCEPTED] += 1
-    memory.replicas[row + BACKLOG] += unread + expected_output(memory, fixed)
+    memory.replicas[row + BACKLOG] += (0 if read else prompt) + expected_output(memory, fixed)
     reckon(memory, replica)
 
     if memory.replicas[row + HEAD] != NONE:
@@ -431,6 +444,7 @@ def fill_step(memory: Memory, replica: int) -> tuple[int, int]:
             free -= needed
             memory.replicas[row + HEAD] = memory.slots[at + NEXT]
             memory.slots[at + NEXT] = NONE
+            memory.slots[at + READ] = -memory.slots[at + READ]  # what is cached
             if before == NONE:
                 memory.replicas[row + READER] = slot
             else:
@@ -534,10 +548,11 @@ def end_reading(memory: Memory, replica: int, now: int, token_ps: int) -> None:
             produced += 1
             memory.slots[at + PRODUCED] = produced
             if produced == 1:
+                unread = prompt - (NONE - memory.slots[at + FIRST_TOKEN])
                 memory.slots[at + FIRST_TOKEN] = now
-                memory.fixed[fixed + UNREAD_HERE] -= prompt
+                memory.fixed[fixed + UNREAD_HERE] -= unread
                 if memory.fixed[fixed + READY]:
-                    memory.classes[memory.fixed[fixed + CLASS] + UNREAD] -= prompt
+                    memory.classes[memory.fixed[fixed + CLASS] + UNREAD] -= unread
                 memory.replicas[row + BACKLOG] -= prompt
             if produced == output:
                 leave(memory, replica, slot, now)

@@ -26,6 +26,9 @@ class Lane:
         replicas = plan.replicas_of(model.model)
         different = {_alike(replica): replica for replica in replicas}
         steps = {key: replica_step_cost(plan.fleet, replica) for key, replica in different.items()}
+        measured = {one.gpu for one in plan.fleet.model(model.model).measured}
+        whole = {replica.id: find_gpu(plan.fleet.pool(replica.pool).gpu).id in measured for replica in replicas}
+        unread_share = _unread_share(plan, model.model)
         self.model = model.model
         self.deadline_s = plan.fleet.slos[model.model].ttft_s
         self.capacities = [
@@ -36,11 +39,12 @@ class Lane:
                 max_batch=replica.max_batch,
                 cache_tokens=replica.cache_tokens,
                 max_context_tokens=replica.max_context_tokens,
-                prefill_tokens_per_s=replica.prefill_tokens_per_s,
+                prefill_tokens_per_s=replica.prefill_tokens_per_s * (1.0 if whole[replica.id] else unread_share),
                 tokens_per_s=replica.prefill_tokens_per_s if replica.role == "prefill" else replica.tokens_per_s,
                 hours=replica.hours,
                 role=replica.role,
                 transfer_ps_per_token=_transfer_ps_per_token(plan, replica, model.prompt_tokens),
+                reads_cached=whole[replica.id],
             )
             for replica in replicas
         ]
@@ -60,7 +64,7 @@ class Lane:
 
     def serve(self, asked: Piece, numbers: Integers) -> "Settled":
         """Serve requests, which have these numbers among all; return what has been settled since the last time."""
-        self.station.offer(asked.arrival_ps, asked.prompt_tokens, asked.output_tokens)
+        self.station.offer(asked.arrival_ps, asked.prompt_tokens, asked.output_tokens, asked.cached_tokens)
         self.unsettled.append((asked, numbers))
         return self._settle(self.station.collect())
 
@@ -79,6 +83,16 @@ class Lane:
         for time_ps in (passages.first_token_ps, passages.finish_ps):
             np.add(time_ps, self.first_token_ps[first], out=time_ps)
         return Settled(self, asked[:count], numbers[:count], passages)
+
+
+def _unread_share(plan: Plan, model: str) -> float:
+    """Return how much of a prompt has to be read, as planned: the plan's rates of reading count whole prompts."""
+    rows = [row for row in plan.fleet.demand if row.model == model]
+    weights = [sum(row.hourly_requests_per_s) * row.prompt_tokens for row in rows]
+    if not any(weights):
+        weights = [1.0] * len(rows)
+    cached = sum(weight * row.prefix_hit for weight, row in zip(weights, rows, strict=True))
+    return 1.0 - cached / sum(weights) if rows else 1.0
 
 
 def _transfer_ps_per_token(plan: Plan, replica: Replica, prompt_tokens: int) -> int:

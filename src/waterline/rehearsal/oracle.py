@@ -29,6 +29,11 @@ chunk, and finishes; and when nobody runs, the cache is empty and the head of th
 request come back in the step that took its cache: it needs one token more than it held, and somebody has claimed at
 least one of those.
 
+**Part of a prompt may be in the cache already** (`Request.cached_tokens`, less than all of it). When a request is first
+admitted, that part need not be read: its chunks begin behind it, and see it. It occupies cache like all other tokens,
+for each request anew: which prompts begin alike is not known. After a preemption all is read again. Where an owner has
+measured rates, they count cached tokens as read, and so does the replica (`Capacity.reads_cached`).
+
 **Reading and writing may be apart.** A replica whose role is "prefill" reads prompts and produces first tokens; a
 request that wants more leaves it then, freeing its cache. The cache arrives at the decode replicas
 `Capacity.transfer_ps_per_token` times the prompt later. Only then is one of them chosen, by `policy.routing`, among
@@ -41,12 +46,12 @@ before any writing; and they accept only what some decode replica can hold.
 **The router** sees, at the arrival of a request at time t, every token produced up to and including t. It does not know
 how many tokens a request will ask for and expects the mean of the plan.
 
-- `policy.routing` is shown the *backlog* of each replica: of a request its prompt and that mean, until its first token;
-  then that mean, until it ends. On a prefill replica the mean is 1, the first token; on a decode replica there is no
-  prompt.
+- `policy.routing` is shown the *backlog* of each replica: of a request its prompt, cached or not, and that mean, until
+  its first token; then that mean, until it ends. On a prefill replica the mean is 1, the first token; on a decode
+  replica there is no prompt.
 - `policy.admission` is shown the work *before the first token* of a newcomer, on all replicas of the model together:
-  prompts that have not been read, and a mean request for each one beyond the slots, because a slot must come free for
-  it. The deadline is the TTFT of the SLO.
+  prompts that have not been read, but for what is cached of them, and a mean request for each one beyond the slots,
+  because a slot must come free for it. The deadline is the TTFT of the SLO.
 
 Replicas on which the request can never fit are not shown; the output that a trace records stands for the limit a
 client would have sent along. A replica that does not serve at this hour of the day is shown with a rate of 0, so that
@@ -82,11 +87,12 @@ class Capacity:
     max_batch: int  # requests running together, at most
     cache_tokens: int
     max_context_tokens: int
-    prefill_tokens_per_s: float  # at which it reads prompts, planned
+    prefill_tokens_per_s: float  # at which it reads what has to be read of prompts, planned
     tokens_per_s: float  # prompt and output with all slots taken, planned; 0 takes it out of routing
     hours: tuple[int, ...] = tuple(range(HOURS))  # of the day, at which it gets requests
     role: Role = "both"
     transfer_ps_per_token: int = 0  # of a prompt that a prefill replica has read, to the decode replicas
+    reads_cached: bool = False  # its steps count cached tokens as read
 
     @property
     def longest_tokens(self) -> int:
@@ -125,7 +131,7 @@ class Passage:
     reason: str = ""  # why it was refused
     retry_s: float = 0.0  # after which it was told to come back, when it was refused for the deadline
     tokens: int  # of its prompt, and produced
-    read_tokens: int = 0  # of them, by the chunks since it was admitted last
+    read_tokens: int = 0  # of them, by the chunks since it was admitted last, or found in the cache then
     produced_tokens: int = 0
     first_token_ps: int = NEVER
     finish_ps: int = NEVER
@@ -154,7 +160,7 @@ class SteppedReplica:
         self.boundary_ps = 0  # when it ends, or when the next one may begin
         self.undivided_ps = 0  # of the steps so far
         self.accepted = 0  # requests that have not ended
-        self.unread_tokens = 0  # of the prompts of those without a first token
+        self.unread_tokens = 0  # of the prompts of those without a first token, but for what is cached
         self.backlog_tokens = 0  # expected, accepted and not yet produced
 
     @property
@@ -165,7 +171,7 @@ class SteppedReplica:
     def accept(self, passage: Passage) -> None:
         """Queue a request at its arrival, up to which the replica has been advanced."""
         self._queue(passage, passage.arrival_ps)
-        self.unread_tokens += passage.tokens
+        self.unread_tokens += passage.tokens - self._cached_tokens(passage)
         self.backlog_tokens += passage.tokens + self.expected_output_tokens
 
     def take_over(self, passage: Passage, at_ps: int) -> None:
@@ -173,6 +179,9 @@ class SteppedReplica:
         self._queue(passage, at_ps)
         passage.read_tokens = passage.tokens
         self.backlog_tokens += self.expected_output_tokens
+
+    def _cached_tokens(self, passage: Passage) -> int:
+        return 0 if self.capacity.reads_cached else passage.request.cached_tokens
 
     def _queue(self, passage: Passage, at_ps: int) -> None:
         if not self.stepping:
@@ -261,7 +270,9 @@ class SteppedReplica:
         if needed_tokens > self.free_tokens:
             return False
         self.free_tokens -= needed_tokens
-        self.reading.append(self.waiting.popleft())
+        passage = self.waiting.popleft()
+        passage.read_tokens = 0 if passage.preemptions else self._cached_tokens(passage)
+        self.reading.append(passage)
         return True
 
     def _end_step(self) -> None:
@@ -286,7 +297,7 @@ class SteppedReplica:
         passage.produced_tokens += 1
         if passage.produced_tokens == 1:
             passage.first_token_ps = self.boundary_ps
-            self.unread_tokens -= passage.request.prompt_tokens
+            self.unread_tokens -= passage.request.prompt_tokens - self._cached_tokens(passage)
             self.backlog_tokens -= passage.request.prompt_tokens
         if passage.produced_tokens == passage.request.output_tokens:
             passage.finish_ps = self.boundary_ps

@@ -53,7 +53,7 @@ REPLICA = 16
     LEAF,  # in the router's tree
     FINISHES,  # where its heap of finishing steps begins
     READY,  # 1 when it gets requests
-    UNREAD_HERE,  # prompt tokens of those without a first token
+    UNREAD_HERE,  # prompt tokens of those without a first token, but for what is cached
     SENDS,  # 1 when requests leave it with their first token
 ) = range(8)
 FIXED = 8
@@ -64,10 +64,10 @@ FIXED = 8
     PROMPT,
     OUTPUT,
     BUSY_PS,  # its share of the steps so far; while it decodes, less the replica's TOKEN_PS when it began to
-    FIRST_TOKEN,  # when it came
+    FIRST_TOKEN,  # when it came; before, NONE less the tokens of its prompt that are cached
     NEXT,  # slot behind it: of those that wait, read, or are free; while it decodes, a number that grows with admission
     PRODUCED,  # tokens; while it decodes, when it began to
-    READ,  # tokens since it was admitted
+    READ,  # tokens since it was admitted; while it waits, those it brings, or below 0 those that are cached here
 ) = range(8)
 SLOT = 8
 
@@ -93,7 +93,8 @@ TOO_LONG, TOO_LATE, NOT_SERVED = -1, -2, -3  # instead of a replica
     WINDOWS,  # where the first row of those that do not begins in `Memory.windows` …
     WINDOW_COUNT,  # … and how many there are
     STEP_TOKENS,
-) = range(15)
+    READS_CACHED,  # 1 when what is cached of a prompt is read all the same
+) = range(16)
 KIND_FIELDS = 16
 WINDOW_TOKENS, WINDOW_SLOPE_TABLE, WINDOW_PS_PER_PAIR = range(3)
 WINDOW = 4
@@ -206,15 +207,16 @@ def with_slots(memory: Memory, slots: int) -> Memory:
 
 def _steps(capacities: Sequence[Capacity]) -> tuple[Integers, Integers, Integers, list[int]]:
     """Return kinds, windows and tables of the steps, and where the kind of each replica begins."""
-    most_decodes: dict[int, int] = {}
-    steps: dict[int, StepCost] = {}
-    for one in capacities:
-        steps[id(one.step)] = one.step
-        most_decodes[id(one.step)] = max(one.slots, most_decodes.get(id(one.step), 0))
+    most_decodes: dict[tuple[int, bool], int] = {}
+    steps: dict[tuple[int, bool], StepCost] = {}
+    keys = [(id(one.step), one.reads_cached) for one in capacities]
+    for key, one in zip(keys, capacities, strict=True):
+        steps[key] = one.step
+        most_decodes[key] = max(one.slots, most_decodes.get(key, 0))
     kinds: list[int] = []
     windows: list[int] = []
     tables: list[Integers] = []
-    where: dict[int, int] = {}
+    where: dict[tuple[int, bool], int] = {}
 
     def table(values: Sequence[int] | Integers) -> int:
         at = sum(len(table) for table in tables)
@@ -246,12 +248,13 @@ def _steps(capacities: Sequence[Capacity]) -> tuple[Integers, Integers, Integers
         row[WINDOWS] = len(windows)
         row[WINDOW_COUNT] = len(parts)
         row[STEP_TOKENS] = step.step_tokens
+        row[READS_CACHED] = key[1]
         for layers in parts:
             slopes = table(_entries(layers.decode_ps_per_token, per_rank))
             windows += [layers.window_tokens, slopes, layers.prefill_ps_per_pair, 0]
         kinds += row
     flat = np.concatenate(tables) if tables else aligned(0)
-    return np.array(kinds, np.int64), np.array(windows, np.int64), flat, [where[id(one.step)] for one in capacities]
+    return np.array(kinds, np.int64), np.array(windows, np.int64), flat, [where[key] for key in keys]
 
 
 def _entries(values: Sequence[int], rows: Integers) -> Integers:

@@ -110,16 +110,21 @@ class Station:
         self.there = none  # [row of the second results] row of the first
 
     def offer(
-        self, arrival_ps: NDArray[np.integer], prompt_tokens: NDArray[np.integer], output_tokens: NDArray[np.integer]
+        self,
+        arrival_ps: NDArray[np.integer],
+        prompt_tokens: NDArray[np.integer],
+        output_tokens: NDArray[np.integer],
+        cached_tokens: NDArray[np.integer] | None = None,
     ) -> None:
-        """Serve requests, in the order of their arrival, up to the last one's.
+        """Serve requests, in the order of their arrival, up to the last one's; nothing is cached unless told.
 
         Raises InputError when that is too far from the start of the trace for 64 bits of picoseconds.
         """
         arrivals_ps, prompts, outputs = (
             np.asarray(one, np.int64) for one in (arrival_ps, prompt_tokens, output_tokens)
         )
-        self.reading.offer(arrivals_ps, prompts, outputs)
+        cached = np.zeros_like(prompts) if cached_tokens is None else np.asarray(cached_tokens, np.int64)
+        self.reading.offer(arrivals_ps, prompts, outputs, cached)
         if self.writing and len(arrival_ps):
             self.asked = np.concatenate([self.asked, np.stack([prompts, outputs], axis=1)])
             self.known = np.concatenate([self.known, np.zeros(len(arrival_ps), np.int64)])
@@ -172,7 +177,7 @@ class Station:
         due_ps, rows = coming[:count, 0], coming[:count, 1]
         self.there = np.concatenate([self.there, rows])
         assert self.writing is not None  # noqa: S101 - asked by every caller
-        self.writing.offer(due_ps, self.asked[rows, 0], self.asked[rows, 1])
+        self.writing.offer(due_ps, self.asked[rows, 0], self.asked[rows, 1], np.zeros(count, np.int64))
         self._settle_written()
 
     def _settle_written(self) -> None:
@@ -222,7 +227,9 @@ class Stage:
         make_ready(self.memory, capacities, first_hour)
         self.rows = 0  # of the results, in use
 
-    def offer(self, arrival_ps: Integers, prompt_tokens: Integers, output_tokens: Integers) -> None:
+    def offer(
+        self, arrival_ps: Integers, prompt_tokens: Integers, output_tokens: Integers, cached_tokens: Integers
+    ) -> None:
         """Serve requests, in the order of their arrival, up to the last one's."""
         if len(arrival_ps) and arrival_ps[-1] > LATEST_PS:
             _refuse_time()
@@ -231,7 +238,8 @@ class Stage:
         for hour in np.unique(hours).tolist():
             self._turn_to(hour)
             own = slice(*np.searchsorted(hours, [hour, hour + 1]).tolist())
-            self._run(*(np.ascontiguousarray(one[own], np.int64) for one in (arrival_ps, prompt_tokens, output_tokens)))
+            asked = arrival_ps, prompt_tokens, output_tokens, cached_tokens
+            self._run(*(np.ascontiguousarray(one[own], np.int64) for one in asked))
 
     def drain(self) -> None:
         """Serve until the last request is done."""
@@ -254,10 +262,12 @@ class Stage:
         self.rows = left
         return taken, retries_s
 
-    def _run(self, arrival_ps: Integers, prompt_tokens: Integers, output_tokens: Integers) -> None:
+    def _run(
+        self, arrival_ps: Integers, prompt_tokens: Integers, output_tokens: Integers, cached_tokens: Integers
+    ) -> None:
         done = 0
         while done < len(arrival_ps):
-            asked = seen(arrival_ps), seen(prompt_tokens), seen(output_tokens)
+            asked = seen(arrival_ps), seen(prompt_tokens), seen(output_tokens), seen(cached_tokens)
             done = run(self._seen(), *asked, done, self.rows, self.deadline_s, self.read)
             self._check()
             if self.memory.counters[FREE_SLOT] == NONE and done < len(arrival_ps):

@@ -53,6 +53,7 @@ class Request:
     output_tokens: int  # at least 1
     tenant: str = ""
     model: str = ""
+    cached_tokens: int = 0  # of the prompt: are in the cache already; less than all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,7 @@ class Trace:
             np.rint(np.array([request.arrival_s for request in requests], np.float64) * GIGA).astype(np.int64),
             np.array([request.prompt_tokens for request in requests], np.int32),
             np.array([request.output_tokens for request in requests], np.int32),
+            cached_tokens=np.array([request.cached_tokens for request in requests], np.int32),
             tenant=tenants.indices([request.tenant for request in requests]),
             model=models.indices([request.model for request in requests]),
         )
@@ -112,14 +114,16 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
                 output_tokens=output_tokens,
                 tenant=stream.tenants[tenant],
                 model=stream.models[model],
+                cached_tokens=cached_tokens,
             )
             for chunk in stream.chunks()
-            for arrival_ns, prompt_tokens, output_tokens, tenant, model in zip(
+            for arrival_ns, prompt_tokens, output_tokens, tenant, model, cached_tokens in zip(
                 chunk.arrival_ns.tolist(),
                 chunk.prompt_tokens.tolist(),
                 chunk.output_tokens.tolist(),
                 chunk.tenant.tolist(),
                 chunk.model.tolist(),
+                np.minimum(chunk.cached_tokens, chunk.prompt_tokens - 1).tolist(),
                 strict=True,
             )
         ],
