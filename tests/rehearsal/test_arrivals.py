@@ -18,6 +18,8 @@ from waterline.plan import Plan
 from waterline.rehearsal.arrivals import busiest_hour, poisson_trace, traffic
 from waterline.rehearsal.dealing import deal
 from waterline.workload import Request, Trace, read_trace, write_trace
+from waterline.workload.files import open_trace
+from waterline.workload.stream import Stream
 
 ROOT = Path(__file__).parents[2]
 
@@ -223,3 +225,48 @@ def test_few_long_requests_make_an_hour_busier_than_many_short_ones() -> None:
     )
     night = Demand(tenant="b", model="chat", requests_per_s=(2.0,) * 6 + (0.0,) * 18, prompt_tokens=4000)
     assert busiest_hour([day, night]) == 0
+
+
+# --- What is cached of prompts --------------------------------------------------------------------------------------
+
+
+def cached(plan: Plan, trace: Trace | Stream | None = None, **changes: float) -> tuple[list[tuple[int, int]], str]:
+    """Return prompt and cached tokens of each request, and the notes."""
+    asked = traffic(plan, trace, seed=1, duration_s=changes.get("duration_s"))
+    return [(one.prompt_tokens, one.cached_tokens) for one in asked.requests()], "\n".join(asked.notes)
+
+
+def test_of_drawn_prompts_the_share_of_the_demand_is_cached_but_never_all() -> None:
+    for hit in (0.0, 0.4, 0.9999):
+        pairs, _ = cached(plan_with(replace(row("public"), prefix_hit=hit)), duration_s=200)
+        assert len(pairs) > 100
+        assert pairs == [(prompt, min(round(hit * prompt), prompt - 1)) for prompt, _ in pairs]
+
+
+def test_where_a_trace_tells_what_was_cached_it_is_believed_and_else_the_demand(tmp_path: Path) -> None:
+    told, untold = tmp_path / "told.csv", tmp_path / "untold.csv"
+    told.write_text("arrival_s,prompt_tokens,output_tokens,cached_tokens\n0,10,5,0\n1,10,5,3\n2,10,5,10\n")
+    untold.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n1,1,5\n2,20,5\n")
+    expected = {
+        told: (
+            [(10, 0), (10, 3), (10, 9)],
+            "% of its prompts' tokens had been asked before, and are not read again",
+        ),
+        untold: ([(10, 4), (1, 0), (20, 8)], "does not tell what was cached of its prompts: taken from prefix_hit"),
+    }
+    demand = replace(row("public"), prefix_hit=0.4)
+    for path, (pairs, note) in expected.items():
+        replayed = plan_with(replace(demand, trace=str(path), requests_per_s=None))
+        for plan, trace in (
+            (replayed, None),
+            (plan_with(demand), open_trace(path)),
+            (plan_with(demand), read_trace(path)),
+        ):
+            found, notes = cached(plan, trace)
+            assert found == pairs
+            assert note in notes
+
+
+def test_a_prompt_that_is_cached_whole_is_refused() -> None:
+    with pytest.raises(TraceError, match="request 1 of the trace 'whole' has 10 cached tokens of a prompt of 10"):
+        Trace(name="whole", requests=[Request(arrival_s=0.0, prompt_tokens=10, output_tokens=1, cached_tokens=10)])

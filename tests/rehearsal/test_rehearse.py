@@ -10,9 +10,10 @@ import pytest
 from msgspec.structs import replace
 
 from examples import small_plan
-from waterline.fleet import Demand, Model, Tenant
+from waterline.fleet import Demand, Fleet, Measured, Model, Pool, Tenant, check_fleet
 from waterline.outcome import summarize
 from waterline.plan import Plan
+from waterline.planner import make_plan
 from waterline.rehearsal import Progress, Rehearsal, lane, rehearse
 from waterline.workload import Request, Slo, Trace, read_trace
 
@@ -238,3 +239,37 @@ def test_the_azure_trace_is_rehearsed_whole(shared_data: Path) -> None:
     total = rehearse(plan, trace).summaries[0]
     assert total.completed == 8819
     assert total.output_tokens == sum(request.output_tokens for request in trace.requests)
+
+
+def test_a_plan_that_counts_on_cached_prompts_holds_its_slo_when_they_are_and_not_when_they_are_not() -> None:
+    demand = Demand(tenant="public", model="chat", requests_per_s=60.0, prompt_tokens=2000, output_tokens=200)
+    slo = Slo(ttft_s=1.0, tpot_s=0.03, fraction=0.99)
+
+    def planned(prefix_hit: float, measured: tuple[Measured, ...] = ()) -> Plan:
+        model = Model(
+            name="chat", weights="meta-llama/Llama-3.1-8B", max_context_tokens=8192, slo=slo, measured=measured
+        )
+        fleet = Fleet(
+            name="one",
+            pools=(Pool(name="h100", gpu="h100-sxm-80g", nodes=1, gpus_per_node=8, usd_per_gpu_hour=2.2),),
+            models=(model,),
+            tenants=(Tenant(name="public"),),
+            demand=(replace(demand, prefix_hit=prefix_hit),),
+        )
+        return make_plan(check_fleet(fleet, Path("one.toml")))
+
+    def in_slo(plan: Plan, prefix_hit: float) -> float:
+        (row,) = plan.fleet.demand
+        asked = replace(plan, fleet=replace(plan.fleet, demand=(replace(row, prefix_hit=prefix_hit),)))
+        total = rehearse(asked, duration_s=120, keep=False).summaries[0]
+        return total.within_slo / total.requests
+
+    plan = planned(0.4)
+    assert len(plan.replicas) < len(planned(0.0).replicas)
+    assert in_slo(plan, 0.4) >= 0.99
+    assert in_slo(plan, 0.0) < 0.5
+
+    # Rates that were measured count cached tokens as read: there it makes no difference.
+    rates = Measured(gpu="h100-sxm-80g", gpus=1, prompt_tokens_per_s=40_000, output_tokens_per_s=4000)
+    with_hits, without = (rehearse(planned(hit, (rates,)), duration_s=60).summaries for hit in (0.4, 0.0))
+    assert with_hits == without

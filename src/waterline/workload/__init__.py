@@ -77,6 +77,11 @@ class Trace:
                     f"{where} has {request.prompt_tokens} + {request.output_tokens} tokens. A request has at least 1 "
                     "token of prompt and 1 of output."
                 )
+            if not 0 <= request.cached_tokens < request.prompt_tokens:
+                raise TraceError(
+                    f"{where} has {request.cached_tokens} cached tokens of a prompt of {request.prompt_tokens}. At "
+                    "least one is not cached, for the first token of the answer comes from it."
+                )
             before_s = request.arrival_s
 
     @property
@@ -133,7 +138,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
 def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write a trace file, whole or not at all; arrivals are rounded to 100 ns and counted from an arbitrary midnight.
 
-    Who asked and of which model is not written: the format has no column for it. Raises TraceError.
+    Who asked, of which model and what was cached is not written: the format has no column for it. Raises TraceError.
     """
     path = Path(path)
     lines = [HEADER]
