@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from examples import small_plan
 from plans import a_day
@@ -200,3 +201,15 @@ def test_a_plan_is_known_by_its_content(tmp_path: Path) -> None:
     assert not is_plan(tmp_path / "b.json")
     assert not is_plan(tmp_path / "none.json")
     assert not is_plan(tmp_path)
+
+
+def test_what_serves_side_by_side_is_the_busiest_hour_and_who_finds_its_gpus_free() -> None:
+    plan = small_plan()
+    (first, *_) = plan.replicas
+    night = replace(first, id="chat/night", hours=(0, 1, 2))
+    day = replace(first, id="chat/day", hours=tuple(range(3, 24)))
+    (place,) = first.places
+    elsewhere = replace(night, id="chat/elsewhere", places=(replace(place, gpus=tuple(gpu + 1 for gpu in place.gpus)),))
+    assert [one.id for one in replace(plan, replicas=(night, day)).together] == ["chat/night"]
+    busy_day = replace(plan, replicas=(night, day, replace(elsewhere, hours=(5,))))
+    assert [one.id for one in busy_day.together] == ["chat/day", "chat/elsewhere"]

@@ -173,6 +173,19 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return tuple(replica for replica in self.replicas if hour in replica.hours)
 
     @property
+    def together(self) -> tuple[Replica, ...]:
+        """Replicas that can serve side by side: those of the busiest hour, and others whose GPUs they leave free."""
+        busiest = self.replicas_at(self.busiest_hour)
+        taken: set[tuple[str, int, int]] = set()
+        chosen = []
+        for replica in (*busiest, *(other for other in self.replicas if self.busiest_hour not in other.hours)):
+            gpus = {(replica.pool, place.node, gpu) for place in replica.places for gpu in place.gpus}
+            if not gpus & taken:
+                taken |= gpus
+                chosen.append(replica)
+        return tuple(chosen)
+
+    @property
     def usd_per_hour(self) -> float:
         """At the busiest hour."""
         return math.fsum(replica.usd_per_hour for replica in self.replicas_at(self.busiest_hour))

@@ -82,11 +82,14 @@ def _up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool)
 
 
 def _plan(path: Path) -> "Plan":
+    from msgspec.structs import replace
+
     from waterline.fleet import load_fleet
     from waterline.plan import is_plan, read_plan
     from waterline.planner import make_plan
 
-    return read_plan(path) if is_plan(path) else make_plan(load_fleet(path))
+    plan = read_plan(path) if is_plan(path) else make_plan(load_fleet(path))
+    return replace(plan, replicas=plan.together)  # no replica is moved yet
 
 
 def _check_engine(engine: str) -> None:
