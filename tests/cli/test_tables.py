@@ -182,8 +182,9 @@ def test_the_day_of_a_plan_is_a_row_an_hour_and_what_moves(
 
 
 def test_a_plan_that_falls_back_to_goodput_says_who_goes_short(capsys: pytest.CaptureFixture[str]) -> None:
-    plan_command.show(replace(an_iceberg(), objective="goodput"))
+    plan_command.show(replace(an_iceberg(), objective="goodput", warnings=("What would do: 2 more nodes of 'a'.",)))
     drawn = capsys.readouterr().out
+    assert "What would do: 2 more nodes of 'a'." in drawn
     assert "The fleet is too small for its demand: it serves as much as it can." in drawn
     assert "Not served: 0.4% of what public asks of model-03 in a day; at 20:00 it gets 9 of 10 req/s." in drawn
 

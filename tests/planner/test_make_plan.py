@@ -346,3 +346,20 @@ def test_the_sides_of_a_split_are_given_requests_in_proportion_to_what_each_repl
         tokens = {"both": 0, "prefill": 4000, "decode": 1000}[replica.role]
         assert replica.tokens_per_s == pytest.approx(replica.requests_per_s * tokens)
     assert rehearse(plan, duration_s=120.0, keep=False).summaries[0].slo_fraction >= 0.99
+
+
+def test_a_guarantee_that_lies_idle_is_named_when_another_tenant_goes_short() -> None:
+    base = fleet()
+    wish = replace(
+        base,
+        pools=(replace(base.pools[0], nodes=1, gpus_per_node=8),),
+        tenants=(Tenant(name="public", deserved=0.25, limit=0.5), Tenant(name="ent", guarantee=0.75, deserved=0.75)),
+        models=base.models[:1],
+        demand=(
+            Demand(tenant="public", model="chat", requests_per_s=150.0),
+            Demand(tenant="ent", model="chat", requests_per_s=0.1),
+        ),
+    )
+    plan = make_plan(wish)
+    assert plan.objective == "goodput"
+    assert "2.0 are left beside what is guaranteed to others and lies idle: 'ent'" in plan.warnings[0]

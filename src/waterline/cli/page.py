@@ -71,7 +71,7 @@ def _lead(plan: Plan) -> str:
 def _warnings(plan: Plan) -> list[str]:
     small = plan.objective == "goodput" and plan.fleet.objective != "goodput"
     first = ["The fleet is too small for its demand: the plan serves as much as it can."] if small else []
-    return [*first, *(f"{one}." for one in day.unserved(plan))]
+    return [*first, *(f"{one}." for one in day.unserved(plan)), *plan.warnings]
 
 
 def _figures(plan: Plan) -> str:

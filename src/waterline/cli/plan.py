@@ -206,3 +206,5 @@ def _say_unserved(plan: Plan, screen: "Console") -> None:
         screen.print("The fleet is too small for its demand: it serves as much as it can.", style="bold")
     for one in day.unserved(plan):
         screen.print(f"{one}.")
+    for warning in plan.warnings:
+        screen.print(warning)

@@ -62,7 +62,7 @@ def _not_served(offers: Offers, choice: Choice, missing: Figures, model: int) ->
 
 
 def _why(offers: Offers, choice: Choice, model: int, hour: int) -> str:
-    """Name the limit that binds, or else the pools, and by how many GPUs it is too little."""
+    """Name the limit or the guarantees that bind, or else the pools, and by how many GPUs it is too little."""
     problem = offers.problem
     use = choice.gpus[:, :, hour].sum(axis=0)
     missing = problem.demand[model, :, hour] - choice.served[model, :, hour]
@@ -76,6 +76,19 @@ def _why(offers: Offers, choice: Choice, model: int, hour: int) -> str:
     )
     for index, tenant in enumerate(offers.fleet.tenants):
         needed = missing[index] * per_request
+        idle = np.maximum(0.0, problem.guarantee - use)
+        idle[index] = 0.0
+        left = problem.fleet_gpus - float(np.delete(np.maximum(problem.guarantee, use), index).sum())
+        if missing[index] > 0 and idle.sum() > SLACK and left < problem.limit[index] and use[index] + needed > left:
+            holders = " and ".join(
+                f"'{other.name}' ({idle[place]:.1f})"
+                for place, other in enumerate(offers.fleet.tenants)
+                if idle[place] > SLACK
+            )
+            return (
+                f"Tenant '{tenant.name}' would need about {use[index] + needed:.1f} GPUs, {left:.1f} are left beside "
+                f"what is guaranteed to others and lies idle: {holders}."
+            )
         bounded = problem.limit[index] < problem.fleet_gpus - SLACK
         if missing[index] > 0 and bounded and use[index] + max(1.0, needed) > problem.limit[index] + SLACK:
             return (
