@@ -4,6 +4,7 @@
 traceback.
 """
 
+import os
 import sys
 from importlib import import_module
 
@@ -36,6 +37,8 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - as above
         if cmd_name not in COMMANDS:
             return None
+        if cmd_name != "up":  # whose engines would inherit it; our arrays are small, and threads take time to start
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         command: click.Command = getattr(import_module(COMMANDS[cmd_name][0]), cmd_name)
         return command
 
