@@ -126,6 +126,9 @@ def saved_by_a_node(problem: Problem, full: Sequence[int]) -> dict[int, float]:
     return {pool: max(0.0, saved[pool]) for pool in full}
 
 
+LITTLE_LESS = (0.0, 1e-5, 1e-3)  # of what was found to be served, where the solver's tolerances contradict each other
+
+
 def serve_most(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME_LIMIT_S) -> Choice:
     """Return the choice that serves the most value at every hour, and what that costs at the least.
 
@@ -144,8 +147,14 @@ def serve_most(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME
         replicas[kept, hour] = few[:, 0]
         most = np.where(most > (1 - SLACK) * now.demand, now.demand, (1 - SLACK) * most)
         most[most < 10 * SLACK * now.demand] = 0.0  # within the solver's tolerance of nothing
-        asked, before = replace(now, demand=most), replicas[:, hour - 1] if hour else None
-        best = _cheapest_entitled(asked, gap, until_s, before) or _choice(asked, replicas[:, [hour]], 0.0)
+        before = replicas[:, hour - 1] if hour else None
+        for less in LITTLE_LESS:
+            asked = replace(now, demand=most * (1 - less))
+            if best := _cheapest_entitled(asked, gap, until_s, before):
+                break
+        else:
+            best = _choice(asked, replicas[:, [hour]], 0.0)
+        most = asked.demand
         served[:, :, [hour]], replicas[:, [hour]], gpus[:, :, [hour]] = most, best.replicas, best.gpus
     asked = replace(small, demand=served)
     choice = _choice(asked, replicas, 0.0)
