@@ -7,7 +7,7 @@ import pytest
 
 from waterline.cli import COMMANDS
 from waterline.errors import WaterlineError
-from waterline.fleet import ENGINES, Demand, Fleet, Model, Pool, Tenant
+from waterline.fleet import ENGINES, Demand, Fleet, Job, Model, Pool, Tenant
 from waterline.plan import VERSION, HourPlan, Layout, Loan, ModelPlan, Place, Plan, PoolPlan, Replica, Share, TenantPlan
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -21,6 +21,7 @@ DOCS = Path(__file__).parents[1] / "docs"
         ("`[[models]]`", Model),
         ("`[[tenants]]`", Tenant),
         ("`[[demand]]`", Demand),
+        ("`[[jobs]]`", Job),
     ],
 )
 def test_the_reference_lists_every_key_of_the_fleet_file_and_no_other(heading: str, table: type) -> None:

@@ -28,6 +28,7 @@ pools = [{ name = "a", gpu = "h100-sxm-80g", nodes = 2, gpus_per_node = 4 }]
 models = [{ name = "r1", weights = "deepseek-ai/DeepSeek-R1" }, { name = "chat", weights = "meta-llama/Llama-3.1-8B" }]
 tenants = [{ name = "public", guarantee = 1, deserved = 2, limit = 8 }, { name = "lab", deserved = 0.5 }]
 demand = [{ tenant = "lab", model = "chat", requests_per_s = 1 }]
+jobs = [{ name = "train", tenant = "lab", copies = 2 }]
 """
 
 
@@ -53,6 +54,24 @@ def test_ten_lines_are_a_fleet(tmp_path: Path) -> None:
 def test_counts_of_gpus_become_fractions(tmp_path: Path) -> None:
     public = load_fleet(write(tmp_path, WHOLE)).tenant("public")
     assert (public.guarantee, public.deserved, public.limit) == (1 / 8, 2 / 8, 1.0)
+
+
+def test_a_job_takes_a_node_where_one_is_large_enough(tmp_path: Path) -> None:
+    two = '{ name = "a", gpu = "h100-sxm-80g", nodes = 2, gpus_per_node = 4 }'
+    assert two in WHOLE
+    job = load_fleet(write(tmp_path, WHOLE)).job("train")
+    assert (job.tenant, job.gpus, job.copies, job.pools) == ("lab", 4, 2, ("a",))
+    mixed = WHOLE.replace(two, two + ', { name = "b", gpu = "rtx-4090", gpus_per_node = 2 }').replace(
+        "limit = 8", "limit = 10"
+    )
+    assert load_fleet(write(tmp_path, mixed)).job("train").gpus == 2
+    large = load_fleet(write(tmp_path, mixed.replace("copies = 2", "copies = 2, gpus = 4"))).job("train")
+    assert large.pools == ("a",)
+
+
+def test_who_asks_without_a_key_is_the_only_tenant_where_none_is_written(tmp_path: Path) -> None:
+    assert load_fleet(write(tmp_path, TEN_LINES)).tenant("public").anonymous
+    assert not any(tenant.anonymous for tenant in load_fleet(write(tmp_path, WHOLE)).tenants)
 
 
 def test_an_fp8_model_may_also_run_in_int8(tmp_path: Path) -> None:
@@ -155,12 +174,32 @@ def test_a_mistake_is_answered_with_file_place_and_remedy(
         ("deserved = 0.5", "deserved = -0.5", "outside the fleet's 8 GPUs"),
         ('tenant = "lab", ', "", "does not say which tenant. Add tenant = one of: public, lab"),
         ('name = "chat"', 'name = "r1"', "two models are called 'r1'"),
+        ('name = "public"', 'name = "public", grace_s = -1', "'grace_s' of .*: expected a number >= 0"),
+        ('tenant = "lab", copies', 'tenant = "labb", copies', "job 'train': .*no tenant 'labb'. Did you mean 'lab'"),
+        ('tenant = "lab", copies', "copies", "job 'train' does not say which tenant. Add tenant = one of: public, lab"),
+        ("copies = 2", "gpus = 8", "gpus = 8 of job 'train' are for one node, and those of pool 'a' have 4"),
+        ("copies = 2", 'pools = ["b"]', "job 'train': the fleet has no pool 'b'"),
+        ("copies = 2", "checkpoint_evry_s = 5", "number 1 .'train'.: unknown key 'checkpoint_evry_s'"),
+        ('name = "train"', 'name = "chat"', "job 'chat' is called like a model"),
+        (
+            "deserved = 0.5",
+            "deserved = 0, limit = 2",
+            "gpus = 4 of job 'train' are more than the limit .*'lab', 2 GPUs",
+        ),
     ],
 )
-def test_shares_and_names_are_checked(tmp_path: Path, before: str, after: str, message: str) -> None:
+def test_shares_names_and_jobs_are_checked(tmp_path: Path, before: str, after: str, message: str) -> None:
     assert before in WHOLE
-    with pytest.raises(FleetFileError, match=message):
+    with pytest.raises((FleetFileError, UnknownNameError), match=message):
         load_fleet(write(tmp_path, WHOLE.replace(before, after, 1)))
+
+
+def test_one_tenant_at_most_asks_without_a_key(tmp_path: Path) -> None:
+    both = WHOLE.replace('name = "public"', 'name = "public", anonymous = true').replace(
+        'name = "lab"', 'name = "lab", anonymous = true'
+    )
+    with pytest.raises(FleetFileError, match=r"those of public and of lab: each is anonymous = true"):
+        load_fleet(write(tmp_path, both))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ Count = Annotated[int, Meta(ge=1, le=MOST)]
 Positive = Annotated[float, Meta(gt=0, le=MOST)]
 Rate = Annotated[float, Meta(ge=0, le=MOST)]
 Usd = Annotated[float, Meta(ge=0, le=MOST)]
+Seconds = Annotated[float, Meta(ge=0, le=MOST)]
 Name = Annotated[str, Meta(min_length=1)]
 
 
@@ -82,6 +83,24 @@ class Tenant(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     guarantee: int | float = 0.0  # never lent
     deserved: int | float | None = None  # lent when idle, always comes back; None: the guarantee
     limit: int | float = 1.0
+    priority: Annotated[int, Meta(ge=-MOST, le=MOST)] = 0  # higher outbids lower, among those who borrow
+    grace_s: Seconds = 30.0  # that its replicas and jobs get to drain or to save their work when they must stop
+    min_runtime_s: Seconds = 300.0  # that they run, once loaded, before anybody may stop them
+    anonymous: bool = False  # requests without a key are this tenant's; at most one
+
+
+class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Work of a tenant that no request asks for, research as a rule: it takes the GPUs it can get, and yields."""
+
+    name: Name
+    tenant: str = ""  # "": the only tenant
+    command: tuple[str, ...] = ()  # that starts a run; empty: it is only rehearsed
+    gpus: Annotated[int, Meta(ge=0, le=MOST)] = 0  # of one node, for one run; 0: a whole node of its smallest kind
+    copies: Count = 1  # runs at a time, at most
+    pools: tuple[str, ...] = ()  # where it runs; empty: all whose nodes are large enough
+    checkpoint: str = ""  # a folder or a file, where its work is saved
+    checkpoint_every_s: Positive = 600.0
+    load_s: Seconds = 60.0  # from a start to the first step that is of use, reading the checkpoint included
 
 
 class Demand(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -115,6 +134,7 @@ class Fleet(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     models: Annotated[tuple[Model, ...], Meta(min_length=1)]
     tenants: tuple[Tenant, ...] = ()
     demand: tuple[Demand, ...] = ()
+    jobs: tuple[Job, ...] = ()
 
     @property
     def gpus(self) -> int:
@@ -129,6 +149,9 @@ class Fleet(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def tenant(self, name: str) -> Tenant:
         return _named("tenant", name, self.tenants)
 
+    def job(self, name: str) -> Job:
+        return _named("job", name, self.jobs)
+
     @property
     def slos(self) -> dict[str, Slo]:
         """By the name of the model."""
@@ -141,7 +164,7 @@ class Fleet(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return catalog.find_gpu(pool.gpu)
 
 
-Part = TypeVar("Part", Pool, Model, Tenant)
+Part = TypeVar("Part", Pool, Model, Tenant, Job)
 
 
 def _named(kind: str, name: str, parts: tuple[Part, ...]) -> Part:
@@ -210,6 +233,7 @@ TABLES: dict[str, type[Struct]] = {
     "measured": Measured,
     "tenants": Tenant,
     "demand": Demand,
+    "jobs": Job,
     "slo": Slo,
 }
 
@@ -252,17 +276,27 @@ def check_fleet(fleet: Fleet, path: Path) -> Fleet:
 
     Checking twice changes nothing. Raises as `load_fleet` does.
     """
-    for kind, parts in (("pool", fleet.pools), ("model", fleet.models), ("tenant", fleet.tenants)):
+    for kind, parts in (
+        ("pool", fleet.pools),
+        ("model", fleet.models),
+        ("tenant", fleet.tenants),
+        ("job", fleet.jobs),
+    ):
         _check_unique(path, kind, [part.name for part in parts])
     pools = tuple(_complete_pool(pool, path) for pool in fleet.pools)
     models = tuple(_complete_model(model, path) for model in fleet.models)
-    tenants = fleet.tenants or (Tenant(name="public", deserved=1.0),)
+    tenants = fleet.tenants or (Tenant(name="public", deserved=1.0, anonymous=True),)
     gpus = sum(pool.gpus for pool in pools)
     tenants = tuple(_complete_tenant(tenant, gpus, path) for tenant in tenants)
     _check_shares(tenants, gpus, path)
+    _check_anonymous(tenants, path)
     complete = replace(fleet, pools=pools, models=models, tenants=tenants)
     demands = enumerate(fleet.demand, start=1)
-    return replace(complete, demand=tuple(_complete_demand(one, number, complete, path) for number, one in demands))
+    return replace(
+        complete,
+        demand=tuple(_complete_demand(one, number, complete, path) for number, one in demands),
+        jobs=tuple(_complete_job(job, complete, path) for job in fleet.jobs),
+    )
 
 
 def _check_unique(path: Path, kind: str, names: Iterable[str]) -> None:
@@ -399,6 +433,45 @@ def _check_shares(tenants: tuple[Tenant, ...], gpus: int, path: Path) -> None:
                 f"{path}: the tenants' {key} add up to {total:.3g} of the fleet's {gpus} GPUs: {parts}. "
                 "Lower them until they add up to 1.0 at most."
             )
+
+
+def _check_anonymous(tenants: tuple[Tenant, ...], path: Path) -> None:
+    names = [tenant.name for tenant in tenants if tenant.anonymous]
+    if len(names) > 1:
+        raise FleetFileError(
+            f"{path}: requests without a key would be those of {' and of '.join(names)}: each is anonymous = true. "
+            "Keep that of one tenant."
+        )
+
+
+def _complete_job(job: Job, fleet: Fleet, path: Path) -> Job:
+    where = f"job '{job.name}'"
+    if not job.tenant and len(fleet.tenants) > 1:
+        names = ", ".join(tenant.name for tenant in fleet.tenants)
+        raise FleetFileError(f"{path}: {where} does not say which tenant. Add tenant = one of: {names}")
+    if job.name in {model.name for model in fleet.models}:
+        raise FleetFileError(f"{path}: {where} is called like a model. Give it a name of its own.")
+    with _naming(path, where):
+        tenant = fleet.tenant(job.tenant or fleet.tenants[0].name)
+        pools = [fleet.pool(name) for name in dict.fromkeys(job.pools)] or list(fleet.pools)
+    gpus = job.gpus or min(pool.gpus_per_node for pool in pools)
+    for pool in pools if job.pools else [max(pools, key=lambda pool: pool.gpus_per_node)]:
+        if pool.gpus_per_node < gpus:
+            raise FleetFileError(
+                f"{path}: gpus = {gpus} of {where} are for one node, and those of pool '{pool.name}' have "
+                f"{pool.gpus_per_node}. Write at most that, or take the pool out of its 'pools'."
+            )
+    if gpus > tenant.limit * fleet.gpus + 1e-9:
+        raise FleetFileError(
+            f"{path}: gpus = {gpus} of {where} are more than the limit of its tenant '{tenant.name}', "
+            f"{tenant.limit * fleet.gpus:.6g} GPUs. Lower them, or raise the limit."
+        )
+    return replace(
+        job,
+        tenant=tenant.name,
+        gpus=gpus,
+        pools=tuple(pool.name for pool in pools if pool.gpus_per_node >= gpus),
+    )
 
 
 def _complete_demand(demand: Demand, number: int, fleet: Fleet, path: Path) -> Demand:
