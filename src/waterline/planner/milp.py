@@ -143,7 +143,7 @@ def serve_most(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME
     gpus = np.zeros_like(small.demand)
     for hour in range(len(small.hours)):
         now = small.at([hour])
-        few, most = _serve_most_at(now.only(kept), gap / 10, until_s)
+        few, most, theirs = _serve_most_at(now.only(kept), gap / 10, until_s)
         replicas[kept, hour] = few[:, 0]
         most = np.where(most > (1 - SLACK) * now.demand, now.demand, (1 - SLACK) * most)
         most[most < 10 * SLACK * now.demand] = 0.0  # within the solver's tolerance of nothing
@@ -152,10 +152,9 @@ def serve_most(problem: Problem, *, gap: float = GAP, time_limit_s: float = TIME
             asked = replace(now, demand=most * (1 - less))
             if best := _cheapest_entitled(asked, gap, until_s, before):
                 break
-        else:
-            best = _choice(asked, replicas[:, [hour]], 0.0)
-        most = asked.demand
-        served[:, :, [hour]], replicas[:, [hour]], gpus[:, :, [hour]] = most, best.replicas, best.gpus
+        else:  # what serves most, as it was found
+            best = replace(_choice(asked, replicas[:, [hour]], 0.0), gpus=theirs)
+        served[:, :, [hour]], replicas[:, [hour]], gpus[:, :, [hour]] = best.served, best.replicas, best.gpus
     asked = replace(small, demand=served)
     choice = _choice(asked, replicas, 0.0)
     choice = replace(choice, gpus=gpus, bound=min(choice.cost, least_cost(asked)))
@@ -250,11 +249,14 @@ def _near(found: Outcome | None, bound: float, gap: float) -> bool:
     return found is not None and found.objective - bound <= gap * found.objective + 1e-9
 
 
-def _serve_most_at(problem: Problem, gap: float, until_s: float) -> tuple[Counts, Figures]:
-    """Return [option, 1] replicas and [model, tenant, 1] requests per second of the one hour of a problem."""
+def _serve_most_at(problem: Problem, gap: float, until_s: float) -> tuple[Counts, Figures, Figures]:
+    """Return what serves most at the one hour of a problem.
+
+    [option, 1] replicas, and [model, tenant, 1] the requests per second and the GPUs of each tenant.
+    """
     program = Program()
     y = _add_replicas(program, problem, free=True)
-    served, _, busy = _add_tenants(program, problem, y, value=problem.value)
+    served, use, busy = _add_tenants(program, problem, y, value=problem.value)
     tenants = problem.demand.shape[1]
     deserved = program.add_rows([busy], shape=(tenants,), upper=problem.deserved)
     found = _most(program, y, gap, until_s)
@@ -263,7 +265,9 @@ def _serve_most_at(problem: Problem, gap: float, until_s: float) -> tuple[Counts
     by_tenant = np.moveaxis(served[:, :, 0], 0, 1)
     program.add_rows([(by_tenant, problem.value[:, :, 0].T)], shape=(tenants,), lower=got * (1 - SLACK))
     found = _most(program, y, gap, until_s, found)
-    return _whole(found.values[y]), np.clip(found.values[served], 0.0, problem.demand)
+    replicas = _whole(found.values[y])
+    found = program.solve(relaxed=True, fixed=(y, replicas.astype(float))) or found  # of whole replicas, to the digit
+    return replicas, np.clip(found.values[served], 0.0, problem.demand), found.values[use]
 
 
 def _most(program: Program, y: Indices, gap: float, until_s: float, known: Outcome | None = None) -> Outcome:

@@ -124,6 +124,9 @@ class Program:
             model.col_lower_, model.col_upper_ = lower, upper
         solver.passModel(model)
         solver.run()
+        if solver.getModelStatus() == highspy.HighsModelStatus.kSolveError:  # presolve loses itself in tolerances
+            solver.setOptionValue("presolve", "off")
+            solver.run()
         info, solution = solver.getInfo(), solver.getSolution()
         if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
             return None
