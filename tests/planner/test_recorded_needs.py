@@ -34,6 +34,16 @@ def test_the_moments_of_lengths_are_exact(lengths: list[int], size: int) -> None
     assert moments.square_over_mean == pytest.approx(moments.squares / len(lengths) / mean**2)
 
 
+def test_what_a_trace_says_was_cached_is_planned_with_and_else_what_the_demand_says(tmp_path: Path) -> None:
+    told, silent = tmp_path / "told.csv", tmp_path / "silent.csv"
+    told.write_text("arrival,prompt,output,cached\n0,100,10,75\n1,100,10,25\n")
+    silent.write_text("arrival,prompt,output\n0,100,10\n")
+    columns = "arrival=arrival,prompt=prompt,output=output"
+    wish = Demand(tenant="a", trace=str(told), columns=f"{columns},cached=cached", prefix_hit=0.2)
+    assert _recorded(wish).prefix_hit == 0.5
+    assert _recorded(Demand(tenant="a", trace=str(silent), columns=columns, prefix_hit=0.2)).prefix_hit == 0.2
+
+
 def test_a_demand_is_planned_from_a_table_by_its_column_map(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("in,out,ts\n" + "".join(f"{100 + at % 2},{10},{at}\n" for at in range(601)))

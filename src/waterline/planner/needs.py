@@ -15,6 +15,7 @@ from waterline.workload.stream import Ints, Longs
 
 PEAK_WINDOW_NS = 300 * GIGA  # a trace is planned for its busiest five minutes
 NOTHING_PER_S = 1e-9  # one request in thirty years
+MOST_CACHED = 0.999  # the last token of a prompt is always read
 LARGE = 10**6  # tokens; a chunk of squares of more might not fit 64 bits
 UNASKED = Demand()  # the request lengths of a model nobody has asked anything of yet
 SQUARE_OVER_MEAN = math.exp(LENGTH_SIGMA**2)  # of lengths of which only the mean is known
@@ -148,12 +149,14 @@ def _recorded(demand: Demand) -> Asked:
     """Read a trace once, and say what it asks in its busiest minutes and how long its requests are."""
     peak = _Peak()
     prompts, outputs = _Moments(), _Moments()
+    cached_tokens = 0
     from waterline.workload.files import open_trace  # noqa: PLC0415 - every format's libraries; most fleets name no trace
 
     for chunk in open_trace(demand.trace, columns=demand.columns).chunks():
         peak.add(chunk.arrival_ns)
         prompts.add(chunk.prompt_tokens)
         outputs.add(chunk.output_tokens)
+        cached_tokens += int(chunk.cached_tokens.sum(dtype=np.int64))
     return Asked(
         tenant=demand.tenant,
         requests_per_s=peak.requests_per_s,
@@ -161,7 +164,7 @@ def _recorded(demand: Demand) -> Asked:
         output_tokens=outputs.mean,
         prompt_square=prompts.square_over_mean,
         output_square=outputs.square_over_mean,
-        prefix_hit=demand.prefix_hit,
+        prefix_hit=min(cached_tokens / prompts.total, MOST_CACHED) if cached_tokens else demand.prefix_hit,
     )
 
 
