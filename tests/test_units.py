@@ -8,6 +8,7 @@ from waterline.units import GIB, MIB, gib_text, parameters_text, seconds_text, u
     [
         (gib_text(61 * GIB), "61.0 GiB"),
         (gib_text(3 * MIB), "3 MiB"),
+        (seconds_text(1e-7), "100 ns"),
         (seconds_text(87e-6), "87 us"),
         (seconds_text(0.0123), "12.3 ms"),
         (seconds_text(4.2), "4.2 s"),

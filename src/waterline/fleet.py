@@ -6,7 +6,7 @@ traces that are there; every error names the file, the key and what to write ins
 
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -29,6 +29,7 @@ DEFAULT_CONTEXT_TOKENS = 32_768
 ENGINES = ("vllm", "sglang", "llamacpp", "openai", "fake")
 PRICED_ENGINES = ("trtllm",)  # that `waterline fit` and `waterline estimate` know, and nothing starts
 
+NO_PRICES: Mapping[str, float] = {}
 Objective = Literal["money", "energy", "goodput"]
 MOST = 10**7  # of anything that is counted here; a slip of the finger, not a fleet, is larger
 Count = Annotated[int, Meta(ge=1, le=MOST)]
@@ -192,8 +193,16 @@ def default_precisions(llm: Llm) -> tuple[str, ...]:
     return (llm.precision, "int8") if llm.precision == "fp8" else (llm.precision,)
 
 
-def load_fleet(path: str | PathLike[str]) -> Fleet:
-    """Read, check and complete a fleet file. Raises FleetFileError, UnknownNameError or ModelFormatError."""
+def load_fleet(path: str | PathLike[str], usd_per_gpu_hour: Mapping[str, float] | None = None) -> Fleet:
+    """Read, check and complete a fleet file.
+
+    Args:
+        path: of the file.
+        usd_per_gpu_hour: of cards by their id in the catalogue, in the place of what the file or the catalogue says.
+
+    Raises:
+        FleetFileError, UnknownNameError or ModelFormatError: what is wrong, and where.
+    """
     path = Path(path)
     try:
         data = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
@@ -209,7 +218,7 @@ def load_fleet(path: str | PathLike[str]) -> Fleet:
         fleet = msgspec.convert(data, Fleet)
     except msgspec.ValidationError as error:
         raise FleetFileError(f"{path}: {_explain(str(error), data)}") from error
-    checked = check_fleet(fleet, path)
+    checked = check_fleet(fleet, path, usd_per_gpu_hour or {})
     for demand in checked.demand:
         if demand.trace and not Path(demand.trace).is_file():  # a plan that was moved can do without
             raise FleetFileError(f"{path}: there is no trace {demand.trace}. Mend the 'trace' of that [[demand]].")
@@ -271,7 +280,7 @@ def _place(where: str, data: dict[str, Any]) -> str:
 # --- Checks and defaults --------------------------------------------------------------------------------------------
 
 
-def check_fleet(fleet: Fleet, path: Path) -> Fleet:
+def check_fleet(fleet: Fleet, path: Path, usd_per_gpu_hour: Mapping[str, float] = NO_PRICES) -> Fleet:
     """Check what a file cannot say by its form, and fill in every default; `path` is where the fleet was read.
 
     Checking twice changes nothing. Raises as `load_fleet` does.
@@ -283,7 +292,7 @@ def check_fleet(fleet: Fleet, path: Path) -> Fleet:
         ("job", fleet.jobs),
     ):
         _check_unique(path, kind, [part.name for part in parts])
-    pools = tuple(_complete_pool(pool, path) for pool in fleet.pools)
+    pools = tuple(_complete_pool(pool, path, usd_per_gpu_hour) for pool in fleet.pools)
     models = tuple(_complete_model(model, path) for model in fleet.models)
     tenants = fleet.tenants or (Tenant(name="public", deserved=1.0, anonymous=True),)
     gpus = sum(pool.gpus for pool in pools)
@@ -311,15 +320,16 @@ def _check_unique(path: Path, kind: str, names: Iterable[str]) -> None:
         seen.add(name)
 
 
-def _complete_pool(pool: Pool, path: Path) -> Pool:
+def _complete_pool(pool: Pool, path: Path, prices: Mapping[str, float]) -> Pool:
     with _naming(path, f"'gpu' of pool '{pool.name}'"):
         gpu = catalog.find_gpu(pool.gpu)
-    usd_per_gpu_hour = pool.usd_per_gpu_hour
+    usd_per_gpu_hour = prices.get(gpu.id, pool.usd_per_gpu_hour)
     if usd_per_gpu_hour is None:
         price = catalog.usd_per_gpu_hour(gpu.id)
         if price is None:
             raise FleetFileError(
-                f"{path}: no price is known for '{gpu.id}' of pool '{pool.name}'. Write usd_per_gpu_hour = … there."
+                f"{path}: no price is known for '{gpu.id}' of pool '{pool.name}'. Write usd_per_gpu_hour = … there; "
+                f"`waterline plan` also takes --price {gpu.id}=USD."
             )
         usd_per_gpu_hour = price.usd_per_gpu_hour
     return replace(

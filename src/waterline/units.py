@@ -20,6 +20,8 @@ def gib_text(size_bytes: float) -> str:
 
 def seconds_text(duration_s: float) -> str:
     """Say a duration with a unit that keeps two or three digits: ``87 us``, ``12.3 ms``, ``4.2 s``, ``3.1 h``."""
+    if 0 < duration_s < 1e-6:
+        return f"{duration_s * 1e9:.3g} ns"
     if duration_s < MS:
         return f"{duration_s * 1e6:.0f} us"
     if duration_s < 1.0:
@@ -27,6 +29,12 @@ def seconds_text(duration_s: float) -> str:
     if duration_s < 10 * 60:
         return f"{duration_s:.3g} s"
     return f"{duration_s / HOUR_S:.3g} h"
+
+
+def fraction_text(fraction: float) -> str:
+    """Say a fraction with four digits, and as many more as tell it from the whole: ``0.99``, ``0.99999``."""
+    short = f"{fraction:.4g}"
+    return short if float(short) < 1 or fraction == 1 else repr(fraction)
 
 
 def usd_text(amount_usd: float) -> str:

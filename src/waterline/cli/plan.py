@@ -10,6 +10,7 @@ import msgspec
 
 from waterline.cli import day
 from waterline.cli.day import IDLE, PUBLIC, SPARE, gpus_text
+from waterline.cli.prices import read_prices
 from waterline.cli.tables import console, draw, drawn_width
 from waterline.errors import InputError
 from waterline.fleet import load_fleet
@@ -29,8 +30,9 @@ LONGEST_BAR, SHORTEST_BAR = 48, 12
 @click.argument("fleet", type=click.Path(path_type=Path))
 @click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE", help="Write plan.json here.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with charts here.")
+@click.option("--price", "prices", multiple=True, metavar="CARD=USD", help="Of a card, an hour; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-def plan(fleet: Path, output: Path | None, html: Path | None, *, as_json: bool) -> None:
+def plan(fleet: Path, output: Path | None, html: Path | None, prices: tuple[str, ...], *, as_json: bool) -> None:
     """Plan FLEET: for each model the cheapest layout that meets its SLO, and enough replicas at every hour.
 
     A plan.json in the place of FLEET is shown as it is.
@@ -43,7 +45,7 @@ def plan(fleet: Path, output: Path | None, html: Path | None, *, as_json: bool) 
     for option, file in (("--output", output), ("--html", html)):
         if file == Path("-"):
             raise InputError(f"{option} names a file, and '-' is none. To print the plan: waterline plan FLEET --json")
-    made = read_or_make(fleet)
+    made = read_or_make(fleet, read_prices(prices))
     if output:
         write_plan(made, output)
     if html:
@@ -60,9 +62,13 @@ def plan(fleet: Path, output: Path | None, html: Path | None, *, as_json: bool) 
             click.echo(f"Written to {html}. Open it in a browser.")
 
 
-def read_or_make(path: Path) -> Plan:
-    """Return the plan in a plan.json, or make one for a fleet file."""
-    return read_plan(path) if is_plan(path) else make_plan(load_fleet(path))
+def read_or_make(path: Path, usd_per_gpu_hour: Mapping[str, float] | None = None) -> Plan:
+    """Return the plan in a plan.json, or make one for a fleet file, at these prices by card."""
+    if not is_plan(path):
+        return make_plan(load_fleet(path, usd_per_gpu_hour))
+    if usd_per_gpu_hour:
+        raise InputError(f"{path} is a plan, and was made at its own prices. Give --price with the fleet file.")
+    return read_plan(path)
 
 
 def show(plan: Plan) -> None:

@@ -9,6 +9,7 @@ import msgspec
 
 from waterline import catalog
 from waterline.catalog.engines import find_engine
+from waterline.cli.prices import read_prices
 from waterline.errors import InputError, UnknownNameError, nearest
 from waterline.fleet import DEFAULT_CONTEXT_TOKENS, MOST, default_precisions, default_slo
 from waterline.hardware import Gpu
@@ -17,7 +18,7 @@ from waterline.planner.candidates import Work
 from waterline.planner.queueing import usual_lengths
 from waterline.planner.sizing import Choice, Question, Sizing
 from waterline.planner.sizing import size as find_size
-from waterline.units import parameters_text, seconds_text, usd_text
+from waterline.units import fraction_text, parameters_text, seconds_text, usd_text
 from waterline.workload import Slo
 
 RENTED = ("on_demand", "community")
@@ -79,7 +80,7 @@ def size(
     hit = _between("--prefix-hit", prefix_hit, least_included=True)
     engine = engine or ("llamacpp" if llm.weights_file else "vllm")
     find_engine(engine)
-    given = _prices(prices)
+    given = read_prices(prices)
     cards = [gpu for name in gpus for gpu in catalog.find_gpus(name)] or _rentable(given)
     answer = find_size(
         Question(
@@ -156,21 +157,6 @@ def _precisions(names: Sequence[str], llm: Llm, engine: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names)) or default_precisions(llm)
 
 
-def _prices(texts: Sequence[str]) -> dict[str, float]:
-    """Read CARD=USD."""
-    found = {}
-    for text in texts:
-        name, _, amount = text.partition("=")
-        try:
-            usd = float(amount)
-        except ValueError:
-            usd = math.nan
-        if not 0 <= usd < math.inf:
-            raise InputError(f"--price {text[:60]} should be a card and dollars an hour, as --price h100-sxm-80g=2.5.")
-        found[catalog.find_gpu(name).id] = usd
-    return found
-
-
 def _rentable(given: dict[str, float]) -> list[Gpu]:
     """Return the cards an engine runs on, and that somebody rents out or you have a price for."""
     return [
@@ -198,7 +184,8 @@ def show(answer: Sizing, llm: Llm) -> None:
     screen.print(f"{answer.gpus} x {answer.gpu}{cost}: {parts} in {answer.precision}", style="bold")
     asked = f"{answer.requests_per_s:g} requests/s of {answer.prompt_tokens} + {answer.output_tokens} tokens"
     slo = answer.slo
-    promise = f"{slo.fraction:.4g} of them within TTFT {seconds_text(slo.ttft_s)} and TPOT {seconds_text(slo.tpot_s)}"
+    within = f"TTFT {seconds_text(slo.ttft_s)} and TPOT {seconds_text(slo.tpot_s)}"
+    promise = f"{fraction_text(slo.fraction)} of them within {within}"
     title = f"{llm.name} ({parameters_text(llm.parameters)}): {asked}, {promise}"
     columns = (
         "card", "layout", "precision", "limit", "times", "replicas", "GPUs", "TTFT", "TPOT", "per hour", "per M tokens",
@@ -207,7 +194,7 @@ def show(answer: Sizing, llm: Llm) -> None:
     spare = ("times", "limit", "per M tokens", "replicas", "TTFT", "TPOT")
     draw(screen, title, columns, rows, text_columns=5, spare=spare)
     first = "Cheapest first" if answer.aim == "cheapest" else "Fewest GPUs first"
-    notes = [f"{first}; TTFT and TPOT: what {slo.fraction:.4g} of the requests keep to. {_worth(answer)}"]
+    notes = [f"{first}; TTFT and TPOT: what {fraction_text(slo.fraction)} of the requests keep to. {_worth(answer)}"]
     if any(len(one.parts) > 1 for one in (answer, *answer.alternatives)):
         notes.append(
             "prefill + decode: prompts are read on some replicas and their cache is sent to others, which write; for "

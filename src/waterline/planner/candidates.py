@@ -50,7 +50,7 @@ from waterline.planner.queueing import (
     sustained,
     sustained_reading,
 )
-from waterline.units import gib_text, seconds_text
+from waterline.units import fraction_text, gib_text, seconds_text
 from waterline.workload import Slo
 
 MOST_STAGES = 8  # of a pipeline: each adds its latency to every token
@@ -479,8 +479,8 @@ def _too_slow(candidate: Candidate, alone: Expected) -> Rejection:
     slo = candidate.work.slo
     slow_tokens = alone.tpot_s / slo.tpot_s > alone.ttft_s / slo.ttft_s
     binding, got_s, goal_s = ("tpot", alone.tpot_s, slo.tpot_s) if slow_tokens else ("ttft", alone.ttft_s, slo.ttft_s)
-    reason = f"{binding.upper()} is {seconds_text(got_s)} for {slo.fraction:.4g} of the requests, even one at a time"
-    reason += f"; the SLO allows {seconds_text(goal_s)}"
+    reason = f"{binding.upper()} is {seconds_text(got_s)} for {fraction_text(slo.fraction)} of the requests"
+    reason += f", even one at a time; the SLO allows {seconds_text(goal_s)}"
     return Rejection(shape=candidate.shape, binding=binding, shortfall=got_s - goal_s, reason=reason)
 
 

@@ -18,7 +18,9 @@ def why_not(need: Need, fleet: Fleet, rejections: Sequence[tuple[str, Rejection]
         nearest.setdefault(pool, rejection)
     misses = "; ".join(f"on '{pool}' {miss.precision} {miss.layout}: {miss.reason}" for pool, miss in nearest.items())
     found = _remedies(need, fleet)
-    advice = "What would do: " + "; or ".join(found) if found else "It needs cards with more memory, or more nodes"
+    late = any(miss.binding in {"ttft", "tpot"} for miss in nearest.values())
+    nothing = "Loosen its slo, the fraction too" if late else "It needs cards with more memory, or more nodes"
+    advice = "What would do: " + "; or ".join(found) if found else nothing
     return f"model '{need.model.name}' runs on none of the pools: {misses}. {advice}."
 
 
