@@ -47,7 +47,13 @@ def capacity(answer: Sizing, role: str) -> float:
 
 @pytest.mark.parametrize(
     ("model", "gpu", "requests_per_s"),
-    [(LLAMA, "l40s", 3.0), (LLAMA, "h200-sxm-141g", 150.0), (QWEN, "h100-sxm-80g", 20.0), (QWEN, "mi300x", 2.0)],
+    [
+        (LLAMA, "l40s", 3.0),
+        (LLAMA, "h100-sxm-80g", 9.0),
+        (LLAMA, "h200-sxm-141g", 150.0),
+        (QWEN, "h100-sxm-80g", 20.0),
+        (QWEN, "mi300x", 2.0),
+    ],
 )
 def test_a_fleet_with_one_pool_is_planned_alike(model: str, gpu: str, requests_per_s: float) -> None:
     answer = size(question(model, (gpu,), requests_per_s))

@@ -28,6 +28,7 @@ from waterline.planner.candidates import (
     price_all,
     shapes,
 )
+from waterline.planner.problem import SIMPLER
 from waterline.units import HOUR_S, MEGA
 from waterline.workload import Slo
 
@@ -40,6 +41,7 @@ _Part = tuple[Candidate, int]  # and how many replicas
 NODES = MOST_STAGES  # of each card, that a replica may span
 CARDS_SHOWN = 6
 LAYOUTS_SHOWN = 6  # of the best card
+FEW_WHOLE = 4  # replicas beside a split, or that a split takes the place of
 MIXED_REPLICAS = 8  # of the best layout, that others may take the place of
 AT_ONCE = 4  # cards priced together
 MISSES_SHOWN = 3
@@ -242,6 +244,7 @@ def _combined(question: Question, priced: Sequence[Candidate | Rejection]) -> It
             yield from (_option(question, [*reading.parts, *writing.parts]) for writing in found["decode"])
             sides = (_mixed(question, by_role["prefill"]), _mixed(question, by_role["decode"]))
             mixed.append(_option(question, [*sides[0], *sides[1]]))
+            mixed += sorted(_partly_split(question, by_role), key=lambda option: option.rank)[:1]
         yield from (
             option
             for option in mixed
@@ -249,8 +252,24 @@ def _combined(question: Question, priced: Sequence[Candidate | Rejection]) -> It
         )
 
 
+def _partly_split(question: Question, by_role: Mapping[Role, Sequence[Candidate]]) -> Iterator[_Option]:
+    """Yield what serves nearly all by a split, or nearly all by one layout: the few others fill what is left over."""
+    if "both" not in by_role:
+        return
+    best = max(by_role["both"], key=lambda one: one.requests_per_s / one.layout.gpus)
+    whole = _replicas(question, best.requests_per_s)
+    few = range(1, FEW_WHOLE + 1)
+    for replicas in sorted({*few, *(whole - one for one in few)}):
+        left = question.requests_per_s - replicas * best.requests_per_s
+        if replicas > 0 and left > 0:
+            rest = replace(question, requests_per_s=left)
+            sides = (_mixed(rest, by_role["prefill"]), _mixed(rest, by_role["decode"]))
+            yield _option(question, [(best, replicas), *sides[0], *sides[1]])
+
+
 def _option(question: Question, parts: Sequence[_Part]) -> _Option:
-    gpus = sum(one.layout.gpus * replicas for one, replicas in parts)
+    """Return parts with their rank; what is split counts as dearer, as it does in a plan (`problem.SIMPLER`)."""
+    gpus = sum(one.layout.gpus * replicas * (1 if one.role == "both" else 1 + SIMPLER) for one, replicas in parts)
     usd = question.usd_per_gpu_hour.get(parts[0][0].node.gpu.id, 0.0) * gpus
     return _Option(tuple(parts), (usd, float(gpus)) if question.aim == "cheapest" else (float(gpus), usd))
 
@@ -341,10 +360,14 @@ def _choices(question: Question, options: Sequence[_Option]) -> list[Choice]:
 
 def _rates(question: Question, option: _Option) -> list[float]:
     """Return what each replica of each part gets: replicas for one role are busy alike."""
-    able: dict[Role, float] = {}
+    able: dict[Role, float] = dict.fromkeys(ROLES, 0.0)
     for one, replicas in option.parts:
-        able[one.role] = able.get(one.role, 0.0) + replicas * one.requests_per_s
-    return [one.requests_per_s * min(1.0, question.requests_per_s / able[one.role]) for one, _ in option.parts]
+        able[one.role] += replicas * one.requests_per_s
+    split = min(able["prefill"], able["decode"])
+    busy = min(1.0, question.requests_per_s / (able["both"] + split))
+    return [
+        one.requests_per_s * busy * (1.0 if one.role == "both" else split / able[one.role]) for one, _ in option.parts
+    ]
 
 
 # --- When nothing does ----------------------------------------------------------------------------------------------
