@@ -5,7 +5,6 @@ import time
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -13,35 +12,51 @@ import structlog
 
 from waterline.errors import WaterlineError, nearest
 from waterline.outcome import Completion, Status
-from waterline.plan import Plan
+from waterline.plan import Plan, Replica
 from waterline.service.asgi import JSON, ClientGoneError, Receive, Reply, Scope, Send, read_body, unless_disconnected
 from waterline.service.body import CHAT, COMPLETIONS, Asked, read_asked
 from waterline.service.dispatcher import Dispatcher, Refusal, Ticket
 from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError, retry_after, shortened
 from waterline.service.metrics import Metrics
+from waterline.service.passage import Passage, Passages
 from waterline.service.supervisor import ReplicaState
-from waterline.service.upstream import BrokenStreamError, Connections, Progress, UnansweredError, relay
+from waterline.service.upstream import Connections, Progress
 
-ATTEMPTS = 2  # engines that may fail a request before its client is told
 LAST_WORD_S = 0.2  # for the last event of a stream that is cut
-NEVER_S = 1e6
 INVALID = "invalid request"  # the client's own doing: it counts neither for nor against the SLO
 A_MODEL = "/v1/models/"  # and its name
 
 log = structlog.get_logger()
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Passage:
-    """One request that was taken in, on its way."""
+class Turn:
+    """The place of one request, as the dispatcher of its model gives it."""
 
-    asked: Asked
-    scope: Scope
-    arrival_s: float
-    ticket: Ticket
-    turn: Future[bool]
-    progress: Progress = field(default_factory=Progress)
+    def __init__(self, dispatcher: Dispatcher, now_s: Callable[[], float], nobody: Callable[[], RejectedError]) -> None:
+        self._dispatcher = dispatcher
+        self._now_s = now_s
+        self._nobody = nobody
+        self._come: Future[bool] = asyncio.get_running_loop().create_future()
+        self.ticket: Ticket  # once it was taken in
+
+    def call(self, go: bool) -> None:  # noqa: FBT001 - a callback of one argument
+        """End the wait; nobody waits any more when the client has left."""
+        if not self._come.done():
+            self._come.set_result(go)
+
+    async def replica(self) -> Replica:
+        if not await self._come:
+            raise self._nobody()
+        return self.ticket.lane.replica
+
+    def move(self) -> None:
+        self._come = asyncio.get_running_loop().create_future()
+        if not self._dispatcher.move(self.ticket, self.call, self._now_s()):
+            self._come.set_result(False)  # nobody is left
+
+    def first_token(self) -> None:
+        self._dispatcher.first_token(self.ticket)
 
 
 class Gateway:
@@ -71,13 +86,12 @@ class Gateway:
         self.dispatchers = {model.model: _dispatcher(plan, model.model) for model in plan.models}
         self.tenants = {model.model: _tenant(plan, model.model) for model in plan.models}
         self.metrics = Metrics(self.dispatchers, states)
-        self._connections = connections
         self._on_completion = on_completion
         self._clock = clock
         self._begun_s = clock()
+        self._passages = Passages(engines, states, connections, self.now_s)
         self._created = int(time.time())  # the date OpenAI's model list asks for
         self._open: set[asyncio.Task[Any]] = set()
-        self._relays: dict[str, set[asyncio.Timeout]] = {replica.id: set() for replica in plan.replicas}
         self._stopping = False
         self._routes: dict[str, tuple[str, Callable[[Scope, Receive, Reply], Awaitable[None]]]] = {
             f"/v1{CHAT}": ("POST", self._complete),
@@ -112,9 +126,7 @@ class Gateway:
             return
         self.dispatchers[model].set_ready(replica_id, ready=state.status == "ready", now_s=self.now_s())
         if state.status != "ready":
-            relays, self._relays[replica_id] = self._relays[replica_id], set()
-            for within in relays:
-                within.reschedule(0.0)
+            self._passages.cut(replica_id)
 
     def cut(self) -> None:
         """End every request that is under way, and refuse new ones: the service stops."""
@@ -152,20 +164,25 @@ class Gateway:
         except RejectedError:
             self.metrics.invalid.inc()
             raise
-        turn: Future[bool] = asyncio.get_running_loop().create_future()
-        ticket = dispatcher.enter(asked.prompt_tokens, asked.most_tokens, _call(turn), arrival_s, answers=asked.answers)
+        turn = Turn(
+            dispatcher,
+            self.now_s,
+            lambda: self._refused(asked, Refusal(retry_after_s=dispatcher.deadline_s, replicas_ready=0)),
+        )
+        ticket = dispatcher.enter(asked.prompt_tokens, asked.most_tokens, turn.call, arrival_s, answers=asked.answers)
         if isinstance(ticket, Refusal):
             error = self._refused(asked, ticket)
             self._record(asked, arrival_s, "refused", reason=str(error))
             raise error
-        passage = Passage(asked=asked, scope=scope, arrival_s=arrival_s, ticket=ticket, turn=turn)
+        turn.ticket = ticket
+        passage = Passage(asked=asked, path=scope["path"], headers=scope["headers"], place=turn)
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in a task
         self._open.add(task)
         status: Status = "failed"
         reason = "a bug in the gateway"
         try:
-            await unless_disconnected(self._answer(passage, reply), receive)
+            await unless_disconnected(self._passages.carry(passage, reply), receive)
             status, reason = "ok", ""
         except ClientGoneError:
             status, reason = "cancelled", "the client went away"
@@ -189,7 +206,7 @@ class Gateway:
         finally:
             self._open.discard(task)
             dispatcher.leave(ticket, self.now_s())
-            self._record(asked, arrival_s, status, reason=reason, passage=passage)
+            self._record(asked, arrival_s, status, reason=reason, ticket=ticket, progress=passage.progress)
 
     def _dispatcher_of(self, model: str) -> Dispatcher:
         if self._stopping:
@@ -222,74 +239,29 @@ class Gateway:
             headers=headers,
         )
 
-    async def _answer(self, passage: Passage, reply: Reply) -> None:
-        """Wait for a place and relay the answer; when an engine fails before the first byte, try another."""
-        dispatcher = self.dispatchers[passage.asked.model]
-        for attempt in range(1, ATTEMPTS + 1):
-            if not await passage.turn:
-                raise self._refused(passage.asked, Refusal(retry_after_s=dispatcher.deadline_s, replicas_ready=0))
-            try:
-                return await self._relay(passage, reply)
-            except UnansweredError:
-                if attempt == ATTEMPTS:
-                    raise
-                passage.turn = asyncio.get_running_loop().create_future()
-                if not dispatcher.move(passage.ticket, _call(passage.turn), self.now_s()):
-                    passage.turn.set_result(False)  # nobody is left: the next turn says so
-        return None
-
-    async def _relay(self, passage: Passage, reply: Reply) -> None:
-        asked, ticket, progress = passage.asked, passage.ticket, passage.progress
-        dispatcher, replica = self.dispatchers[asked.model], ticket.lane.replica
-        state = self.states[replica.id]
-        body = asked.body
-        if state.served_name != asked.model:
-            body = orjson.dumps({**asked.fields, "model": state.served_name})
-
-        def on_first_token() -> None:
-            progress.first_token_s = self.now_s()
-            dispatcher.first_token(ticket)
-
-        # An answer that comes whole does not show when its prompt was read; the plan knows how long that takes.
-        reading = asyncio.get_running_loop().call_later(
-            NEVER_S if asked.stream else replica.ttft_s, dispatcher.first_token, ticket
-        )
-        try:
-            async with asyncio.timeout(None) as within:  # `replica_changed` sets an end to it
-                self._relays[replica.id].add(within)
-                await relay(
-                    self._connections,
-                    self.engines[replica.id],
-                    state.url + passage.scope["path"].removeprefix("/v1"),
-                    body,
-                    passage.scope["headers"],
-                    stream=asked.stream,
-                    reply=reply,
-                    progress=progress,
-                    on_first_token=on_first_token,
-                )
-        except TimeoutError:
-            raise (BrokenStreamError if reply.begun else UnansweredError)("The engine broke off.") from None
-        finally:
-            self._relays[replica.id].discard(within)
-            reading.cancel()
-
     def _record(
-        self, asked: Asked, arrival_s: float, status: Status, *, reason: str, passage: Passage | None = None
+        self,
+        asked: Asked,
+        arrival_s: float,
+        status: Status,
+        *,
+        reason: str,
+        ticket: Ticket | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        progress = passage.progress if passage else Progress()
+        progress = progress or Progress()
         came_whole = status == "ok" and not asked.stream
         completion = Completion(
             tenant=self.tenants[asked.model],
             model=asked.model,
-            replica=passage.ticket.lane.replica.id if passage else "",
+            replica=ticket.lane.replica.id if ticket else "",
             status=status,
             arrival_s=arrival_s,
             first_token_s=progress.first_token_s,
             finish_s=progress.first_token_s if came_whole else self.now_s(),
             prompt_tokens=progress.prompt_tokens or asked.prompt_tokens,
             output_tokens=progress.output_tokens,
-            gpu_s=passage.ticket.gpu_s if passage else 0.0,
+            gpu_s=ticket.gpu_s if ticket else 0.0,
             reason=reason,
         )
         self.metrics.count(completion)
@@ -344,8 +316,3 @@ def _stopping() -> RejectedError:
 def _tenant(plan: Plan, model: str) -> str:
     """Return whose requests these are, while keys do not say: the first tenant that asks for the model."""
     return next((demand.tenant for demand in plan.fleet.demand if demand.model == model), "public")
-
-
-def _call(turn: Future[bool]) -> Callable[[bool], None]:
-    """Return what ends the wait for a turn; nobody waits any more when the client has left."""
-    return lambda go: None if turn.done() else turn.set_result(go)
