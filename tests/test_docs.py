@@ -8,7 +8,20 @@ import pytest
 from waterline.cli import COMMANDS
 from waterline.errors import WaterlineError
 from waterline.fleet import ENGINES, Demand, Fleet, Job, Model, Pool, Tenant
-from waterline.plan import VERSION, HourPlan, Layout, Loan, ModelPlan, Place, Plan, PoolPlan, Replica, Share, TenantPlan
+from waterline.plan import (
+    VERSION,
+    HourPlan,
+    Layout,
+    Loan,
+    ModelPlan,
+    Place,
+    Plan,
+    PoolPlan,
+    Replica,
+    Shape,
+    Share,
+    TenantPlan,
+)
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -42,6 +55,7 @@ def test_the_reference_lists_every_key_of_the_fleet_file_and_no_other(heading: s
         ("`places`", "key of a layout", Layout),
         ("`hours`", "key", HourPlan),
         ("`pools`", "key", PoolPlan),
+        ("`shapes`", "key", Shape),
         ("`shares`", "key of a share", Share),
         ("`shares`", "key of a loan", Loan),
     ],

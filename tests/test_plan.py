@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from examples import small_plan
 from plans import a_day
 from waterline.errors import PlanFileError
-from waterline.plan import Layout, Plan, is_plan, read_plan, write_plan
+from waterline.plan import Layout, Plan, Shape, is_plan, read_plan, write_plan
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
@@ -30,8 +30,8 @@ def test_a_plan_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> 
         (b"{", "is not a plan: .*Write it again with: waterline plan FLEET"),
         (b"[]", "is not a plan"),
         (b"[" * 100_000, "is not a plan"),
-        (b'{"version": 2, "fleet": 3}', r"is not a plan: .*\$.fleet"),
-        (b'{"version": 2, "fleet": {"name": "\xff"}}', "is not a plan: 'utf-8' codec"),
+        (b'{"version": 3, "fleet": 3}', r"is not a plan: .*\$.fleet"),
+        (b'{"version": 3, "fleet": {"name": "\xff"}}', "is not a plan: 'utf-8' codec"),
     ],
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
@@ -43,8 +43,8 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, data: bytes, message:
 def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     write_plan(small_plan(), path)
-    path.write_text(path.read_text().replace('"version": 2', '"version": 1, "of_old": true', 1))
-    with pytest.raises(PlanFileError, match="version 1, this program reads 2"):
+    path.write_text(path.read_text().replace('"version": 3', '"version": 1, "of_old": true', 1))
+    with pytest.raises(PlanFileError, match="version 1, this program reads 3"):
         read_plan(path)
 
 
@@ -147,13 +147,26 @@ def test_a_day_that_makes_no_sense_is_named_with_its_hour(
 
 
 def test_two_replicas_share_neither_an_id_nor_a_gpu(tmp_path: Path) -> None:
-    replica = json.loads(edited(tmp_path, "version", 2).read_text())["replicas"][0]
+    replica = json.loads(edited(tmp_path, "version", 3).read_text())["replicas"][0]
     path = edited(tmp_path, "replicas", [replica, replica])
     with pytest.raises(PlanFileError, match="replica 'chat/0': 2 replicas have this id"):
         read_plan(path)
     path = edited(tmp_path, "replicas", [replica, replica | {"id": "chat/1"}])
     with pytest.raises(PlanFileError, match="'chat/1': places: GPU 0 of node 0 in pool 'box' is taken by 'chat/0'"):
         read_plan(path)
+
+
+def test_a_model_has_one_shape_on_a_pool_and_it_fits(tmp_path: Path) -> None:
+    (replica, *_) = json.loads(edited(tmp_path, "version", 3).read_text())["replicas"]
+    shape = {key: replica[key] for key in Shape.__struct_fields__}
+    assert read_plan(edited(tmp_path, "shapes", [shape])).shapes[0].layout == small_plan().replicas[0].layout
+    for wrong, message in (
+        ([shape, shape], "shapes: there are 2 of 'chat' on 'box'. Keep one."),
+        ([shape | {"pool": "bax"}], "shape of 'chat' on 'bax': pool = 'bax' is not known. Did you mean 'box'"),
+        ([shape | {"layout": {"tp": 64}}], "shape of 'chat' on 'box': layout tp64 takes 64 GPUs, and the pool has"),
+    ):
+        with pytest.raises(PlanFileError, match=message):
+            read_plan(edited(tmp_path, "shapes", wrong))
 
 
 def test_a_link_stays_a_link_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:

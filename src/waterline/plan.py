@@ -18,7 +18,7 @@ from waterline.fleet import ENGINES, HOURS, Count, Fleet, Name, Objective, Pool,
 from waterline.llm import PRECISIONS
 from waterline.workload import write_whole
 
-VERSION = 2
+VERSION = 3
 WRITE_AGAIN = "Write it again with: waterline plan FLEET"
 EVERY_HOUR = tuple(range(HOURS))
 Limit = Literal["memory", "ttft", "tpot", "engine"]
@@ -76,6 +76,30 @@ class Replica(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     role: Role = "both"  # "prefill" reads prompts and sends their cache on, "decode" writes the answers
     hours: tuple[Hour, ...] = EVERY_HOUR  # at which it serves; it is loaded before the first of them
     load_s: Figure = 0.0  # from its start to its first request: the engine, and the weights onto that node
+
+
+class Shape(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a replica of a model is on a pool, wherever one is started there that the plan has not placed."""
+
+    model: Name
+    pool: Name
+    precision: str
+    layout: Layout
+    engine: str
+    max_context_tokens: Tokens
+    max_batch: Count
+    cache_tokens: Tokens
+    requests_per_s: Figure  # the most at which its SLO holds, with the requests of its busiest hour
+    prefill_tokens_per_s: Figure
+    tokens_per_s: Figure
+    ttft_s: Figure  # at that rate
+    tpot_s: Figure
+    usd_per_hour: Figure
+    load_s: Figure
+
+    def replica(self, id_: str, places: tuple[Place, ...]) -> Replica:
+        """Return a replica of this shape, which serves at any hour."""
+        return Replica(id=id_, places=places, **{name: getattr(self, name) for name in self.__struct_fields__})
 
 
 class ModelPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -161,6 +185,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     replicas: tuple[Replica, ...]
     hours: tuple[HourPlan, ...] = ()  # all 24; empty in a plan whose replicas serve all day
     pools: tuple[PoolPlan, ...] = ()
+    shapes: tuple[Shape, ...] = ()  # at most one of a model on a pool: the best that is whole, prompts and answers
     warnings: tuple[str, ...] = ()  # where the fleet is too small: what is not served, why, and what would help
 
     @property
@@ -303,7 +328,25 @@ def _problems(plan: Plan) -> Iterator[str]:
         if not replica.hours or list(replica.hours) != sorted(set(replica.hours)):
             yield f"{where}: hours = {list(replica.hours)} must be hours of the day in their order, at least one."
     yield from _misplaced(plan.replicas, pools)
+    yield from _wrong_shapes(plan, pools)
     yield from _wrong_hours(plan)
+
+
+def _wrong_shapes(plan: Plan, pools: Mapping[str, Pool]) -> Iterator[str]:
+    models = [model.name for model in plan.fleet.models]
+    for (model, pool), count in Counter((shape.model, shape.pool) for shape in plan.shapes).items():
+        where = f"shape of '{model}' on '{pool}'"
+        yield from _unknown(f"{where}: model", model, models)
+        yield from _unknown(f"{where}: pool", pool, pools)
+        if count > 1:
+            yield f"shapes: there are {count} of '{model}' on '{pool}'. Keep one."
+    for shape in plan.shapes:
+        where = f"shape of '{shape.model}' on '{shape.pool}'"
+        yield from _unknown(f"{where}: precision", shape.precision, PRECISIONS)
+        yield from _unknown(f"{where}: engine", shape.engine, ENGINES)
+        taken, there = shape.layout.gpus, pools[shape.pool].gpus
+        if taken > there:
+            yield f"{where}: layout {shape.layout} takes {taken} GPUs, and the pool has {there}."
 
 
 def _wrong_hours(plan: Plan) -> Iterator[str]:

@@ -11,6 +11,7 @@ from waterline import catalog
 from waterline.errors import InfeasibleError
 from waterline.fleet import Demand, Fleet, Model, Pool, Tenant, load_fleet
 from waterline.hardware import Node
+from waterline.plan import Place
 from waterline.planner import make_plan
 from waterline.planner.candidates import layouts
 from waterline.planner.day import loans
@@ -363,3 +364,16 @@ def test_a_guarantee_that_lies_idle_is_named_when_another_tenant_goes_short() ->
     plan = make_plan(wish)
     assert plan.objective == "goodput"
     assert "2.0 are left beside what is guaranteed to others and lies idle: 'ent'" in plan.warnings[0]
+
+
+def test_a_shape_is_the_smallest_of_those_that_take_nearly_the_fewest_gpus_a_request() -> None:
+    plan = make_plan(load_fleet("examples/mixed.toml"))
+    shapes = {(shape.model, shape.pool): shape for shape in plan.shapes}
+    assert ("r1", "gaming") not in shapes  # 671 GB do not fit
+    for replica in plan.replicas:
+        shape = shapes[replica.model, replica.pool]
+        thrift = shape.layout.gpus / shape.requests_per_s
+        assert thrift <= 1.1 * replica.layout.gpus / replica.requests_per_s
+        assert shape.ttft_s <= plan.fleet.slos[shape.model].ttft_s
+    one = shapes["small", "h100"].replica("small/9", (Place(node=0, gpus=(3,)),))
+    assert (one.id, one.role, len(one.hours), one.layout.gpus) == ("small/9", "both", 24, 1)

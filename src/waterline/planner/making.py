@@ -4,14 +4,14 @@
 chooses, `packing` gives each replica its GPUs, `day` tells the hours, and `explain` why it came out so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import fsum
 
 import numpy as np
 from msgspec.structs import replace
 
 from waterline.fleet import Fleet
-from waterline.plan import EVERY_HOUR, ModelPlan, Place, Plan, Replica
+from waterline.plan import EVERY_HOUR, ModelPlan, Place, Plan, Replica, Shape
 from waterline.planner.candidates import Candidate, Expected, expected_all
 from waterline.planner.day import hour_plans, tenant_plans
 from waterline.planner.explain import Reason, pool_plans, reasons
@@ -22,6 +22,8 @@ from waterline.planner.packing import Placed, pack
 from waterline.planner.problem import Choice, Figures, capacity_of, rather_whole
 from waterline.planner.shortage import warnings as warnings_of
 from waterline.units import HOUR_S, MEGA
+
+NEARLY_BEST = 1.1  # times the fewest GPUs a request: a smaller replica is worth that much
 
 
 def make_plan(fleet: Fleet) -> Plan:
@@ -63,6 +65,7 @@ def _plan(offers: Offers, choice: Choice, warnings: tuple[str, ...]) -> Plan:
         replicas=tuple(replicas),
         hours=hours,
         pools=pool_plans(offers, choice),
+        shapes=tuple(_shapes(offers)),
         warnings=warnings,
     )
 
@@ -135,6 +138,32 @@ def _replica(offer: Offer, candidate: Candidate, times: Expected, hours: tuple[i
         hours=hours,
         load_s=offer.load_s,
     )
+
+
+def _shapes(offers: Offers) -> Iterator[Shape]:
+    """Yield the best shape of each model on each pool, for the requests of its busiest hour.
+
+    That is the fewest GPUs a request; within a tenth of that, the smallest replica, which is the easiest to lend.
+    """
+    works = {
+        needs[0].model.name: max(needs, key=lambda need: need.requests_per_s).work for needs in offers.needs if needs
+    }
+    found: dict[tuple[str, str], list[tuple[float, int, Offer, Candidate]]] = {}
+    for offer in offers.offers:
+        candidate = offer.by_work.get(works[offer.model.name])
+        if candidate and offer.shape.role == "both":
+            gpus = candidate.layout.gpus
+            entry = (gpus / candidate.requests_per_s, gpus, offer, candidate)
+            found.setdefault((offer.model.name, offer.pool.name), []).append(entry)
+    chosen = []
+    for entries in found.values():
+        fewest = min(thrift for thrift, *_ in entries)
+        near = (entry for entry in entries if entry[0] <= fewest * NEARLY_BEST)
+        chosen.append(min(near, key=lambda entry: (entry[1], entry[0]))[2:])
+    expected = expected_all([candidate for _, candidate in chosen], [one.requests_per_s for _, one in chosen])
+    for (offer, candidate), times in zip(chosen, expected, strict=True):
+        replica = _replica(offer, candidate, times, EVERY_HOUR)
+        yield Shape(**{name: getattr(replica, name) for name in Shape.__struct_fields__})
 
 
 def _tokens_per_s(candidate: Candidate) -> float:
