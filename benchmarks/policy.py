@@ -28,7 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from waterline.policy import forecast, lending
+from waterline.policy import forecast, holdings, lending
 from waterline.policy.jit import compiled
 
 GRACE_S, LOAD_S, STEP_S = 20, 100, 10
@@ -40,7 +40,7 @@ PUBLIC, RESEARCH = 0, 1
 DAY_S = 86_400
 INF = float("inf")
 observe, needs = compiled(forecast.observe), compiled(forecast.needs)
-plan_moves, apply_moves = compiled(lending.plan_moves), compiled(lending.apply_moves)
+plan_moves, apply_moves = compiled(lending.plan_moves), compiled(holdings.apply_moves)
 Wants = Callable[
     ["Fleet", float], tuple[float, float]
 ]  # requests a second: (one cold start ahead, the most until then)
@@ -70,7 +70,7 @@ class Fleet:
     def __init__(self, requests_per_s: Callable[[float], float], seed: int) -> None:
         self.requests_per_s, self.dice = requests_per_s, np.random.default_rng(seed)
         gpus = float(NODES * NODE_GPUS)
-        self.tenants = lending.Tenants(
+        self.tenants = holdings.Tenants(
             np.zeros(2),
             np.array([DESERVED, 16.0]),
             np.array([48.0, gpus]),
@@ -78,11 +78,14 @@ class Fleet:
             np.array([0.0, GRACE_S]),
             np.zeros(2),
         )
-        self.services = lending.new_services(np.array([0, 1]), np.array([0, 1]), np.array([1, 0]))
+        self.services = holdings.new_services(np.array([0, 1]), np.array([0, 1]), np.array([1, 0]))
         one = np.ones((2, NODES))
-        self.layouts = lending.Layouts(one.astype(np.int64), one * REQUESTS_PER_S * BUSY, one * LOAD_S)
+        self.layouts = holdings.Layouts(one.astype(np.int64), one * REQUESTS_PER_S * BUSY, one * LOAD_S)
         self.free_gpus = np.full(NODES, NODE_GPUS)
-        self.claims, self.replicas = lending.new_claims(NODES * NODE_GPUS), lending.new_replicas(2 * NODES * NODE_GPUS)
+        self.claims, self.replicas = (
+            holdings.new_claims(NODES * NODE_GPUS),
+            holdings.new_replicas(2 * NODES * NODE_GPUS),
+        )
         self.series = forecast.new_series(np.array([HORIZON]), STEP_S)
         self.load = 0.0  # requests a second, in the last step
 
@@ -109,13 +112,13 @@ class Fleet:
                 if second >= 900:
                     borrowed, handed_back = borrowed + started, handed_back + stopped
             mine = self.replicas.service == PUBLIC
-            serving = float((mine & (self.replicas.state == lending.READY)).sum()) * REQUESTS_PER_S
+            serving = float((mine & (self.replicas.state == holdings.READY)).sum()) * REQUESTS_PER_S
             came = int(self.dice.poisson(self.requests_per_s(float(second))))
             arrived += came
             if second >= 900:  # the fleet has started
                 requests += came
                 late += came if backlog > WAIT_S * serving else 0
-                lent_gpu_s += max((mine & (self.replicas.state != lending.GONE)).sum() - DESERVED, 0)
+                lent_gpu_s += max((mine & (self.replicas.state != holdings.GONE)).sum() - DESERVED, 0)
             backlog = max(backlog + came - serving, 0.0)
         return Outcome(
             requests=requests,
@@ -129,20 +132,22 @@ class Fleet:
         """Let replicas load and end, and move; return how many the public has started and stopped."""
         for row in np.flatnonzero(self.replicas.state):
             age_s = now_s - self.replicas.since_s[row]
-            if self.replicas.state[row] == lending.LOADING and age_s >= LOAD_S:
-                lending.has_loaded(self.replicas, row, now_s)
+            if self.replicas.state[row] == holdings.LOADING and age_s >= LOAD_S:
+                holdings.has_loaded(self.replicas, row, now_s)
             elif (
-                self.replicas.state[row] == lending.DRAINING
+                self.replicas.state[row] == holdings.DRAINING
                 and age_s >= self.tenants.grace_s[self.services.tenant[self.replicas.service[row]]]
             ):
-                lending.has_ended(self.free_gpus, self.claims, self.replicas, row)
+                holdings.has_ended(self.free_gpus, self.claims, self.replicas, row)
         self.services.wanted[:], self.services.kept[:] = INF, INF
         self.services.wanted[PUBLIC], self.services.kept[PUBLIC] = wants(self, now_s)
         moves = plan_moves(self.tenants, self.services, self.layouts, self.free_gpus, self.claims, self.replicas, now_s)
         if not apply_moves(moves, self.free_gpus, self.claims, self.replicas, now_s):
             raise RuntimeError("the fleet has too few rows for its replicas")
         mine = moves.claimant == PUBLIC
-        return int((mine & (moves.kind == lending.START)).sum()), int((mine & (moves.kind == lending.HAND_BACK)).sum())
+        return int((mine & (moves.kind == holdings.START)).sum()), int(
+            (mine & (moves.kind == holdings.HAND_BACK)).sum()
+        )
 
 
 def reactive(fleet: Fleet, _now_s: float) -> tuple[float, float]:
@@ -191,10 +196,10 @@ def speeds() -> list[tuple[str, int, float]]:
     """Return moves and CPU milliseconds of calls for 60,000 GPUs: a quiet step, a surge, and the end of it."""
     nodes, gpus = 7500, 60_000.0
     shares = [np.array(share) * gpus for share in ((0.0, 0.3, 0.2), (0.1, 0.4, 0.3), (0.8, 1.0, 1.0), (0.1, 0.4, 0.3))]
-    tenants = lending.Tenants(*shares, np.array([30.0, 30.0, 120.0]), np.full(3, 60.0))
-    services = lending.new_services(np.arange(3), np.array([0, 0, 1]), np.array([2, 3, 0]))
-    layouts = lending.Layouts(np.full((2, nodes), 8), np.ones((2, nodes)), np.full((2, nodes), 120.0))
-    free_gpus, claims, replicas = np.full(nodes, 8), lending.new_claims(nodes), lending.new_replicas(2 * nodes)
+    tenants = holdings.Tenants(*shares, np.array([30.0, 30.0, 120.0]), np.full(3, 60.0))
+    services = holdings.new_services(np.arange(3), np.array([0, 0, 1]), np.array([2, 3, 0]))
+    layouts = holdings.Layouts(np.full((2, nodes), 8), np.ones((2, nodes)), np.full((2, nodes), 120.0))
+    free_gpus, claims, replicas = np.full(nodes, 8), holdings.new_claims(nodes), holdings.new_replicas(2 * nodes)
     table, now_s = [], 0.0
     for name, public, steps in (("the whole fleet starts", 400, 20), ("a surge", 3000, 20), ("its end", 400, 20)):
         services.wanted[:] = services.kept[:] = (public, 2000, INF)
@@ -207,9 +212,9 @@ def speeds() -> list[tuple[str, int, float]]:
                 most = max(most, (name, len(moves.kind), took_ms), key=lambda entry: entry[1])
             apply_moves(moves, free_gpus, claims, replicas, now_s)
             now_s += 30.0
-            replicas.state[replicas.state == lending.LOADING] = lending.READY
-            for row in np.flatnonzero(replicas.state == lending.DRAINING):
-                lending.has_ended(free_gpus, claims, replicas, row)
+            replicas.state[replicas.state == holdings.LOADING] = holdings.READY
+            for row in np.flatnonzero(replicas.state == holdings.DRAINING):
+                holdings.has_ended(free_gpus, claims, replicas, row)
         table.append(most)
     began_s = time.process_time()
     plan_moves(tenants, services, layouts, free_gpus, claims, replicas, now_s)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from world import DRAINING, INF, LOADING, NOBODY, READY, Fleet, said
 
-from waterline.policy import lending
+from waterline.policy import holdings
 from waterline.policy.decisions import RULES
 
 # --- Kueue: concepts/cluster_queue.md; nominalQuota = deserved, quota that is not lent = guarantee ---------------------
@@ -144,10 +144,10 @@ def test_freed_gpus_are_kept_for_their_claimant() -> None:
     fleet.step()
     fleet.want(c=8)  # a third asks while the second half drains
     victims = np.flatnonzero(fleet.replicas.state == DRAINING)
-    lending.has_ended(fleet.free_gpus, fleet.claims, fleet.replicas, victims[0])
+    holdings.has_ended(fleet.free_gpus, fleet.claims, fleet.replicas, victims[0])
     assert (fleet.claims.held_gpus[0], fleet.free_gpus[0]) == (4, 0)
     assert said(fleet.moves()) == []
-    lending.has_ended(fleet.free_gpus, fleet.claims, fleet.replicas, victims[1])
+    holdings.has_ended(fleet.free_gpus, fleet.claims, fleet.replicas, victims[1])
     assert said(fleet.step()) == [("start", "claim kept")]
     assert fleet.gpus_of("a") == 8
 
@@ -220,7 +220,7 @@ def test_a_square_wave_makes_no_more_than_one_round_trip_a_period(cold_starts: f
     while fleet.now_s < begin_s + periods * period_s:
         high = (fleet.now_s - begin_s) % period_s < period_s / 2
         moves = fleet.want(public=8 if high else 2).step(step_s)
-        for service in moves.claimant[moves.kind == lending.START].tolist():
+        for service in moves.claimant[moves.kind == holdings.START].tolist():
             starts[service] += 1
     assert starts[0] == 6, "it borrows once, and stays: the load came back within five minutes each time"
     assert starts[1] == 0
@@ -234,3 +234,35 @@ def test_every_move_names_its_rule() -> None:
     seen = {int(rule) for _ in range(30) for rule in fleet.step().rule}
     assert seen
     assert seen <= named
+
+
+# --- Tenants of the same model ----------------------------------------------------------------------------------------
+
+
+def shared(**shares: tuple[float, float, float]) -> Fleet:
+    """Return a fleet of eight GPUs on which all tenants ask for the same model."""
+    fleet = Fleet((8,), shares)
+    fleet.services.model[:] = 0
+    return fleet
+
+
+def test_what_a_tenant_can_spare_passes_to_another_of_the_same_model_as_it_runs() -> None:
+    fleet = shared(public=(0, 2, 8), enterprise=(2, 6, 8)).want(public=5, enterprise=2).run("enterprise", 6)
+    moves = fleet.step()
+    assert said(moves)[:3] == [("take over", "spared")] * 3  # two more are needed, and start on idle GPUs
+    assert said(moves)[3:] == [("start", "borrow idle")] * 2
+    assert moves.cost_gpu_s[:3].tolist() == [0.0] * 3
+    assert (fleet.gpus_of("public"), fleet.gpus_of("enterprise")) == (5, 3)  # a fiftieth above what it needs is kept
+
+
+def test_a_guarantee_is_not_taken_over() -> None:
+    fleet = shared(public=(0, 2, 8), enterprise=(6, 6, 8)).want(public=5).run("enterprise", 6)
+    assert said(fleet.step()) == [("start", "own, idle")] * 2
+
+
+def test_what_was_taken_over_is_reclaimed_as_it_runs() -> None:
+    fleet = shared(public=(0, 2, 8), enterprise=(0, 6, 8)).want(public=8, enterprise=0).run("public", 8)
+    fleet.want(enterprise=6)
+    assert said(fleet.step()) == [("take over", "reclaim")] * 6
+    assert (fleet.gpus_of("public"), fleet.gpus_of("enterprise")) == (2, 6)
+    assert said(fleet.step()) == []

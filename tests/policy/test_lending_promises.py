@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from world import INF, PROMISES, live
 
+from waterline.policy.holdings import Layouts, Replicas, Tenants, new_claims, new_replicas, new_services
 from waterline.policy.jit import compiled
-from waterline.policy.lending import Layouts, Replicas, Tenants, new_claims, new_replicas, new_services
 
 COMPILED = find_spec("numba") is not None
 FLEETS = 10_000 if COMPILED else 60  # a thousand take seconds compiled, and minutes interpreted

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from waterline.policy import lending
+from waterline.policy import holdings, lending
 from waterline.policy.decisions import CLAIM_KEPT, OUTBID_LOAN, RECLAIM, RULES
-from waterline.policy.jit import jit
-from waterline.policy.lending import (
+from waterline.policy.holdings import (
     DRAIN,
     DRAINING,
     GONE,
@@ -21,6 +20,7 @@ from waterline.policy.lending import (
     NOBODY,
     READY,
     START,
+    TAKE_OVER,
     Claims,
     Layouts,
     Moves,
@@ -31,6 +31,7 @@ from waterline.policy.lending import (
     new_replicas,
     new_services,
 )
+from waterline.policy.jit import jit
 
 INF = float("inf")
 
@@ -89,7 +90,7 @@ class Fleet:
             gpus = self.layouts.gpus[service, node]
             self.replicas.service[row], self.replicas.node[row], self.replicas.gpus[row] = service, node, gpus
             self.replicas.state[row], self.replicas.since_s[row] = READY, since_s
-            self.replicas.lost_gpu_s[row] = lost_gpu_s
+            self.replicas.lost_gpu_s[row], self.replicas.rate[row] = lost_gpu_s, self.layouts.rate[service, node]
             self.free_gpus[node] -= gpus
         return self
 
@@ -101,15 +102,15 @@ class Fleet:
     def step(self, seconds: float = 10.0) -> Moves:
         """Decide, act, and let time pass; what drains takes its whole grace."""
         moves = self.moves()
-        assert lending.apply_moves(moves, self.free_gpus, self.claims, self.replicas, self.now_s)
+        assert holdings.apply_moves(moves, self.free_gpus, self.claims, self.replicas, self.now_s)
         self.now_s += seconds
         for row in np.flatnonzero(self.replicas.state):
             since_s, node = self.replicas.since_s[row], self.replicas.node[row]
             model = self.services.model[self.replicas.service[row]]
             if self.replicas.state[row] == LOADING and self.now_s >= since_s + self.layouts.load_s[model, node]:
-                lending.has_loaded(self.replicas, row, self.now_s)
+                holdings.has_loaded(self.replicas, row, self.now_s)
             elif self.replicas.state[row] == DRAINING and self.now_s >= since_s + self.grace_s:
-                lending.has_ended(self.free_gpus, self.claims, self.replicas, row)
+                holdings.has_ended(self.free_gpus, self.claims, self.replicas, row)
         return moves
 
     def settle(self, steps: int = 60) -> "Fleet":
@@ -125,7 +126,7 @@ class Fleet:
 
 def said(moves: Moves) -> list[tuple[str, str]]:
     """Return kind and rule of each move, in words."""
-    kinds = {START: "start", DRAIN: "drain", HOLD: "hold", HAND_BACK: "hand back"}
+    kinds = {START: "start", DRAIN: "drain", HOLD: "hold", HAND_BACK: "hand back", TAKE_OVER: "take over"}
     return [(kinds[kind], RULES[rule][0]) for kind, rule in zip(moves.kind.tolist(), moves.rule.tolist(), strict=True)]
 
 
@@ -142,6 +143,7 @@ PROMISES = {
     8: "a replica starts only where its model has a layout, on as many GPUs as that takes",
     9: "GPUs that were freed for a claimant go to nobody else",
     10: "a tenant that wants what it deserves has it within minimum runtime, grace and load time",
+    12: "what is taken over serves the same model, and leaves the giver its guarantee",
     11: "the GPUs of a claim are handed over by the deadline that was stated",
 }
 
@@ -190,6 +192,20 @@ def broken_by_moves(  # noqa: C901, PLR0911, PLR0912 - all promises about moves 
             usage[tenant] += need
             if need == 0:
                 return 8
+        elif moves.kind[move] == TAKE_OVER:
+            giver = replicas.service[victim]
+            owner = services.tenant[giver]
+            before = usage[owner]
+            usage[owner] -= replicas.gpus[victim]
+            usage[tenant] += replicas.gpus[victim]
+            if services.model[giver] != services.model[service] or usage[owner] < tenants.guarantee_gpus[owner] - 1e-9:
+                return 12
+            if moves.rule[move] == RECLAIM and (
+                before <= tenants.deserved_gpus[owner] or usage[tenant] > tenants.deserved_gpus[tenant] + 1e-9
+            ):
+                return 6
+            if moves.rule[move] == OUTBID_LOAN and usage[owner] < tenants.deserved_gpus[owner] - 1e-9:
+                return 7
         elif victim != NOBODY:
             giver = replicas.service[victim]
             owner = services.tenant[giver]
@@ -274,20 +290,20 @@ def live(  # noqa: C901, PLR0912 - a fleet's life in one compiled function
             age_s, node = now_s - replicas.since_s[row], replicas.node[row]
             service = replicas.service[row]
             if replicas.state[row] == LOADING and age_s >= layouts.load_s[services.model[service], node]:
-                lending.has_loaded(replicas, row, now_s)
+                holdings.has_loaded(replicas, row, now_s)
             elif replicas.state[row] == DRAINING and (
                 luck[step, row] < 0.2 or age_s >= tenants.grace_s[services.tenant[service]]
             ):
-                lending.has_ended(free_gpus, claims, replicas, row)
+                holdings.has_ended(free_gpus, claims, replicas, row)
             elif replicas.state[row] == READY:
                 replicas.lost_gpu_s[row] = replicas.gpus[row] * min(age_s, 600.0 * luck[0, row])
                 if luck[step, row] > 1.0 - fails:
-                    lending.has_ended(free_gpus, claims, replicas, row)
+                    holdings.has_ended(free_gpus, claims, replicas, row)
         services.wanted[:] = wanted[step]
         services.kept[:] = wanted[step]
         moves = lending.plan_moves(tenants, services, layouts, free_gpus, claims, replicas, now_s)
         broken = broken_by_moves(tenants, services, layouts, claims, replicas, moves, now_s)
-        if broken == 0 and not lending.apply_moves(moves, free_gpus, claims, replicas, now_s):
+        if broken == 0 and not holdings.apply_moves(moves, free_gpus, claims, replicas, now_s):
             broken = 1
         made += len(moves.kind)
         for move in range(len(moves.kind)):

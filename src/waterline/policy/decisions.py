@@ -44,6 +44,7 @@ OWN_SURPLUS: Final = 55
 SURPLUS: Final = 56
 CLAIM_DROPPED: Final = 57
 FREED_FOR_CLAIM: Final = 58
+SPARED: Final = 59
 
 RULES: Final[dict[int, tuple[str, str]]] = {
     SLOT_FREE: ("slot free", "A replica has a slot and nobody waits for it."),
@@ -68,6 +69,7 @@ RULES: Final[dict[int, tuple[str, str]]] = {
     OWN_SURPLUS: ("own surplus", "The claimant's tenant stops a replica of its own that another model can spare."),
     SURPLUS: ("surplus", "The load can do without the replica, and has been able to for a while: it is handed back."),
     CLAIM_DROPPED: ("claim dropped", "The claimant no longer needs the GPUs kept for it."),
+    SPARED: ("spared", "Another tenant of the same model can do without the replica, which goes on as it runs."),
     FREED_FOR_CLAIM: ("freed for claim", "Idle GPUs of the node are kept until the claim is complete."),
 }
 
