@@ -9,6 +9,7 @@ import uvicorn
 
 from waterline.errors import WaterlineError
 from waterline.service.errors import LONGEST_BODY_BYTES, RejectedError, error_headers, error_json, http_status
+from waterline.service.limits import GuardedProtocol
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -122,11 +123,16 @@ async def _disconnected(receive: Receive) -> None:
 class HttpServer(uvicorn.Server):
     """A uvicorn that leaves signals to us and logs nothing."""
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], grace_s: int = 1) -> None:
+    def __init__(
+        self,
+        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        grace_s: int = 1,
+        protocol: type[GuardedProtocol] = GuardedProtocol,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=protocol,
                 lifespan="off",
                 ws="none",
                 access_log=False,

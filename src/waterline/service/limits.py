@@ -1,0 +1,173 @@
+"""What a connection may cost before anybody knows whose it is: bytes and time of its headers, and time to read.
+
+uvicorn parses HTTP; this keeps whoever sends it within bounds, at no cost for a token. Bodies have theirs in `asgi`.
+"""
+
+import asyncio
+import resource
+from collections.abc import MutableMapping
+from functools import cache
+from http import HTTPStatus
+from typing import Any, ClassVar, cast
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from waterline.service.errors import RejectedError, error_json
+
+LONGEST_HEAD_BYTES = 65_536
+MOST_HEADERS = 100
+MOST_AHEAD = 16  # requests sent ahead on one connection before the first was answered
+MOST_UNREAD_BYTES = 2**24  # of a body whose request was answered before its end
+FILES_KEPT = 128  # descriptors that are not for clients: engines' pipes, the ledger, the log
+FILES_PER_REQUEST = 2  # its client's connection, and one to an engine
+MOST_FILES = 2**20
+SLOW = "waterline.slow"  # a key of the scope
+
+
+@cache
+def room_for_connections() -> int:
+    """Raise the limit of open files as far as we may; return how many clients it has room for."""
+    _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = MOST_FILES if allowed == resource.RLIM_INFINITY else min(allowed, MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, allowed))
+    return max(1, (files - FILES_KEPT) // FILES_PER_REQUEST)
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection. Who exceeds a bound is told so in OpenAI's words where HTTP still allows it, and closed."""
+
+    head_within_s: ClassVar[float] = 20.0  # from the opening of a connection, or the first byte of a request, on
+    read_within_s: ClassVar[float] = 30.0  # for a client to make room in its full buffers; then it is cut
+    most_connections: ClassVar[int] = 0  # of one server; 0: as many as files can be open
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_head = True
+        self._head_bytes = 0
+        self._unread_bytes = 0  # of a body whose request has been answered before its end
+        self._problem: RejectedError | None = None
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        most = self.most_connections or room_for_connections()
+        if len(self.connections) > most:
+            self._refuse(_too_many(most))
+        else:
+            self._head_timer = self.loop.call_later(self.head_within_s, self._head_is_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head_timer, self._read_timer):
+            if timer:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+            if not self._head_timer:
+                self._head_timer = self.loop.call_later(self.head_within_s, self._head_is_late)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > LONGEST_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(_head_too_large(f"more than {LONGEST_HEAD_BYTES} bytes"))
+
+    def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MOST_AHEAD:
+            raise self._rejected(_too_far_ahead())
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:  # a trailer: nobody here has a use for one
+            return
+        if len(self.headers) >= MOST_HEADERS:
+            raise self._rejected(_head_too_large(f"more than {MOST_HEADERS} of them"))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._head_bytes, self._unread_bytes = False, 0, 0
+        if self._head_timer:
+            self._head_timer.cancel()
+            self._head_timer = None
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if self.cycle.response_complete:
+            self._unread_bytes += len(body)
+            if self._unread_bytes > MOST_UNREAD_BYTES:
+                self.transport.abort()
+
+    def on_message_complete(self) -> None:
+        self._in_head = True
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, unless an answer is under way already."""
+        if self.cycle and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.close()
+            return
+        self._refuse(self._problem or RejectedError(msg, code="bad_http"))
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if not self._read_timer:
+            self._read_timer = self.loop.call_later(self.read_within_s, self._reader_is_slow)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._read_timer:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+    def _rejected(self, problem: RejectedError) -> RejectedError:
+        """Keep the reason: the parser would swallow it."""
+        self._problem = problem
+        return problem
+
+    def _head_is_late(self) -> None:
+        if self._head_bytes:
+            self._refuse(RejectedError(f"The headers did not come within {self.head_within_s:g} s.", status=408))
+        else:
+            self.transport.close()
+
+    def _reader_is_slow(self) -> None:
+        if self.cycle:
+            cast("dict[str, Any]", self.cycle.scope)[SLOW] = True
+        self.transport.abort()
+
+    def _refuse(self, error: RejectedError) -> None:
+        data = error_json(error)
+        head = (
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(data)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + data)
+        self.transport.close()
+
+
+def was_slow(scope: MutableMapping[str, Any]) -> bool:
+    """Tell whether a client that is gone was cut because it did not read."""
+    return SLOW in scope
+
+
+def _too_many(most: int) -> RejectedError:
+    return RejectedError(
+        f"{most} connections are open, and that is all there is room for.",
+        status=503,
+        code="too_many_connections",
+        headers={"retry-after": "1"},
+    )
+
+
+def _head_too_large(what: str) -> RejectedError:
+    return RejectedError(f"The headers are too large: {what}.", status=431, code="headers_too_large")
+
+
+def _too_far_ahead() -> RejectedError:
+    return RejectedError(
+        f"More than {MOST_AHEAD} requests were sent ahead. Wait for answers, or open more connections.",
+        code="too_far_ahead",
+    )

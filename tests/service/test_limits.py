@@ -1,0 +1,161 @@
+"""What a stranger's connection may cost: raw sockets against a server whose bounds are tight."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import orjson
+from serving import until
+
+from waterline.service.asgi import ClientGoneError, HttpServer, Receive, Reply, Scope, Send, read_body
+from waterline.service.limits import LONGEST_HEAD_BYTES, MOST_AHEAD, MOST_HEADERS, GuardedProtocol, was_slow
+from waterline.service.server import listen
+
+HELLO = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nhi"
+
+
+class Tight(GuardedProtocol):
+    head_within_s = 0.2
+    read_within_s = 0.2
+    most_connections = 3
+
+
+class App:
+    """Says how long a body is; to /endless it talks without end, and notes how that ended."""
+
+    def __init__(self) -> None:
+        self.slow: list[bool] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = Reply(send)
+        with suppress(ClientGoneError):
+            if scope["path"] == "/early":
+                await reply.whole(401, b"no", [])
+                return
+            body = await read_body(scope, receive)
+            if scope["path"] == "/endless":
+                await reply.begin(200, [])
+                while not was_slow(scope):
+                    await reply.chunk(b"word " * 2000)
+                self.slow.append(True)
+                return
+            await reply.whole(200, b"%d %d" % (len(body), len(scope["headers"])), [])
+
+
+@asynccontextmanager
+async def tight() -> AsyncIterator[tuple[int, App]]:
+    app, listening = App(), listen("127.0.0.1", 0)
+    server = HttpServer(app, protocol=Tight)
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        yield listening.getsockname()[1], app
+    finally:
+        server.should_exit = True
+        await serving
+
+
+async def say(port: int, *data: bytes, pause_s: float = 0.0) -> bytes:
+    """Send some data; return all there is to read until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+    async def send() -> None:
+        for part in data:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(pause_s)
+
+    sending, answer = asyncio.create_task(send()), b""
+    with suppress(ConnectionError):
+        async with asyncio.timeout(5):
+            while part := await reader.read(2**16):
+                answer += part
+    sending.cancel()
+    await asyncio.gather(sending, return_exceptions=True)
+    writer.close()
+    return answer
+
+
+def error_of(answer: bytes) -> tuple[int, str]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), orjson.loads(body)["error"]["code"] or ""
+
+
+def test_headers_that_trickle_are_cut_and_a_silent_connection_is_closed() -> None:
+    async def case() -> None:
+        async with tight() as (port, _):
+            trickle = [b"POST / HTTP/1.1\r\n", *(b"x-%d: y\r\n" % number for number in range(20))]
+            assert error_of(await say(port, *trickle, pause_s=0.02))[0] == 408
+            assert await say(port) == b""
+            later = await say(port, HELLO, b"\r\n", b"GET / HT", pause_s=0.05)
+            assert later.startswith(b"HTTP/1.1 200")
+            assert b"HTTP/1.1 408" in later, "the next request of a connection has as long"
+
+    asyncio.run(case())
+
+
+def test_headers_without_end_are_refused() -> None:
+    async def case() -> None:
+        async with tight() as (port, _):
+            long = b"GET / HTTP/1.1\r\nx: " + b"y" * (LONGEST_HEAD_BYTES + 1)
+            assert error_of(await say(port, long)) == (431, "headers_too_large")
+            many = b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * (MOST_HEADERS + 1) + b"\r\n"
+            assert error_of(await say(port, many)) == (431, "headers_too_large")
+            assert error_of(await say(port, b"GET /" + b"y" * (LONGEST_HEAD_BYTES + 1)))[0] == 431
+            assert error_of(await say(port, b"\x16\x03\x01 this is TLS")) == (400, "bad_http")
+            assert error_of(await say(port, b"GET /\xff HTTP/1.1\r\n\r\n")) == (400, "bad_http")
+
+    asyncio.run(case())
+
+
+def test_trailers_are_no_headers() -> None:
+    async def case() -> None:
+        async with tight() as (port, _):
+            chunked = b"POST / HTTP/1.1\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n"
+            trailers = b"".join(b"x-%d: y\r\n" % number for number in range(MOST_HEADERS + 1))
+            assert (await say(port, chunked + trailers + b"\r\n")).endswith(b"\r\n\r\n2 2")
+
+    asyncio.run(case())
+
+
+def test_requests_sent_ahead_are_answered_in_order_up_to_a_few() -> None:
+    async def case() -> None:
+        async with tight() as (port, _):
+            last = HELLO.replace(b"host: x", b"connection: close")
+            assert (await say(port, HELLO * 5 + last)).count(b"HTTP/1.1 200") == 6
+            answer = await say(port, HELLO * (MOST_AHEAD + 5) + last)
+            assert answer.count(b"HTTP/1.1 200") <= MOST_AHEAD + 1
+
+    asyncio.run(case())
+
+
+def test_who_does_not_read_is_cut_and_the_application_knows_why() -> None:
+    async def case() -> None:
+        async with tight() as (port, app):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+            writer.write(HELLO.replace(b"/ ", b"/endless ", 1))
+            await until(lambda: app.slow == [True])
+            writer.close()
+            with suppress(ConnectionError):
+                await reader.read()
+
+    asyncio.run(case())
+
+
+def test_more_connections_than_there_is_room_for_are_told_so() -> None:
+    async def case() -> None:
+        async with tight() as (port, _):
+            kept = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            assert error_of(await say(port, HELLO)) == (503, "too_many_connections")
+            for _, writer in kept:
+                writer.close()
+
+    asyncio.run(case())
+
+
+def test_a_body_nobody_waits_for_is_read_up_to_a_bound() -> None:
+    async def case() -> None:
+        async with tight() as (port, _):
+            head = b"POST /early HTTP/1.1\r\ncontent-length: 1000000000\r\n\r\n"
+            assert (await say(port, head, *[b"x" * 2**20] * 40)).startswith(b"HTTP/1.1 401")
+
+    asyncio.run(case())
