@@ -155,8 +155,8 @@ def test_models_health_and_metrics() -> None:
             _, text = await get(service, "/metrics")
             assert 'waterline_requests_total{model="code",status="ok",tenant="enterprise"} 1.0' in text
             assert 'waterline_tokens_total{kind="output",model="chat",tenant="enterprise"} 2.0' in text
-            assert 'waterline_replica_state{model="code",replica="code/1",state="ready"} 1.0' in text
-            assert 'waterline_requests_queued{model="chat",replica="chat/0"} 0.0' in text
+            assert 'waterline_replicas{model="code",pool="box",state="ready"} 2.0' in text
+            assert 'waterline_requests_queued{model="chat",tenant="enterprise"} 0.0' in text
             assert 'waterline_ttft_seconds_count{model="chat",tenant="enterprise"} 1.0' in text
 
     asyncio.run(case())

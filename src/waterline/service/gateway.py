@@ -18,10 +18,12 @@ from waterline.service.body import CHAT, COMPLETIONS, Asked, read_asked
 from waterline.service.dispatcher import Dispatcher, Refusal, Ticket
 from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError, retry_after, shortened
-from waterline.service.metrics import Metrics
+from waterline.service.metrics import CONTENT_TYPE, Metrics
 from waterline.service.passage import Passage, Passages
+from waterline.service.snapshot import take_snapshot
 from waterline.service.supervisor import ReplicaState
 from waterline.service.upstream import Connections, Progress
+from waterline.snapshot import Snapshot
 
 LAST_WORD_S = 0.2  # for the last event of a stream that is cut
 INVALID = "invalid request"  # the client's own doing: it counts neither for nor against the SLO
@@ -85,7 +87,7 @@ class Gateway:
         self.states = states
         self.dispatchers = {model.model: _dispatcher(plan, model.model) for model in plan.models}
         self.tenants = {model.model: _tenant(plan, model.model) for model in plan.models}
-        self.metrics = Metrics(self.dispatchers, states)
+        self.metrics = Metrics(plan.fleet.slos, self.snapshot)
         self._on_completion = on_completion
         self._clock = clock
         self._begun_s = clock()
@@ -118,9 +120,22 @@ class Gateway:
         """Return the time since the service started."""
         return self._clock() - self._begun_s
 
+    def snapshot(self) -> Snapshot:
+        """Return how everything is now."""
+        return take_snapshot(
+            self.plan,
+            self.dispatchers,
+            self.states,
+            self.metrics.recent,
+            tenants=self.tenants,
+            now_s=self.now_s(),
+            stopping=self._stopping,
+        )
+
     def replica_changed(self, replica_id: str, state: ReplicaState) -> None:
         """Send work there, or not; what is under way on a replica that is gone is cut, and fails as if it broke off."""
         model = next(replica.model for replica in self.plan.replicas if replica.id == replica_id)
+        self.metrics.replica_changed(model, state.status)
         if state.status == "suspect":
             self.dispatchers[model].hold(replica_id, self.now_s())
             return
@@ -296,7 +311,7 @@ class Gateway:
         await reply.whole(200 if healthy else 503, orjson.dumps(body), [JSON])
 
     async def _metrics(self, _scope: Scope, _receive: Receive, reply: Reply) -> None:
-        await reply.whole(200, self.metrics.text(), [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")])
+        await reply.whole(200, self.metrics.text(), [(b"content-type", CONTENT_TYPE)])
 
 
 def _dispatcher(plan: Plan, model: str) -> Dispatcher:

@@ -1,0 +1,166 @@
+"""How the service is at this moment: `waterline.snapshot.Snapshot`, filled from the parts that know."""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+
+from waterline.plan import Plan
+from waterline.service.dispatcher import Dispatcher, Lane
+from waterline.service.recent import Recent
+from waterline.service.supervisor import ReplicaState
+from waterline.snapshot import Health, Kind, ModelNow, QueueNow, ReplicaNow, Snapshot, TenantNow, Use
+
+KINDS: Mapping[str, Kind] = {  # of GPUs, by the state of the replica on them; without it they are idle
+    "ready": "serving",
+    "suspect": "serving",
+    "starting": "starting",
+    "backing off": "starting",
+    "draining": "draining",
+}
+
+
+def take_snapshot(
+    plan: Plan,
+    dispatchers: Mapping[str, Dispatcher],
+    states: Mapping[str, ReplicaState],
+    recent: Recent,
+    *,
+    tenants: Mapping[str, str],
+    now_s: float,
+    stopping: bool = False,
+) -> Snapshot:
+    """Return what is known now.
+
+    Args:
+        plan: what is served.
+        dispatchers: by model.
+        states: of the replicas by id.
+        recent: what ended lately.
+        tenants: whose requests a model's are while nothing has ended, by model.
+        now_s: on the clock of the service, which began at 0.
+        stopping: whether it has begun to end.
+    """
+    shares = {model: _shares(plan, model, recent, tenants[model], now_s) for model in dispatchers}
+    replicas = tuple(
+        _replica(lane, states[lane.replica.id]) for dispatcher in dispatchers.values() for lane in dispatcher.lanes
+    )
+    models = tuple(_model(plan, model, dispatcher, states) for model, dispatcher in dispatchers.items())
+    uses = _uses(plan, replicas, shares)
+    return Snapshot(
+        at_s=time.time(),
+        uptime_s=now_s,
+        fleet=plan.fleet.name,
+        health=_health(models, stopping=stopping),
+        gpus=plan.fleet.gpus,
+        uses=uses,
+        tenants=tuple(_tenants(plan, uses, dispatchers, tenants)),
+        models=models,
+        latencies=recent.latencies(now_s),
+        queues=tuple(
+            QueueNow(model=model, tenant=tenants[model], client="", waiting=waiting)
+            for model, dispatcher in dispatchers.items()
+            if (waiting := sum(len(lane.waiting) for lane in dispatcher.lanes))
+        ),
+        replicas=replicas,
+        replica_states=dict(Counter(replica.state for replica in replicas)),
+        moves=tuple(recent.moves),
+        ejections=tuple(recent.ejections),
+        problems=tuple(_problems(models, replicas)),
+    )
+
+
+def _health(models: Iterable[ModelNow], *, stopping: bool) -> Health:
+    if stopping:
+        return "stopping"
+    return "ok" if all(model.ready for model in models) else "not ready"
+
+
+def _shares(plan: Plan, model: str, recent: Recent, tenant: str, now_s: float) -> dict[str, float]:
+    """Return each tenant's part of a model's replicas: as they used it lately, else as it is planned for this hour."""
+    used = recent.gpu_s(model, now_s)
+    if not used and plan.hours:
+        hour = plan.hours[datetime.now().astimezone().hour]
+        used = {share.tenant: share.gpus for share in hour.shares if share.model == model and share.gpus > 0}
+    total = sum(used.values())
+    return {name: part / total for name, part in used.items()} if total else {tenant: 1.0}
+
+
+def _replica(lane: Lane, state: ReplicaState) -> ReplicaNow:
+    replica = lane.replica
+    return ReplicaNow(
+        id=replica.id,
+        model=replica.model,
+        tenant="",
+        pool=replica.pool,
+        node=replica.places[0].node,
+        gpus=replica.layout.gpus,
+        state=state.status,
+        reason=state.reason,
+        running=lane.running,
+        slots=replica.max_batch,
+        backlog_tokens=lane.backlog_tokens,
+        restarts=state.restarts,
+    )
+
+
+def _model(plan: Plan, model: str, dispatcher: Dispatcher, states: Mapping[str, ReplicaState]) -> ModelNow:
+    slo = plan.fleet.slos[model]
+    ready = [lane for lane in dispatcher.lanes if states[lane.replica.id].status == "ready"]
+    return ModelNow(
+        model=model,
+        ready=len(ready),
+        replicas=len(dispatcher.lanes),
+        running=sum(lane.running for lane in dispatcher.lanes),
+        slots=sum(lane.replica.max_batch for lane in ready),
+        waiting=sum(len(lane.waiting) for lane in dispatcher.lanes),
+        ttft_slo_s=slo.ttft_s,
+        tpot_slo_s=slo.tpot_s,
+    )
+
+
+def _uses(plan: Plan, replicas: Iterable[ReplicaNow], shares: Mapping[str, Mapping[str, float]]) -> tuple[Use, ...]:
+    """Return who has which GPUs for what; what is left of a pool is nobody's."""
+    gpus: dict[tuple[str, str, Kind], float] = defaultdict(float)
+    for replica in replicas:
+        if kind := KINDS.get(replica.state):
+            parts = {replica.tenant: 1.0} if replica.tenant else shares[replica.model]
+            for tenant, part in parts.items():
+                gpus[replica.pool, tenant, kind] += replica.gpus * part
+    for pool in plan.fleet.pools:
+        idle = pool.gpus - sum(count for (name, _, _), count in gpus.items() if name == pool.name)
+        if idle > 1e-9:
+            gpus[pool.name, "", "idle"] += idle
+    return tuple(Use(pool=pool, tenant=tenant, kind=kind, gpus=count) for (pool, tenant, kind), count in gpus.items())
+
+
+def _tenants(
+    plan: Plan, uses: Iterable[Use], dispatchers: Mapping[str, Dispatcher], tenants: Mapping[str, str]
+) -> Iterator[TenantNow]:
+    total = plan.fleet.gpus
+    uses = tuple(uses)
+    for tenant in plan.fleet.tenants:
+        lanes = [
+            lane
+            for model, dispatcher in dispatchers.items()
+            if tenants[model] == tenant.name
+            for lane in dispatcher.lanes
+        ]
+        yield TenantNow(
+            tenant=tenant.name,
+            gpus=sum(use.gpus for use in uses if use.tenant == tenant.name),
+            guarantee_gpus=tenant.guarantee * total,
+            deserved_gpus=(tenant.deserved or 0.0) * total,
+            limit_gpus=tenant.limit * total,
+            running=sum(lane.running for lane in lanes),
+            waiting=sum(len(lane.waiting) for lane in lanes),
+        )
+
+
+def _problems(models: Iterable[ModelNow], replicas: Iterable[ReplicaNow]) -> Iterator[str]:
+    for model in models:
+        if not model.ready:
+            yield f"No replica of '{model.model}' is ready."
+    for replica in replicas:
+        if replica.state in {"suspect", "backing off"}:
+            yield f"Replica '{replica.id}' is {replica.state}: {replica.reason}"
