@@ -2,6 +2,8 @@
 
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test never asks the network
 # Time is measured in benchmarks/, never by a test: a busy machine must not fail one.
 settings.register_profile("waterline", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("waterline")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_home() -> Iterator[None]:
+    """Let services keep what they keep in a directory of this run, not in that of the person who tests."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ["XDG_STATE_HOME"] = folder
+        yield
 
 
 @pytest.fixture(scope="session")

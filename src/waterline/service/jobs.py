@@ -1,0 +1,295 @@
+"""Runs of jobs: research that has GPUs until somebody else needs them.
+
+A run is a command of the fleet file, in a process that holds whatever comes of it (see `holder`). It is told by its
+environment which GPUs it has, where its checkpoint is, and how long it gets to save its work when it must stop. How it
+ends is judged by who wanted it and by what it has saved, not by its exit code alone: launchers answer SIGTERM with 1.
+
+- It was told to stop: it will be started again from its checkpoint, whatever its exit code.
+- It left by itself with 0: it is done.
+- It left by itself with anything else: it has crashed, and is started again on its GPUs, at once if it has saved
+  something since it started, else after longer and longer waits; after `CRASHES` without a checkpoint it is given up.
+
+Its GPUs are free when the last of its processes is gone, and not before: that is looked at, not believed.
+"""
+
+import asyncio
+import os
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, Literal, get_args
+
+import structlog
+
+from waterline.fleet import Fleet, Job
+from waterline.plan import Place
+from waterline.service.engines.seat import VISIBLE_DEVICES
+from waterline.service.processes import end_marked, marked
+from waterline.service.state import State
+
+HOLDER = str(Path(__file__).with_name("holder.py"))
+CRASHES = 5  # in a row, without a new checkpoint
+FIRST_DELAY_S = 1.0
+LONGEST_DELAY_S = 300.0
+LOOK_AGAIN_S = 5.0  # for processes that hang in the kernel
+LOG_BYTES = 64 * 1024**2  # then it is put aside, and one older is forgotten
+COPY = "{copy}"  # in a command and the path of a checkpoint: the number of the copy
+
+log = structlog.get_logger()
+
+RunStatus = Literal["loading", "running", "backing off", "stopping", "stuck", "stopped", "done", "given up"]
+RUN_STATUSES: tuple[RunStatus, ...] = get_args(RunStatus)
+OVER: tuple[RunStatus, ...] = ("stopped", "done", "given up")  # its GPUs are free
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """How a run is; a new record for every change."""
+
+    job: str
+    copy: int
+    pool: str
+    place: Place
+    status: RunStatus
+    pid: int | None = None  # of the process that holds it
+    starts: int = 0
+    reason: str = ""  # why it is backing off, stuck or given up
+    log: str = ""  # the file it writes to
+
+
+def run_name(job: str, copy: int) -> str:
+    return f"{job}/{copy}"
+
+
+def checkpoint_of(job: Job, copy: int) -> Path | None:
+    """Return where a copy of a job saves its work; None where the fleet file does not say."""
+    return Path(job.checkpoint.replace(COPY, str(copy))) if job.checkpoint else None
+
+
+def saved_at_s(checkpoint: Path | None) -> float:
+    """Return when work was saved last, as time.time() counts; 0 when nothing is there.
+
+    Of a folder, that is the newest of what lies in it, two levels deep: a pointer to the latest, or a folder a step.
+    """
+    if checkpoint is None:
+        return 0.0
+    newest = 0.0
+    for path in (checkpoint, *checkpoint.glob("*"), *checkpoint.glob("*/*")):
+        with suppress(OSError):
+            if path == checkpoint and path.is_dir():
+                continue  # made by whoever looks, it says nothing
+            newest = max(newest, path.stat().st_mtime)
+    return newest
+
+
+class Jobs:
+    """The runs of jobs that are under way on this machine, by name ("job/copy").
+
+    Args:
+        fleet: whose jobs they are, and whose GPUs.
+        state: where they write, and what marks their processes.
+        on_change: told the name of a run and its new state.
+    """
+
+    def __init__(self, fleet: Fleet, state: State, on_change: Callable[[str, RunState], None]) -> None:
+        self.fleet = fleet
+        self.states: dict[str, RunState] = {}
+        self._state = state
+        self._on_change = on_change
+        self._runs: dict[str, Run] = {}
+
+    def start(self, job: Job, copy: int, pool: str, place: Place) -> str:
+        """Start a run on GPUs that are free; return its name."""
+        name = run_name(job.name, copy)
+        assert name not in self._runs, f"{name} runs already"  # noqa: S101 - whoever asks keeps count
+        grace_s = self.fleet.tenant(job.tenant).grace_s
+        environment = {
+            **_devices(self.fleet, pool, place),
+            **self._state.environment(f"jobs/{name}"),
+            "WATERLINE_JOB": job.name,
+            "WATERLINE_RUN": name,
+            "WATERLINE_COPY": str(copy),
+            "WATERLINE_GPUS": ",".join(map(str, place.gpus)),
+            "WATERLINE_GRACE_S": f"{grace_s:g}",
+        }
+        log_path = self._state.log_of(f"{job.name}.{copy}")
+        first = RunState(job=job.name, copy=copy, pool=pool, place=place, status="loading", log=str(log_path))
+        run = Run(job, first, environment, grace_s, f"{self._state.mark}/jobs/{name}", self._changed)
+        self._runs[name] = run
+        self.states[name] = first
+        run.begin()
+        return name
+
+    async def stop(self, name: str, within_s: float) -> None:
+        """Tell a run to save its work and to end within so many seconds; return when it is gone."""
+        if run := self._runs.get(name):
+            await run.stop(within_s)
+
+    async def stop_all(self) -> None:
+        """End all runs with the grace of their tenants."""
+        await asyncio.gather(*(run.stop(run.grace_s) for run in list(self._runs.values())))
+
+    def kill_all(self) -> None:
+        """End all runs on the spot; for when there is no time to wait."""
+        for run in self._runs.values():
+            run.hurry(0.0)
+
+    def age_s(self, name: str) -> float:
+        """Return for how long a run has not saved what it does: since its checkpoint, or its start if that is later."""
+        return self._runs[name].age_s()
+
+    def saved_s(self, name: str) -> float:
+        """Return when a run saved its work last, on the clock of the machine; 0 when it has not since it started."""
+        return self._runs[name].saved_s()
+
+    def _changed(self, name: str, state: RunState) -> None:
+        if state.status in OVER:
+            del self._runs[name]
+        self.states[name] = state
+        write = log.warning if state.reason else log.info
+        details = {"reason": state.reason, "pid": state.pid, "gpus": list(state.place.gpus)}
+        write("run", status=state.status, id=name, **{key: value for key, value in details.items() if value})
+        try:
+            self._on_change(name, state)
+        except Exception:
+            log.exception("a bug in who is told about runs", id=name)
+
+
+class Run:
+    """One copy of a job on its GPUs, through all its starts there."""
+
+    def __init__(
+        self,
+        job: Job,
+        first: RunState,
+        environment: Mapping[str, str],
+        grace_s: float,
+        mark: str,
+        on_change: Callable[[str, RunState], None],
+    ) -> None:
+        self.grace_s = grace_s
+        self.state = first
+        self._job = job
+        self._name = run_name(job.name, first.copy)
+        self._checkpoint = checkpoint_of(job, first.copy)
+        if self._checkpoint:
+            environment = {**environment, "WATERLINE_CHECKPOINT": str(self._checkpoint)}
+        self._environment = environment
+        self._mark = mark
+        self._on_change = on_change
+        self._begun_s = time.time()
+        self._process: Process | None = None
+        self._stopping = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def stop(self, within_s: float) -> None:
+        assert self._keeper is not None  # noqa: S101 - whoever stops it has begun it
+        self._stopping.set()
+        if self._process and self.state.status not in {*OVER, "stuck"}:
+            self._change("stopping")
+            self.hurry(within_s)
+        await self._keeper
+
+    def hurry(self, within_s: float) -> None:
+        """Pass on to the holder how much time is left."""
+        if self._process and self._process.stdin:
+            with suppress(OSError, RuntimeError):  # it is gone already
+                self._process.stdin.write(f"{within_s}\n".encode())
+
+    def age_s(self) -> float:
+        return max(0.0, time.time() - max(self._begun_s, saved_at_s(self._checkpoint)))
+
+    def saved_s(self) -> float:
+        at_s = saved_at_s(self._checkpoint)
+        return at_s if at_s > self._begun_s else 0.0
+
+    async def _keep(self) -> None:
+        crashes, delay_s = 0, 0.0
+        while not self._stopping.is_set():
+            self._begun_s = time.time()
+            reason = await self._run()
+            await self._verify()
+            if self._stopping.is_set():
+                break
+            if not reason:
+                self._change("done")
+                return
+            crashes, delay_s = (1, FIRST_DELAY_S) if self.saved_s() else (crashes + 1, 2 * delay_s or FIRST_DELAY_S)
+            reason = f"{reason}, see {self.state.log}."
+            if crashes == CRASHES:
+                reason = f"It has crashed {CRASHES} times without a checkpoint between: {reason}"
+                self._change("given up", reason)
+                return
+            delay_s = min(delay_s, LONGEST_DELAY_S)
+            self._change("backing off", f"{reason} It is started again in {delay_s:g} s.")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await self._stopping.wait()
+        self._change("stopped")
+
+    async def _run(self) -> str:
+        """Run it once, to the end of all its processes; return what went wrong, nothing if it is done."""
+        starts = self.state.starts + 1
+        try:
+            output = _open_log(Path(self.state.log))
+        except OSError as error:
+            return f"cannot write its log: {error.strerror}"
+        with output:
+            command = [word.replace(COPY, str(self.state.copy)) for word in self._job.command]
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", HOLDER, f"{self.grace_s}", *command),
+                stdin=PIPE,  # kept open: it ends the run when we are gone, however we ended
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **self._environment, "WATERLINE_START": str(starts)},
+                start_new_session=True,
+            )
+        self.state = replace(self.state, pid=self._process.pid, starts=starts)
+        self._change("loading")
+        if self._stopping.is_set():
+            self.hurry(self.grace_s)
+        loaded = asyncio.get_running_loop().call_later(self._job.load_s, self._loaded, starts)
+        try:
+            code = await self._process.wait()
+        finally:
+            loaded.cancel()
+            self._process = None
+        return "" if code == 0 else f"its command left with {code}" if code > 0 else f"it was ended by signal {-code}"
+
+    def _loaded(self, starts: int) -> None:
+        if self.state.status == "loading" and self.state.starts == starts:
+            self._change("running")
+
+    async def _verify(self) -> None:
+        """Return when none of its processes is left; end who has stayed behind because its holder was killed."""
+        grace_s = self.grace_s if await asyncio.to_thread(marked, self._mark) else 0.0
+        while left := await end_marked(self._mark, grace_s):
+            grace_s = 0.0
+            pids = ", ".join(str(process.pid) for process in left)
+            self._change("stuck", f"Its processes {pids} hang in the kernel: its GPUs are not free.")
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+    def _change(self, status: RunStatus, reason: str = "") -> None:
+        state = replace(self.state, status=status, reason=reason, pid=self._process.pid if self._process else None)
+        if state != self.state or status == "loading":
+            self.state = state
+            self._on_change(self._name, state)
+
+
+def _devices(fleet: Fleet, pool: str, place: Place) -> dict[str, str]:
+    """Return the mask that leaves a run no GPUs but its own; nothing for cards without one."""
+    mask = VISIBLE_DEVICES.get(fleet.gpu_of(fleet.pool(pool)).vendor)
+    return {mask: ",".join(map(str, place.gpus))} if mask else {}
+
+
+def _open_log(path: Path) -> BinaryIO:
+    if path.exists() and path.stat().st_size > LOG_BYTES:
+        path.replace(path.with_suffix(".log.1"))
+    return path.open("ab", buffering=0)
