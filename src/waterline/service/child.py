@@ -5,15 +5,22 @@ import os
 import signal
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
+from urllib.parse import quote
 
 import orjson
+import structlog
 
 from waterline.errors import EngineError
 from waterline.service.engines import Engine
+from waterline.service.processes import end_marked
+from waterline.service.state import State
 
 GRACE_S = 1.0  # between asking a process to end and ending it
+ENDED_WITHIN_S = GRACE_S + 0.5  # all of it, and to have seen that
 LAST_LINES = 200  # of standard error are kept
 LAST_BYTES = 64 * 1024
+
+log = structlog.get_logger()
 
 
 class StillbornError(EngineError):
@@ -23,28 +30,33 @@ class StillbornError(EngineError):
 class Child:
     """A running engine process in a process group of its own, so that a terminal's Ctrl-C does not reach it."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, mark: str = "") -> None:
         self._process = process
+        self._mark = mark
         self._errors = bytearray()
         self._readers = [asyncio.ensure_future(self._keep_errors())]
 
     @classmethod
-    async def start(cls, engine: Engine) -> "Child":
-        """Start the process and hand it its input. Raises EngineError when there is no such program."""
+    async def start(cls, engine: Engine, state: State | None = None, replica: str = "") -> "Child":
+        """Start the process and hand it its input. Raises EngineError when there is no such program.
+
+        With the state of a service, its processes bear a mark and are found wherever they have gone.
+        """
+        run = f"engines/{quote(replica, safe='')}"
         try:
             process = await asyncio.create_subprocess_exec(
                 *engine.command,
                 stdin=PIPE,  # kept open: it ends when we do, however we end
                 stdout=PIPE,
                 stderr=PIPE,
-                env={**os.environ, **engine.environment},
+                env={**os.environ, **engine.environment, **(state.environment(run) if state else {})},
                 start_new_session=True,
             )
         except OSError as error:
             raise EngineError(f"cannot start {engine.command[0]}: {error.strerror}.") from error
         assert process.stdin is not None  # noqa: S101 - we asked for a pipe
         process.stdin.write(engine.input)  # should it never read, it will not say where it listens either
-        return cls(process)
+        return cls(process, f"{state.mark}/{run}" if state else "")
 
     @property
     def pid(self) -> int:
@@ -96,6 +108,8 @@ class Child:
             await self._process.wait()
             for reader in self._readers:
                 reader.cancel()
+            if self._mark and (left := await end_marked(self._mark)):
+                log.error("hang in the kernel: their GPUs are not free", pids=[process.pid for process in left])
 
     def signal(self, number: int) -> None:
         with suppress(ProcessLookupError, PermissionError):

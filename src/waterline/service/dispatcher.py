@@ -89,6 +89,22 @@ class Dispatcher:
         self.expected_output_tokens = expected_output_tokens
         self.deadline_s = deadline_s
 
+    def expect(self, like: "Dispatcher") -> None:
+        """Expect of requests from now on what another one does."""
+        self.expected_tokens, self.expected_output_tokens = like.expected_tokens, like.expected_output_tokens
+        self.deadline_s = like.deadline_s
+
+    def add(self, replica: Replica) -> None:
+        """A replica has come into being, and is not ready yet."""
+        self.lanes.append(Lane(replica=replica))
+
+    def remove(self, replica_id: str) -> None:
+        """A replica is gone; nobody waits for it or runs on it any more."""
+        self.lanes.remove(self._lane(replica_id))
+
+    def running(self, replica_id: str) -> int:
+        return self._lane(replica_id).running
+
     def enter(
         self, prompt_tokens: int, most_tokens: int | None, turn: Turn, now_s: float, *, answers: int = 1
     ) -> Ticket | Refusal:

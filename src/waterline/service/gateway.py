@@ -3,7 +3,7 @@
 import asyncio
 import time
 from asyncio import Future
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -85,9 +85,12 @@ class Gateway:
         self.plan = plan
         self.engines = engines
         self.states = states
-        self.dispatchers = {model.model: _dispatcher(plan, model.model) for model in plan.models}
+        self.dispatchers = {
+            model.model: _dispatcher(plan, model.model, plan.replicas_of(model.model)) for model in plan.models
+        }
         self.tenants = {model.model: _tenant(plan, model.model) for model in plan.models}
-        self.metrics = Metrics(plan.fleet.slos, self.snapshot)
+        self._slos = dict(plan.fleet.slos)
+        self.metrics = Metrics(self._slos, self.snapshot)
         self._on_completion = on_completion
         self._clock = clock
         self._begun_s = clock()
@@ -95,6 +98,8 @@ class Gateway:
         self._created = int(time.time())  # the date OpenAI's model list asks for
         self._open: set[asyncio.Task[Any]] = set()
         self._stopping = False
+        self._models = {replica.id: replica.model for replica in plan.replicas}  # by replica
+        self._loads: dict[tuple[str, str], float] = {}  # see take_loads
         self._routes: dict[str, tuple[str, Callable[[Scope, Receive, Reply], Awaitable[None]]]] = {
             f"/v1{CHAT}": ("POST", self._complete),
             f"/v1{COMPLETIONS}": ("POST", self._complete),
@@ -134,14 +139,53 @@ class Gateway:
 
     def replica_changed(self, replica_id: str, state: ReplicaState) -> None:
         """Send work there, or not; what is under way on a replica that is gone is cut, and fails as if it broke off."""
-        model = next(replica.model for replica in self.plan.replicas if replica.id == replica_id)
+        model = self._models[replica_id]
         self.metrics.replica_changed(model, state.status)
-        if state.status == "suspect":
+        if state.status in {"suspect", "draining"}:
             self.dispatchers[model].hold(replica_id, self.now_s())
             return
         self.dispatchers[model].set_ready(replica_id, ready=state.status == "ready", now_s=self.now_s())
         if state.status != "ready":
             self._passages.cut(replica_id)
+
+    def admit(self, replica: Replica) -> None:
+        """A replica has come into being; it gets work as soon as it is ready."""
+        self._models[replica.id] = replica.model
+        self.dispatchers[replica.model].add(replica)
+
+    def dismiss(self, replica_id: str) -> None:
+        """A replica is gone for good, and nobody is on it any more."""
+        self.dispatchers[self._models.pop(replica_id)].remove(replica_id)
+
+    def under_way(self, replica_id: str) -> int:
+        """Return how many requests a replica works on."""
+        return self.dispatchers[self._models[replica_id]].running(replica_id)
+
+    def take_loads(self) -> dict[tuple[str, str], float]:
+        """Return what each tenant has asked of each model since this was asked last, refused or not.
+
+        In planned requests: one whose tokens are those of the plan's mean request counts as 1.
+        """
+        loads, self._loads = self._loads, {}
+        return loads
+
+    def use_plan(self, plan: Plan) -> None:
+        """Go on with another plan: other expectations of models, and other models; replicas come by `admit`."""
+        self.plan = plan
+        self._slos |= plan.fleet.slos
+        for model in plan.models:
+            self.tenants[model.model] = _tenant(plan, model.model)
+            dispatcher = _dispatcher(plan, model.model, ())
+            if known := self.dispatchers.get(model.model):
+                known.expect(dispatcher)
+            else:
+                self.dispatchers[model.model] = dispatcher
+
+    def forget_models(self) -> None:
+        """Forget the models that the plan has no more, when nobody of them is left."""
+        for model in set(self.dispatchers) - {model.model for model in self.plan.models}:
+            if not self.dispatchers[model].lanes:
+                del self.dispatchers[model]
 
     def cut(self) -> None:
         """End every request that is under way, and refuse new ones: the service stops."""
@@ -175,7 +219,7 @@ class Gateway:
             body = await read_body(scope, receive)
             asked = read_asked(scope["path"].removeprefix("/v1"), body)
             dispatcher = self._dispatcher_of(asked.model)
-            asked.check_context(max(lane.replica.max_context_tokens for lane in dispatcher.lanes))
+            self._look_at(asked, dispatcher)
         except RejectedError:
             self.metrics.invalid.inc()
             raise
@@ -222,6 +266,16 @@ class Gateway:
             self._open.discard(task)
             dispatcher.leave(ticket, self.now_s())
             self._record(asked, arrival_s, status, reason=reason, ticket=ticket, progress=passage.progress)
+
+    def _look_at(self, asked: Asked, dispatcher: Dispatcher) -> None:
+        """Count what is asked; raise RejectedError when no replica has room for it."""
+        contexts = [lane.replica.max_context_tokens for lane in dispatcher.lanes]
+        asked.check_context(max(contexts, default=self.plan.fleet.model(asked.model).max_context_tokens))
+        key = self.tenants[asked.model], asked.model
+        expected = dispatcher.expected_output_tokens
+        output_tokens = expected if asked.most_tokens is None else min(asked.most_tokens, expected)
+        tokens = asked.prompt_tokens + asked.answers * output_tokens
+        self._loads[key] = self._loads.get(key, 0.0) + tokens / dispatcher.expected_tokens
 
     def _dispatcher_of(self, model: str) -> Dispatcher:
         if self._stopping:
@@ -314,10 +368,10 @@ class Gateway:
         await reply.whole(200, self.metrics.text(), [(b"content-type", CONTENT_TYPE)])
 
 
-def _dispatcher(plan: Plan, model: str) -> Dispatcher:
+def _dispatcher(plan: Plan, model: str, replicas: Sequence[Replica]) -> Dispatcher:
     planned = next(planned for planned in plan.models if planned.model == model)
     return Dispatcher(
-        plan.replicas_of(model),
+        replicas,
         expected_prompt_tokens=planned.prompt_tokens,
         expected_output_tokens=planned.output_tokens,
         deadline_s=plan.fleet.slos[model].ttft_s,

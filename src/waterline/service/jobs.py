@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal, get_args
+from urllib.parse import quote
 
 import structlog
 
@@ -107,9 +108,10 @@ class Jobs:
         name = run_name(job.name, copy)
         assert name not in self._runs, f"{name} runs already"  # noqa: S101 - whoever asks keeps count
         grace_s = self.fleet.tenant(job.tenant).grace_s
+        mark = f"jobs/{quote(name, safe='')}"
         environment = {
             **_devices(self.fleet, pool, place),
-            **self._state.environment(f"jobs/{name}"),
+            **self._state.environment(mark),
             "WATERLINE_JOB": job.name,
             "WATERLINE_RUN": name,
             "WATERLINE_COPY": str(copy),
@@ -118,7 +120,7 @@ class Jobs:
         }
         log_path = self._state.log_of(f"{job.name}.{copy}")
         first = RunState(job=job.name, copy=copy, pool=pool, place=place, status="loading", log=str(log_path))
-        run = Run(job, first, environment, grace_s, f"{self._state.mark}/jobs/{name}", self._changed)
+        run = Run(job, first, environment, grace_s, f"{self._state.mark}/{mark}", self._changed)
         self._runs[name] = run
         self.states[name] = first
         run.begin()

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO, cast
@@ -21,6 +21,7 @@ from waterline.plan import Plan
 from waterline.service.asgi import HttpServer
 from waterline.service.engines import Engine
 from waterline.service.gateway import Gateway
+from waterline.service.state import claim_state
 from waterline.service.supervisor import ReplicaState, Supervisor
 from waterline.service.upstream import Connections
 
@@ -117,14 +118,20 @@ async def running(
     on_completion: Callable[[Completion], None],
 ) -> AsyncIterator[Service]:
     """Answer HTTP inside the block; starting the engines is left to it. At its end everything ends, within 2 s."""
-    async with Connections() as connections:
+    async with AsyncExitStack() as stack:
+        state = stack.enter_context(claim_state(plan.fleet.name))
+        await state.end_orphans(max(tenant.grace_s for tenant in plan.fleet.tenants))
+        connections = await stack.enter_async_context(Connections())
 
         def on_change(replica: str, state: ReplicaState) -> None:
             gateway.replica_changed(replica, state)
             _log_change(replica, state)
 
-        supervisor = Supervisor(engines, connections.kept, on_change)
-        gateway = Gateway(plan, engines, supervisor.states, connections, on_completion)
+        def under_way(replica: str) -> int:
+            return gateway.under_way(replica)
+
+        supervisor = Supervisor(engines, connections.kept, on_change, under_way=under_way, state=state)
+        gateway = Gateway(plan, supervisor.engines, supervisor.states, connections, on_completion)
         http = HttpServer(gateway)
         serving = asyncio.create_task(http.serve(sockets=[listening]))
         try:

@@ -1,4 +1,4 @@
-"""Keeps the engines of a plan alive: starts them, watches them, restarts what fails, and leaves nothing behind."""
+"""Keeps engines alive: starts them, watches them, restarts what fails, drains who has to go, leaves nothing behind."""
 
 import asyncio
 import time
@@ -10,8 +10,9 @@ import aiohttp
 import structlog
 
 from waterline.errors import EngineError
-from waterline.service.child import Child, StillbornError
+from waterline.service.child import ENDED_WITHIN_S, Child, StillbornError
 from waterline.service.engines import Engine, NotReadyError
+from waterline.service.state import State
 
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 30.0
@@ -22,10 +23,11 @@ PROBE_STARTING_EVERY_S = 0.1
 PROBE_EVERY_S = 1.0
 PROBES_FAILED = 3
 START_ATTEMPTS = 2  # of an engine that does not end by itself at once
+LOOK_EVERY_S = 0.05  # whether a draining replica has finished
 
 log = structlog.get_logger()
 
-Status = Literal["starting", "ready", "suspect", "backing off", "stopped"]
+Status = Literal["starting", "ready", "suspect", "backing off", "draining", "stopped"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 
@@ -50,12 +52,14 @@ def next_delay_s(delay_s: float, healthy_s: float) -> float:
 
 
 class Supervisor:
-    """The engines of a plan, by the id of their replica.
+    """The engines of a service, by the id of their replica. They come and go.
 
     Args:
-        engines: what to run or reach.
+        engines: what to run or reach at first.
         session: the client its questions go through.
         on_change: told the id of a replica and its new state.
+        under_way: how many requests a replica has; a drain waits for them.
+        state: whose mark the processes bear; None: only their groups are known.
         clock, sleep: of the event loop, or of a test.
     """
 
@@ -65,17 +69,22 @@ class Supervisor:
         session: aiohttp.ClientSession,
         on_change: Callable[[str, ReplicaState], None],
         *,
+        under_way: Callable[[str], int] = lambda _replica: 0,
+        state: State | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        self.engines = dict(engines)
         self.states = {replica: ReplicaState(status="stopped") for replica in engines}
-        self._engines = engines
         self._session = session
         self._on_change = on_change
+        self._under_way = under_way
+        self._state = state
         self._clock = clock
         self._sleep = sleep
         self._children: dict[str, Child] = {}
-        self._keepers: list[asyncio.Task[None]] = []
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._draining: set[str] = set()
 
     async def start(self) -> None:
         """Start all engines; return when each of ours has been ready once and each attached server has been asked.
@@ -84,19 +93,50 @@ class Supervisor:
         stops them. An attached server that does not answer is asked again for ever.
         """
         loop = asyncio.get_running_loop()
-        firsts = {replica: loop.create_future() for replica in self._engines}
-        self._keepers = [asyncio.create_task(self._keep(replica, first)) for replica, first in firsts.items()]
+        firsts = {replica: loop.create_future() for replica in self.engines}
+        self._keepers = {replica: asyncio.create_task(self._keep(replica, first)) for replica, first in firsts.items()}
         try:
             await asyncio.gather(*firsts.values())
         finally:
             for first in firsts.values():
                 first.cancel()
 
+    def begin(self, replica: str, engine: Engine) -> None:
+        """Start one more; one that cannot be started is tried again after longer and longer waits, as one that fails.
+
+        The first word about it comes after the caller has left the event loop to others.
+        """
+        assert replica not in self._keepers, f"{replica} runs already"  # noqa: S101 - whoever asks keeps count
+        self.engines[replica], self.states[replica] = engine, ReplicaState(status="stopped")
+        first = asyncio.get_running_loop().create_future()
+        first.set_result(None)  # nobody waits for it
+        self._keepers[replica] = asyncio.create_task(self._keep(replica, first))
+
+    async def drain(self, replica: str, within_s: float) -> None:
+        """Give a replica no more work, let it finish what it has, end it and forget it; return when it is gone.
+
+        That is within the time given: what has not finished in time to end its process is cut.
+        """
+        cut_s = self._clock() + within_s - ENDED_WITHIN_S
+        keeper, was_ready = self._keepers[replica], self.states[replica].status in {"ready", "suspect"}
+        if was_ready:
+            self._change(replica, replace(self.states[replica], status="draining", reason=""))
+        self._draining.add(replica)
+        while was_ready and not keeper.done() and self._under_way(replica) and self._clock() < cut_s:
+            await self._sleep(LOOK_EVERY_S)
+        self._draining.discard(replica)
+        self._change(replica, ReplicaState(status="stopped"))  # before the grace of its process: who is left is cut
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        for known in (self._keepers, self.engines, self.states):
+            known.pop(replica, None)
+
     async def stop(self) -> None:
         """Stop all engines at once; return when every process is gone."""
-        for keeper in self._keepers:
+        keepers = list(self._keepers.values())
+        for keeper in keepers:
             keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*keepers, return_exceptions=True)
         for replica in self.states:
             self._change(replica, ReplicaState(status="stopped"))
 
@@ -106,7 +146,7 @@ class Supervisor:
             child.signal(number)
 
     async def _keep(self, replica: str, first: asyncio.Future[None]) -> None:
-        delay_s, restarts, ours = 0.0, 0, bool(self._engines[replica].command)
+        delay_s, restarts, ours = 0.0, 0, bool(self.engines[replica].command)
         try:
             while True:
                 if ours or not restarts:  # to ask an attached server once more is not to start it
@@ -123,6 +163,8 @@ class Supervisor:
                 if not ours and not first.done():
                     first.set_result(None)
                 await self._end(replica)
+                if replica in self._draining:
+                    return
                 await self._sleep(delay_s)
                 restarts += 1
         finally:
@@ -135,10 +177,10 @@ class Supervisor:
 
     async def _run(self, replica: str, restarts: int, first: asyncio.Future[None]) -> tuple[float, EngineError]:
         """Run an engine until it fails; return for how long it was ready, and what went wrong."""
-        engine, child, ready_s = self._engines[replica], None, float("inf")
+        engine, child, ready_s = self.engines[replica], None, float("inf")
         try:
             if engine.command:
-                child = self._children[replica] = await Child.start(engine)
+                child = self._children[replica] = await Child.start(engine, self._state, replica)
             url, name = await self._until_ready(engine, child)
             ready_s = self._clock()
             pid = child.pid if child else None
@@ -176,7 +218,7 @@ class Supervisor:
 
     async def _until_failed(self, replica: str, ready: ReplicaState, child: Child | None) -> EngineError:
         """Watch a ready engine; return why it is no longer. From the first missed probe on it gets no new work."""
-        engine, failed = self._engines[replica], 0
+        engine, failed = self.engines[replica], 0
         ended = asyncio.ensure_future(child.ended()) if child else asyncio.get_running_loop().create_future()
         try:
             while True:
@@ -198,6 +240,8 @@ class Supervisor:
             ended.cancel()
 
     def _change(self, replica: str, state: ReplicaState) -> None:
+        if replica in self._draining and state.status in {"ready", "suspect"}:
+            return  # it answers still, and is told so to nobody
         if state != self.states[replica]:
             self.states[replica] = state
             try:
