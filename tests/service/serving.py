@@ -17,6 +17,7 @@ from waterline.planner import make_plan
 from waterline.service.engines import Engine, prepare_engines
 from waterline.service.gateway import Gateway
 from waterline.service.server import listen, running
+from waterline.service.shore import Shore
 from waterline.service.supervisor import Supervisor
 from waterline.workload import Slo
 
@@ -110,6 +111,7 @@ class Served:
     openai: AsyncOpenAI
     supervisor: Supervisor
     gateway: Gateway
+    shore: Shore
     completions: list[Completion]
 
 
@@ -132,6 +134,7 @@ async def served(
             openai=openai,
             supervisor=service.supervisor,
             gateway=service.gateway,
+            shore=service.shore,
             completions=completions,
         )
 

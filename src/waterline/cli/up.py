@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections import deque
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -55,7 +56,7 @@ def _fill_standard_streams() -> None:
 
 def _up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool) -> None:
     from waterline.service.engines import prepare_engines
-    from waterline.service.server import Outlet, listen, log_to_stderr, serve
+    from waterline.service.server import Outlet, Source, listen, log_to_stderr, serve
 
     begun_s = monotonic()
     plan = _plan(fleet or LAPTOP)
@@ -76,7 +77,15 @@ def _up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool)
     if not host.startswith(OF_THIS_MACHINE):
         Outlet(sys.stderr).say(f"There is no key: whoever reaches this machine at {host} can use its models.")
     with listening:
-        serve(plan, engines, listening, on_ready=on_ready, on_completion=completions.append)
+        serve(
+            plan,
+            engines,
+            listening,
+            on_ready=on_ready,
+            on_completion=completions.append,
+            prepare=partial(prepare_engines, instead=engine, fleet=str(fleet or "FLEET")),
+            source=Source(path=fleet, read=partial(_plan, fleet)) if fleet and fleet.is_file() else None,
+        )
     if completions:
         say(_goodbye(plan, completions, monotonic() - begun_s, as_json=as_json))
 

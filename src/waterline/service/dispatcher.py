@@ -98,6 +98,10 @@ class Dispatcher:
         """A replica has come into being, and is not ready yet."""
         self.lanes.append(Lane(replica=replica))
 
+    def update(self, replica: Replica) -> None:
+        """A replica has other figures."""
+        self._lane(replica.id).replica = replica
+
     def remove(self, replica_id: str) -> None:
         """A replica is gone; nobody waits for it or runs on it any more."""
         self.lanes.remove(self._lane(replica_id))

@@ -129,7 +129,7 @@ class Gateway:
         """Return how everything is now."""
         return take_snapshot(
             self.plan,
-            self.dispatchers,
+            {model.model: self.dispatchers[model.model] for model in self.plan.models},
             self.states,
             self.metrics.recent,
             tenants=self.tenants,
@@ -152,6 +152,10 @@ class Gateway:
         """A replica has come into being; it gets work as soon as it is ready."""
         self._models[replica.id] = replica.model
         self.dispatchers[replica.model].add(replica)
+
+    def update(self, replica: Replica) -> None:
+        """A replica goes on with other figures."""
+        self.dispatchers[replica.model].update(replica)
 
     def dismiss(self, replica_id: str) -> None:
         """A replica is gone for good, and nobody is on it any more."""
@@ -269,8 +273,8 @@ class Gateway:
 
     def _look_at(self, asked: Asked, dispatcher: Dispatcher) -> None:
         """Count what is asked; raise RejectedError when no replica has room for it."""
-        contexts = [lane.replica.max_context_tokens for lane in dispatcher.lanes]
-        asked.check_context(max(contexts, default=self.plan.fleet.model(asked.model).max_context_tokens))
+        if dispatcher.lanes:
+            asked.check_context(max(lane.replica.max_context_tokens for lane in dispatcher.lanes))
         key = self.tenants[asked.model], asked.model
         expected = dispatcher.expected_output_tokens
         output_tokens = expected if asked.most_tokens is None else min(asked.most_tokens, expected)

@@ -19,8 +19,10 @@ from waterline.errors import InputError, PortInUseError
 from waterline.outcome import Completion
 from waterline.plan import Plan
 from waterline.service.asgi import HttpServer
-from waterline.service.engines import Engine
+from waterline.service.engines import Engine, prepare_engines
 from waterline.service.gateway import Gateway
+from waterline.service.reload import keep_to_file
+from waterline.service.shore import Prepare, Shore
 from waterline.service.state import claim_state
 from waterline.service.supervisor import ReplicaState, Supervisor
 from waterline.service.upstream import Connections
@@ -36,6 +38,15 @@ class Service:
 
     supervisor: Supervisor
     gateway: Gateway
+    shore: Shore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where the plan comes from, when it may change."""
+
+    path: Path
+    read: Callable[[], Plan]  # raises WaterlineError; called in a thread
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -69,8 +80,13 @@ def serve(
     *,
     on_ready: Callable[[list[str]], None],
     on_completion: Callable[[Completion], None],
+    prepare: Prepare = prepare_engines,
+    source: Source | None = None,
 ) -> None:
-    """Serve a plan until SIGINT, SIGTERM or, where it is not ignored, SIGHUP; a second one ends all on the spot.
+    """Serve a plan until SIGINT, SIGTERM or a closed terminal; a second one ends all on the spot.
+
+    Where the plan comes from a file, SIGHUP has it read again, and so has a change of the file. Without one, or when
+    the terminal is gone, SIGHUP ends the service as SIGTERM does, unless it is ignored.
 
     Args:
         plan: what to serve.
@@ -78,12 +94,14 @@ def serve(
         listening: a socket from `listen`; closed at the end.
         on_ready: called once, when every engine of ours has been ready; told the attached ones that are not yet.
         on_completion: told what became of each request.
+        prepare: returns the engines of another plan, or raises EngineError.
+        source: where the plan comes from, if it may change.
 
     Raises:
         EngineError: an engine cannot be started; the message holds its last words.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(plan, engines, listening, on_ready, on_completion))
+        runner.run(_serve(plan, engines, listening, on_ready, on_completion, prepare, source))
 
 
 async def _serve(
@@ -92,9 +110,12 @@ async def _serve(
     listening: socket.socket,
     on_ready: Callable[[list[str]], None],
     on_completion: Callable[[Completion], None],
+    prepare: Prepare,
+    source: Source | None,
 ) -> None:
-    async with running(plan, engines, listening, on_completion) as service:
-        stop = _stop_on_signals(service.supervisor)
+    async with running(plan, engines, listening, on_completion, prepare) as service:
+        hangup = asyncio.Event() if source else None
+        stop = _stop_on_signals(service.supervisor, hangup)
         starting = asyncio.create_task(service.supervisor.start())
         stopping = asyncio.create_task(stop.wait())
         try:
@@ -103,6 +124,9 @@ async def _serve(
                 starting.result()
                 states = service.supervisor.states
                 on_ready([replica for replica, state in states.items() if state.status != "ready"])
+                if source and hangup:
+                    following = asyncio.create_task(keep_to_file(source.path, source.read, service.shore, hangup))
+                    stopping.add_done_callback(lambda _: following.cancel())
             await stopping
         finally:
             starting.cancel()
@@ -116,6 +140,7 @@ async def running(
     engines: Mapping[str, Engine],
     listening: socket.socket,
     on_completion: Callable[[Completion], None],
+    prepare: Prepare = prepare_engines,
 ) -> AsyncIterator[Service]:
     """Answer HTTP inside the block; starting the engines is left to it. At its end everything ends, within 2 s."""
     async with AsyncExitStack() as stack:
@@ -135,7 +160,7 @@ async def running(
         http = HttpServer(gateway)
         serving = asyncio.create_task(http.serve(sockets=[listening]))
         try:
-            yield Service(supervisor=supervisor, gateway=gateway)
+            yield Service(supervisor=supervisor, gateway=gateway, shore=Shore(plan, supervisor, gateway, prepare))
         finally:
             http.should_exit = True
             gateway.cut()
@@ -143,20 +168,35 @@ async def running(
             await serving
 
 
-def _stop_on_signals(supervisor: Supervisor) -> asyncio.Event:
-    """Return an event that the first signal sets."""
-    stop = asyncio.Event()
+def _stop_on_signals(supervisor: Supervisor, hangup: asyncio.Event | None) -> asyncio.Event:
+    """Return an event that the first signal sets.
+
+    SIGHUP sets `hangup` instead, if there is one, unless it tells that our terminal has gone. nohup has it ignored.
+    """
+    stop, had_terminal = asyncio.Event(), _has_terminal()
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
     def on_signal(number: int) -> None:
+        if number == signal.SIGHUP and hangup and (ignored or _has_terminal() == had_terminal):
+            hangup.set()
+            return
         if stop.is_set():
             supervisor.signal_all(signal.SIGKILL)
             os._exit(128 + number)
         stop.set()
 
-    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # nohup has it ignored
-    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
+    for number in (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hangup or not ignored else ())):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     return stop
+
+
+def _has_terminal() -> bool:
+    """Whether a terminal is still there that can stop us; when its window is closed, it is not."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _log_change(replica: str, state: ReplicaState) -> None:

@@ -1,0 +1,138 @@
+"""What runs where at this moment, and how it becomes what it should be: replicas start, drain, and give way.
+
+`Shore` is the one place that knows which GPUs are taken. It starts a replica only on GPUs that nobody has, and counts
+them as free when the last process on them is gone.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+
+import structlog
+from msgspec.structs import replace
+
+from waterline.plan import Place, Plan, Replica
+from waterline.service.engines import Engine
+from waterline.service.gateway import Gateway
+from waterline.service.supervisor import Supervisor
+
+LOOK_EVERY_S = 0.05
+NOT_YET = ("stopped", "starting", "backing off")  # of a replica that has not been ready
+
+log = structlog.get_logger()
+
+Gpu = tuple[str, int, int]  # pool, node, and the number of the card
+Prepare = Callable[[Plan], Mapping[str, Engine]]
+
+
+def gpus_of(pool: str, places: Iterable[Place]) -> frozenset[Gpu]:
+    return frozenset((pool, place.node, gpu) for place in places for gpu in place.gpus)
+
+
+class Shore:
+    """The replicas of a service, and the GPUs they have.
+
+    Args:
+        plan: what runs at first.
+        supervisor, gateway: who act on it.
+        prepare: returns an engine for each replica of a plan, or raises EngineError.
+    """
+
+    def __init__(self, plan: Plan, supervisor: Supervisor, gateway: Gateway, prepare: Prepare) -> None:
+        self.plan = plan
+        self.replicas = {replica.id: replica for replica in plan.replicas}
+        self._supervisor = supervisor
+        self._gateway = gateway
+        self._prepare = prepare
+        self._drains: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def taken(self) -> frozenset[Gpu]:
+        """The GPUs of all replicas, those that drain included."""
+        return frozenset().union(*(gpus_of(one.pool, one.places) for one in self.replicas.values()))
+
+    def start(self, replica: Replica, engine: Engine | None = None) -> None:
+        """Start a replica on GPUs that nobody has. Raises EngineError when its engine cannot be run here."""
+        engine = engine or self._prepare(replace(self.plan, replicas=(replica,)))[replica.id]
+        self.replicas[replica.id] = replica
+        self._supervisor.begin(replica.id, engine)
+        self._gateway.admit(replica)
+
+    def drain(self, replica_id: str, within_s: float) -> "asyncio.Task[None]":
+        """Begin to drain a replica; the task ends when its GPUs are free. Asked again, it is the same task."""
+        if replica_id not in self._drains:
+            self._drains[replica_id] = asyncio.create_task(self._drain(replica_id, within_s))
+        return self._drains[replica_id]
+
+    async def _drain(self, replica_id: str, within_s: float) -> None:
+        try:
+            await self._supervisor.drain(replica_id, within_s)
+        finally:
+            self._gateway.dismiss(replica_id)
+            del self.replicas[replica_id], self._drains[replica_id]
+
+    def free_name(self, model: str) -> str:
+        """Return an id that no replica has, by the model and the lowest number."""
+        number = 0
+        while f"{model}/{number}" in self.replicas:
+            number += 1
+        return f"{model}/{number}"
+
+    async def move_to(self, plan: Plan) -> None:
+        """Make what runs what a plan says, without a model that is in both going out of service where GPUs allow that.
+
+        Who is in both stays, with the new figures. New replicas start first, on GPUs that are free; when they are
+        ready, those that are gone drain, and the rest start on their GPUs. May be cancelled, and begun again with
+        another plan. Raises EngineError, before anything has changed, when an engine cannot be run here.
+        """
+        engines = self._prepare(plan)
+        stay = {
+            replica.id
+            for replica in plan.replicas
+            if replica.id not in self._drains
+            and self._supervisor.engines.get(replica.id) == engines[replica.id]
+            and _same_place(self.replicas[replica.id], replica)
+        }
+        self.plan = plan
+        self._gateway.use_plan(plan)
+        for replica in plan.replicas:
+            if replica.id in stay:
+                self.replicas[replica.id] = replica
+                self._gateway.update(replica)
+        gone = [replica_id for replica_id in self.replicas if replica_id not in stay]
+        coming = [replica for replica in plan.replicas if replica.id not in stay]
+        log.info("moves to the new plan", stay=len(stay), start=len(coming), drain=len(gone))
+        coming = await self._start_where_free(coming, engines)
+        drains = {self.drain(replica_id, self._grace_s(replica_id)) for replica_id in gone}
+        while coming:
+            await asyncio.wait(drains, return_when=asyncio.FIRST_COMPLETED)
+            drains = {drain for drain in drains if not drain.done()}
+            coming = await self._start_where_free(coming, engines)
+        if drains:
+            await asyncio.wait(drains)
+        self._gateway.forget_models()
+        log.info("runs the new plan")
+
+    async def _start_where_free(self, coming: list[Replica], engines: Mapping[str, Engine]) -> list[Replica]:
+        """Start those whose GPUs nobody has, wait until they are ready, and return the others."""
+        started, others = [], []
+        for replica in coming:
+            if gpus_of(replica.pool, replica.places) & self.taken:
+                others.append(replica)
+                continue
+            named = replica if replica.id not in self.replicas else replace(replica, id=self.free_name(replica.model))
+            self.start(named, engines[replica.id])
+            started.append(named.id)
+        states = self._supervisor.states
+        while any(states[one].status in NOT_YET for one in started):  # noqa: ASYNC110 - states are looked at, as by all
+            await asyncio.sleep(LOOK_EVERY_S)
+        return others
+
+    def _grace_s(self, replica_id: str) -> float:
+        """Return how long a replica gets to drain: the longest grace of those who ask its model."""
+        fleet, model = self.plan.fleet, self.replicas[replica_id].model
+        asking = {demand.tenant for demand in fleet.demand if demand.model == model}
+        return max(tenant.grace_s for tenant in fleet.tenants if not asking or tenant.name in asking)
+
+
+def _same_place(one: Replica, other: Replica) -> bool:
+    return one.pool == other.pool and gpus_of(one.pool, one.places) == gpus_of(other.pool, other.places)
