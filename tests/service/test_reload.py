@@ -123,9 +123,12 @@ def test_a_file_is_read_again_when_it_has_changed_and_is_quiet_and_when_somebody
     async def case() -> None:
         hangup = asyncio.Event()
 
+        def look() -> None:
+            seen.append(path.read_text())
+
         async def follow() -> None:
             async for _ in changes(path, hangup, 0.02):
-                seen.append(path.read_text())
+                look()
 
         following = asyncio.create_task(follow())
         await asyncio.sleep(0.1)
