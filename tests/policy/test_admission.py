@@ -18,7 +18,7 @@ from waterline.policy.admission import (
     leave,
     new_accounts,
     new_queue,
-    next_client,
+    next_line,
     retry_after_s,
     settle,
     share_of,
@@ -90,62 +90,62 @@ def ask(
     books: Accounts, queue: FairQueue, client: int, *, slots: int = 0, places: int = 100, unread_s: float = 0.0
 ) -> tuple[int, float]:
     """A request of 2 GPU-seconds on 10 GPUs that may wait for 5 s."""
-    return admit(books, queue, client, 2.0, slots, places, 10.0, unread_s, 5.0)
+    return admit(books, queue, client, 0, 2.0, slots, places, 10.0, unread_s, 5.0)
 
 
 def test_a_request_starts_at_once_when_a_slot_is_free_and_nobody_waits() -> None:
-    books, queue = accounts(*ONE), new_queue(1, [0], 100)
+    books, queue = accounts(*ONE), new_queue(1, [0])
     assert ask(books, queue, 0, slots=1) == (SLOT_FREE, 0.0)
     assert ask(books, queue, 0, slots=1, unread_s=4.0) == (SLOT_FREE, 4.0)
     assert ask(books, queue, 0, slots=1, unread_s=7.0) == (TOO_LATE, 2.0)
 
 
 def test_a_greedy_client_is_refused_while_a_quiet_one_is_taken_in() -> None:
-    books, queue = accounts(*ONE), new_queue(1, [0, 0], 100)
+    books, queue = accounts(*ONE), new_queue(1, [0, 0])
     for _ in range(25):
         assert ask(books, queue, 0)[0] == WAITS_FOR_SLOT
-        enter(queue, 0, 2.0)
-    enter(queue, 0, 2.0)
+        enter(queue, 0, 0, 2.0)
+    enter(queue, 0, 0, 2.0)
     assert ask(books, queue, 0) == (TOO_LATE, pytest.approx(52 / 10 - 5)), "26 of its own are ahead"
     assert ask(books, queue, 1) == (WAITS_FOR_SLOT, pytest.approx(2 / 10)), "one of the other is ahead"
 
 
 def test_a_refused_client_is_taken_in_when_it_comes_back_as_told() -> None:
-    books, queue = accounts(*ONE), new_queue(1, [0], 100)
+    books, queue = accounts(*ONE), new_queue(1, [0])
     for _ in range(40):
-        enter(queue, 0, 2.0)
+        enter(queue, 0, 0, 2.0)
     rule, retry_s = ask(books, queue, 0)
     assert (rule, retry_s) == (TOO_LATE, pytest.approx(3.0))
     for _ in range(round(retry_s * 10 / 2.0)):  # what 10 GPUs serve in that time
-        take(books, queue, next_client(books, queue)[0], 2.0)
+        take(books, queue, next_line(books, queue, 0)[0], 0, 2.0)
     assert ask(books, queue, 0)[0] == WAITS_FOR_SLOT
 
 
 def test_a_client_holds_no_more_places_than_are_free_so_there_is_one_for_the_next() -> None:
-    books, queue = accounts(*ONE, gpus=1e6), new_queue(1, [0, 0, 0], 8)
+    books, queue = accounts(*ONE, gpus=1e6), new_queue(1, [0, 0, 0])
     held = []
     for client in (0, 1, 2):
-        while admit(books, queue, client, 0.0, 0, 8, 1e6, 0.0, 5.0)[0] == WAITS_FOR_SLOT:
-            enter(queue, client, 0.0)
+        while admit(books, queue, client, 0, 0.0, 0, 8, 1e6, 0.0, 5.0)[0] == WAITS_FOR_SLOT:
+            enter(queue, client, 0, 0.0)
         held.append(int(queue.waiting[client]))
     assert held == [4, 2, 1]
-    assert admit(books, queue, 0, 1.0, 0, 8, 1e6, 0.0, 5.0) == (QUEUE_FULL, pytest.approx(1e-6))
+    assert admit(books, queue, 0, 0, 1.0, 0, 8, 1e6, 0.0, 5.0) == (QUEUE_FULL, pytest.approx(1e-6))
 
 
 def test_without_a_replica_one_deadline_is_the_answer() -> None:
-    assert admit(accounts(*ONE), new_queue(1, [0], 8), 0, 1.0, 0, 8, 0.0, 0.0, 5.0) == (NOT_SERVED, 5.0)
+    assert admit(accounts(*ONE), new_queue(1, [0]), 0, 0, 1.0, 0, 8, 0.0, 0.0, 5.0) == (NOT_SERVED, 5.0)
 
 
 def test_a_tenant_at_its_limit_is_told_when_it_will_be_below_it() -> None:
-    books, queue = accounts((0.0, 0.2, 0.5), (0.0, 0.5, 1.0)), new_queue(2, [0, 1], 100)
+    books, queue = accounts((0.0, 0.2, 0.5), (0.0, 0.5, 1.0)), new_queue(2, [0, 1])
     books.used_gpu_s[0] = 2 * 0.5 * 10 * MEMORY_S
     rule, retry_s = ask(books, queue, 0, slots=1)
     assert (rule, retry_s + 5.0) == (OVER_LIMIT, pytest.approx(HALF_LIFE_S, rel=1e-6))
     assert until_below_limit_s(books, 1) == ADMIT
-    enter(queue, 0, 2.0)
-    assert next_client(books, queue) == (NOBODY, OVER_LIMIT), "even when GPUs idle: that is what a limit means"
+    enter(queue, 0, 0, 2.0)
+    assert next_line(books, queue, 0) == (NOBODY, OVER_LIMIT), "even when GPUs idle: that is what a limit means"
     age(books, 60.001)
-    assert next_client(books, queue)[0] == 0
+    assert next_line(books, queue, 0)[0] == 0
 
 
 def test_the_deadline_leaves_time_to_read_the_prompt() -> None:
@@ -160,14 +160,14 @@ def test_work_is_priced_in_gpu_seconds() -> None:
 
 def test_tenants_that_go_first_are_ahead_and_those_that_borrow_are_not() -> None:
     books = accounts((0.3, 0.4, 1.0), (0.0, 0.2, 1.0), (0.0, 0.1, 1.0))
-    queue = new_queue(3, [0, 1, 2], 100)
+    queue = new_queue(3, [0, 1, 2])
     books.used_gpu_s[:] = np.array([0.1, 0.1, 0.5]) * 10 * MEMORY_S  # below guarantee, below deserved, borrows
     for client in range(3):
         for _ in range(10):
-            enter(queue, client, 1.0)
-    assert work_ahead_gpu_s(books, queue, 0, 1.0) == 10
-    assert work_ahead_gpu_s(books, queue, 1, 1.0) == 20
-    assert work_ahead_gpu_s(books, queue, 2, 1.0) == 30
+            enter(queue, client, 0, 1.0)
+    assert work_ahead_gpu_s(books, queue, 0, 0, 1.0) == 10
+    assert work_ahead_gpu_s(books, queue, 1, 0, 1.0) == 20
+    assert work_ahead_gpu_s(books, queue, 2, 0, 1.0) == 30
 
 
 # --- Whose turn ------------------------------------------------------------------------------------------------------
@@ -175,14 +175,14 @@ def test_tenants_that_go_first_are_ahead_and_those_that_borrow_are_not() -> None
 
 def test_below_the_guarantee_goes_first_then_below_deserved_then_who_borrows_least() -> None:
     books = accounts((0.3, 0.4, 1.0), (0.0, 0.2, 1.0), (0.0, 0.1, 1.0))
-    queue = new_queue(3, [0, 1, 2], 10)
+    queue = new_queue(3, [0, 1, 2])
     for client in (2, 1, 0):
-        enter(queue, client, 1.0)
-    assert next_client(books, queue) == (0, BELOW_GUARANTEE)
+        enter(queue, client, 0, 1.0)
+    assert next_line(books, queue, 0) == (0, BELOW_GUARANTEE)
     books.used_gpu_s[0] = 0.39 * 10 * MEMORY_S
-    assert next_client(books, queue) == (1, BELOW_DESERVED)
+    assert next_line(books, queue, 0) == (1, BELOW_DESERVED)
     books.used_gpu_s[:] = np.array([0.41, 0.3, 0.2]) * 10 * MEMORY_S  # 1.03, 1.5 and 2 times what they deserve
-    assert next_client(books, queue) == (0, BORROWS)
+    assert next_line(books, queue, 0) == (0, BORROWS)
 
 
 def serve(
@@ -191,11 +191,11 @@ def serve(
     """Serve clients that always have requests waiting, one after the other; return the GPU-seconds each got."""
     served, now_s = np.zeros(len(costs)), 0.0
     for client in always:
-        enter(queue, client, costs[client])
+        enter(queue, client, 0, costs[client])
     while now_s < seconds:
-        client, _ = next_client(books, queue)
-        take(books, queue, client, costs[client])
-        enter(queue, client, costs[client])
+        client, _ = next_line(books, queue, 0)
+        take(books, queue, client, 0, costs[client])
+        enter(queue, client, 0, costs[client])
         served[client] += costs[client]
         now_s += costs[client] / gpus
         age(books, now_s)
@@ -203,7 +203,7 @@ def serve(
 
 
 def test_a_client_with_longer_requests_gets_fewer_of_them_not_more_time() -> None:
-    served = serve(accounts(*ONE), new_queue(1, [0] * 3, 10), [1.0, 5.0, 20.0], always=range(3), seconds=300)
+    served = serve(accounts(*ONE), new_queue(1, [0] * 3), [1.0, 5.0, 20.0], always=range(3), seconds=300)
     assert jain(served.tolist()) > 0.999
 
 
@@ -212,7 +212,7 @@ def flood(quiet_requests_per_s: float) -> tuple[list[float], list[float]]:
 
     Return how many requests of each were served in 20 minutes, and how long those of the quiet ones waited.
     """
-    books, queue, dice = accounts(*ONE), new_queue(1, [0] * 5, 200), np.random.default_rng(1)
+    books, queue, dice = accounts(*ONE), new_queue(1, [0] * 5), np.random.default_rng(1)
     served, waits, now_s, free_s = np.zeros(5), [], 0.0, 0.0
     waiting: list[list[float]] = [[] for _ in range(5)]
     while now_s < 1200:
@@ -220,14 +220,14 @@ def flood(quiet_requests_per_s: float) -> tuple[list[float], list[float]]:
         for client in range(5):
             for _ in range(dice.poisson(0.1 * (quiet_requests_per_s if client else 10.0))):
                 if ask(books, queue, client, places=200)[0] == WAITS_FOR_SLOT:
-                    enter(queue, client, 2.0)
+                    enter(queue, client, 0, 2.0)
                     waiting[client].append(now_s)
         while free_s < now_s:
-            client, _ = next_client(books, queue)
+            client, _ = next_line(books, queue, 0)
             if client == NOBODY:
                 free_s = now_s
                 break
-            take(books, queue, client, 2.0)
+            take(books, queue, client, 0, 2.0)
             waits += [now_s - waiting[client].pop(0)] if client else []
             served[client] += 1
             free_s += 0.2
@@ -249,53 +249,53 @@ def test_who_asks_for_less_than_its_part_starts_before_its_deadline_in_a_flood()
 
 def test_under_saturation_tenants_get_what_they_deserve() -> None:
     books = accounts((0.3, 0.5, 1.0), (0.0, 0.3, 1.0), (0.0, 0.2, 1.0))
-    served = serve(books, new_queue(3, [0, 1, 2], 10), [2.0, 3.0, 0.5], always=range(3), seconds=600)
+    served = serve(books, new_queue(3, [0, 1, 2]), [2.0, 3.0, 0.5], always=range(3), seconds=600)
     assert served / served.sum() == pytest.approx([0.5, 0.3, 0.2], abs=0.01)
 
 
 def test_what_idle_tenants_leave_is_shared_by_what_is_deserved() -> None:
     books = accounts((0.3, 0.5, 1.0), (0.0, 0.3, 1.0), (0.0, 0.2, 1.0))
-    served = serve(books, new_queue(3, [0, 1, 2], 10), [2.0, 2.0, 2.0], always=range(1, 3), seconds=600)
+    served = serve(books, new_queue(3, [0, 1, 2]), [2.0, 2.0, 2.0], always=range(1, 3), seconds=600)
     assert served / served.sum() == pytest.approx([0.0, 0.6, 0.4], abs=0.01)
 
 
 def test_idling_earns_no_credit() -> None:
-    books, queue = accounts(*ONE), new_queue(1, [0, 0], 10)
+    books, queue = accounts(*ONE), new_queue(1, [0, 0])
     for _ in range(100):
-        enter(queue, 0, 1.0)
-        take(books, queue, 0, 1.0)
-    enter(queue, 0, 1.0)
-    enter(queue, 1, 1.0)  # comes after a long pause
+        enter(queue, 0, 0, 1.0)
+        take(books, queue, 0, 0, 1.0)
+    enter(queue, 0, 0, 1.0)
+    enter(queue, 1, 0, 1.0)  # comes after a long pause
     turns = []
     for _ in range(6):
-        client, _ = next_client(books, queue)
-        take(books, queue, client, 1.0)
-        enter(queue, client, 1.0)
+        client, _ = next_line(books, queue, 0)
+        take(books, queue, client, 0, 1.0)
+        enter(queue, client, 0, 1.0)
         turns.append(client)
     assert turns.count(1) == 3, "it shares evenly from now on; it does not get a hundred turns"
 
 
 def test_starting_at_once_is_charged_like_waiting() -> None:
-    books, queue = accounts(*ONE), new_queue(1, [0, 0], 10)
+    books, queue = accounts(*ONE), new_queue(1, [0, 0])
     for _ in range(3):
         start_at_once(books, queue, 0, 1.0)
-    enter(queue, 0, 1.0)
-    enter(queue, 1, 1.0)
-    assert next_client(books, queue)[0] == 1
+    enter(queue, 0, 0, 1.0)
+    enter(queue, 1, 0, 1.0)
+    assert next_line(books, queue, 0)[0] == 1
 
 
 def test_what_a_request_did_cost_counts_in_the_end() -> None:
-    books, queue = accounts(*ONE), new_queue(1, [0, 0], 10)
+    books, queue = accounts(*ONE), new_queue(1, [0, 0])
     for client in (0, 1):
-        enter(queue, client, 1.0)
-        take(books, queue, client, 1.0)
-        enter(queue, client, 1.0)
-    assert next_client(books, queue)[0] == 0
+        enter(queue, client, 0, 1.0)
+        take(books, queue, client, 0, 1.0)
+        enter(queue, client, 0, 1.0)
+    assert next_line(books, queue, 0)[0] == 0
     settle(books, queue, 0, 9.0)  # it was ten times as long as expected
-    assert next_client(books, queue)[0] == 1
+    assert next_line(books, queue, 0)[0] == 1
     assert books.used_gpu_s[0] == 11
     settle(books, queue, 0, -9.5)
-    assert next_client(books, queue)[0] == 0
+    assert next_line(books, queue, 0)[0] == 0
 
 
 # --- Accounts --------------------------------------------------------------------------------------------------------
@@ -326,19 +326,19 @@ def test_a_tenant_that_uses_all_gpus_all_the_time_has_a_share_of_one() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["enter", "take", "leave", "settle"]), st.integers(0, 7)), max_size=60))
 def test_the_lowest_counter_is_always_first_whatever_happens(events: list[tuple[str, int]]) -> None:
-    books, queue = accounts(*ONE, (0.0, 0.0, 1.0)), new_queue(2, [0, 0, 0, 0, 0, 1, 1, 1], 500)
+    books, queue = accounts(*ONE, (0.0, 0.0, 1.0)), new_queue(2, [0, 0, 0, 0, 0, 1, 1, 1])
     for number, (event, client) in enumerate(events):
         cost = 1.0 + number % 3
         if event == "enter":
-            enter(queue, client, 1.0)
+            enter(queue, client, 0, 1.0)
         elif event == "settle":
             settle(books, queue, client, cost - 2.0)
         elif queue.waiting[client]:
-            (leave(queue, client, 1.0) if event == "leave" else take(books, queue, client, 1.0))
+            (leave(queue, client, 0, 1.0) if event == "leave" else take(books, queue, client, 0, 1.0))
         for tenant in range(2):
             mine = [one for one in range(8) if queue.tenant[one] == tenant and queue.waiting[one]]
-            assert queue.clients[tenant] == len(mine)
-            assert queue.tenant_waiting[tenant] == sum(queue.waiting[one] for one in mine)
+            assert queue.lines[tenant] == len(mine)
+            assert queue.group_waiting[tenant] == sum(queue.waiting[one] for one in mine)
             if mine:
                 lowest = min(mine, key=lambda one: (queue.counter_gpu_s[one], one))
-                assert queue.heap[tenant, 0] == lowest
+                assert queue.heap[queue.first[tenant]] == lowest

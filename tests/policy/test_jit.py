@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from waterline.policy import admission, effort, forecast, routing
+from waterline.policy import admission, decisions, dispatch, effort, forecast, routing
 from waterline.policy.jit import compiled, jit
 
 needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed: nothing to compare with")
@@ -26,7 +26,7 @@ def quarter(number: float) -> float:
 
 
 def test_importing_the_policy_imports_no_numba() -> None:
-    modules = "admission, decisions, effort, forecast, jit, lending, routing"
+    modules = "admission, decisions, dispatch, effort, forecast, jit, lending, routing"
     code = f"import sys; from waterline.policy import {modules}; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -66,40 +66,70 @@ def admissions(form: Callable[[Callable[..., object]], Callable[..., object]]) -
     """Let five hundred requests come, wait, start, give up and end; return every answer and the state."""
     dice = np.random.default_rng(5)
     books = admission.new_accounts([0.2, 0.0, 0.1], [0.5, 0.3, 0.2], [1.0, 0.4, 1.0], 16.0)
-    queue = admission.new_queue(3, dice.integers(0, 3, 12), 40)
-    admit, following, age = form(admission.admit), form(admission.next_client), form(admission.age)
+    queue = admission.new_queue(3, dice.integers(0, 3, 12))
+    admit, following, age = form(admission.admit), form(admission.next_line), form(admission.age)
     enter, take, settle, leave = (form(getattr(admission, name)) for name in ("enter", "take", "settle", "leave"))
     answers: list[object] = []
     for step in range(500):
         client, cost = int(dice.integers(12)), float(dice.exponential(2.0))
-        answers.append(admit(books, queue, client, cost, int(step % 3 == 0), 40, 16.0, float(dice.random()), 3.0))
+        answers.append(admit(books, queue, client, 0, cost, int(step % 3 == 0), 40, 16.0, float(dice.random()), 3.0))
         if answers[-1][0] == admission.WAITS_FOR_SLOT:
-            enter(queue, client, 1.0)
-        answers.append(following(books, queue))
+            enter(queue, client, 0, 1.0)
+        answers.append(following(books, queue, 0))
         if answers[-1][0] >= 0 and step % 2:
-            take(books, queue, answers[-1][0], 1.0)
+            take(books, queue, answers[-1][0], 0, 1.0)
             settle(books, queue, answers[-1][0], cost - 1.0)
         elif answers[-1][0] >= 0 and step % 7 == 0:
-            leave(queue, answers[-1][0], 1.0)
+            leave(queue, answers[-1][0], 0, 1.0)
         age(books, step * 0.37)
     return [*answers, *bits(books), *bits(queue)]
 
 
-def routes(form: Callable[[Callable[..., object]], Callable[..., object]]) -> list[object]:
+def desks(form: Callable[[Callable[..., object]], Callable[..., object]]) -> list[object]:
+    """Let requests of five clients go through a fleet of two models, one of them split, whose replicas come and go."""
     dice = np.random.default_rng(6)
-    rates, ready, prefixes = dice.choice([0.0, 50.0, 200.0], 40), routing.new_ready(40), routing.new_prefixes(256)
-    born, backlog = np.zeros(40, np.int64), np.zeros(40)
-    route, remember = form(routing.route), form(routing.remember)
-    form(routing.make_ready)(ready, rates)
+    desk = dispatch.new_desk([0.2, 0.0], [0.5, 0.3], [1.0, 0.4], [0, 0, 1, 1, 1], models=2, rows=40, prefix_places=256)
+    for row in range(40):
+        role = dispatch.BOTH if row < 20 else dispatch.READS if row < 30 else dispatch.WRITES
+        rate = float(dice.choice([50.0, 200.0]))
+        rates = {"tokens_per_s": rate, "prefill_tokens_per_s": rate * 10}
+        dispatch.put(desk, row, row // 20, role=role, gpus=1.0, slots=2, longest_tokens=900 + row % 3, **rates)
+    dispatch.set_in_service(desk, range(40), serves=True)
+    arrive, turn, start, take_over = (form(getattr(dispatch, name)) for name in DECISIONS[:4])
+    first_token, left, settle, tick = (form(getattr(dispatch, name)) for name in DECISIONS[4:])
     answers: list[object] = []
-    for _ in range(400):
-        blocks = np.cumsum(dice.integers(1, 4, 6)) * 7919
-        draw = int(dice.integers(routing.MOST_DRAWN))
-        answers.append(route(ready, prefixes, born, backlog, rates, rates * 10, 600, blocks, 100, draw))
-        remember(prefixes, born, blocks, answers[-1][0])
-        backlog[answers[-1][0]] += 300
-        backlog *= 0.97
-    return [*answers, *bits(ready), *bits(prefixes)]
+    waiting: dict[tuple[int, int], list[tuple[object, ...]]] = {}
+    running: list[tuple[int, ...]] = []
+    for step in range(1500):
+        model, client, prompt = int(dice.integers(2)), int(dice.integers(5)), int(dice.integers(1, 800))
+        blocks, draw = np.cumsum(dice.integers(1, 4, 6)) * 7919, int(dice.integers(routing.MOST_DRAWN))
+        request = prompt, 0, 100, prompt + 100
+        answer = arrive(desk, model, client, *request, 3.0, blocks, draw)
+        answers.append(tuple(answer))
+        if answer[0] == decisions.SLOT_FREE:
+            running.append((model, answer[1], client, prompt, prompt - answer[2]))
+        elif answer[0] == decisions.WAITS_FOR_SLOT:
+            waiting.setdefault((model, client), []).append((*request, answer[4], blocks, draw))
+        if running and dice.random() < 0.9:
+            model, row, client, prompt, unread = running.pop(int(dice.integers(len(running))))
+            first_token(desk, model, row, prompt, unread)
+            left(desk, model, row, 100)
+            settle(desk, model, client, float(dice.normal()))
+            if model == 1:
+                answers.append(take_over(desk, model, 100, prompt + 100, draw))
+            whose, _ = turn(desk, model)
+            if whose >= 0:
+                asked = waiting[model, int(whose)].pop(0)
+                answers.append(start(desk, model, int(whose), *asked))
+                running.append((model, answers[-1][0], int(whose), asked[0], asked[0] - answers[-1][1]))
+        if step % 100 == 0:
+            dispatch.set_in_service(desk, dice.choice(40, 5, replace=False), serves=bool(step % 200))
+        tick(desk, step * 0.1)
+    assert len({answer[0] for answer in answers if isinstance(answer, tuple)}) > 10
+    return [*answers, *(one for part in desk for one in bits(part))]
+
+
+DECISIONS = "arrive", "next_turn", "start", "take_over", "first_token", "left", "settle", "tick"
 
 
 def forecasts(form: Callable[[Callable[..., object]], Callable[..., object]]) -> list[object]:
@@ -119,6 +149,6 @@ def efforts(form: Callable[[Callable[..., object]], Callable[..., object]]) -> l
 
 
 @needs_numba
-@pytest.mark.parametrize("life", [admissions, routes, forecasts, efforts])
+@pytest.mark.parametrize("life", [admissions, desks, forecasts, efforts])
 def test_decisions_are_the_same_with_and_without_numba(life: Callable[..., list[object]]) -> None:
     assert life(lambda function: function) == life(compiled)

@@ -8,14 +8,16 @@ from hypothesis import strategies as st
 from waterline.policy.decisions import NO_REPLICA, PREFIX_CACHED, SHORTEST_WAIT
 from waterline.policy.routing import (
     FEW,
+    HALF,
     MOST_DRAWN,
     NOBODY,
-    Ready,
     least_loaded,
     longest_prefix,
     make_ready,
     new_prefixes,
     new_ready,
+    new_replicas,
+    note_slots,
     remember,
     route,
 )
@@ -66,22 +68,29 @@ def test_the_choice_waits_no_longer_than_any_other(replicas: list[tuple[float, f
 NO_BLOCKS = np.zeros(0, np.int64)
 
 
-def table(rate: list[float]) -> Ready:
-    ready = new_ready(len(rate))
-    make_ready(ready, np.array(rate))
-    return ready
-
-
 class Router:
     """Replicas that read ten times as fast as they serve, and what they remember."""
 
-    def __init__(self, rate: list[float]) -> None:
-        self.rate, self.backlog = np.array(rate), np.zeros(len(rate))
-        self.born, self.prefixes, self.ready = np.zeros(len(rate), np.int64), new_prefixes(64), table(rate)
+    def __init__(self, rate: list[float], slots: int = 10**6) -> None:
+        self.replicas, self.ready, self.prefixes = new_replicas(len(rate)), new_ready(1, len(rate)), new_prefixes(64)
+        self.replicas.serves[:] = np.array(rate) > 0
+        self.replicas.free_slots[:], self.replicas.longest_tokens[:] = slots, 10**6
+        self.rate, self.backlog, self.born = (
+            self.replicas.tokens_per_s,
+            self.replicas.backlog_tokens,
+            self.replicas.born,
+        )
+        self.rate[:], self.replicas.prefill_tokens_per_s[:] = rate, np.array(rate) * 10
+        make_ready(self.replicas, self.ready, 0)
 
-    def route(self, blocks: np.ndarray = NO_BLOCKS, draw: int = 0, prompt_tokens: int = 1000) -> tuple[int, int, int]:
-        rates = self.rate, self.rate * 10
-        return route(self.ready, self.prefixes, self.born, self.backlog, *rates, prompt_tokens, blocks, 100, draw)
+    def route(
+        self, blocks: np.ndarray = NO_BLOCKS, draw: int = 0, prompt_tokens: int = 1000, tokens: int = 2000
+    ) -> tuple[int, int, int]:
+        return route(self.replicas, self.ready, self.prefixes, 0, prompt_tokens, tokens, blocks, 100, draw)
+
+    def take_slots(self, replica: int, slots: int) -> None:
+        self.replicas.free_slots[replica] -= slots
+        note_slots(self.replicas, self.ready, replica)
 
 
 def test_a_few_replicas_are_all_looked_at() -> None:
@@ -120,26 +129,47 @@ def test_replicas_are_drawn_as_often_as_they_are_fast() -> None:
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=40))
 def test_the_table_to_draw_from_has_every_replica_as_often_as_it_is_fast(rate: list[float]) -> None:
-    ready, count = table([*rate, 0.0]), len(rate)
+    ready, count = Router([*rate, 0.0]).ready, len(rate)
     columns = Counter[int]()
     for place in range(count):
         columns[int(ready.replicas[place])] += int(ready.threshold[place])
-        columns[int(ready.replicas[ready.alias[place]])] += 65536 - int(ready.threshold[place])
+        columns[int(ready.replicas[ready.alias[place]])] += HALF - int(ready.threshold[place])
     assert ready.size[0] == count
     for replica in range(count):
-        assert columns[replica] / 65536 == pytest.approx(rate[replica] * count / sum(rate), abs=count * 2 / 65536)
+        assert columns[replica] / HALF == pytest.approx(rate[replica] * count / sum(rate), abs=count * 2 / HALF)
 
 
 @pytest.mark.parametrize("count", [4, 60])
-def test_failed_and_draining_replicas_are_never_chosen_even_when_the_table_is_old(count: int) -> None:
-    router, dice = Router([100.0] * count), np.random.default_rng(4)
-    router.rate[: count - 1] = 0.0
+def test_full_draining_and_short_replicas_are_never_chosen_whatever_is_drawn(count: int) -> None:
+    router, dice = Router([100.0] * count, slots=3), np.random.default_rng(4)
+    for replica in range(count - 1):
+        if replica % 3 == 0:
+            router.take_slots(replica, 3)
+        elif replica % 3 == 1:
+            router.replicas.serves[replica] = 0
+        else:
+            router.replicas.longest_tokens[replica] = 1999
     blocks = np.array([11, 12, 13])
     remember(router.prefixes, router.born, blocks, 0)
     chosen = {router.route(blocks, draw=int(draw))[0] for draw in dice.integers(MOST_DRAWN, size=200)}
     assert chosen == {count - 1}
-    router.rate[:] = 0.0
+    router.take_slots(count - 1, 3)
     assert router.route(blocks) == (NOBODY, 0, NO_REPLICA)
+    router.take_slots(count - 1, -1)
+    assert router.route(blocks)[0] == count - 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 11), st.integers(-2, 2)), max_size=60))
+def test_the_list_of_free_replicas_is_right_whatever_happens(events: list[tuple[int, int]]) -> None:
+    router = Router([100.0] * 12, slots=2)
+    for replica, slots in events:
+        if slots == 0:
+            router.replicas.serves[replica] ^= 1
+        router.take_slots(replica, slots)
+        free = router.ready.free[: router.ready.frees[0]].tolist()
+        replicas = router.replicas
+        assert sorted(free) == [one for one in range(12) if replicas.serves[one] and replicas.free_slots[one] > 0]
+        assert [int(router.ready.place[one]) for one in free] == list(range(len(free)))
 
 
 def test_who_has_read_the_beginning_of_a_prompt_reads_the_rest() -> None:

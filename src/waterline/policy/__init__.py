@@ -8,6 +8,7 @@ shapes each module documents; every answer comes with the rule it was made by (`
 | --- | --- | --- |
 | milliseconds | `admission` | who is taken in, who is refused until when, whose turn it is |
 | milliseconds | `routing` | which replica serves |
+| milliseconds | `dispatch` | the two together, for all models of a fleet |
 | seconds | `effort` | how long a request may think |
 | minutes | `forecast` | what the load will be when a replica that starts now is ready |
 | minutes | `lending` | which replicas start and stop, on whose GPUs |

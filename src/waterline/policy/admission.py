@@ -16,11 +16,12 @@ client therefore delay another client's first request by about one request.
 when that work will have shrunk enough. Work ahead is the work of those whose turn comes first, so a greedy client is
 refused while a quiet one is taken in.
 
-The caller keeps one `Accounts` for the fleet and one `FairQueue` for each model, and the requests of each client in
-the order they came. It tells `enter` when one begins to wait, `take` when one starts, `leave` when one gives up, and
-`settle` when one ends; `age` once a second or so.
+The caller keeps one `Accounts` for the fleet and one `FairQueue` for all models, and the requests of each client to
+each model, its *line*, in the order they came. It tells `enter` when one begins to wait, `take` when one starts,
+`leave` when one gives up, and `settle` when one ends; `age` once a second or so.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ from waterline.policy.decisions import (
     TOO_LATE,
     WAITS_FOR_SLOT,
 )
-from waterline.policy.jit import jit
+from waterline.policy.jit import jit, swift
 
 ADMIT = 0.0
 NOBODY = -1
@@ -57,22 +58,32 @@ class Accounts(NamedTuple):
 
 
 class FairQueue(NamedTuple):
-    """Who waits for the replicas of one model. Rows of clients are the caller's to give out, once for all."""
+    """Who waits for the replicas of which model.
 
-    tenant: NDArray[np.int64]  # [client] whose client it is
-    counter_gpu_s: NDArray[np.float64]  # [client] served, or lifted to
-    waiting: NDArray[np.int64]  # [client] requests
-    waiting_gpu_s: NDArray[np.float64]  # [client] their expected work
-    place: NDArray[np.int64]  # [client] in the heap of its tenant; NOBODY when it does not wait
-    heap: NDArray[np.int64]  # [tenant, place] clients that wait, the lowest counter first
-    clients: NDArray[np.int64]  # [tenant] clients that wait
-    tenant_waiting: NDArray[np.int64]  # [tenant] requests
-    tenant_gpu_s: NDArray[np.float64]  # [tenant] their expected work
-    floor_gpu_s: NDArray[np.float64]  # [tenant] highest counter with which a client was served
+    The line of a client at a model is number client x models + model. Tenants have their turn at each model: the group
+    of a tenant there is number model x tenants + tenant.
+    """
+
+    tenant: NDArray[np.int64]  # [line] whose client it is
+    group: NDArray[np.int64]  # [line]
+    counter_gpu_s: NDArray[np.float64]  # [line] served, or lifted to
+    waiting: NDArray[np.int64]  # [line] requests
+    waiting_gpu_s: NDArray[np.float64]  # [line] their expected work
+    place: NDArray[np.int64]  # [line] in the heap of its group; NOBODY when nobody waits in it
+    heap: NDArray[np.int64]  # [all heaps] lines in which somebody waits, the lowest counter first; one for each group …
+    first: NDArray[np.int64]  # [group] … that begins here
+    lines: NDArray[np.int64]  # [group] in which somebody waits
+    group_waiting: NDArray[np.int64]  # [group] requests
+    group_gpu_s: NDArray[np.float64]  # [group] their expected work
+    floor_gpu_s: NDArray[np.float64]  # [group] highest counter with which a line was served
+    model_waiting: NDArray[np.int64]  # [model] requests
 
 
 def new_accounts(
-    guarantee: NDArray[np.float64], deserved: NDArray[np.float64], limit: NDArray[np.float64], gpus: float
+    guarantee: Sequence[float] | NDArray[np.float64],
+    deserved: Sequence[float] | NDArray[np.float64],
+    limit: Sequence[float] | NDArray[np.float64],
+    gpus: float,
 ) -> Accounts:
     """Return accounts on which nothing has been used; arguments are those of the fields."""
     return Accounts(
@@ -85,31 +96,53 @@ def new_accounts(
     )
 
 
-def new_queue(tenants: int, tenant_of_client: NDArray[np.int64], places: int) -> FairQueue:
-    """Return an empty queue that holds `places` requests at most."""
-    clients = len(tenant_of_client)
+def new_queue(tenants: int, tenant_of_client: Sequence[int] | NDArray[np.int64], models: int = 1) -> FairQueue:
+    """Return an empty queue."""
+    of_client = np.array(tenant_of_client, np.int64)
+    tenant = np.repeat(of_client, models)
+    groups, lines = models * tenants, len(tenant)
+    clients = np.bincount(of_client, minlength=tenants)
     return FairQueue(
-        np.array(tenant_of_client, np.int64),
-        np.zeros(clients),
-        np.zeros(clients, np.int64),
-        np.zeros(clients),
-        np.full(clients, NOBODY, np.int64),
-        np.full((tenants, min(places, max(clients, 1))), NOBODY, np.int64),
-        np.zeros(tenants, np.int64),
-        np.zeros(tenants, np.int64),
-        np.zeros(tenants),
-        np.zeros(tenants),
+        tenant=tenant,
+        group=np.tile(np.arange(models, dtype=np.int64), len(of_client)) * tenants + tenant,
+        counter_gpu_s=np.zeros(lines),
+        waiting=np.zeros(lines, np.int64),
+        waiting_gpu_s=np.zeros(lines),
+        place=np.full(lines, NOBODY, np.int64),
+        heap=np.full(lines, NOBODY, np.int64),
+        first=np.concatenate([[0], np.cumsum(np.tile(clients, models))[:-1]]).astype(np.int64),
+        lines=np.zeros(groups, np.int64),
+        group_waiting=np.zeros(groups, np.int64),
+        group_gpu_s=np.zeros(groups),
+        floor_gpu_s=np.zeros(groups),
+        model_waiting=np.zeros(models, np.int64),
     )
+
+
+def with_clients(queue: FairQueue, tenant_of_client: Sequence[int] | NDArray[np.int64]) -> FairQueue:
+    """Return the queue with more clients; the tenants of those it had stay as they are, and so do their lines."""
+    models = len(queue.model_waiting)
+    more = new_queue(len(queue.lines) // models, tenant_of_client, models)
+    known = len(queue.tenant)
+    for name in ("counter_gpu_s", "waiting", "waiting_gpu_s", "place"):
+        getattr(more, name)[:known] = getattr(queue, name)
+    for name in ("lines", "group_waiting", "group_gpu_s", "floor_gpu_s", "model_waiting"):
+        getattr(more, name)[:] = getattr(queue, name)
+    for group, count in enumerate(queue.lines):
+        before, now = int(queue.first[group]), int(more.first[group])
+        more.heap[now : now + count] = queue.heap[before : before + count]
+    return more
 
 
 # --- Whether ----------------------------------------------------------------------------------------------------------
 
 
-@jit
+@swift
 def admit(
     accounts: Accounts,
     queue: FairQueue,
-    client: int,
+    line: int,
+    model: int,
     request_gpu_s: float,
     free_slots: int,
     places: int,
@@ -123,8 +156,9 @@ def admit(
 
     Args:
         accounts: of the tenants.
-        queue: of the model.
-        client: who asks.
+        queue: of all models.
+        line: of the client who asks.
+        model: that is asked.
         request_gpu_s: what the request should cost, see `expected_gpu_s`.
         free_slots: of the replicas of the model, over all.
         places: of the queue; a client holds at most as many as are free, so that there is always one for the next.
@@ -134,23 +168,21 @@ def admit(
     """
     if gpus <= 0.0:
         return NOT_SERVED, deadline_s
-    tenant = queue.tenant[client]
+    tenant, group, waiting = queue.tenant[line], queue.group[line], queue.model_waiting[model]
     blocked_s = until_below_limit_s(accounts, tenant)
     if blocked_s > deadline_s:
         return OVER_LIMIT, blocked_s - deadline_s
-    waiting = 0
-    for other in range(len(queue.tenant_waiting)):
-        waiting += queue.tenant_waiting[other]
-    if waiting == 0 and free_slots > 0 and blocked_s == ADMIT:
+    at_once = waiting == 0 and free_slots > 0 and blocked_s == ADMIT
+    if at_once:
         wait_s = unread_s
     else:
-        wait_s = max(blocked_s, unread_s + work_ahead_gpu_s(accounts, queue, client, request_gpu_s) / gpus)
+        wait_s = max(blocked_s, unread_s + work_ahead_gpu_s(accounts, queue, line, model, request_gpu_s) / gpus)
     if wait_s > deadline_s:
         return TOO_LATE, wait_s - deadline_s
-    if waiting == 0 and free_slots > 0 and blocked_s == ADMIT:
+    if at_once:
         return SLOT_FREE, wait_s
-    if queue.waiting[client] >= places - waiting:
-        turn_gpu_s = queue.waiting_gpu_s[client] / max(queue.waiting[client], 1) * max(queue.clients[tenant], 1)
+    if queue.waiting[line] >= places - waiting:
+        turn_gpu_s = queue.waiting_gpu_s[line] / max(queue.waiting[line], 1) * max(queue.lines[group], 1)
         return QUEUE_FULL, max(turn_gpu_s, request_gpu_s) / gpus
     return WAITS_FOR_SLOT, wait_s
 
@@ -178,7 +210,7 @@ def retry_after_s(
     return ADMIT if wait_s <= deadline_s else wait_s - deadline_s
 
 
-@jit
+@swift
 def start_within_s(ttft_s: float, prompt_tokens: float, prefill_tokens_per_s: float) -> float:
     """Return how long a request may wait for its prompt to be begun, if its first token is to come in time.
 
@@ -189,7 +221,7 @@ def start_within_s(ttft_s: float, prompt_tokens: float, prefill_tokens_per_s: fl
     return max(ttft_s - prompt_tokens / prefill_tokens_per_s, ttft_s / 2)
 
 
-@jit
+@swift
 def expected_gpu_s(
     prompt_tokens: float, output_tokens: float, prefill_tokens_per_s: float, output_tokens_per_s: float, gpus: float
 ) -> float:
@@ -205,44 +237,48 @@ def expected_gpu_s(
     return gpus * (prompt_tokens / prefill_tokens_per_s + output_tokens / output_tokens_per_s)
 
 
-@jit
-def work_ahead_gpu_s(accounts: Accounts, queue: FairQueue, client: int, request_gpu_s: float) -> float:
+@swift
+def work_ahead_gpu_s(accounts: Accounts, queue: FairQueue, line: int, model: int, request_gpu_s: float) -> float:
     """Return the work that would be started before a newcomer, in GPU-seconds.
 
     Of its own tenant: what it has waiting itself, and of every other client about as much again, at most all of it. Of
     tenants that go first: everything. Of tenants of equal standing: as much as their deserved shares are worth
     against its own. Of tenants that borrow while it does not: nothing.
     """
-    tenant = queue.tenant[client]
-    own_gpu_s = queue.waiting_gpu_s[client]
-    others = queue.clients[tenant] - (1 if queue.waiting[client] > 0 else 0)
-    inside_gpu_s = own_gpu_s + min(queue.tenant_gpu_s[tenant] - own_gpu_s, others * (own_gpu_s + request_gpu_s))
+    if queue.model_waiting[model] == 0:
+        return 0.0
+    tenant, group = queue.tenant[line], queue.group[line]
+    own_gpu_s = queue.waiting_gpu_s[line]
+    others = queue.lines[group] - (1 if queue.waiting[line] > 0 else 0)
+    inside_gpu_s = own_gpu_s + min(queue.group_gpu_s[group] - own_gpu_s, others * (own_gpu_s + request_gpu_s))
     ahead_gpu_s = inside_gpu_s
     standing, _ = _standing(accounts, tenant)
-    for other in range(len(queue.tenant_gpu_s)):
-        if other == tenant or queue.tenant_waiting[other] == 0:
+    for other in range(len(accounts.used_gpu_s)):
+        others_group = group - tenant + other
+        if other == tenant or queue.group_waiting[others_group] == 0:
             continue
         others_standing, _ = _standing(accounts, other)
         if others_standing < standing:
-            ahead_gpu_s += queue.tenant_gpu_s[other]
+            ahead_gpu_s += queue.group_gpu_s[others_group]
         elif others_standing == standing:
             worth = accounts.deserved[other] / max(accounts.deserved[tenant], LEAST_SHARE)
-            ahead_gpu_s += min(queue.tenant_gpu_s[other], worth * (inside_gpu_s + request_gpu_s))
+            ahead_gpu_s += min(queue.group_gpu_s[others_group], worth * (inside_gpu_s + request_gpu_s))
     return float(ahead_gpu_s)
 
 
 # --- Whose turn -------------------------------------------------------------------------------------------------------
 
 
-@jit
-def next_client(accounts: Accounts, queue: FairQueue) -> tuple[int, int]:
-    """Return the client whose oldest request starts next, and the rule by which its tenant goes first.
+@swift
+def next_line(accounts: Accounts, queue: FairQueue, model: int) -> tuple[int, int]:
+    """Return the line of a model whose oldest request starts next, and the rule by which its tenant goes first.
 
     NOBODY when nobody waits, or only tenants at their limit do. Ties go to the lowest index.
     """
+    tenants = len(accounts.used_gpu_s)
     best, best_standing, best_share = NOBODY, OVER_LIMIT_STANDING, 0.0
-    for tenant in range(len(queue.clients)):
-        if queue.clients[tenant] == 0:
+    for tenant in range(tenants):
+        if queue.lines[model * tenants + tenant] == 0:
             continue
         standing, share = _standing(accounts, tenant)
         if standing < best_standing or (standing == best_standing and best != NOBODY and share < best_share):
@@ -250,73 +286,76 @@ def next_client(accounts: Accounts, queue: FairQueue) -> tuple[int, int]:
     if best == NOBODY:
         return NOBODY, OVER_LIMIT
     rule = BELOW_GUARANTEE if best_standing == 0 else BELOW_DESERVED if best_standing == 1 else BORROWS
-    return queue.heap[best, 0], rule
+    return int(queue.heap[queue.first[model * tenants + best]]), rule
 
 
-@jit
-def enter(queue: FairQueue, client: int, request_gpu_s: float) -> None:
+@swift
+def enter(queue: FairQueue, line: int, model: int, request_gpu_s: float) -> None:
     """A request begins to wait. Its client is lifted when none of its requests waited before."""
-    tenant = queue.tenant[client]
-    if queue.waiting[client] == 0:
-        queue.counter_gpu_s[client] = max(queue.counter_gpu_s[client], queue.floor_gpu_s[tenant])
-        queue.place[client] = queue.clients[tenant]
-        queue.heap[tenant, queue.clients[tenant]] = client
-        queue.clients[tenant] += 1
-        _sift(queue, client)
-    queue.waiting[client] += 1
-    queue.waiting_gpu_s[client] += request_gpu_s
-    queue.tenant_waiting[tenant] += 1
-    queue.tenant_gpu_s[tenant] += request_gpu_s
+    group = queue.group[line]
+    if queue.waiting[line] == 0:
+        queue.counter_gpu_s[line] = max(queue.counter_gpu_s[line], queue.floor_gpu_s[group])
+        queue.place[line] = queue.lines[group]
+        queue.heap[queue.first[group] + queue.lines[group]] = line
+        queue.lines[group] += 1
+        _sift(queue, line)
+    queue.waiting[line] += 1
+    queue.waiting_gpu_s[line] += request_gpu_s
+    queue.group_waiting[group] += 1
+    queue.group_gpu_s[group] += request_gpu_s
+    queue.model_waiting[model] += 1
 
 
-@jit
-def take(accounts: Accounts, queue: FairQueue, client: int, request_gpu_s: float) -> None:
+@swift
+def take(accounts: Accounts, queue: FairQueue, line: int, model: int, request_gpu_s: float) -> None:
     """A waiting request starts, and is charged what it should cost; `request_gpu_s` as at `enter`."""
-    tenant = queue.tenant[client]
-    queue.floor_gpu_s[tenant] = max(queue.floor_gpu_s[tenant], queue.counter_gpu_s[client])
-    leave(queue, client, request_gpu_s)
-    settle(accounts, queue, client, request_gpu_s)
+    group = queue.group[line]
+    queue.floor_gpu_s[group] = max(queue.floor_gpu_s[group], queue.counter_gpu_s[line])
+    leave(queue, line, model, request_gpu_s)
+    settle(accounts, queue, line, request_gpu_s)
 
 
-@jit
-def start_at_once(accounts: Accounts, queue: FairQueue, client: int, request_gpu_s: float) -> None:
+@swift
+def start_at_once(accounts: Accounts, queue: FairQueue, line: int, request_gpu_s: float) -> None:
     """A request starts without having waited (SLOT_FREE), and is charged what it should cost."""
-    tenant = queue.tenant[client]
-    queue.counter_gpu_s[client] = max(queue.counter_gpu_s[client], queue.floor_gpu_s[tenant])
-    queue.floor_gpu_s[tenant] = queue.counter_gpu_s[client]
-    settle(accounts, queue, client, request_gpu_s)
+    group = queue.group[line]
+    queue.counter_gpu_s[line] = max(queue.counter_gpu_s[line], queue.floor_gpu_s[group])
+    queue.floor_gpu_s[group] = queue.counter_gpu_s[line]
+    settle(accounts, queue, line, request_gpu_s)
 
 
-@jit
-def leave(queue: FairQueue, client: int, request_gpu_s: float) -> None:
+@swift
+def leave(queue: FairQueue, line: int, model: int, request_gpu_s: float) -> None:
     """A request waits no longer: it starts (see `take`), or has given up."""
-    tenant = queue.tenant[client]
-    queue.waiting[client] -= 1
-    queue.waiting_gpu_s[client] -= request_gpu_s
-    queue.tenant_waiting[tenant] -= 1
-    queue.tenant_gpu_s[tenant] -= request_gpu_s
-    if queue.tenant_waiting[tenant] == 0:
-        queue.tenant_gpu_s[tenant] = 0.0  # no dust of rounding
-    if queue.waiting[client] > 0:
+    group = queue.group[line]
+    queue.waiting[line] -= 1
+    queue.waiting_gpu_s[line] -= request_gpu_s
+    queue.group_waiting[group] -= 1
+    queue.group_gpu_s[group] -= request_gpu_s
+    queue.model_waiting[model] -= 1
+    if queue.group_waiting[group] == 0:
+        queue.group_gpu_s[group] = 0.0  # no dust of rounding
+    if queue.waiting[line] > 0:
         return
-    queue.waiting_gpu_s[client] = 0.0
-    queue.clients[tenant] -= 1
-    last = queue.heap[tenant, queue.clients[tenant]]
-    queue.heap[tenant, queue.place[client]] = last
-    queue.place[last] = queue.place[client]
-    queue.place[client] = NOBODY
-    if last != client:
+    queue.waiting_gpu_s[line] = 0.0
+    queue.lines[group] -= 1
+    first = queue.first[group]
+    last = queue.heap[first + queue.lines[group]]
+    queue.heap[first + queue.place[line]] = last
+    queue.place[last] = queue.place[line]
+    queue.place[line] = NOBODY
+    if last != line:
         _sift(queue, last)
 
 
-@jit
-def settle(accounts: Accounts, queue: FairQueue, client: int, difference_gpu_s: float) -> None:
+@swift
+def settle(accounts: Accounts, queue: FairQueue, line: int, difference_gpu_s: float) -> None:
     """Charge what a request has cost beyond what it was charged before; a negative difference is paid back."""
-    tenant = queue.tenant[client]
+    tenant = queue.tenant[line]
     accounts.used_gpu_s[tenant] = max(accounts.used_gpu_s[tenant] + difference_gpu_s, 0.0)
-    queue.counter_gpu_s[client] += difference_gpu_s
-    if queue.place[client] != NOBODY:
-        _sift(queue, client)
+    queue.counter_gpu_s[line] += difference_gpu_s
+    if queue.place[line] != NOBODY:
+        _sift(queue, line)
 
 
 # --- Accounts ---------------------------------------------------------------------------------------------------------
@@ -326,7 +365,7 @@ OVER_LIMIT_STANDING = 3
 LN_2 = 0.6931471805599453
 
 
-@jit
+@swift
 def age(accounts: Accounts, now_s: float) -> None:
     """Let the accounts forget what lies back."""
     passed_s = now_s - accounts.aged_s[0]
@@ -338,13 +377,13 @@ def age(accounts: Accounts, now_s: float) -> None:
     accounts.aged_s[0] = now_s
 
 
-@jit
+@swift
 def share_of(accounts: Accounts, tenant: int) -> float:
     """Return the fraction of the fleet's GPU time a tenant has used lately."""
     return float(accounts.used_gpu_s[tenant] / (max(accounts.gpus[0], LEAST_SHARE) * MEMORY_S))
 
 
-@jit
+@swift
 def until_below_limit_s(accounts: Accounts, tenant: int) -> float:
     """Return in how many seconds of idling a tenant would be below its limit again; 0 when it is."""
     limit = accounts.limit[tenant]
@@ -361,7 +400,7 @@ def until_below_limit_s(accounts: Accounts, tenant: int) -> float:
     return longest * HALF_LIFE_S
 
 
-@jit
+@swift
 def half_to_the(exponent: float) -> float:
     """Return 0.5**exponent for exponents from 0 on, to nine digits; the same bits everywhere, see `jit`."""
     whole = int(min(exponent, 1100.0))
@@ -374,7 +413,7 @@ def half_to_the(exponent: float) -> float:
     return series
 
 
-@jit
+@swift
 def _standing(accounts: Accounts, tenant: int) -> tuple[int, float]:
     """Return 0 below the guarantee, 1 below deserved, 2 below the limit, 3 at it; and how much of its due it has."""
     share = share_of(accounts, tenant)
@@ -388,30 +427,32 @@ def _standing(accounts: Accounts, tenant: int) -> tuple[int, float]:
     return OVER_LIMIT_STANDING, due
 
 
-@jit
+@swift
 def _before(queue: FairQueue, one: int, other: int) -> bool:
-    """Whether a client goes before another: by counter, then by index."""
+    """Whether a line goes before another: by counter, then by index."""
     mine, theirs = queue.counter_gpu_s[one], queue.counter_gpu_s[other]
     return bool(mine < theirs or (mine == theirs and one < other))
 
 
-@jit
-def _sift(queue: FairQueue, client: int) -> None:
-    """Move a client up or down the binary heap of its tenant to where its counter belongs."""
-    heap, place = queue.heap[queue.tenant[client]], queue.place[client]
-    size = queue.clients[queue.tenant[client]]
-    while place > 0 and _before(queue, client, heap[(place - 1) // 2]):
-        heap[place] = heap[(place - 1) // 2]
-        queue.place[heap[place]] = place
+@swift
+def _sift(queue: FairQueue, line: int) -> None:
+    """Move a line up or down the binary heap of its group to where its counter belongs."""
+    first, place = queue.first[queue.group[line]], queue.place[line]
+    size = queue.lines[queue.group[line]]
+    while place > 0 and _before(queue, line, queue.heap[first + (place - 1) // 2]):
+        other = queue.heap[first + (place - 1) // 2]
+        queue.heap[first + place] = other
+        queue.place[other] = place
         place = (place - 1) // 2
     while True:
         child = 2 * place + 1
-        if child + 1 < size and _before(queue, heap[child + 1], heap[child]):
+        if child + 1 < size and _before(queue, queue.heap[first + child + 1], queue.heap[first + child]):
             child += 1
-        if child >= size or not _before(queue, heap[child], client):
+        if child >= size or not _before(queue, queue.heap[first + child], line):
             break
-        heap[place] = heap[child]
-        queue.place[heap[place]] = place
+        other = queue.heap[first + child]
+        queue.heap[first + place] = other
+        queue.place[other] = place
         place = child
-    heap[place] = client
-    queue.place[client] = place
+    queue.heap[first + place] = line
+    queue.place[line] = place

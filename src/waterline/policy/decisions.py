@@ -27,6 +27,9 @@ TOO_LATE: Final = 12
 QUEUE_FULL: Final = 13
 OVER_LIMIT: Final = 14
 NOT_SERVED: Final = 15
+TOO_LONG: Final = 16
+GAVE_UP: Final = 17
+COMES_BACK: Final = 18
 BELOW_GUARANTEE: Final = 20
 BELOW_DESERVED: Final = 21
 BORROWS: Final = 22
@@ -52,7 +55,10 @@ RULES: Final[dict[int, tuple[str, str]]] = {
     TOO_LATE: ("too late", "The work ahead of it would keep it past its deadline."),
     QUEUE_FULL: ("queue full", "Its client already holds as many places of the queue as are free."),
     OVER_LIMIT: ("over limit", "Its tenant has used its limit of GPU time."),
-    NOT_SERVED: ("not served", "No replica of the model is in service."),
+    NOT_SERVED: ("not served", "No replica that can hold it is in service."),
+    TOO_LONG: ("too long", "No replica of the model holds so many tokens."),
+    GAVE_UP: ("gave up", "Its client did not wait any longer."),
+    COMES_BACK: ("comes back", "Its replica failed: it goes on from where it was, before its client's other requests."),
     BELOW_GUARANTEE: ("below guarantee", "Its tenant has used less GPU time than it is guaranteed."),
     BELOW_DESERVED: ("below deserved", "Its tenant has used less GPU time than it deserves."),
     BORROWS: ("borrows", "Its tenant has used what it deserves; nobody below that waits."),

@@ -24,8 +24,9 @@ Answer = TypeVar("Answer")
 class Decision(Generic[Arguments, Answer]):
     """A function that Python calls as it is, and that numba finds compiled."""
 
-    def __init__(self, function: Callable[Arguments, Answer]) -> None:
+    def __init__(self, function: Callable[Arguments, Answer], *, swift: bool = False) -> None:
         self.plain = function
+        self.swift = swift
         self._dispatcher: Any = None
         update_wrapper(self, function)
 
@@ -36,7 +37,7 @@ class Decision(Generic[Arguments, Answer]):
     def dispatcher(self) -> Any:
         """The compiled function; kept on disk between runs where that can be written."""
         if self._dispatcher is None:
-            self._dispatcher = _compile_lazily(self.plain)
+            self._dispatcher = _compile_lazily(self.plain, swift=self.swift)
         return self._dispatcher
 
     @property
@@ -49,6 +50,15 @@ def jit(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
     return Decision(function)
 
 
+def swift(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
+    """As `jit`, for what is decided a million times a second: it must allocate nothing, and never divide by 0.
+
+    Compiled, it is put in where it is called, because a call would copy the description of every array; and nobody
+    counts references.
+    """
+    return Decision(function, swift=True)
+
+
 def compiled(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
     """Return the compiled form of a decorated function; without numba, the function itself."""
     if not isinstance(function, Decision):
@@ -58,17 +68,19 @@ def compiled(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answe
     return cast("Callable[Arguments, Answer]", function.dispatcher)
 
 
-def _compile_lazily(function: Callable[..., Any]) -> Any:  # numba has no types
+def _compile_lazily(function: Callable[..., Any], *, swift: bool) -> Any:  # numba has no types
     import numba  # noqa: PLC0415 - the gateway does without
 
-    options = {
+    options: dict[str, Any] = {
         "no_cfunc_wrapper": True,  # nobody calls these from C; and helpers are called from compiled code alone
         "no_cpython_wrapper": function.__name__.startswith("_"),
     }
+    if swift:
+        options |= {"forceinline": True, "_nrt": False, "error_model": "numpy"}
     dispatcher = numba.njit(function, **options)
     with suppress(RuntimeError):  # no place to write to
         dispatcher.enable_caching()
-        dispatcher._cache._cache_file._source_stamp = _stamp(function)  # noqa: SLF001 - numba looks at one file only
+        dispatcher._cache._cache_file._source_stamp = _stamp(function, options)  # noqa: SLF001 - numba looks at one file only
     template = dispatcher.get_call_template
 
     def without_literals(args: Any, kws: Any) -> Any:
@@ -82,9 +94,9 @@ def _compile_lazily(function: Callable[..., Any]) -> Any:  # numba has no types
     return dispatcher
 
 
-def _stamp(function: Callable[..., Any]) -> str:
+def _stamp(function: Callable[..., Any], options: dict[str, Any]) -> str:
     """Return a digest of a function and of all it uses: what was compiled of something else must not be found again."""
-    digest, seen, pending = sha256(), set[int](), [function]
+    digest, seen, pending = sha256(repr(options).encode()), set[int](), [function]
     while pending:
         one = pending.pop()
         if id(one) in seen:
