@@ -184,6 +184,33 @@ main()
             process.kill()
 
 
+def test_a_fleet_file_that_changes_is_followed_and_one_that_is_wrong_is_not(tmp_path: Path) -> None:
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(LAPTOP.read_text())
+    with up(fleet, "--engine", "fake") as service:
+        fleet.write_text(LAPTOP.read_text().replace('name = "abacus"', 'name = "counter"'))
+        service.process.send_signal(signal.SIGHUP)
+        begun_s = time.monotonic()
+        while asyncio.run(models(service)) != ["counter"]:
+            assert time.monotonic() - begun_s < 20
+            time.sleep(0.05)
+        [pid] = children_of(service.process.pid)
+        assert [pid] != service.children
+        fleet.write_text("name = 1")
+        service.process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert (asyncio.run(models(service)), children_of(service.process.pid)) == (["counter"], [pid])
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(5) == 0
+        assert service.process.stderr
+        assert "'name': expected text" in service.process.stderr.read()
+
+
+async def models(service: Up) -> list[str]:
+    async with aiohttp.ClientSession() as session, session.get(f"{service.url}/models") as reply:
+        return [model["id"] for model in (await reply.json())["data"]]
+
+
 def test_it_says_what_runs_and_how_to_ask_it() -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "waterline", "up", "--port", "0"],

@@ -93,8 +93,7 @@ async def running(gpu: str = "h100-sxm-80g", grace_s: float = 5.0) -> AsyncItera
         try:
             yield Running(jobs=jobs, told=told, state=state)
         finally:
-            jobs.kill_all()
-            await jobs.stop_all()
+            await jobs.stop_all(0.0)
             assert marked(state.mark) == []
 
 

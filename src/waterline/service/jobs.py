@@ -131,14 +131,9 @@ class Jobs:
         if run := self._runs.get(name):
             await run.stop(within_s)
 
-    async def stop_all(self) -> None:
-        """End all runs with the grace of their tenants."""
-        await asyncio.gather(*(run.stop(run.grace_s) for run in list(self._runs.values())))
-
-    def kill_all(self) -> None:
-        """End all runs on the spot; for when there is no time to wait."""
-        for run in self._runs.values():
-            run.hurry(0.0)
+    async def stop_all(self, within_s: float = float("inf")) -> None:
+        """End all runs, with the grace of their tenants at most; return when they are gone."""
+        await asyncio.gather(*(run.stop(min(run.grace_s, within_s)) for run in list(self._runs.values())))
 
     def age_s(self, name: str) -> float:
         """Return for how long a run has not saved what it does: since its checkpoint, or its start if that is later."""

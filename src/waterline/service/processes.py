@@ -19,6 +19,7 @@ from typing import NamedTuple
 MARK = "WATERLINE_OWNER"  # the environment variable: whose process it is
 PROC = Path("/proc")
 LOOK_EVERY_S = 0.05
+KILL_ROUNDS = 10  # a process that forks all the time may be missed by one
 KILL_WITHIN_S = 5.0  # a process that is still there so long after SIGKILL hangs in the kernel
 
 
@@ -86,6 +87,15 @@ async def end_marked(mark: str, grace_s: float = 0.0) -> list[Process]:
         await asyncio.sleep(LOOK_EVERY_S)
         left = await asyncio.to_thread(marked, mark)
     return left
+
+
+def kill_marked(mark: str) -> None:
+    """End whoever bears a mark, on the spot; for when the event loop does not run any more."""
+    for _ in range(KILL_ROUNDS):
+        if not (left := marked(mark)):
+            return
+        send(left, signal.SIGKILL)
+        time.sleep(LOOK_EVERY_S / 10)
 
 
 def send(processes: Iterable[Process], number: int) -> None:

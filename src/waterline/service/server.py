@@ -21,9 +21,11 @@ from waterline.plan import Plan
 from waterline.service.asgi import HttpServer
 from waterline.service.engines import Engine, prepare_engines
 from waterline.service.gateway import Gateway
+from waterline.service.jobs import Jobs
+from waterline.service.processes import kill_marked
 from waterline.service.reload import keep_to_file
 from waterline.service.shore import Prepare, Shore
-from waterline.service.state import claim_state
+from waterline.service.state import State, claim_state
 from waterline.service.supervisor import ReplicaState, Supervisor
 from waterline.service.upstream import Connections
 
@@ -39,6 +41,8 @@ class Service:
     supervisor: Supervisor
     gateway: Gateway
     shore: Shore
+    jobs: Jobs
+    state: State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +119,7 @@ async def _serve(
 ) -> None:
     async with running(plan, engines, listening, on_completion, prepare) as service:
         hangup = asyncio.Event() if source else None
-        stop = _stop_on_signals(service.supervisor, hangup)
+        stop = _stop_on_signals(service.state, hangup)
         starting = asyncio.create_task(service.supervisor.start())
         stopping = asyncio.create_task(stop.wait())
         try:
@@ -142,7 +146,10 @@ async def running(
     on_completion: Callable[[Completion], None],
     prepare: Prepare = prepare_engines,
 ) -> AsyncIterator[Service]:
-    """Answer HTTP inside the block; starting the engines is left to it. At its end everything ends, within 2 s."""
+    """Answer HTTP inside the block; starting the engines is left to it. At its end everything ends.
+
+    That takes 2 s at most, and where jobs run, the grace of their tenants.
+    """
     async with AsyncExitStack() as stack:
         state = stack.enter_context(claim_state(plan.fleet.name))
         await state.end_orphans(max(tenant.grace_s for tenant in plan.fleet.tenants))
@@ -156,19 +163,21 @@ async def running(
             return gateway.under_way(replica)
 
         supervisor = Supervisor(engines, connections.kept, on_change, under_way=under_way, state=state)
+        jobs = Jobs(plan.fleet, state, lambda _run, _state: None)
         gateway = Gateway(plan, supervisor.engines, supervisor.states, connections, on_completion)
         http = HttpServer(gateway)
         serving = asyncio.create_task(http.serve(sockets=[listening]))
         try:
-            yield Service(supervisor=supervisor, gateway=gateway, shore=Shore(plan, supervisor, gateway, prepare))
+            shore = Shore(plan, supervisor, gateway, prepare)
+            yield Service(supervisor=supervisor, gateway=gateway, shore=shore, jobs=jobs, state=state)
         finally:
             http.should_exit = True
             gateway.cut()
-            await supervisor.stop()
+            await asyncio.gather(supervisor.stop(), jobs.stop_all())
             await serving
 
 
-def _stop_on_signals(supervisor: Supervisor, hangup: asyncio.Event | None) -> asyncio.Event:
+def _stop_on_signals(state: State, hangup: asyncio.Event | None) -> asyncio.Event:
     """Return an event that the first signal sets.
 
     SIGHUP sets `hangup` instead, if there is one, unless it tells that our terminal has gone. nohup has it ignored.
@@ -181,7 +190,7 @@ def _stop_on_signals(supervisor: Supervisor, hangup: asyncio.Event | None) -> as
             hangup.set()
             return
         if stop.is_set():
-            supervisor.signal_all(signal.SIGKILL)
+            kill_marked(state.mark)
             os._exit(128 + number)
         stop.set()
 

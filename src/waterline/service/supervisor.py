@@ -140,11 +140,6 @@ class Supervisor:
         for replica in self.states:
             self._change(replica, ReplicaState(status="stopped"))
 
-    def signal_all(self, number: int) -> None:
-        """Send a signal to every engine process; for when there is no time to stop."""
-        for child in self._children.values():
-            child.signal(number)
-
     async def _keep(self, replica: str, first: asyncio.Future[None]) -> None:
         delay_s, restarts, ours = 0.0, 0, bool(self.engines[replica].command)
         try:
