@@ -72,7 +72,10 @@ RULES: Final[dict[int, tuple[str, str]]] = {
     CLAIM_KEPT: ("claim kept", "The GPUs that were freed for the claimant are complete: its replica starts."),
     RECLAIM: ("reclaim", "The claimant stays within what it deserves; the victim's tenant has more than it deserves."),
     OUTBID_LOAN: ("outbid loan", "Both borrow; the claimant has priority, and the victim keeps what it deserves."),
-    OWN_SURPLUS: ("own surplus", "The claimant's tenant stops a replica of its own that another model can spare."),
+    OWN_SURPLUS: (
+        "own surplus",
+        "The claimant's tenant stops a replica of its own that can be spared, or that has lower priority.",
+    ),
     SURPLUS: ("surplus", "The load can do without the replica, and has been able to for a while: it is handed back."),
     CLAIM_DROPPED: ("claim dropped", "The claimant no longer needs the GPUs kept for it."),
     SPARED: ("spared", "Another tenant of the same model can do without the replica, which goes on as it runs."),

@@ -98,6 +98,15 @@ def new_series(horizon_steps: NDArray[np.int64], step_s: float, times_of_day: in
 
 
 @jit
+def expect_day(series: Series, one: int, hourly: NDArray[np.float64]) -> None:
+    """Believe before anything has been observed that a day is like this: a load for each hour, from midnight on."""
+    times = series.typical.shape[1]
+    for time in range(times):
+        series.typical[one, time] = hourly[time * len(hourly) // times]
+        series.days[one, time] = 1
+
+
+@jit
 def observe(series: Series, one: int, step: int, load: float) -> None:
     """Take in the load of a step; steps in order, gaps allowed, NaN for a step nobody measured."""
     if not load >= 0.0:  # NaN too

@@ -131,7 +131,7 @@ def apply_moves(moves: Moves, free_gpus: NDArray[np.int64], claims: Claims, repl
             if row == NOBODY:
                 return False
             if claim != NOBODY:
-                _close(free_gpus, claims, replicas, claim)
+                close_claim(free_gpus, claims, replicas, claim)
             free_gpus[node] -= gpus
             replicas.service[row], replicas.node[row], replicas.gpus[row] = moves.claimant[move], node, gpus
             replicas.state[row], replicas.since_s[row] = LOADING, now_s
@@ -145,7 +145,7 @@ def apply_moves(moves: Moves, free_gpus: NDArray[np.int64], claims: Claims, repl
         elif victim != NOBODY:
             replicas.state[victim], replicas.since_s[victim], replicas.claim[victim] = DRAINING, now_s, claim
         else:
-            _close(free_gpus, claims, replicas, claim)
+            close_claim(free_gpus, claims, replicas, claim)
     return True
 
 
@@ -167,7 +167,7 @@ def has_ended(free_gpus: NDArray[np.int64], claims: Claims, replicas: Replicas, 
 
 
 @jit
-def _close(free_gpus: NDArray[np.int64], claims: Claims, replicas: Replicas, claim: int) -> None:
+def close_claim(free_gpus: NDArray[np.int64], claims: Claims, replicas: Replicas, claim: int) -> None:
     """End a claim; what drains for it drains for everybody from now on."""
     for replica in range(len(replicas.state)):
         if replicas.claim[replica] == claim:

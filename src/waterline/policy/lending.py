@@ -15,9 +15,9 @@ needed lately (`Services.needed`). In this order:
 4. *Starts*, one replica at a time, for the service that is furthest behind: below the guarantee first, then below
    deserved, then borrowing; of each the highest priority, then the smallest part of what is due (KAI's fair share,
    filled up drop by drop). Each takes, in this order: GPUs that idle; else GPUs of a service of its own tenant that can
-   spare them; else it **reclaims** while it stays within what it deserves, from tenants that have more than they
-   deserve and never below their guarantee; else, borrowing, it **outbids** a loan of lower priority, and leaves the
-   victim what it deserves. A replica of the same model is taken over before others are stopped (`claims` says who).
+   spare them or has lower priority; else it **reclaims** while it stays within what it deserves, from tenants that have
+   more than they deserve and never below their guarantee; else, borrowing, it **outbids** a loan of lower priority, and
+   leaves the victim what it deserves. A replica of the same model is taken over before others are stopped.
 
 Who is never stopped: a replica that loads, and one that has not run for its tenant's minimum runtime. A drained replica
 hands over by its deadline, which is its tenant's grace from now; its claimant serves a load time later.

@@ -1,0 +1,186 @@
+"""The minutes clock as a whole, on a fleet whose replicas load and drain at their times."""
+
+import json
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from world import integers
+
+from waterline.policy import tide as tides
+from waterline.policy.decisions import canonical_bytes
+from waterline.policy.holdings import DRAINING, GONE, LOADING, READY, START, Layouts, Moves, Tenants, new_services
+from waterline.policy.jit import compiled
+from waterline.policy.tide import FIXED, REACT, Log, Tide, feed, replay, signal_line
+
+STEP_S, LOAD_S, GRACE_S = 10.0, 100.0, 20.0
+
+
+def new_tide(nodes: int = 4, *, models: tuple[int, ...] = (0, 0), jobs: float = 0.0) -> Tide:
+    """Return nodes of 8 GPUs; a replica takes 4 and does 1.0; tenants deserve half each; the last may run jobs."""
+    gpus, count = 8.0 * nodes, len(models)
+    tenants = Tenants(
+        np.zeros(count), np.full(count, gpus / count), np.full(count, gpus), np.ones(count), np.full(count, GRACE_S),
+        np.zeros(count),
+    )  # fmt: skip
+    of_tenant = [*range(count), *([count - 1] if jobs else [])]
+    kinds = [*models, *([max(models) + 1] if jobs else [])]
+    size = (max(kinds) + 1, nodes)
+    layouts = Layouts(np.full(size, 4), np.ones(size), np.full(size, LOAD_S))
+    services = new_services(integers(*of_tenant), integers(*kinds), integers(*[1] * count, *([0] if jobs else [])))
+    tide = tides.new_tide(tenants, services, layouts, np.full(nodes, 8), STEP_S)
+    if jobs:
+        tide.source[-1], tide.fixed[-1] = FIXED, jobs
+    return tide
+
+
+class World:
+    """Does what a tide says, and writes down every signal."""
+
+    def __init__(self, tide: Tide, *, source: int = REACT) -> None:
+        self.tide, self.now_s, self.log = tide, 0.0, Log()
+        self.signals: list[bytes] = []
+        self.decide = tides.decide
+        tide.source[tide.source != FIXED] = source
+
+    def tell(self, signal: str, **more: object) -> Moves | None:
+        said = {"at_s": self.now_s, "signal": signal, **more}
+        self.signals.append(signal_line(said))
+        moves, rows = feed(self.tide, json.loads(self.signals[-1]), self.decide)
+        self.log.add(rows)
+        return moves
+
+    def step(self, *loads: float) -> Moves:
+        """Let a step pass in which so much was asked of each service."""
+        self.now_s += STEP_S
+        replicas = self.tide.replicas
+        for row in np.flatnonzero(replicas.state).tolist():
+            age_s = self.now_s - replicas.since_s[row]
+            if replicas.state[row] == LOADING and age_s >= LOAD_S:
+                self.tell("loaded", replica=row)
+            elif replicas.state[row] == DRAINING and age_s >= GRACE_S:
+                self.tell("ended", replica=row)
+        for service, load in enumerate(loads):
+            self.tell("load", service=service, step=round(self.now_s / STEP_S) - 1, load=load)
+        moves = self.tell("tick")
+        assert moves is not None
+        return moves
+
+    def run(self, steps: int, *loads: float) -> "World":
+        for _ in range(steps):
+            self.step(*loads)
+        return self
+
+    def replicas(self, service: int) -> int:
+        state = self.tide.replicas.state
+        return int(((self.tide.replicas.service == service) & (state != GONE) & (state != DRAINING)).sum())
+
+
+def test_tenants_of_a_model_share_the_replica_that_each_needs_part_of() -> None:
+    world = World(new_tide()).run(20, 0.3, 0.4)
+    assert [world.replicas(service) for service in (0, 1)] == [0, 1]  # who needs more of it asks
+    world.run(20, 0.3, 0.8)
+    assert sum(world.replicas(service) for service in (0, 1)) == 2
+
+
+def test_of_different_models_each_has_its_own() -> None:
+    world = World(new_tide(models=(0, 1))).run(20, 0.3, 0.4)
+    assert [world.replicas(service) for service in (0, 1)] == [1, 1]
+
+
+@pytest.mark.parametrize(("one", "other"), [(2.2, 1.7), (0.1, 2.95), (1.0, 1.0), (2.5, 0.6)])
+def test_no_more_replicas_run_than_all_need_together(one: float, other: float) -> None:
+    world = World(new_tide()).run(30, one, other)
+    assert sum(world.replicas(service) for service in (0, 1)) == -(-(one + other) // 1)
+
+
+def test_the_last_replica_of_a_model_stays_where_something_may_be_asked() -> None:
+    world = World(new_tide(models=(0, 1)))
+    world.tide.floor[0] = 1e-6
+    world.run(20, 1.0, 1.0).run(60, 0.0, 0.0)
+    assert [world.replicas(service) for service in (0, 1)] == [1, 0]
+
+
+def test_a_job_takes_what_idles_and_yields_what_it_has_not_saved_last() -> None:
+    world = World(new_tide(models=(0, 1), jobs=8.0)).run(20, 1.0, 0.0)
+    assert [world.replicas(service) for service in (0, 1, 2)] == [1, 0, 7]
+    state, services = world.tide.replicas.state, world.tide.replicas.service
+    fresh = np.flatnonzero((services == 2) & (state == READY)).tolist()[3]
+    world.tell("saved", replica=fresh)
+    moves = world.step(1.2, 0.0)
+    assert fresh in moves.victim.tolist()
+    assert moves.cost_gpu_s[moves.victim == fresh].tolist() == [4 * STEP_S + 4 * GRACE_S]
+    assert world.run(20, 1.2, 0.0).replicas(0) == 2
+
+
+def test_requests_of_a_tenant_come_before_its_own_jobs() -> None:
+    world = World(new_tide(1, models=(0,), jobs=2.0)).run(20, 0.0)
+    assert world.replicas(1) == 2
+    assert world.run(20, 0.5).replicas(0) == 1
+    world.tell("finished", service=1)
+    assert world.tide.fixed[1] == 1.0
+
+
+def test_a_node_that_is_down_gets_nothing_and_a_claim_on_it_is_given_up() -> None:
+    world = World(new_tide(1, models=(0, 1), jobs=2.0)).run(20, 0.0, 0.0)
+    assert world.replicas(2) == 2
+    world.step(1.0, 0.0)
+    assert (world.tide.claims.service == 0).sum() == 1
+    for row in np.flatnonzero(world.tide.replicas.state).tolist():
+        world.tell("failed", replica=row)
+    world.tell("down", node=0, gpus=8)
+    assert (world.tide.free_gpus[0], (world.tide.claims.service >= 0).sum()) == (0, 0)
+    assert world.run(10, 1.0, 0.0).replicas(0) == 0
+    world.tell("up", node=0, gpus=8)
+    assert world.run(2, 1.0, 0.0).replicas(0) == 1
+
+
+def test_what_did_not_fit_is_not_tried_there_again() -> None:
+    world = World(new_tide(2))
+    moves = world.step(1.0, 0.0)
+    assert moves.kind.tolist() == [START]
+    world.tell("unfit", replica=int(moves.started[0]))
+    assert world.step(1.0, 0.0).node.tolist() == [1 - int(moves.node[0])]
+
+
+def random_life(seed: int) -> World:
+    dice = np.random.default_rng(seed)
+    world = World(new_tide(3, models=(0, 0, 1), jobs=4.0), source=tides.FORECAST)
+    level = np.array([1.0, 1.0, 0.5])
+    for _ in range(120):
+        level = np.clip(level + dice.normal(0, 0.2, 3), 0.0, 4.0)
+        running = np.flatnonzero(world.tide.replicas.state == READY).tolist()
+        if running and dice.random() < 0.05:
+            world.tell("failed", replica=running[0])
+        world.step(*(dice.poisson(10 * level) / 10).tolist())
+    return world
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_record_of_signals_makes_the_same_log_byte_for_byte(seed: int) -> None:
+    world = random_life(seed)
+    assert len(world.log.rows) > 20
+    again = list(replay(World(new_tide(3, models=(0, 0, 1), jobs=4.0), source=tides.FORECAST).tide, world.signals))
+    assert canonical_bytes(again) == canonical_bytes(world.log.rows)
+    log = Log()
+    log.add(again)
+    assert log.digest == world.log.digest != Log().digest
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed: there is nothing to compare with")
+def test_the_log_is_the_same_with_and_without_numba() -> None:
+    world = random_life(7)
+    log, tide = Log(), World(new_tide(3, models=(0, 0, 1), jobs=4.0), source=tides.FORECAST).tide
+    for line in world.signals:
+        log.add(feed(tide, json.loads(line), compiled(tides.decide))[1])
+    assert log.digest == world.log.digest
+
+
+def test_a_step_is_a_tenth_of_the_shortest_load() -> None:
+    assert [tides.step_length_s([load_s]) for load_s in (20.0, 240.0, 9000.0)] == [10.0, 24.0, 60.0]
+    assert tides.step_length_s([]) == 60.0
+
+
+def test_a_signal_that_is_none_is_refused() -> None:
+    with pytest.raises(KeyError, match="lost"):
+        feed(new_tide(), {"at_s": 0.0, "signal": "lost", "replica": 0})
