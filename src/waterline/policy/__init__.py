@@ -11,7 +11,7 @@ shapes each module documents; every answer comes with the rule it was made by (`
 | milliseconds | `dispatch` | the two together, for all models of a fleet |
 | seconds | `effort` | how long a request may think |
 | minutes | `forecast` | what the load will be when a replica that starts now is ready |
-| minutes | `lending` | which replicas start and stop, on whose GPUs; in parts: `holdings`, `tally`, `takeover`, `claims` |
+| minutes | `lending` | which replicas start and stop, on whose GPUs (with `holdings`, `tally`, `takeover`, `claims`) |
 | minutes | `tide` | all of the minutes: from what is asked to moves and their log |
 
 `decisions` keeps the log, `jit` compiles where numba is installed.
