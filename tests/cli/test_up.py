@@ -358,7 +358,9 @@ def test_a_service_for_everybody_says_so_and_prints_a_url_that_works() -> None:
 
 
 def test_a_server_that_is_not_reachable_yet_is_named_when_all_else_is_ready() -> None:
-    text = _ready_text(make_plan(load_fleet(LAPTOP)), "http://127.0.0.1:8000/v1", 1.0, ["far/0"])
+    text = _ready_text(
+        make_plan(load_fleet(LAPTOP)), "http://127.0.0.1:8000/v1", "http://127.0.0.1:8001/", 1.0, ["far/0"]
+    )
     assert text.startswith("Not reachable yet, and asked again and again: far/0.\nReady after 1")
 
 

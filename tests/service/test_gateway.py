@@ -152,7 +152,7 @@ def test_models_health_and_metrics() -> None:
             status, text = await get(service, "/health")
             assert status == 200
             assert json.loads(text)["models"] == {"chat": {"ready": 1, "total": 1}, "code": {"ready": 2, "total": 2}}
-            _, text = await get(service, "/metrics")
+            text = service.gateway.metrics.text().decode()
             assert 'waterline_requests_total{model="code",status="ok",tenant="enterprise"} 1.0' in text
             assert 'waterline_tokens_total{kind="output",model="chat",tenant="enterprise"} 2.0' in text
             assert 'waterline_replicas{model="code",pool="box",state="ready"} 2.0' in text

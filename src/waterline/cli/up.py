@@ -28,9 +28,13 @@ STANDARD_ERROR = 2  # the last of the three
 @click.argument("fleet", required=False, type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--admin-host", default="127.0.0.1", show_default=True, help="Where operators look: the page, metrics.")
+@click.option("--admin-port", type=click.IntRange(0, 65535), help="Its port; the one after --port unless you say.")
 @click.option("--engine", default="", metavar="NAME", help="Use this engine for every replica, for example: fake.")
 @click.option("--json", "as_json", is_flag=True, help="Print what runs, and at the end the summary, as lines of JSON.")
-def up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool) -> None:
+def up(
+    fleet: Path | None, host: str, port: int, admin_host: str, admin_port: int | None, engine: str, *, as_json: bool
+) -> None:
     """Start the engines of FLEET and serve an OpenAI-compatible API until Ctrl-C.
 
     FLEET is a fleet file or a plan.json. Without it, this machine's processor serves the small model in the package.
@@ -42,7 +46,7 @@ def up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool) 
     """  # noqa: D301 - click wants the character, not its name
     try:
         _fill_standard_streams()
-        _up(fleet, host, port, engine, as_json=as_json)
+        _up(fleet, host, port, admin_host, admin_port, engine, as_json=as_json)
     except KeyboardInterrupt:  # before the service listens to signals
         sys.exit(128 + signal.SIGINT)
 
@@ -54,7 +58,10 @@ def _fill_standard_streams() -> None:
     os.close(number)
 
 
-def _up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool) -> None:
+def _up(
+    fleet: Path | None, host: str, port: int, admin_host: str, admin_port: int | None, engine: str, *, as_json: bool
+) -> None:
+    from waterline.cli.admin import open_admin
     from waterline.service.engines import prepare_engines
     from waterline.service.server import Outlet, Source, listen, log_to_stderr, serve
 
@@ -63,20 +70,22 @@ def _up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool)
     _check_engine(engine)
     engines = prepare_engines(plan, engine, fleet=str(fleet or "FLEET"))
     listening = listen(host, port)
-    url = f"http://{_reachable(host)}:{listening.getsockname()[1]}/v1"
+    api_port = listening.getsockname()[1]
+    url = f"http://{_reachable(host)}:{api_port}/v1"
+    admin, page = open_admin(admin_host, admin_port, api_port)
     log_to_stderr()
     completions: deque[Completion] = deque(maxlen=SUMMARISED)
     say = Outlet(sys.stdout).say
 
     def on_ready(missing: list[str]) -> None:
         took_s = monotonic() - begun_s
-        say(_ready_json(plan, url, engine) if as_json else _ready_text(plan, url, took_s, missing))
+        say(_ready_json(plan, url, page, engine) if as_json else _ready_text(plan, url, page, took_s, missing))
 
     if not as_json:
         say(_what_runs(plan, engine))
     if not host.startswith(OF_THIS_MACHINE):
         Outlet(sys.stderr).say(f"There is no key: whoever reaches this machine at {host} can use its models.")
-    with listening:
+    with listening, admin.listening:
         serve(
             plan,
             engines,
@@ -85,6 +94,7 @@ def _up(fleet: Path | None, host: str, port: int, engine: str, *, as_json: bool)
             on_completion=completions.append,
             prepare=partial(prepare_engines, instead=engine, fleet=str(fleet or "FLEET")),
             source=Source(path=fleet, read=partial(_plan, fleet)) if fleet and fleet.is_file() else None,
+            admin=admin,
         )
     if completions:
         say(_goodbye(plan, completions, monotonic() - begun_s, as_json=as_json))
@@ -126,7 +136,7 @@ def _what_runs(plan: "Plan", engine: str) -> str:
     return "\n".join(lines)
 
 
-def _ready_text(plan: "Plan", url: str, took_s: float, missing: list[str]) -> str:
+def _ready_text(plan: "Plan", url: str, page: str, took_s: float, missing: list[str]) -> str:
     from waterline.units import seconds_text
 
     model = plan.fleet.models[0]
@@ -140,14 +150,16 @@ def _ready_text(plan: "Plan", url: str, took_s: float, missing: list[str]) -> st
     hint = " ('abacus' multiplies two numbers; it does not chat)" if multiplies else ""
     later = f"Not reachable yet, and asked again and again: {', '.join(missing)}.\n" if missing else ""
     return (
-        f"{later}Ready after {seconds_text(took_s)}: {url}\n\nAsk it{hint}:\n\n"
+        f"{later}Ready after {seconds_text(took_s)}: {url}\nWatch it: {page}\n\nAsk it{hint}:\n\n"
         f"curl {url}/chat/completions -H 'Content-Type: application/json' -d '{body}'\n\nCtrl-C stops it."
     )
 
 
-def _ready_json(plan: "Plan", url: str, engine: str) -> str:
+def _ready_json(plan: "Plan", url: str, page: str, engine: str) -> str:
     replicas = [{"id": one.id, "model": one.model, "engine": engine or one.engine} for one in plan.replicas]
-    return json.dumps({"url": url, "models": [model.model for model in plan.models], "replicas": replicas})
+    return json.dumps(
+        {"url": url, "dashboard": page, "models": [model.model for model in plan.models], "replicas": replicas}
+    )
 
 
 def _goodbye(plan: "Plan", completions: "deque[Completion]", lasted_s: float, *, as_json: bool) -> str:

@@ -15,6 +15,7 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 Result = TypeVar("Result")
 
@@ -125,7 +126,7 @@ class HttpServer(uvicorn.Server):
 
     def __init__(
         self,
-        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        app: App,
         grace_s: int = 1,
         protocol: type[GuardedProtocol] = GuardedProtocol,
     ) -> None:

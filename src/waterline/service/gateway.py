@@ -18,7 +18,7 @@ from waterline.service.body import CHAT, COMPLETIONS, Asked, read_asked
 from waterline.service.dispatcher import Dispatcher, Refusal, Ticket
 from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError, retry_after, shortened
-from waterline.service.metrics import CONTENT_TYPE, Metrics
+from waterline.service.metrics import Metrics
 from waterline.service.passage import Passage, Passages
 from waterline.service.snapshot import take_snapshot
 from waterline.service.supervisor import ReplicaState
@@ -106,7 +106,6 @@ class Gateway:
             "/v1/models": ("GET", self._list_models),
             A_MODEL: ("GET", self._list_models),
             "/health": ("GET", self._health),
-            "/metrics": ("GET", self._metrics),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -367,9 +366,6 @@ class Gateway:
         status = "ok" if healthy else "stopping" if self._stopping else "not ready"
         body = {"status": status, "models": models, "replicas": {key: self.states[key].status for key in self.states}}
         await reply.whole(200 if healthy else 503, orjson.dumps(body), [JSON])
-
-    async def _metrics(self, _scope: Scope, _receive: Receive, reply: Reply) -> None:
-        await reply.whole(200, self.metrics.text(), [(b"content-type", CONTENT_TYPE)])
 
 
 def _dispatcher(plan: Plan, model: str, replicas: Sequence[Replica]) -> Dispatcher:

@@ -18,11 +18,12 @@ import uvloop
 from waterline.errors import InputError, PortInUseError
 from waterline.outcome import Completion
 from waterline.plan import Plan
-from waterline.service.asgi import HttpServer
+from waterline.service.asgi import App, HttpServer
 from waterline.service.engines import Engine, prepare_engines
 from waterline.service.gateway import Gateway
 from waterline.service.jobs import Jobs
 from waterline.service.processes import kill_marked
+from waterline.service.operator import Operator
 from waterline.service.reload import keep_to_file
 from waterline.service.shore import Prepare, Shore
 from waterline.service.state import State, claim_state
@@ -43,6 +44,7 @@ class Service:
     shore: Shore
     jobs: Jobs
     state: State
+    operator: Operator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,15 @@ class Source:
     read: Callable[[], Plan]  # raises WaterlineError; called in a thread
 
 
-def listen(host: str, port: int) -> socket.socket:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdminListener:
+    """The listener for operators: where it listens, and what answers there."""
+
+    listening: socket.socket
+    app: Callable[[Operator, Path], App]  # told a directory that is the service's own
+
+
+def listen(host: str, port: int, option: str = "--port") -> socket.socket:
     """Take the port; 0 takes any. Raises PortInUseError, or InputError when that host is not ours to listen on."""
     if not host:
         raise InputError("the host is empty. Say --host 127.0.0.1 for this machine, --host 0.0.0.0 for every network.")
@@ -71,7 +81,7 @@ def listen(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise PortInUseError(
                 f"port {port} of {host} is in use: another program listens there. Stop it, or take another port: "
-                f"--port {port + 1 if port < 65535 else 8001}"
+                f"{option} {port + 1 if port < 65535 else 8001}"
             ) from error
         raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}.") from error
     return listening
@@ -86,6 +96,7 @@ def serve(
     on_completion: Callable[[Completion], None],
     prepare: Prepare = prepare_engines,
     source: Source | None = None,
+    admin: AdminListener | None = None,
 ) -> None:
     """Serve a plan until SIGINT, SIGTERM or a closed terminal; a second one ends all on the spot.
 
@@ -100,12 +111,13 @@ def serve(
         on_completion: told what became of each request.
         prepare: returns the engines of another plan, or raises EngineError.
         source: where the plan comes from, if it may change.
+        admin: where operators look at it, if they do.
 
     Raises:
         EngineError: an engine cannot be started; the message holds its last words.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(plan, engines, listening, on_ready, on_completion, prepare, source))
+        runner.run(_serve(plan, engines, listening, on_ready, on_completion, prepare, source, admin))
 
 
 async def _serve(
@@ -116,9 +128,10 @@ async def _serve(
     on_completion: Callable[[Completion], None],
     prepare: Prepare,
     source: Source | None,
+    admin: AdminListener | None,
 ) -> None:
-    async with running(plan, engines, listening, on_completion, prepare) as service:
-        hangup = asyncio.Event() if source else None
+    async with running(plan, engines, listening, on_completion, prepare, admin) as service:
+        hangup = service.operator.hangup = asyncio.Event() if source else None
         stop = _stop_on_signals(service.state, hangup)
         starting = asyncio.create_task(service.supervisor.start())
         stopping = asyncio.create_task(stop.wait())
@@ -145,6 +158,7 @@ async def running(
     listening: socket.socket,
     on_completion: Callable[[Completion], None],
     prepare: Prepare = prepare_engines,
+    admin: AdminListener | None = None,
 ) -> AsyncIterator[Service]:
     """Answer HTTP inside the block; starting the engines is left to it. At its end everything ends.
 
@@ -156,7 +170,7 @@ async def running(
         connections = await stack.enter_async_context(Connections())
 
         def on_change(replica: str, state: ReplicaState) -> None:
-            gateway.replica_changed(replica, state)
+            operator.replica_changed(replica, state)
             _log_change(replica, state)
 
         def under_way(replica: str) -> int:
@@ -165,16 +179,24 @@ async def running(
         supervisor = Supervisor(engines, connections.kept, on_change, under_way=under_way, state=state)
         jobs = Jobs(plan.fleet, state, lambda _run, _state: None)
         gateway = Gateway(plan, supervisor.engines, supervisor.states, connections, on_completion)
-        http = HttpServer(gateway)
-        serving = asyncio.create_task(http.serve(sockets=[listening]))
+        operator = Operator(gateway, supervisor.states)
+        doors = [(HttpServer(gateway), listening)]
+        if admin:
+            doors.append((HttpServer(admin.app(operator, state.path), grace_s=0), admin.listening))
+        serving = [asyncio.create_task(http.serve(sockets=[door])) for http, door in doors]
         try:
             shore = Shore(plan, supervisor, gateway, prepare)
-            yield Service(supervisor=supervisor, gateway=gateway, shore=shore, jobs=jobs, state=state)
+            yield Service(
+                supervisor=supervisor, gateway=gateway, shore=shore, jobs=jobs, state=state, operator=operator
+            )
         finally:
-            http.should_exit = True
+            doors[0][0].should_exit = True
             gateway.cut()
+            operator.stopping.set()
             await asyncio.gather(supervisor.stop(), jobs.stop_all())
-            await serving
+            for http, _ in doors:  # operators see the end
+                http.should_exit = True
+            await asyncio.gather(*serving)
 
 
 def _stop_on_signals(state: State, hangup: asyncio.Event | None) -> asyncio.Event:

@@ -1,0 +1,91 @@
+"""What an operator sees of a running service and may do to it; the listener for operators calls this."""
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from msgspec.structs import replace
+
+from waterline.errors import UnknownNameError, WaterlineError, nearest
+from waterline.service.gateway import Gateway
+from waterline.service.supervisor import ReplicaState
+from waterline.snapshot import ReplicaNow, Snapshot
+
+log = structlog.get_logger()
+
+
+class NotOfferedError(WaterlineError):
+    """This service cannot do that."""
+
+    http_status = 501
+
+
+class Operator:
+    """The service in an operator's hands.
+
+    Args:
+        gateway: whose requests they are.
+        states: of the replicas by id; somebody else keeps them up to date and calls `replica_changed`.
+    """
+
+    def __init__(self, gateway: Gateway, states: Mapping[str, ReplicaState]) -> None:
+        self.stopping = asyncio.Event()
+        self.hangup: asyncio.Event | None = None  # has the plan file read again; None: there is none
+        self._gateway = gateway
+        self._states = states
+        self._drained: set[str] = set()
+
+    def replica_changed(self, replica: str, state: ReplicaState) -> None:
+        """Tell the gateway of a replica's new state; one that is drained gets nothing, however well it is."""
+        if replica in self._drained and state.status == "ready":
+            state = dataclasses.replace(state, status="draining")
+        self._gateway.replica_changed(replica, state)
+
+    def snapshot(self) -> Snapshot:
+        now = self._gateway.snapshot()
+        if not self._drained:
+            return now
+        return replace(now, replicas=tuple(map(self._marked, now.replicas)))
+
+    def metrics(self) -> bytes:
+        return self._gateway.metrics.text()
+
+    def drain(self, replica: str) -> None:
+        self._check(replica)
+        if replica not in self._drained:
+            self._drained.add(replica)
+            log.info("an operator drains a replica", id=replica)
+            self.replica_changed(replica, self._states[replica])
+
+    def undrain(self, replica: str) -> None:
+        self._check(replica)
+        if replica in self._drained:
+            self._drained.discard(replica)
+            log.info("an operator takes a replica back", id=replica)
+            self.replica_changed(replica, self._states[replica])
+
+    async def reload(self) -> str:
+        if not self.hangup:
+            raise NotOfferedError("This service was started without a fleet or plan file that could have changed.")
+        self.hangup.set()
+        return "The file is read again; the log says what changes, or what is wrong with it."
+
+    async def keys(self) -> Any:
+        raise NotOfferedError("This service keeps no keys.")
+
+    async def revoke(self, key: str) -> None:
+        raise NotOfferedError(f"This service keeps no keys, and none called '{key[:60]}'.")
+
+    async def usage(self, since_s: float, until_s: float | None) -> Any:  # noqa: ARG002 - there is no ledger to ask
+        raise NotOfferedError("This service keeps no ledger.")
+
+    def _check(self, replica: str) -> None:
+        if replica not in self._states:
+            raise UnknownNameError(f"no replica is called '{replica[:60]}'. {nearest(replica[:60], self._states)}")
+
+    def _marked(self, replica: ReplicaNow) -> ReplicaNow:
+        if replica.id not in self._drained or replica.state != "ready":
+            return replica
+        return replace(replica, state="draining", reason=f"an operator drains it; {replica.running} under way")

@@ -1,0 +1,6 @@
+"""Makes `stage` and `browser`, beside this file, importable by the tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
