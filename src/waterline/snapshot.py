@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from waterline.outcome import Percentiles
 
 PUBLIC = "public"  # the tenant whose GPUs are the waterline
+KEY_VARIABLE = "WATERLINE_ADMIN_KEY"  # of the environment: what a service asks of operators, and what they show
 MOST_REPLICAS = 200  # that `public_view` names one by one
 
 Health = Literal["ok", "not ready", "stopping"]  # not ready: a model has no replica that is

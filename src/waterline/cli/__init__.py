@@ -23,6 +23,7 @@ COMMANDS = {
     "rehearse": ("waterline.cli.rehearse", "Replay traffic against a plan: who waits, and what it costs."),
     "launch": ("waterline.cli.launch", "The command that starts each engine of a plan, node by node."),
     "up": ("waterline.cli.up", "Start the engines and serve an OpenAI-compatible API."),
+    "status": ("waterline.cli.status", "How a running service is: the waterline, queues, latencies, moves."),
     "model": ("waterline.cli.model", "What one model weighs, keeps and is made of."),
     "catalog": ("waterline.cli.catalog", "Show the GPUs, models and prices Waterline knows."),
 }

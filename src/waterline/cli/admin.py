@@ -56,10 +56,11 @@ def _listen(host: str, port: int | None, api_port: int) -> "socket.socket":
 def _key(folder: Path, *, needed: bool) -> str:
     from waterline.dashboard import admin_key
     from waterline.errors import InputError
+    from waterline.snapshot import KEY_VARIABLE
 
     try:
         return admin_key(folder)
     except InputError:
-        if needed or os.environ.get("WATERLINE_ADMIN_KEY"):
+        if needed or os.environ.get(KEY_VARIABLE):
             raise
         return secrets.token_urlsafe(32)  # nobody knows it: who is on this machine still sees the page

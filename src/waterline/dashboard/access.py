@@ -21,8 +21,8 @@ from pathlib import Path
 from starlette.requests import Request
 
 from waterline.errors import InputError, WaterlineError
+from waterline.snapshot import KEY_VARIABLE
 
-KEY_VARIABLE = "WATERLINE_ADMIN_KEY"
 KEY_FILE = "admin-key"
 SHORTEST_KEY = 16
 PASSED_ON = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
