@@ -63,7 +63,8 @@ def _up(
 ) -> None:
     from waterline.cli.admin import open_admin
     from waterline.service.engines import prepare_engines
-    from waterline.service.server import Outlet, Source, listen, log_to_stderr, serve
+    from waterline.service.logs import log_to
+    from waterline.service.server import Outlet, Source, listen, serve
 
     begun_s = monotonic()
     plan = _plan(fleet or LAPTOP)
@@ -73,7 +74,7 @@ def _up(
     api_port = listening.getsockname()[1]
     url = f"http://{_reachable(host)}:{api_port}/v1"
     admin, page = open_admin(admin_host, admin_port, api_port)
-    log_to_stderr()
+    log_to(Outlet(sys.stderr), terminal=bool(sys.stderr and sys.stderr.isatty()))
     completions: deque[Completion] = deque(maxlen=SUMMARISED)
     say = Outlet(sys.stdout).say
 

@@ -5,12 +5,11 @@ import errno
 import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO, cast
+from typing import TextIO
 
 import structlog
 import uvloop
@@ -23,6 +22,7 @@ from waterline.service.engines import Engine, prepare_engines
 from waterline.service.gateway import Gateway
 from waterline.service.jobs import Jobs
 from waterline.service.processes import kill_marked
+from waterline.service.logs import log_failure
 from waterline.service.operator import Operator
 from waterline.service.reload import keep_to_file
 from waterline.service.shore import Prepare, Shore
@@ -176,9 +176,13 @@ async def running(
         def under_way(replica: str) -> int:
             return gateway.under_way(replica)
 
+        def completed(completion: Completion) -> None:
+            log_failure(completion)
+            on_completion(completion)
+
         supervisor = Supervisor(engines, connections.kept, on_change, under_way=under_way, state=state)
         jobs = Jobs(plan.fleet, state, lambda _run, _state: None)
-        gateway = Gateway(plan, supervisor.engines, supervisor.states, connections, on_completion)
+        gateway = Gateway(plan, supervisor.engines, supervisor.states, connections, completed)
         operator = Operator(gateway, supervisor.states)
         doors = [(HttpServer(gateway), listening)]
         if admin:
@@ -269,17 +273,3 @@ def _or_nowhere(stream: TextIO) -> Iterator[None]:
     except (OSError, ValueError):
         with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
-
-
-def log_to_stderr() -> None:
-    """Send the service's log to standard error: one line for each change of a replica, none for a request."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer(colors=bool(sys.stderr and sys.stderr.isatty())),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", Outlet(sys.stderr))),
-        cache_logger_on_first_use=True,
-    )
