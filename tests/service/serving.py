@@ -16,6 +16,7 @@ from waterline.plan import Layout, ModelPlan, Place, Plan, Replica, TenantPlan
 from waterline.planner import make_plan
 from waterline.service.engines import Engine, prepare_engines
 from waterline.service.gateway import Gateway
+from waterline.service.operator import Operator
 from waterline.service.server import listen, running
 from waterline.service.shore import Shore
 from waterline.service.supervisor import Supervisor
@@ -112,6 +113,7 @@ class Served:
     supervisor: Supervisor
     gateway: Gateway
     shore: Shore
+    operator: Operator
     completions: list[Completion]
 
 
@@ -135,6 +137,7 @@ async def served(
             supervisor=service.supervisor,
             gateway=service.gateway,
             shore=service.shore,
+            operator=service.operator,
             completions=completions,
         )
 

@@ -1,0 +1,94 @@
+"""What an operator may do to a running service, and that requests come to no harm by it."""
+
+import asyncio
+
+import aiohttp
+import pytest
+from serving import QUESTION, Served, fake_plan, served, until
+
+from waterline.errors import UnknownNameError
+from waterline.service.engines import prepare_engines
+from waterline.service.operator import NotOfferedError
+from waterline.service.server import AdminListener, listen, running
+from waterline.service.supervisor import ReplicaState
+
+
+async def ask(service: Served, tokens: int = 3) -> None:
+    await service.openai.chat.completions.create(model="chat", messages=QUESTION, max_tokens=tokens)
+
+
+def test_a_drained_replica_ends_what_it_has_and_gets_nothing_more() -> None:
+    async def case() -> None:
+        async with served(fake_plan({"chat": 2}, output_tokens=300)) as service:
+            asking = [asyncio.ensure_future(ask(service, 300)) for _ in range(4)]
+            await until(lambda: all(one.running for one in service.operator.snapshot().replicas))
+            service.operator.drain("chat/0")
+            service.operator.drain("chat/0")
+            replica = next(one for one in service.operator.snapshot().replicas if one.id == "chat/0")
+            assert (replica.state, replica.running) == ("draining", 2)
+            assert "2 under way" in replica.reason
+            await asyncio.gather(*asking)
+            assert {one.status for one in service.completions} == {"ok"}, "what was under way was not cut"
+            service.completions.clear()
+            for _ in range(6):
+                await ask(service)
+            assert {one.replica for one in service.completions} == {"chat/1"}
+            service.operator.undrain("chat/0")
+            await asyncio.gather(*(ask(service) for _ in range(8)))
+            assert {one.replica for one in service.completions} == {"chat/0", "chat/1"}
+            assert {one.state for one in service.operator.snapshot().replicas} == {"ready"}
+
+    asyncio.run(case())
+
+
+def test_a_drained_replica_stays_so_when_its_engine_comes_back() -> None:
+    async def case() -> None:
+        async with served(fake_plan({"chat": 2})) as service:
+            service.operator.drain("chat/0")
+            state = service.supervisor.states["chat/0"]
+            for status in ("backing off", "starting", "ready"):
+                state = ReplicaState(status=status, url=state.url, served_name=state.served_name, restarts=1)
+                service.supervisor.states["chat/0"] = state
+                service.operator.replica_changed("chat/0", state)
+            for _ in range(4):
+                await ask(service)
+            assert {one.replica for one in service.completions} == {"chat/1"}
+
+    asyncio.run(case())
+
+
+def test_what_is_not_there_is_named() -> None:
+    async def case() -> None:
+        async with served(fake_plan(), start=False) as service:
+            with pytest.raises(UnknownNameError, match="no replica is called 'chat/9'. Did you mean 'chat/0'"):
+                service.operator.drain("chat/9")
+            with pytest.raises(NotOfferedError, match="without a fleet or plan file"):
+                await service.operator.reload()
+            service.operator.hangup = asyncio.Event()
+            assert "read again" in await service.operator.reload()
+            assert service.operator.hangup.is_set()
+
+    asyncio.run(case())
+
+
+def test_the_admin_listener_ends_with_the_service_though_somebody_watches() -> None:
+    async def app(scope: object, receive: object, send: object) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[operator]
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})  # type: ignore[operator]
+        await asyncio.sleep(3600)
+
+    async def case() -> float:
+        plan = fake_plan()
+        api, admin = listen("127.0.0.1", 0), listen("127.0.0.1", 0)
+        listener = AdminListener(listening=admin, app=lambda _operator, _folder: app)
+        async with aiohttp.ClientSession() as session:
+            async with running(plan, prepare_engines(plan), api, lambda _: None, admin=listener) as service:
+                reply = await session.get(f"http://127.0.0.1:{admin.getsockname()[1]}/events")
+                assert await reply.content.readany() == b"data: 1\n\n"
+                assert not service.operator.stopping.is_set()
+                begun_s = asyncio.get_running_loop().time()
+            reply.close()
+            assert service.operator.stopping.is_set()
+            return asyncio.get_running_loop().time() - begun_s
+
+    assert asyncio.run(case()) < 5.0
