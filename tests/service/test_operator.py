@@ -72,7 +72,7 @@ def test_what_is_not_there_is_named() -> None:
 
 
 def test_the_admin_listener_ends_with_the_service_though_somebody_watches() -> None:
-    async def app(scope: object, receive: object, send: object) -> None:
+    async def app(_scope: object, _receive: object, send: object) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[operator]
         await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})  # type: ignore[operator]
         await asyncio.sleep(3600)
