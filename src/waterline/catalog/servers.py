@@ -53,6 +53,8 @@ class Servers(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rated_source: str
     drawn_over_tdp: float
     drawn_source: str
+    idle_over_tdp: float
+    idle_source: str
     spread: float
     spread_source: str
     usd_per_kind: float
@@ -133,6 +135,11 @@ def _around_cards(
 def rated_watts(gpu: Gpu, gpus: int) -> float | None:
     """Return the power a data centre holds ready for a server; None where the card's TDP is not known."""
     return None if gpu.tdp_watts is None else gpus * gpu.tdp_watts * servers().rated_over_tdp
+
+
+def idle_watts(gpu: Gpu) -> float | None:
+    """Return the power a card draws while a model waits in its memory; None where its TDP is not known."""
+    return None if gpu.tdp_watts is None else gpu.tdp_watts * servers().idle_over_tdp
 
 
 def drawn_watts(gpu: Gpu, gpus: int) -> float | None:

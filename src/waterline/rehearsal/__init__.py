@@ -5,20 +5,21 @@ gives the same, many steps at a time. A day's rehearsal is a matter of arithmeti
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from waterline.fleet import HOURS, Demand
-from waterline.outcome import Completion, Summary, Tally
-from waterline.plan import Plan, Replica
+from waterline.fleet import Demand
+from waterline.outcome import Completion
+from waterline.plan import Plan
 from waterline.rehearsal.arrivals import traffic
 from waterline.rehearsal.dealing import deal
 from waterline.rehearsal.jit import COMPILED
 from waterline.rehearsal.lane import Lane, Settled
-from waterline.rehearsal.oracle import PICOSECONDS_PER_HOUR
+from waterline.rehearsal.record import JobRecord, Move
+from waterline.rehearsal.recorder import Recorder, Report
 from waterline.rehearsal.station import warm_up
-from waterline.units import HOUR_S, PICOSECONDS_PER_S
+from waterline.units import PICOSECONDS_PER_S
 from waterline.workload import Trace
 from waterline.workload.operators import Surge
 from waterline.workload.stream import Stream
@@ -36,17 +37,14 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rehearsal:
+class Rehearsal(Report):
     """What happened to every request, and what it comes to."""
 
-    summaries: tuple[Summary, ...]  # the total first, then by tenant and model
-    by_tenant: tuple[Summary, ...]  # over all models
-    preempted: int  # requests whose cache was taken at least once
-    duration_s: float  # from the first arrival to the last finish
-    usd: float  # all replicas of the plan, at the hours they serve of that time, and loading for them
     notes: tuple[str, ...]  # what was replayed
     rows: tuple[Demand, ...]  # who asks
     kept: tuple[Settled, ...]  # what became of every request, if that was to be kept
+    moves: tuple[Move, ...] = ()  # what was started and stopped, lent and handed back
+    jobs: tuple[JobRecord, ...] = ()
 
     @property
     def completions(self) -> tuple[Completion, ...]:
@@ -96,18 +94,17 @@ def rehearse(
     """
     asked = traffic(plan, trace, seed=seed, duration_s=duration_s, surges=surges)
     lanes = [Lane(plan, model, asked.first_hour) for model in plan.models]
-    gpus = [replica.layout.gpus for replica in plan.replicas]
-    tally = Tally(plan.fleet.slos, [replica.id for replica in plan.replicas], gpus)
+    recorder = Recorder(plan, asked.length_s)
+    for replica in plan.replicas:
+        recorder.add_replica(replica)
     lane_of_row = np.array([[lane.model for lane in lanes].index(row.model) for row in asked.rows])
     stopped = ""
-    first_ps = last_ps = preempted = 0
     kept: list[Settled] = []
 
     def settle() -> Iterator[Settled]:
-        nonlocal first_ps, stopped
+        nonlocal stopped
         requests = 0
         for piece in asked.pieces():
-            first_ps = int(piece.arrival_ps[0]) if requests == 0 else first_ps
             numbers = np.arange(requests, requests + len(piece))
             for number, lane in enumerate(lanes):
                 own = lane_of_row[piece.row] == number
@@ -122,36 +119,14 @@ def rehearse(
 
     for settled in settle():
         if len(settled.numbers):
-            settled.count(tally, asked.rows)
-            last_ps = max(last_ps, int(settled.passages.finish_ps.max()))
-            preempted += int((settled.passages.preemptions > 0).sum())
+            settled.note(recorder, asked.rows)
             if keep:
                 kept.append(settled)
-    lasted_s = (last_ps - first_ps) / PICOSECONDS_PER_S
-    usd = {
-        replica.id: replica.usd_per_hour * _paid_s(replica, asked.first_hour, first_ps, last_ps) / HOUR_S
-        for replica in plan.replicas
-    }
-    summaries = tally.summaries(lasted_s, usd)
+    recorder.run_as_planned(asked.first_hour)
+    report = recorder.report()
     return Rehearsal(
-        summaries=summaries,
-        by_tenant=tally.by_tenant(lasted_s, usd),
-        preempted=preempted,
-        duration_s=lasted_s,
-        usd=summaries[0].usd,
+        **{field.name: getattr(report, field.name) for field in fields(Report)},
         notes=(*asked.notes, stopped) if stopped else asked.notes,
         rows=asked.rows,
         kept=tuple(kept),
     )
-
-
-def _paid_s(replica: Replica, first_hour: int, first_ps: int, last_ps: int) -> float:
-    """Return how long a replica serves, and loads for that once it has begun, within a stretch of time."""
-    paid_ps = 0
-    for hour in range(first_ps // PICOSECONDS_PER_HOUR, last_ps // PICOSECONDS_PER_HOUR + 1):
-        begin_ps, end_ps = hour * PICOSECONDS_PER_HOUR, (hour + 1) * PICOSECONDS_PER_HOUR
-        if (first_hour + hour) % HOURS in replica.hours:
-            paid_ps += min(end_ps, last_ps) - max(begin_ps, first_ps)
-        elif (first_hour + hour + 1) % HOURS in replica.hours and end_ps <= last_ps:
-            paid_ps += min(round(replica.load_s * PICOSECONDS_PER_S), end_ps - max(begin_ps, first_ps))
-    return paid_ps / PICOSECONDS_PER_S

@@ -10,10 +10,11 @@ from waterline.cost import replica_step_cost
 from waterline.cost.layers import NETWORK_BYTES_PER_S
 from waterline.cost.memory import sequence_cache_bytes
 from waterline.fleet import Demand
-from waterline.outcome import NOWHERE, STATUSES, Completion, Tally
+from waterline.outcome import NOWHERE, Completion
 from waterline.plan import ModelPlan, Plan, Replica
 from waterline.rehearsal.arrivals import Piece, joined
 from waterline.rehearsal.oracle import NEVER, NOT_IN_SERVICE, Capacity, accepted_tokens, too_late, too_long
+from waterline.rehearsal.recorder import Recorder
 from waterline.rehearsal.state import NONE, TOO_LATE, TOO_LONG, Integers, Reals
 from waterline.rehearsal.station import Passages, Station
 from waterline.units import PICOSECONDS_PER_S
@@ -124,26 +125,25 @@ class Settled:
     numbers: Integers  # among all requests
     passages: Passages
 
-    def count(self, tally: Tally, rows: tuple[Demand, ...]) -> None:
-        """Add them up by who asked."""
+    def note(self, recorder: Recorder, rows: tuple[Demand, ...]) -> None:
+        """Write them down by who asked."""
         passages, asked = self.passages, self.asked
-        served = passages.replica >= 0
-        later_tokens = np.maximum(1, asked.output_tokens - 1)
-        columns = {
-            "status": np.where(served, STATUSES.index("ok"), STATUSES.index("refused")),
-            "ttft_s": (passages.first_token_ps - asked.arrival_ps) / PICOSECONDS_PER_S,
-            "tpot_s": (passages.finish_ps - passages.first_token_ps) / (PICOSECONDS_PER_S * later_tokens),
-            "prompt_tokens": asked.prompt_tokens,
-            "output_tokens": np.where(served, asked.output_tokens, 0),
-            "replica": self.lane.in_plan[passages.replica],
-            "busy_s": passages.busy_ps / PICOSECONDS_PER_S,
-        }
-        for row in np.flatnonzero(np.bincount(asked.row, minlength=len(rows))).tolist():
-            own = asked.row == row
-            tally.add(rows[row].tenant, self.lane.model, **{name: column[own] for name, column in columns.items()})
-            elsewhere = own & (passages.read_by != NONE)
-            readers, busy_s = self.lane.in_plan[passages.read_by[elsewhere]], passages.read_busy_ps[elsewhere]
-            tally.use(rows[row].tenant, self.lane.model, readers, busy_s / PICOSECONDS_PER_S)
+        tenants = np.array([recorder.tenants.index(row.tenant) for row in rows])
+        recorder.add(
+            tenant=tenants[asked.row],
+            model=np.full(len(asked), recorder.models.index(self.lane.model)),
+            arrival_ps=asked.arrival_ps,
+            prompt_tokens=asked.prompt_tokens,
+            output_tokens=asked.output_tokens,
+            first_token_ps=passages.first_token_ps,
+            finish_ps=passages.finish_ps,
+            replica=self.lane.in_plan[passages.replica],
+            busy_ps=passages.busy_ps,
+            preemptions=passages.preemptions,
+            retry_s=passages.retry_s,
+            read_by=self.lane.in_plan[passages.read_by],
+            read_busy_ps=passages.read_busy_ps,
+        )
 
     def completions(self, rows: tuple[Demand, ...]) -> Iterator[Completion]:
         """Return them one by one."""

@@ -209,13 +209,21 @@ class Sampler:
 
     def serves(self, replica: int, model: int, begin_ps: int, end_ps: int, tenant: int = NOBODY) -> None:
         """Write down that a replica could serve from one time to another; `tenant`: for whom it was started."""
-        self._span(self.present, replica, begin_ps, end_ps, 1.0)
-        rows = self.shared if tenant == NOBODY else self.held
-        self._span(rows, model if tenant == NOBODY else tenant, begin_ps, end_ps, self.gpus[replica])
+        if tenant == NOBODY:
+            self.share(*(np.array([one]) for one in (replica, model, begin_ps, end_ps)))
+        else:
+            self._span(self.present, np.array([replica]), np.array([begin_ps]), np.array([end_ps]), np.ones(1))
+            self.works(tenant, self.gpus[replica], begin_ps, end_ps)
+
+    def share(self, replica: Integers, model: Integers, begin_ps: Integers, end_ps: Integers) -> None:
+        """Write down that replicas could serve all tenants from one time to another."""
+        self._span(self.present, replica, begin_ps, end_ps, np.ones(len(replica)))
+        self._span(self.shared, model, begin_ps, end_ps, np.array(self.gpus, np.float64)[replica])
 
     def works(self, tenant: int, gpus: int, begin_ps: int, end_ps: int) -> None:
         """Write down that a tenant had GPUs for a job, or to load a replica, from one time to another."""
-        self._span(self.held, tenant, begin_ps, end_ps, gpus)
+        row, begin, end = (np.array([one]) for one in (tenant, begin_ps, end_ps))
+        self._span(self.held, row, begin, end, np.array([gpus], np.float64))
 
     def add(
         self,
@@ -315,12 +323,10 @@ class Sampler:
             steps.change(row, *begin, weight)
             steps.change(row, *end, -weight)
 
-    def _span(self, steps: Steps, row: int, begin_ps: int, end_ps: int, weight: float) -> None:
-        if end_ps <= begin_ps:
-            return
-        self._reach(end_ps)
-        rows = np.array([row, row])
-        steps.change(rows, *self._at(np.array([begin_ps, end_ps])), np.array([weight, -weight]))
+    def _span(self, steps: Steps, row: Integers, begin_ps: Integers, end_ps: Integers, weight: Reals) -> None:
+        self._reach(int(end_ps.max(initial=0)))
+        steps.change(row, *self._at(np.minimum(begin_ps, end_ps)), weight)
+        steps.change(row, *self._at(end_ps), -weight)
 
     def _reach(self, time_ps: int) -> None:
         """Make room up to a time."""
