@@ -3,42 +3,34 @@
 `page.html` is the frame; what is filled in is made here, every name escaped.
 """
 
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
-from string import Template
 
 import waterline
 from waterline.cli import day
 from waterline.cli.day import IDLE, PUBLIC, SPARE, STARTS, clock, gpus_text
-from waterline.errors import InputError
+from waterline.cli.markup import bar, count, fill, for_script, legend, points, table, write
 from waterline.fleet import HOURS
 from waterline.plan import EVERY_HOUR, Plan
 from waterline.units import seconds_text, usd_text
-from waterline.workload import write_whole
 
 WIDTH, HEIGHT = 760, 300  # of the chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 60, 10, 12, 26  # margins
 STEP = (WIDTH - LEFT - RIGHT) / HOURS  # of an hour
 COLOURS = 6  # of tenants besides the public
-LONG = 32  # characters of a cell from which on it is folded
 SAID = {SPARE: "in replicas nobody asks", IDLE: "idle", STARTS: "starting replicas"}
 
 
 def write_page(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write the page, whole or not at all. Raises InputError when it cannot be written."""
-    try:
-        write_whole(path, page(plan).encode())
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}. Choose another place with --html.") from error
+    write(page(plan), path)
 
 
 def page(plan: Plan) -> str:
-    frame = Template(resources.files("waterline.cli").joinpath("page.html").read_text(encoding="utf-8"))
     colours = _colours(plan)
-    return frame.substitute(
+    return fill(
+        "page.html",
         name=escape(plan.fleet.name),
         version=escape(waterline.__version__),
         lead=escape(_lead(plan)),
@@ -63,8 +55,8 @@ def _lead(plan: Plan) -> str:
     goal = {"money": "costs least", "energy": "takes least energy", "goodput": "serves most"}[plan.objective]
     models, tenants = len(plan.fleet.models), len(plan.fleet.tenants)
     return (
-        f"{_count(models, 'model')} for {_count(tenants, 'tenant')} on {plan.fleet.gpus:,} GPUs in "
-        f"{_count(len(plan.fleet.pools), 'pool')}; of the plans that hold, the one that {goal}."
+        f"{count(models, 'model')} for {count(tenants, 'tenant')} on {plan.fleet.gpus:,} GPUs in "
+        f"{count(len(plan.fleet.pools), 'pool')}; of the plans that hold, the one that {goal}."
     )
 
 
@@ -115,7 +107,7 @@ def _day(plan: Plan, colours: Mapping[str, str]) -> str:
     return f"""<h2>The waterline by hour</h2>
 <p class="soft">GPUs by whom they serve. The public is the tip on top; the line beneath it is the waterline, and it
 drops when more is asked.</p>
-{_legend(reversed(layers), colours)}
+{legend(reversed(layers), colours, SAID)}
 <div class="scroll" tabindex="0" role="region" aria-label="Chart: GPUs by tenant and hour">
 {_chart(plan, by_hour, layers, colours)}
 </div>
@@ -145,9 +137,9 @@ def _chart(
     for who in layers:
         ceiling = [low + gpus.get(who, 0.0) for low, gpus in zip(floor, by_hour, strict=True)]
         outline = [*_steps(ceiling, top), *reversed(_steps(floor, top))]
-        drawn.append(f'<polygon points="{_points(outline)}" style="fill: var({colours[who]})"/>')
+        drawn.append(f'<polygon points="{points(outline)}" style="fill: var({colours[who]})"/>')
         if who == PUBLIC:
-            surface = f'<polyline class="surface" points="{_points(_steps(floor, top))}"/>'
+            surface = f'<polyline class="surface" points="{points(_steps(floor, top))}"/>'
         floor = ceiling
     peak = max(plan.hours, key=lambda hour: hour.gpus)
     said = f"Stacked areas over 24 hours, up to {top:,} GPUs. {_sentence(plan, by_hour[peak.hour], peak.hour)}"
@@ -182,15 +174,6 @@ def _steps(gpus: Sequence[float], top: float) -> list[tuple[float, float]]:
     return [(LEFT + (hour + end) * STEP, _y(gpus[hour], top)) for hour in EVERY_HOUR for end in (0, 1)]
 
 
-def _points(corners: Iterable[tuple[float, float]]) -> str:
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-
-
-def _legend(order: Iterable[str], colours: Mapping[str, str]) -> str:
-    entries = (f'<li><i style="background: var({colours[who]})"></i>{escape(SAID.get(who, who))}</li>' for who in order)
-    return f'<ul class="legend">{"".join(entries)}</ul>'
-
-
 def _sentence(plan: Plan, gpus: Mapping[str, float], hour: int) -> str:
     parts = [f"{SAID.get(who, who)} {gpus_text(count)}" for who, count in gpus.items() if count >= day.LEAST_GPUS]
     loans = [str(one) for one in day.borrowings(plan) if hour in one.hours]
@@ -198,10 +181,8 @@ def _sentence(plan: Plan, gpus: Mapping[str, float], hour: int) -> str:
 
 
 def _data(plan: Plan) -> str:
-    """Return what the script reads, as JSON that cannot end the script it stands in."""
     sentences = [_sentence(plan, day.gpus_at(plan, hour), hour.hour) for hour in plan.hours]
-    text = json.dumps({"left": LEFT, "step": STEP, "sentences": sentences})
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return for_script({"left": LEFT, "step": STEP, "sentences": sentences})
 
 
 def _day_table(plan: Plan, by_hour: Sequence[Mapping[str, float]], layers: Sequence[str]) -> str:
@@ -217,69 +198,28 @@ def _day_table(plan: Plan, by_hour: Sequence[Mapping[str, float]], layers: Seque
         for hour, gpus in zip(plan.hours, by_hour, strict=True)
     ]
     heads = ["hour", *(SAID.get(who, who) for who in order), "starts", "stops", "cost"]
-    return _table("GPUs by tenant and hour", heads, rows)
+    return table("GPUs by tenant and hour", heads, rows)
 
 
 # --- Tables ---------------------------------------------------------------------------------------------------------
-
-
-def _table(
-    caption: str,
-    heads: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    text_columns: int = 1,
-    bars: Sequence[str] = (),
-) -> str:
-    """Return a table; the first columns are text, the others numbers, and a bar closes each row where there are any."""
-    head = "".join(_cell("th", text, "col", index < text_columns) for index, text in enumerate(heads))
-    body = []
-    for number, (first, *others) in enumerate(rows):
-        cells = [_cell("th", first, "row", text_columns > 0)]
-        cells += [_cell("td", text, "", index < text_columns) for index, text in enumerate(others, start=1)]
-        if bars:
-            cells.append(f'<td class="bar" aria-hidden="true">{bars[number]}</td>')
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    wide, last = (' class="wide"', "<td></td>") if bars else ("", "")
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table{wide}>'
-        f"<caption>{escape(caption)}</caption><thead><tr>{head}{last}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
-
-
-def _cell(tag: str, text: str, scope: str, is_text: bool) -> str:  # noqa: FBT001 - read at its three calls
-    style = f' class="text{" long" if len(text) > LONG else ""}"' if is_text else ""
-    of = f' scope="{scope}"' if scope else ""
-    return f"<{tag}{style}{of}>{escape(text)}</{tag}>"
-
-
-def _bar(parts: Iterable[tuple[float, str]], whole: float) -> str:
-    """Return a bar of coloured parts, each so much of the whole; what is left of it stays empty."""
-    pieces = (
-        f'<i style="width: {100 * part / whole:.2f}%; background: var({colour})"></i>'
-        for part, colour in parts
-        if part > 0
-    )
-    return f"<span>{''.join(pieces) if whole > 0 else ''}</span>"
 
 
 def _pools(plan: Plan, colours: Mapping[str, str]) -> str:
     at = plan.busiest_hour
     if not plan.hours:
         return _idle_pools(plan)
-    table = day.gpus_by_pool(plan, plan.hours[at])
+    by_pool = day.gpus_by_pool(plan, plan.hours[at])
     order = [
-        who for who in (*day.tenants_of(plan), SPARE, IDLE) if any(row.get(who, 0.0) > 0 for row in table.values())
+        who for who in (*day.tenants_of(plan), SPARE, IDLE) if any(row.get(who, 0.0) > 0 for row in by_pool.values())
     ]
     heads = ["pool", "card", "GPUs", *(SAID.get(who, who) for who in order)]
     rows, bars = [], []
     for pool in plan.fleet.pools:
-        row = table[pool.name]
+        row = by_pool[pool.name]
         rows.append([pool.name, pool.gpu, f"{pool.gpus:,}", *(gpus_text(row.get(who, 0.0)) for who in order)])
-        bars.append(_bar([(row.get(who, 0.0), colours[who]) for who in order], pool.gpus))
+        bars.append(bar([(row.get(who, 0.0), colours[who]) for who in order], pool.gpus))
     caption = f"In the busiest hour, {clock(at)}; a model's GPUs are divided among those who use it"
-    return _legend(order, colours) + _table(caption, heads, rows, text_columns=2, bars=bars)
+    return legend(order, colours, SAID) + table(caption, heads, rows, text_columns=2, bars=bars)
 
 
 def _idle_pools(plan: Plan) -> str:
@@ -288,8 +228,8 @@ def _idle_pools(plan: Plan) -> str:
     for pool in plan.fleet.pools:
         serving = sum(replica.layout.gpus for replica in plan.replicas if replica.pool == pool.name)
         rows.append([pool.name, pool.gpu, f"{pool.gpus:,}", f"{serving:,}", f"{pool.gpus - serving:,}"])
-        bars.append(_bar([(serving, "--public")], pool.gpus))
-    return _table("All day", ["pool", "card", "GPUs", "serve", "idle"], rows, text_columns=2, bars=bars)
+        bars.append(bar([(serving, "--public")], pool.gpus))
+    return table("All day", ["pool", "card", "GPUs", "serve", "idle"], rows, text_columns=2, bars=bars)
 
 
 def _cost_note(plan: Plan) -> str:
@@ -311,9 +251,9 @@ def _costs(plan: Plan, colours: Mapping[str, str]) -> str:
     for by, usd in found.items():
         of = colours if by == "tenant" else {}
         rows = [[SAID.get(name, name), usd_text(cost), f"{cost / whole:.1%}"] for name, cost in usd.items()]
-        bars = [_bar([(cost, of.get(name, "--public"))], whole) for name, cost in usd.items()]
+        bars = [bar([(cost, of.get(name, "--public"))], whole) for name, cost in usd.items()]
         if rows:
-            tables.append(f"<div>{_table(f'By {by}', [by, 'a day', 'share'], rows, bars=bars)}</div>")
+            tables.append(f"<div>{table(f'By {by}', [by, 'a day', 'share'], rows, bars=bars)}</div>")
     return "".join(tables)
 
 
@@ -330,7 +270,7 @@ def _tenants(plan: Plan) -> str:
         for tenant in plan.tenants
     ]
     heads = ["tenant", "guarantee", "deserved", "limit", "needs", "borrows"]
-    return _table("GPUs by tenant, each at its own peak", heads, rows)
+    return table("GPUs by tenant, each at its own peak", heads, rows)
 
 
 def _replicas(plan: Plan) -> str:
@@ -363,8 +303,4 @@ def _replicas(plan: Plan) -> str:
             ]
         )
     heads += ["req/s each", "loads in", "an hour each"]
-    return _table("Replicas that are alike, with how many serve at once", heads, rows, text_columns=6)
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+    return table("Replicas that are alike, with how many serve at once", heads, rows, text_columns=6)
