@@ -84,6 +84,7 @@ class Roster:
         }
         self.free = [self._whole(berth) for berth in self.berths]  # [berth] node -> GPUs that nobody has
         self.down: dict[tuple[str, int], int] = {}  # (pool, node) -> GPUs of it that are in its berth
+        self.finished: set[str] = set()  # runs that are done for good: their copies are not started again
         self.has: dict[int, Replica | Run] = {}  # by the row of the tide
         self._numbers = dict.fromkeys(self.models, 0)
         for replica in plan.replicas:
@@ -121,7 +122,7 @@ class Roster:
             return None
         one: Replica | Run
         if service.job:
-            taken = {run.id for run in self.has.values() if isinstance(run, Run)}
+            taken = {run.id for run in self.has.values() if isinstance(run, Run)} | self.finished
             free = (f"{service.target}/{copy}" for copy in range(service.job.copies + len(taken) + 1))
             one = Run(next(id_ for id_ in free if id_ not in taken), service.job, pool, places)
         else:

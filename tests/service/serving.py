@@ -16,9 +16,12 @@ from waterline.plan import Layout, ModelPlan, Place, Plan, Replica, TenantPlan
 from waterline.planner import make_plan
 from waterline.service.engines import Engine, prepare_engines
 from waterline.service.gateway import Gateway
+from waterline.service.jobs import Jobs
+from waterline.service.keeper import Keeper
 from waterline.service.operator import Operator
 from waterline.service.server import listen, running
 from waterline.service.shore import Shore
+from waterline.service.state import State
 from waterline.service.supervisor import Supervisor
 from waterline.workload import Slo
 
@@ -114,6 +117,9 @@ class Served:
     gateway: Gateway
     shore: Shore
     operator: Operator
+    keeper: Keeper
+    jobs: Jobs
+    state: State
     completions: list[Completion]
 
 
@@ -138,6 +144,9 @@ async def served(
             gateway=service.gateway,
             shore=service.shore,
             operator=service.operator,
+            keeper=service.keeper,
+            jobs=service.jobs,
+            state=service.state,
             completions=completions,
         )
 

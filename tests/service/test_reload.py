@@ -41,7 +41,7 @@ async def while_asked(service: Served, plan: Plan, clients: int = 6) -> int:
     stop = asyncio.Event()
     asking = [asyncio.create_task(ask(service, stop)) for _ in range(clients)]
     await asyncio.sleep(0.1)
-    await service.shore.move_to(plan)
+    await service.keeper.move_to(plan)
     await asyncio.sleep(0.1)
     stop.set()
     return sum(await asyncio.gather(*asking))
@@ -93,7 +93,7 @@ def test_where_no_gpu_is_free_the_old_one_drains_first() -> None:
             chat = service.openai.chat.completions
             under_way = asyncio.create_task(chat.create(model="chat", messages=QUESTION, max_tokens=40))
             await until(lambda: service.gateway.under_way("chat/0") == 1)
-            await service.shore.move_to(after)
+            await service.keeper.move_to(after)
             assert (await under_way).usage.completion_tokens == 40, "it was waited for"
             assert statuses(service) == {"other/0": "ready", "chat/1": "ready"}
             await chat.create(model="other", messages=QUESTION, max_tokens=2)
@@ -108,7 +108,7 @@ def test_a_model_that_is_gone_from_the_plan_is_not_found_any_more() -> None:
 
     async def case() -> None:
         async with served(before) as service:
-            await service.shore.move_to(after)
+            await service.keeper.move_to(after)
             assert [model.id for model in (await service.openai.models.list()).data] == ["chat"]
             assert service.gateway.snapshot().health == "ok"
 
@@ -162,7 +162,7 @@ def test_a_plan_that_is_wrong_is_said_and_the_old_one_stays(tmp_path: Path, caps
     async def case() -> None:
         async with served(plan) as service:
             pid, hangup = service.supervisor.states["chat/0"].pid, asyncio.Event()
-            following = asyncio.create_task(keep_to_file(path, next_answer, service.shore, hangup, 0.01))
+            following = asyncio.create_task(keep_to_file(path, next_answer, service.keeper, hangup, 0.01))
             for turn in range(3):
                 hangup.set()
                 await until(lambda turn=turn: read == turn + 1)  # type: ignore[misc]

@@ -23,7 +23,7 @@ from waterline.service.passage import Passage, Passages
 from waterline.service.snapshot import take_snapshot
 from waterline.service.supervisor import ReplicaState
 from waterline.service.upstream import Connections, Progress
-from waterline.snapshot import Snapshot
+from waterline.snapshot import JobNow, Snapshot
 
 LAST_WORD_S = 0.2  # for the last event of a stream that is cut
 INVALID = "invalid request"  # the client's own doing: it counts neither for nor against the SLO
@@ -89,6 +89,7 @@ class Gateway:
             model.model: _dispatcher(plan, model.model, plan.replicas_of(model.model)) for model in plan.models
         }
         self.tenants = {model.model: _tenant(plan, model.model) for model in plan.models}
+        self.jobs_now: Callable[[], tuple[JobNow, ...]] = tuple  # whoever keeps jobs says how they are
         self._slos = dict(plan.fleet.slos)
         self.metrics = Metrics(self._slos, self.snapshot)
         self._on_completion = on_completion
@@ -99,7 +100,7 @@ class Gateway:
         self._open: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self._models = {replica.id: replica.model for replica in plan.replicas}  # by replica
-        self._loads: dict[tuple[str, str], float] = {}  # see take_loads
+        self._loads: dict[tuple[str, str], tuple[int, int]] = {}  # see take_loads
         self._routes: dict[str, tuple[str, Callable[[Scope, Receive, Reply], Awaitable[None]]]] = {
             f"/v1{CHAT}": ("POST", self._complete),
             f"/v1{COMPLETIONS}": ("POST", self._complete),
@@ -132,6 +133,7 @@ class Gateway:
             self.states,
             self.metrics.recent,
             tenants=self.tenants,
+            jobs=self.jobs_now(),
             now_s=self.now_s(),
             stopping=self._stopping,
         )
@@ -164,10 +166,10 @@ class Gateway:
         """Return how many requests a replica works on."""
         return self.dispatchers[self._models[replica_id]].running(replica_id)
 
-    def take_loads(self) -> dict[tuple[str, str], float]:
+    def take_loads(self) -> dict[tuple[str, str], tuple[int, int]]:
         """Return what each tenant has asked of each model since this was asked last, refused or not.
 
-        In planned requests: one whose tokens are those of the plan's mean request counts as 1.
+        As tokens of prompts, and tokens that are expected to be written.
         """
         loads, self._loads = self._loads, {}
         return loads
@@ -277,8 +279,8 @@ class Gateway:
         key = self.tenants[asked.model], asked.model
         expected = dispatcher.expected_output_tokens
         output_tokens = expected if asked.most_tokens is None else min(asked.most_tokens, expected)
-        tokens = asked.prompt_tokens + asked.answers * output_tokens
-        self._loads[key] = self._loads.get(key, 0.0) + tokens / dispatcher.expected_tokens
+        prompts, outputs = self._loads.get(key, (0, 0))
+        self._loads[key] = prompts + asked.prompt_tokens, outputs + asked.answers * output_tokens
 
     def _dispatcher_of(self, model: str) -> Dispatcher:
         if self._stopping:

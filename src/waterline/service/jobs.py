@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -31,12 +32,16 @@ from waterline.plan import Place
 from waterline.service.engines.seat import VISIBLE_DEVICES
 from waterline.service.processes import end_marked, marked
 from waterline.service.state import State
+from waterline.snapshot import JobNow
 
 HOLDER = str(Path(__file__).with_name("holder.py"))
 CRASHES = 5  # in a row, without a new checkpoint
 FIRST_DELAY_S = 1.0
 LONGEST_DELAY_S = 300.0
 LOOK_AGAIN_S = 5.0  # for processes that hang in the kernel
+LOOKS_A_CHECKPOINT = 20  # at the folder, while one is awaited; but at most
+LOOK_SELDOM_S = 10.0  # so seldom, and
+LOOK_OFTEN_S = 0.1  # so often
 LOG_BYTES = 64 * 1024**2  # then it is put aside, and one older is forgotten
 COPY = "{copy}"  # in a command and the path of a checkpoint: the number of the copy
 
@@ -44,6 +49,7 @@ log = structlog.get_logger()
 
 RunStatus = Literal["loading", "running", "backing off", "stopping", "stuck", "stopped", "done", "given up"]
 RUN_STATUSES: tuple[RunStatus, ...] = get_args(RunStatus)
+SAID: Mapping[RunStatus, str] = {"loading": "starting", "stopping": "checkpointing", "stopped": "waiting"}  # to people
 OVER: tuple[RunStatus, ...] = ("stopped", "done", "given up")  # its GPUs are free
 
 
@@ -102,6 +108,8 @@ class Jobs:
         self._state = state
         self._on_change = on_change
         self._runs: dict[str, Run] = {}
+        self._tenants: dict[str, str] = {}
+        self._stops = Counter[str]()  # how often each had to yield
 
     def start(self, job: Job, copy: int, pool: str, place: Place) -> str:
         """Start a run on GPUs that are free; return its name."""
@@ -122,7 +130,7 @@ class Jobs:
         first = RunState(job=job.name, copy=copy, pool=pool, place=place, status="loading", log=str(log_path))
         run = Run(job, first, environment, grace_s, f"{self._state.mark}/{mark}", self._changed)
         self._runs[name] = run
-        self.states[name] = first
+        self.states[name], self._tenants[name] = first, job.tenant
         run.begin()
         return name
 
@@ -135,17 +143,32 @@ class Jobs:
         """End all runs, with the grace of their tenants at most; return when they are gone."""
         await asyncio.gather(*(run.stop(min(run.grace_s, within_s)) for run in list(self._runs.values())))
 
-    def age_s(self, name: str) -> float:
-        """Return for how long a run has not saved what it does: since its checkpoint, or its start if that is later."""
-        return self._runs[name].age_s()
-
     def saved_s(self, name: str) -> float:
         """Return when a run saved its work last, on the clock of the machine; 0 when it has not since it started."""
-        return self._runs[name].saved_s()
+        run = self._runs.get(name)
+        return run.saved_s if run else 0.0
+
+    def now(self) -> tuple[JobNow, ...]:
+        """Return how all runs are, those that have GPUs and those that had some."""
+        return tuple(self._job_now(name, state) for name, state in self.states.items())
+
+    def _job_now(self, name: str, state: RunState) -> JobNow:
+        run = self._runs.get(name)
+        return JobNow(
+            job=name,
+            tenant=self._tenants[name],
+            state=SAID.get(state.status, state.status),
+            pool=state.pool if run else "",
+            node=state.place.node if run else -1,
+            gpus=len(state.place.gpus) if run else 0,
+            checkpoint_age_s=time.time() - run.saved_s if run and run.saved_s else None,
+            stops=self._stops[name],
+        )
 
     def _changed(self, name: str, state: RunState) -> None:
         if state.status in OVER:
             del self._runs[name]
+            self._stops[name] += state.status == "stopped"
         self.states[name] = state
         write = log.warning if state.reason else log.info
         details = {"reason": state.reason, "pid": state.pid, "gpus": list(state.place.gpus)}
@@ -178,7 +201,7 @@ class Run:
         self._environment = environment
         self._mark = mark
         self._on_change = on_change
-        self._begun_s = time.time()
+        self.saved_s = 0.0  # when it saved its work last, since it started; 0: it has not
         self._process: Process | None = None
         self._stopping = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
@@ -192,7 +215,7 @@ class Run:
         if self._process and self.state.status not in {*OVER, "stuck"}:
             self._change("stopping")
             self.hurry(within_s)
-        await self._keeper
+        await asyncio.shield(self._keeper)  # it ends by itself, whoever waits
 
     def hurry(self, within_s: float) -> None:
         """Pass on to the holder how much time is left."""
@@ -200,25 +223,21 @@ class Run:
             with suppress(OSError, RuntimeError):  # it is gone already
                 self._process.stdin.write(f"{within_s}\n".encode())
 
-    def age_s(self) -> float:
-        return max(0.0, time.time() - max(self._begun_s, saved_at_s(self._checkpoint)))
-
-    def saved_s(self) -> float:
-        at_s = saved_at_s(self._checkpoint)
-        return at_s if at_s > self._begun_s else 0.0
-
     async def _keep(self) -> None:
         crashes, delay_s = 0, 0.0
         while not self._stopping.is_set():
-            self._begun_s = time.time()
+            self.saved_s, begun_s = 0.0, time.time()
+            looking = asyncio.create_task(self._look_for_checkpoints(begun_s))
             reason = await self._run()
             await self._verify()
+            looking.cancel()
+            await self._look(begun_s)
             if self._stopping.is_set():
                 break
             if not reason:
                 self._change("done")
                 return
-            crashes, delay_s = (1, FIRST_DELAY_S) if self.saved_s() else (crashes + 1, 2 * delay_s or FIRST_DELAY_S)
+            crashes, delay_s = (1, FIRST_DELAY_S) if self.saved_s else (crashes + 1, 2 * delay_s or FIRST_DELAY_S)
             reason = f"{reason}, see {self.state.log}."
             if crashes == CRASHES:
                 reason = f"It has crashed {CRASHES} times without a checkpoint between: {reason}"
@@ -259,6 +278,17 @@ class Run:
             loaded.cancel()
             self._process = None
         return "" if code == 0 else f"its command left with {code}" if code > 0 else f"it was ended by signal {-code}"
+
+    async def _look_for_checkpoints(self, begun_s: float) -> None:
+        every_s = self._job.checkpoint_every_s / LOOKS_A_CHECKPOINT
+        while True:
+            await asyncio.sleep(min(max(every_s, LOOK_OFTEN_S), LOOK_SELDOM_S))
+            await self._look(begun_s)
+
+    async def _look(self, begun_s: float) -> None:
+        """See whether it has saved something since it started. In a thread: the folder may be far away."""
+        saved_s = await asyncio.to_thread(saved_at_s, self._checkpoint)
+        self.saved_s = saved_s if saved_s > begun_s else 0.0
 
     def _loaded(self, starts: int) -> None:
         if self.state.status == "loading" and self.state.starts == starts:

@@ -9,7 +9,7 @@ import structlog
 
 from waterline.errors import WaterlineError
 from waterline.plan import Plan
-from waterline.service.shore import Shore
+from waterline.service.keeper import Keeper
 
 LOOK_EVERY_S = 1.0
 
@@ -43,14 +43,14 @@ async def changes(path: Path, hangup: asyncio.Event, every_s: float = LOOK_EVERY
 
 
 async def keep_to_file(
-    path: Path, read: Callable[[], Plan], shore: Shore, hangup: asyncio.Event, every_s: float = LOOK_EVERY_S
+    path: Path, read: Callable[[], Plan], keeper: Keeper, hangup: asyncio.Event, every_s: float = LOOK_EVERY_S
 ) -> None:
     """Follow a plan or fleet file for ever.
 
     Args:
         path: the file.
         read: returns the plan that it says now, or raises WaterlineError. Called in a thread: it may plan.
-        shore: what runs.
+        keeper: who moves to it.
         hangup: set by who wants the file read again though it has not changed.
         every_s: how often the file is looked at.
     """
@@ -65,15 +65,15 @@ async def keep_to_file(
             if moving:  # it begins anew from what runs now
                 moving.cancel()
                 await asyncio.gather(moving, return_exceptions=True)
-            moving = asyncio.create_task(_move(shore, plan))
+            moving = asyncio.create_task(_move(keeper, plan))
     finally:
         if moving:
             moving.cancel()
 
 
-async def _move(shore: Shore, plan: Plan) -> None:
+async def _move(keeper: Keeper, plan: Plan) -> None:
     try:
-        await shore.move_to(plan)
+        await keeper.move_to(plan)
     except WaterlineError as error:
         log.error("the new plan cannot be used, the old one stays", reason=str(error))  # noqa: TRY400 - a slip
     except Exception:

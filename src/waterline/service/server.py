@@ -18,12 +18,13 @@ from waterline.errors import InputError, PortInUseError
 from waterline.outcome import Completion
 from waterline.plan import Plan
 from waterline.service.asgi import App, HttpServer
-from waterline.service.engines import Engine, prepare_engines
+from waterline.service.engines import Engine, all_pretend, prepare_engines
 from waterline.service.gateway import Gateway
-from waterline.service.jobs import Jobs
-from waterline.service.processes import kill_marked
+from waterline.service.jobs import Jobs, RunState
+from waterline.service.keeper import Keeper
 from waterline.service.logs import log_failure
 from waterline.service.operator import Operator
+from waterline.service.processes import kill_marked
 from waterline.service.reload import keep_to_file
 from waterline.service.shore import Prepare, Shore
 from waterline.service.state import State, claim_state
@@ -35,7 +36,7 @@ BACKLOG = 2048  # connections that may wait to be accepted
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Service:
     """The parts of a running service."""
 
@@ -43,6 +44,7 @@ class Service:
     gateway: Gateway
     shore: Shore
     jobs: Jobs
+    keeper: Keeper
     state: State
     operator: Operator
 
@@ -141,8 +143,9 @@ async def _serve(
                 starting.result()
                 states = service.supervisor.states
                 on_ready([replica for replica, state in states.items() if state.status != "ready"])
+                service.keeper.lend()
                 if source and hangup:
-                    following = asyncio.create_task(keep_to_file(source.path, source.read, service.shore, hangup))
+                    following = asyncio.create_task(keep_to_file(source.path, source.read, service.keeper, hangup))
                     stopping.add_done_callback(lambda _: following.cancel())
             await stopping
         finally:
@@ -172,6 +175,10 @@ async def running(
         def on_change(replica: str, state: ReplicaState) -> None:
             operator.replica_changed(replica, state)
             _log_change(replica, state)
+            keeper.replica_changed(replica, state)
+
+        def on_run_change(run: str, state: RunState) -> None:
+            keeper.run_changed(run, state)
 
         def under_way(replica: str) -> int:
             return gateway.under_way(replica)
@@ -181,22 +188,31 @@ async def running(
             on_completion(completion)
 
         supervisor = Supervisor(engines, connections.kept, on_change, under_way=under_way, state=state)
-        jobs = Jobs(plan.fleet, state, lambda _run, _state: None)
+        jobs = Jobs(plan.fleet, state, on_run_change)
         gateway = Gateway(plan, supervisor.engines, supervisor.states, connections, completed)
+        gateway.jobs_now = jobs.now
         operator = Operator(gateway, supervisor.states)
+        shore = Shore(plan, supervisor, gateway, prepare)
+        keeper = Keeper(shore, jobs, gateway, state, everywhere=all_pretend(engines))
         doors = [(HttpServer(gateway), listening)]
         if admin:
             doors.append((HttpServer(admin.app(operator, state.path), grace_s=0), admin.listening))
         serving = [asyncio.create_task(http.serve(sockets=[door])) for http, door in doors]
         try:
-            shore = Shore(plan, supervisor, gateway, prepare)
             yield Service(
-                supervisor=supervisor, gateway=gateway, shore=shore, jobs=jobs, state=state, operator=operator
+                supervisor=supervisor,
+                gateway=gateway,
+                shore=shore,
+                jobs=jobs,
+                keeper=keeper,
+                state=state,
+                operator=operator,
             )
         finally:
             doors[0][0].should_exit = True
             gateway.cut()
             operator.stopping.set()
+            await keeper.pause()
             await asyncio.gather(supervisor.stop(), jobs.stop_all())
             for http, _ in doors:  # operators see the end
                 http.should_exit = True

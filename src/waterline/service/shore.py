@@ -5,7 +5,7 @@ them as free when the last process on them is gone.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import structlog
 from msgspec.structs import replace
@@ -77,40 +77,68 @@ class Shore:
             number += 1
         return f"{model}/{number}"
 
-    async def move_to(self, plan: Plan) -> None:
+    def check(self, plan: Plan) -> None:
+        """Raise EngineError when an engine of a plan cannot be run here."""
+        self._prepare(plan)
+
+    async def settle(self) -> None:
+        """Return when nothing drains any more."""
+        await asyncio.gather(*self._drains.values(), return_exceptions=True)
+
+    async def move_to(self, plan: Plan, *, by_load: bool = False) -> None:
         """Make what runs what a plan says, without a model that is in both going out of service where GPUs allow that.
 
         Who is in both stays, with the new figures. New replicas start first, on GPUs that are free; when they are
         ready, those that are gone drain, and the rest start on their GPUs. May be cancelled, and begun again with
         another plan. Raises EngineError, before anything has changed, when an engine cannot be run here.
+
+        Args:
+            plan: the new one.
+            by_load: replicas follow the load, and the plan says what they are: who is of its shapes stays as well, and
+                only models without a replica get theirs.
         """
         engines = self._prepare(plan)
-        stay = {
-            replica.id
-            for replica in plan.replicas
-            if replica.id not in self._drains
-            and self._supervisor.engines.get(replica.id) == engines[replica.id]
-            and _same_place(self.replicas[replica.id], replica)
-        }
+        stay = {replica.id: replica for replica in self._unchanged(plan.replicas, engines)}
+        coming = [replica for replica in plan.replicas if replica.id not in stay]
+        if by_load:
+            shaped = self._of_shapes(plan)
+            prepared = self._prepare(replace(plan, replicas=tuple(shaped)))
+            stay = {replica.id: replica for replica in self._unchanged(shaped, prepared)} | stay
+            served = {replica.model for replica in stay.values()}
+            coming = [replica for replica in coming if replica.model not in served]
         self.plan = plan
         self._gateway.use_plan(plan)
-        for replica in plan.replicas:
-            if replica.id in stay:
-                self.replicas[replica.id] = replica
-                self._gateway.update(replica)
+        for replica in stay.values():
+            self.replicas[replica.id] = replica
+            self._gateway.update(replica)
         gone = [replica_id for replica_id in self.replicas if replica_id not in stay]
-        coming = [replica for replica in plan.replicas if replica.id not in stay]
         log.info("moves to the new plan", stay=len(stay), start=len(coming), drain=len(gone))
         coming = await self._start_where_free(coming, engines)
         drains = {self.drain(replica_id, self._grace_s(replica_id)) for replica_id in gone}
-        while coming:
-            await asyncio.wait(drains, return_when=asyncio.FIRST_COMPLETED)
-            drains = {drain for drain in drains if not drain.done()}
+        while coming and drains:
+            _, drains = await asyncio.wait(drains, return_when=asyncio.FIRST_COMPLETED)
             coming = await self._start_where_free(coming, engines)
         if drains:
             await asyncio.wait(drains)
         self._gateway.forget_models()
         log.info("runs the new plan")
+
+    def _unchanged(self, replicas: Iterable[Replica], engines: Mapping[str, Engine]) -> Iterator[Replica]:
+        """Yield those that run already, as they are to run."""
+        for replica in replicas:
+            known = self.replicas.get(replica.id)
+            stays = known and replica.id not in self._drains and _same_place(known, replica)
+            if stays and self._supervisor.engines[replica.id] == engines[replica.id]:
+                yield replica
+
+    def _of_shapes(self, plan: Plan) -> list[Replica]:
+        """Return the replicas that run, as the shapes of a plan would have them."""
+        shapes = {(shape.model, shape.pool): shape for shape in plan.shapes}
+        return [
+            shapes[one.model, one.pool].replica(one.id, one.places)
+            for one in self.replicas.values()
+            if (one.model, one.pool) in shapes
+        ]
 
     async def _start_where_free(self, coming: list[Replica], engines: Mapping[str, Engine]) -> list[Replica]:
         """Start those whose GPUs nobody has, wait until they are ready, and return the others."""

@@ -9,7 +9,7 @@ from waterline.plan import Plan
 from waterline.service.dispatcher import Dispatcher, Lane
 from waterline.service.recent import Recent
 from waterline.service.supervisor import ReplicaState
-from waterline.snapshot import Health, Kind, ModelNow, QueueNow, ReplicaNow, Snapshot, TenantNow, Use
+from waterline.snapshot import Health, JobNow, Kind, ModelNow, QueueNow, ReplicaNow, Snapshot, TenantNow, Use
 
 KINDS: Mapping[str, Kind] = {  # of GPUs, by the state of the replica on them; without it they are idle
     "ready": "serving",
@@ -27,6 +27,7 @@ def take_snapshot(
     recent: Recent,
     *,
     tenants: Mapping[str, str],
+    jobs: tuple[JobNow, ...] = (),
     now_s: float,
     stopping: bool = False,
 ) -> Snapshot:
@@ -38,6 +39,7 @@ def take_snapshot(
         states: of the replicas by id.
         recent: what ended lately.
         tenants: whose requests a model's are while nothing has ended, by model.
+        jobs: how their runs are.
         now_s: on the clock of the service, which began at 0.
         stopping: whether it has begun to end.
     """
@@ -46,7 +48,7 @@ def take_snapshot(
         _replica(lane, states[lane.replica.id]) for dispatcher in dispatchers.values() for lane in dispatcher.lanes
     )
     models = tuple(_model(plan, model, dispatcher, states) for model, dispatcher in dispatchers.items())
-    uses = _uses(plan, replicas, shares)
+    uses = _uses(plan, replicas, shares, jobs)
     return Snapshot(
         at_s=time.time(),
         uptime_s=now_s,
@@ -64,6 +66,7 @@ def take_snapshot(
         ),
         replicas=replicas,
         replica_states=dict(Counter(replica.state for replica in replicas)),
+        jobs=jobs,
         moves=tuple(recent.moves),
         ejections=tuple(recent.ejections),
         problems=tuple(_problems(models, replicas)),
@@ -119,7 +122,9 @@ def _model(plan: Plan, model: str, dispatcher: Dispatcher, states: Mapping[str, 
     )
 
 
-def _uses(plan: Plan, replicas: Iterable[ReplicaNow], shares: Mapping[str, Mapping[str, float]]) -> tuple[Use, ...]:
+def _uses(
+    plan: Plan, replicas: Iterable[ReplicaNow], shares: Mapping[str, Mapping[str, float]], jobs: Iterable[JobNow]
+) -> tuple[Use, ...]:
     """Return who has which GPUs for what; what is left of a pool is nobody's."""
     gpus: dict[tuple[str, str, Kind], float] = defaultdict(float)
     for replica in replicas:
@@ -127,6 +132,9 @@ def _uses(plan: Plan, replicas: Iterable[ReplicaNow], shares: Mapping[str, Mappi
             parts = {replica.tenant: 1.0} if replica.tenant else shares[replica.model]
             for tenant, part in parts.items():
                 gpus[replica.pool, tenant, kind] += replica.gpus * part
+    for job in jobs:
+        if job.gpus:
+            gpus[job.pool, job.tenant, "job"] += job.gpus
     for pool in plan.fleet.pools:
         idle = pool.gpus - sum(count for (name, _, _), count in gpus.items() if name == pool.name)
         if idle > 1e-9:

@@ -104,6 +104,11 @@ def prepare_engines(plan: Plan, instead: str = "", *, fleet: str = "FLEET") -> d
     return {replica.id: _prepare(names[replica.id])(plan, replica) for replica in plan.replicas}
 
 
+def all_pretend(engines: Mapping[str, Engine]) -> bool:
+    """Whether there is no engine but fakes: then the whole fleet, however large, is this machine."""
+    return all(type(engine).__module__ == STARTABLE["fake"] for engine in engines.values())
+
+
 def command_of(plan: Plan, replica: Replica, seat: Seat) -> Command:
     """Return how one process of a replica is started. Raises EngineError where its engine cannot do what is planned."""
     command: Command = import_module(STARTABLE[replica.engine]).command(plan, replica, seat)

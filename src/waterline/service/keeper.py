@@ -1,0 +1,84 @@
+"""Keeps a service as its plan says and its load asks: the minutes clock over the shore, and a pause for a new plan."""
+
+import asyncio
+from datetime import datetime
+
+from msgspec.structs import replace
+
+from waterline.plan import Plan
+from waterline.roster import Roster
+from waterline.service.gateway import Gateway
+from waterline.service.jobs import Jobs, RunState
+from waterline.service.minutes import Minutes, hour_of, lends
+from waterline.service.shore import Shore
+from waterline.service.state import State
+from waterline.service.supervisor import ReplicaState
+
+
+class Keeper:
+    """What runs, who moves it, and how a new plan gets in between.
+
+    Args:
+        shore, jobs, gateway, state: of the service.
+        everywhere: whether all nodes of the fleet are this machine, as for engines that pretend.
+    """
+
+    def __init__(self, shore: Shore, jobs: Jobs, gateway: Gateway, state: State, *, everywhere: bool) -> None:
+        self.minutes: Minutes | None = None
+        self._shore = shore
+        self._jobs = jobs
+        self._gateway = gateway
+        self._state = state
+        self._everywhere = everywhere
+        self._lending: asyncio.Task[None] | None = None
+        self._speed = 1.0
+
+    def replica_changed(self, id_: str, state: ReplicaState) -> None:
+        if self.minutes:
+            self.minutes.replica_changed(id_, state)
+
+    def run_changed(self, name: str, state: RunState) -> None:
+        if self.minutes:
+            self.minutes.run_changed(name, state)
+
+    def lend(self, speed: float = 1.0) -> None:
+        """Begin to lend, if there is anything to lend; all that is planned runs. `speed`: see `Minutes`."""
+        plan, self._speed = self._shore.plan, speed
+        jobs = tuple(job for job in plan.fleet.jobs if job.command)
+        plan = replace(plan, fleet=replace(plan.fleet, jobs=jobs), replicas=tuple(self._shore.replicas.values()))
+        if not lends(plan):
+            return
+        now = datetime.now().astimezone()
+        begun_s = (now - now.replace(hour=0, minute=0, second=0, microsecond=0)).total_seconds()
+        self.minutes = Minutes(
+            Roster(plan, plan.replicas, hour=hour_of(begun_s)),
+            self._shore,
+            self._jobs,
+            self._gateway,
+            self._state,
+            begun_s=begun_s,
+            everywhere=self._everywhere,
+            speed=speed,
+        )
+        self._lending = asyncio.create_task(self.minutes.run())
+
+    async def pause(self) -> None:
+        """Decide nothing any more; what has been begun goes on."""
+        self.minutes, lending, self._lending = None, self._lending, None
+        if lending:
+            lending.cancel()
+            await asyncio.gather(lending, return_exceptions=True)
+
+    async def move_to(self, plan: Plan) -> None:
+        """Go on with another plan; see `Shore.move_to`. Jobs save their work and begin again.
+
+        Where replicas follow the load, those that run and are of a shape of the new plan stay, planned or not, and of
+        the planned ones only those of models start that would have none.
+        """
+        lent = self.minutes is not None
+        self._shore.check(plan)
+        await self.pause()
+        await asyncio.gather(self._jobs.stop_all(), self._shore.settle())
+        self._jobs.fleet = plan.fleet
+        await self._shore.move_to(plan, by_load=lent and lends(plan))
+        self.lend(self._speed)

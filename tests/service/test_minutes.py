@@ -1,0 +1,129 @@
+"""The minutes clock, live: GPUs go where the load is and come back, and the record replayed decides the same again."""
+
+import asyncio
+import sys
+from collections import Counter
+from pathlib import Path
+
+import orjson
+from msgspec.structs import replace
+from serving import QUESTION, Served, fake_plan, served, until
+
+from waterline.fleet import Job, Tenant
+from waterline.plan import Place, Plan, Shape
+from waterline.service.minutes import lends, replay_record
+
+SPEED = 100.0  # a step of 10 s takes 0.1 s, and what is spare for 300 s is handed back after 3 s
+WORKER = """
+import os, pathlib, signal, sys, time
+checkpoint = pathlib.Path(os.environ["WATERLINE_CHECKPOINT"])
+def save(*_):
+    checkpoint.write_text(str(steps)); sys.exit(1)
+signal.signal(signal.SIGTERM, save)
+steps = int(checkpoint.read_text()) if checkpoint.exists() else 0
+while steps < int(sys.argv[1]):
+    time.sleep(0.02); steps += 1
+    if steps % 25 == 0: checkpoint.write_text(str(steps))
+checkpoint.write_text(str(steps))
+"""
+
+
+def lending_plan(folder: Path, *, steps: int = 10**6, gpus: int = 4) -> Plan:
+    """Return a plan of one replica of 'chat' on four GPUs; research has as many runs, and saves its steps."""
+    plan = fake_plan({"chat": 1})
+    [planned] = plan.replicas
+    figures = {name: getattr(planned, name) for name in Shape.__struct_fields__} | {
+        "requests_per_s": 4.0,
+        "load_s": 60.0,
+    }
+    job = Job(
+        name="train",
+        tenant="research",
+        command=(sys.executable, "-S", "-c", WORKER, str(steps)),
+        gpus=1,
+        copies=gpus,
+        pools=("box",),
+        checkpoint=str(folder / "train.{copy}"),
+        checkpoint_every_s=1.0,
+        load_s=0.2,
+    )
+    fleet = replace(
+        plan.fleet,
+        pools=(replace(plan.fleet.pools[0], gpus_per_node=gpus),),
+        tenants=(
+            Tenant(name="public", deserved=0.5, priority=1, grace_s=50.0, min_runtime_s=0.0),
+            Tenant(name="research", deserved=0.5, grace_s=100.0, min_runtime_s=0.0),
+        ),
+        demand=(replace(plan.fleet.demand[0], tenant="public", prompt_tokens=10, output_tokens=10),),
+        jobs=(job,),
+    )
+    chat = replace(planned, requests_per_s=4.0, places=(Place(node=0, gpus=(0,)),))
+    tenants = tuple(replace(plan.tenants[0], tenant=tenant.name) for tenant in fleet.tenants)
+    return replace(plan, fleet=fleet, tenants=tenants, replicas=(chat,), shapes=(Shape(**figures),))
+
+
+async def surge(service: Served, requests_per_s: float, lasts_s: float) -> None:
+    """Ask so many short questions a second."""
+    loop = asyncio.get_running_loop()
+    begun_s, asking = loop.time(), []
+    while loop.time() < begun_s + lasts_s:
+        chat = service.openai.chat.completions
+        asking.append(asyncio.create_task(chat.create(model="chat", messages=QUESTION, max_tokens=10)))
+        await asyncio.sleep(1 / requests_per_s)
+    await asyncio.gather(*asking)
+
+
+def counts(service: Served) -> Counter[str]:
+    """Return how many replicas and runs have GPUs."""
+    runs = [run for run in service.jobs.states.values() if run.status in {"loading", "running", "stopping"}]
+    return Counter({"chat": len(service.supervisor.states), "train": len(runs)})
+
+
+def test_a_surge_gets_the_gpus_of_research_and_hands_them_back_and_the_record_replayed_decides_the_same(
+    tmp_path: Path,
+) -> None:
+    plan = lending_plan(tmp_path)
+
+    async def case() -> tuple[Path, Counter[str]]:
+        async with served(plan) as service:
+            service.keeper.lend(SPEED)
+            await until(lambda: counts(service) == {"chat": 1, "train": 3}, within_s=10)
+            surging = asyncio.create_task(surge(service, 14.0, 4.0))
+            await until(lambda: counts(service) == {"chat": 2, "train": 2}, within_s=20)
+            await surging
+            assert {one.status for one in service.completions} <= {"ok", "refused"}
+            await until(lambda: counts(service) == {"chat": 1, "train": 3}, within_s=20)
+            now = service.gateway.snapshot()
+            assert sum(use.gpus for use in now.uses if (use.tenant, use.kind) == ("research", "job")) == 3.0
+            assert Counter(job.stops for job in now.jobs) == {0: 2, 1: 1}
+            moves = Counter((move.kind, move.rule) for move in now.moves)
+            assert moves["start", "claim kept"] == 1
+            assert moves["hand back", "surplus"] == 1
+            return service.state.path, Counter(one.status for one in service.completions)
+
+    folder, completions = asyncio.run(case())
+    print(completions)
+    assert int((tmp_path / "train.2").read_text()) > 0, "it has saved its work"
+    kinds = Counter(orjson.loads(line)["signal"] for line in (folder / "signals.jsonl").read_bytes().splitlines())
+    print(dict(kinds))
+    assert min(kinds[kind] for kind in ("begun", "load", "tick", "loaded", "saved", "ended")) > 0
+    decisions = (folder / "decisions.jsonl").read_bytes()
+    assert decisions.count(b"\n") >= 6
+    assert replay_record(folder) == decisions
+
+
+def test_a_job_that_is_done_is_not_started_again(tmp_path: Path) -> None:
+    async def case() -> Counter[str]:
+        async with served(lending_plan(tmp_path, steps=5)) as service:
+            service.keeper.lend(SPEED)
+            await until(lambda: sum(run.status == "done" for run in service.jobs.states.values()) == 4, within_s=20)
+            await asyncio.sleep(0.5)
+            return Counter(run.starts for run in service.jobs.states.values())
+
+    assert asyncio.run(case()) == {1: 4}
+
+
+def test_a_fleet_with_nothing_to_lend_between_is_left_as_it_is_planned(tmp_path: Path) -> None:
+    plan = lending_plan(tmp_path)
+    assert lends(plan)
+    assert not lends(replace(plan, fleet=replace(plan.fleet, jobs=())))
