@@ -481,6 +481,7 @@ def _complete_job(job: Job, fleet: Fleet, path: Path) -> Job:
         tenant=tenant.name,
         gpus=gpus,
         pools=tuple(pool.name for pool in pools if pool.gpus_per_node >= gpus),
+        checkpoint=str((path.parent / Path(job.checkpoint).expanduser()).absolute()) if job.checkpoint else "",
     )
 
 

@@ -247,6 +247,43 @@ def test_who_is_left_by_a_killed_service_is_found_by_the_next_and_two_services_d
     asyncio.run(case())
 
 
+SERVICE = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_jobs import RANKS, job, python, running, start
+async def case():
+    async with running(grace_s=30.0) as service:
+        start(service, job(*python(RANKS, "deaf"), checkpoint=Path(sys.argv[2])))
+        await asyncio.sleep(60)
+asyncio.run(case())
+"""
+
+
+def test_a_job_that_outlives_its_service_is_told_to_save_and_is_ended_by_the_next(tmp_path: Path) -> None:
+    async def case() -> tuple[int, float]:
+        with claim_state("box") as state:
+            mark = state.mark
+        here = str(Path(__file__).parent)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", SERVICE, here, str(tmp_path), stdout=asyncio.subprocess.DEVNULL
+        )
+        await until(lambda: len(ranks(tmp_path)) == 4, within_s=10)
+        process.kill()
+        await process.wait()
+        await until(lambda: len(list(tmp_path.glob("saved.*"))) == 4)
+        with claim_state("box") as state:
+            assert state.mark == mark
+            begun_s = time.monotonic()
+            ended = await state.end_orphans(0.3)
+            assert marked(mark) == []
+            return ended, time.monotonic() - begun_s
+
+    ended, took_s = asyncio.run(case())
+    print(f"{ended} processes ended in {took_s:.2f} s, of which 0.3 s were their grace")
+    assert ended == 6
+
+
 def test_a_mark_is_not_that_of_a_name_it_begins_with() -> None:
     async def case() -> None:
         process = await asyncio.create_subprocess_exec(

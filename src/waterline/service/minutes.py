@@ -163,6 +163,7 @@ class Minutes:
         step_s = self.roster.step_s
         step = int(self.now_s() // step_s)
         self._gateway.take_loads()  # of a part of a step
+        self._put("tick")  # for jobs, which wait for nothing
         while True:
             await asyncio.sleep(((step + 1) * step_s - self.now_s()) / self._speed)
             at_s, step = self.now_s(), int(self.now_s() // step_s)
