@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isnan
 
-from waterline.outcome import Completion, percentiles
+from waterline.outcome import Completion, Percentiles
 from waterline.snapshot import EjectionNow, LatencyNow, MoveNow
 from waterline.workload import Slo
 
@@ -83,6 +83,15 @@ def _latency(model: str, tenant: str, ended: deque[_Ended], now_s: float) -> Lat
         ok=len(answered),
         within_slo=sum(one.within_slo for one in ended),
         output_tokens=sum(one.output_tokens for one in ended),
-        ttft_s=percentiles([one.ttft_s for one in answered if not isnan(one.ttft_s)]),
-        tpot_s=percentiles([one.tpot_s for one in answered if one.tpot_s > 0]),
+        ttft_s=_percentiles([one.ttft_s for one in answered if not isnan(one.ttft_s)]),
+        tpot_s=_percentiles([one.tpot_s for one in answered if one.tpot_s > 0]),
     )
+
+
+def _percentiles(times_s: list[float]) -> Percentiles | None:
+    """Return the nearest-rank percentiles; None of nothing."""
+    if not times_s:
+        return None
+    ordered = sorted(times_s)
+    p50, p90, p99 = (ordered[-(-percent * len(ordered) // 100) - 1] for percent in (50, 90, 99))
+    return Percentiles(mean=sum(ordered) / len(ordered), p50=p50, p90=p90, p99=p99)
