@@ -16,7 +16,7 @@ from waterline.units import DAY_S, HOUR_S, PICOSECONDS_PER_S
 Reals = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-MoveKind = Literal["start", "drain", "hold", "hand back"]
+MoveKind = Literal["start", "drain", "hold", "hand back", "take over"]
 WANTED_STEPS = 288  # of five minutes, in a day
 MOST_STEPS = 4 * WANTED_STEPS  # a fleet takes long to drain when it has fallen behind
 STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, HOUR_S, 2 * HOUR_S, 4 * HOUR_S, 8 * HOUR_S, DAY_S)
