@@ -107,7 +107,6 @@ class Checked(Minutes):
         held, tenants = tide.replicas, tide.tenants
         there = np.array([sum(len(gpus) for gpus in free.values()) for free in roster.free])
         claimed = np.zeros(len(there), np.int64)
-        np.add.at(claimed, tide.claims.node[tide.claims.service != NOBODY], 0)
         for claim in np.flatnonzero(tide.claims.service != NOBODY):
             claimed[tide.claims.node[claim]] += tide.claims.held_gpus[claim]
         if (there != tide.free_gpus + claimed).any():

@@ -67,8 +67,23 @@ def random_failures(
 def placed(failures: Iterable[Failure], fleet: Fleet, first_s: float) -> Iterator[tuple[float, float, str, int]]:
     """Yield begin and end in seconds from the start of the traffic, pool and node; `first_s`: of the day, it starts.
 
-    What lies before the start is taken to be of the next day. Raises UnknownNameError or InputError.
+    What lies before the start is taken to be of the next day. A node that fails again while it is down stays so until
+    the later end. Raises UnknownNameError or InputError.
     """
+    down: dict[tuple[str, int], tuple[float, float]] = {}
+    for begin_s, end_s, pool, node in sorted(_checked(failures, fleet, first_s)):
+        before = down.get((pool, node))
+        if before and begin_s <= before[1]:
+            down[pool, node] = before[0], max(before[1], end_s)
+            continue
+        if before:
+            yield *before, pool, node
+        down[pool, node] = begin_s, end_s
+    for (pool, node), last in down.items():
+        yield *last, pool, node
+
+
+def _checked(failures: Iterable[Failure], fleet: Fleet, first_s: float) -> Iterator[tuple[float, float, str, int]]:
     for failure in failures:
         pool = next((one for one in fleet.pools if one.name == failure.pool), None)
         if pool is None:

@@ -280,8 +280,6 @@ class Minutes:
     # --- Failures -----------------------------------------------------------------------------------------------------
 
     def _fail(self, pool: str, node: int) -> None:
-        if (pool, node) in self.roster.down:
-            return
         for row in self.roster.rows_on(pool, node):
             present = self.present.pop(row)
             if present.work is None:
