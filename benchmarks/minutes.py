@@ -31,17 +31,15 @@ HALF_A_WAVE = 15  # steps
 
 
 class Fluid:
-    """Serves whatever is asked, and says how much that was; replicas are idle some steps after they drain."""
+    """Serves whatever is asked; replicas are idle some steps after they drain."""
 
-    def __init__(self, loads: np.ndarray, step_s: float, dice: np.random.Generator) -> None:
-        self.of_step, self.step_s, self.dice = loads, step_s, dice  # [step, tenant, model]
-        self.asked = 0
+    def __init__(self, dice: np.random.Generator) -> None:
+        self.dice = dice
         self.rows = 0
         self.drained: dict[int, int] = {}  # row -> polls until it is idle
         self.gone: set[int] = set()
 
-    def start(self, replica: Replica, at_ps: int, ready_ps: int) -> int:
-        assert ready_ps - at_ps in {0, round(replica.load_s * 1e12)}
+    def start(self, replica: Replica, ready_ps: int) -> int:  # noqa: ARG002 - the station's signature
         self.rows += 1
         return self.rows - 1
 
@@ -63,9 +61,19 @@ class Fluid:
         self.drained[row] -= 1
         return self.drained[row] < 0
 
-    def loads(self) -> np.ndarray:
+
+class Given:
+    """Says what is asked at each step."""
+
+    def __init__(self, loads: np.ndarray, step_s: float) -> None:
+        self.of_step, self.step_s, self.asked = loads, step_s, 0  # [step, service]
+
+    def note(self, piece: Piece) -> None:
+        pass
+
+    def loads(self) -> dict[int, float]:
         self.asked += 1
-        return self.of_step[min(self.asked, len(self.of_step)) - 1] * self.step_s
+        return dict(enumerate((self.of_step[min(self.asked, len(self.of_step)) - 1] * self.step_s).tolist()))
 
 
 class BrokenPromiseError(AssertionError):
@@ -212,8 +220,8 @@ def random_plan(dice: np.random.Generator) -> Plan:
 
 
 def random_loads(dice: np.random.Generator, plan: Plan, steps: int) -> np.ndarray:
-    """[step, tenant, model] that jump now and then."""
-    size = (-(-steps // HALF_A_WAVE), len(plan.fleet.tenants), len(plan.fleet.models))
+    """Return loads by step and service that jump now and then."""
+    size = (-(-steps // HALF_A_WAVE), len(plan.fleet.tenants) * len(plan.fleet.models))
     return np.repeat(dice.exponential(2.0, size) * (dice.random(size) < 0.6), HALF_A_WAVE, axis=0)
 
 
@@ -235,8 +243,8 @@ def random_life(seed: int, steps: int = STEPS) -> Checked:
         for _ in range(dice.integers(0, 3))
     ]
     loads = random_loads(dice, plan, steps)
-    station = Fluid(loads, roster.step_s, dice)
-    minutes = Checked(plan, roster, station, first_hour=0, length_s=0.0, failures=failures)
+    minutes = Checked(plan, roster, Fluid(dice), rows=(), first_hour=0, length_s=0.0, failures=failures)
+    minutes.meter = Given(loads, roster.step_s)  # type: ignore[assignment]
     minutes.decide = compiled(tides.decide)
     minutes.advance(steps * roster.step_s)
     minutes.finish(steps * roster.step_s)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from waterline.fleet import HOURS, Job
+from waterline.fleet import HOURS, Demand, Job
 from waterline.plan import Place, Plan, Replica, Shape
 from waterline.policy import forecast
 from waterline.policy import tide as tides
@@ -362,6 +362,12 @@ def token_costs(plan: Plan, model: str) -> tuple[float, float]:
     all_s = (prompt + output) / whole[0].tokens_per_s
     read_s = min(prompt / whole[0].prefill_tokens_per_s, all_s * prompt / (prompt + output))
     return read_s / prompt / all_s, (all_s - read_s) / output / all_s
+
+
+def expected_output_tokens(plan: Plan, row: Demand) -> int:
+    """Return how long the answers of a row of the demand are expected to be; of a trace, those of its model."""
+    planned = next(one for one in plan.models if one.model == row.model)
+    return planned.output_tokens if row.trace else row.output_tokens
 
 
 def _asked(plan: Plan) -> Figures:

@@ -9,14 +9,14 @@ Of events at one instant, what has become ready or free comes first, then failur
 """
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from waterline.fleet import HOURS
+from waterline.fleet import HOURS, Demand
 from waterline.plan import Plan, Replica
 from waterline.policy import tide as tides
 from waterline.policy.decisions import RULES
@@ -27,7 +27,7 @@ from waterline.rehearsal.arrivals import Piece
 from waterline.rehearsal.failures import Failure, placed
 from waterline.rehearsal.jobs import Books, Work
 from waterline.rehearsal.record import Move, MoveKind
-from waterline.roster import Roster, Run
+from waterline.roster import Roster, Run, expected_output_tokens, token_costs
 from waterline.units import HOUR_S, PICOSECONDS_PER_S
 
 KINDS: dict[int, MoveKind] = {
@@ -46,8 +46,8 @@ Decide = Callable[[tides.Tide, float], Moves]
 class Station(Protocol):
     """Serves requests on replicas that come and go; times in picoseconds from the start of the traffic."""
 
-    def start(self, replica: Replica, at_ps: int, ready_ps: int) -> int:
-        """Let a replica load from one time on and serve from another; return its row."""
+    def start(self, replica: Replica, ready_ps: int) -> int:
+        """Let a replica serve from a time on, which has not passed; return its row."""
 
     def drain(self, row: int, at_ps: int) -> None:
         """Give it nothing new."""
@@ -63,9 +63,6 @@ class Station(Protocol):
 
     def idle(self, row: int) -> bool:
         """Whether nothing runs on a replica."""
-
-    def loads(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """[tenant, model] planned requests that arrived since this was asked last."""
 
 
 @dataclass(slots=True)
@@ -92,6 +89,31 @@ class Stay:
     ended_s: float
 
 
+class Meter:
+    """What is asked of each service: planned requests, counted in whole tokens so that pieces may be cut anywhere."""
+
+    def __init__(self, roster: Roster, rows: Sequence[Demand]) -> None:
+        """Begin with nothing. How long an answer will be nobody knows: it counts as the row's mean."""
+        self.services = [roster.service(row.tenant, row.model) for row in rows]
+        self.costs = [token_costs(roster.plan, row.model) for row in rows]
+        self.output_tokens = [expected_output_tokens(roster.plan, row) for row in rows]
+        self.requests, self.prompt_tokens = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+
+    def note(self, piece: Piece) -> None:
+        self.requests += np.bincount(piece.row, minlength=len(self.requests))
+        np.add.at(self.prompt_tokens, piece.row, piece.prompt_tokens)
+
+    def loads(self) -> dict[int, float]:
+        """Return planned requests by service since this was asked last."""
+        loads = dict.fromkeys(self.services, 0.0)
+        counted = zip(self.services, self.costs, self.output_tokens, strict=True)
+        for row, (service, (read, write), output_tokens) in enumerate(counted):
+            answers = int(self.requests[row]) * output_tokens
+            loads[service] += int(self.prompt_tokens[row]) * read + answers * write
+        self.requests[:], self.prompt_tokens[:] = 0, 0
+        return loads
+
+
 class Minutes:
     """Decides and acts, a step at a time."""
 
@@ -101,9 +123,11 @@ class Minutes:
         roster: Roster,
         station: Station,
         *,
+        rows: Sequence[Demand],
         first_hour: int,
         length_s: float,
         failures: Iterable[Failure] = (),
+        warm: bool = False,
     ) -> None:
         """Begin with what runs on the roster, served by the station from the start.
 
@@ -111,9 +135,11 @@ class Minutes:
             plan: whose hours those keep to that do not belong to the tide.
             roster: who runs, and the tide that decides.
             station: that serves; it has no replicas yet.
+            rows: of the demand, who asks.
             first_hour: of the day, with which the traffic begins.
             length_s: of the traffic, about.
             failures: of nodes.
+            warm: what is decided on at the start has loaded before it.
         """
         self.roster, self.tide, self.station = roster, roster.tide, station
         self.first_s = float(first_hour * HOUR_S)  # on the clock of the tide, where a day begins at 0
@@ -124,13 +150,15 @@ class Minutes:
         self.present: dict[int, Present] = {}  # by the row of the tide
         self.kept: dict[str, Present] = {}  # by id: who keeps to the plan
         self.now_s = 0.0
+        self.warm = warm
+        self.meter = Meter(roster, rows)
         large = length_s / roster.step_s * len(self.tide.replicas.state) >= COMPILED_FROM
         self.decide: Decide = compiled(tides.decide) if large else tides.decide
         self._numbers = count()
         self._events: list[tuple[float, int, int, Callable[[], None]]] = []
         for row, one in roster.has.items():
             if isinstance(one, Replica):
-                self.present[row] = Present(one, 0.0, 0.0, station.start(one, 0, 0))
+                self.present[row] = Present(one, 0.0, 0.0, station.start(one, 0))
         self._turn(first_hour, first=True)
         for begin_s, end_s, pool, node in placed(failures, plan.fleet, self.first_s):
             self._at(begin_s, FAILS, lambda pool=pool, node=node: self._fail(pool, node))  # type: ignore[misc]
@@ -145,10 +173,14 @@ class Minutes:
         while self._events and self._events[0][0] * PICOSECONDS_PER_S <= piece.arrival_ps[-1]:
             end = int(np.searchsorted(piece.arrival_ps, _ps(self._events[0][0])))
             if end > begin:
-                self.station.offer(piece[begin:end])
+                self._offer(piece[begin:end])
             begin = end
             self._happen()
-        self.station.offer(piece[begin:])
+        self._offer(piece[begin:])
+
+    def _offer(self, piece: Piece) -> None:
+        self.meter.note(piece)
+        self.station.offer(piece)
 
     def advance(self, until_s: float) -> None:
         """Let time pass without requests."""
@@ -201,9 +233,8 @@ class Minutes:
 
     def _tell_loads(self) -> None:
         step = round((self.first_s + self.now_s) / self.roster.step_s) - 1
-        loads = self.station.loads().reshape(-1) / self.roster.step_s
-        for service, load in enumerate(loads.tolist()):
-            self._tell("load", service=service, step=step, load=load)
+        for service, load in self.meter.loads().items():
+            self._tell("load", service=service, step=step, load=load / self.roster.step_s)
 
     def _do(self, moves: Moves, move: int, victim_tenant: str) -> None:
         kind, victim = int(moves.kind[move]), int(moves.victim[move])
@@ -219,12 +250,13 @@ class Minutes:
         if one is None:
             self._tell("unfit", replica=row)
             return
-        ready_s = self.now_s + (one.job.load_s if isinstance(one, Run) else one.load_s)
+        loads_s = one.job.load_s if isinstance(one, Run) else one.load_s
+        ready_s = self.now_s + (0.0 if self.warm and self.now_s == 0.0 else loads_s)
         present = Present(one, self.now_s, ready_s, moves=(len(self.moves) - 1,))
         if isinstance(one, Run):
             present.work = Work(job=one.job, began_s=self.now_s)
         else:
-            present.row = self.station.start(one, _ps(self.now_s), _ps(ready_s))
+            present.row = self.station.start(one, _ps(ready_s))
         self.present[row] = present
         self._at(ready_s, FREED, lambda: self._ready(row, present))
 
@@ -313,7 +345,7 @@ class Minutes:
             down = any((replica.pool, place.node) in self.roster.down for place in replica.places)
             if hour in replica.hours and replica.id not in self.kept and not down:
                 loads_s = 0.0 if first or not again else replica.load_s
-                row = self.station.start(replica, _ps(self.now_s), _ps(self.now_s + loads_s))
+                row = self.station.start(replica, _ps(self.now_s + loads_s))
                 began_s = max(0.0, self.now_s + loads_s - replica.load_s)
                 self.kept[replica.id] = Present(replica, began_s, self.now_s + loads_s, row)
         if not again:
