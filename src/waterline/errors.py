@@ -12,7 +12,9 @@ The tree, with the exit code the command line gives it and the HTTP status the g
     ├── InfeasibleError                  3   400   well-formed, but it cannot be done with these GPUs
     ├── MissingExtraError                4   500   an optional part is not installed; says the pip line
     ├── EngineError                      5   502   an engine did not start, died or talked nonsense
-    └── PortInUseError                   6   500   somebody else listens there
+    ├── PortInUseError                   6   500   somebody else listens there
+    ├── LedgerError                      7   503   the ledger cannot be read or written
+    └── QuotaError                       8   429   a key has spent what it may
 
 A message says what is wrong, where, with the numbers, and what to do next. Anything else that escapes is our bug and
 shows its traceback.
@@ -76,6 +78,22 @@ class EngineError(WaterlineError):
 
 class PortInUseError(WaterlineError):
     exit_code = 6
+
+
+class LedgerError(WaterlineError):
+    exit_code = 7
+    http_status = 503
+
+
+class QuotaError(WaterlineError):
+    """A key has no room for a request; `retry_after_s` says when it will have, None when it takes a person."""
+
+    exit_code = 8
+    http_status = 429
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

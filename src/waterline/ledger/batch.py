@@ -1,0 +1,377 @@
+"""What one transaction does: reservations that fit their quotas, settlements, and the sums of both.
+
+Nothing is charged twice, whatever is tried again: a request's row is written once, and only whoever writes it adds it
+to the sums. Normally nothing of a batch is there yet, so it is written without looking. When the counts of rows say
+otherwise (a commit whose answer got lost, a gateway that was taken for dead), the transaction starts over and looks.
+"""
+
+from asyncio import Future
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Engine, bindparam, delete, select, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from waterline.errors import QuotaError
+from waterline.ledger.database import writing
+from waterline.ledger.quotas import Balance, Balances, periods, refusal
+from waterline.ledger.records import OUTCOMES, Key, Settlement, day_of
+from waterline.ledger.tables import SUMS, balances, completions, keys, reservations, usage
+
+CHUNK = 500  # ids in one question
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserve:
+    """A request that wants in, with the most it may use."""
+
+    request_id: str
+    tenant: str
+    client: str
+    key: Key | None
+    model: str
+    arrival_us: int
+    tokens: int
+    nano_usd: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """How far a request has come that has not ended."""
+
+    request_id: str
+    prompt_tokens: int
+    output_tokens: int
+    nano_usd: int
+    noted_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """A request that has ended."""
+
+    settlement: Settlement
+    key: Key | None  # it came with
+    reserved: Reserve | None  # for it
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """What is written together, of each request at most one of a kind, and who waits for it."""
+
+    reserves: dict[str, Reserve] = field(default_factory=dict)
+    endings: dict[str, Ending] = field(default_factory=dict)
+    notes: dict[str, Note] = field(default_factory=dict)
+    careful: bool = False  # some of it may be there already
+    reserving: dict[str, "Future[None]"] = field(default_factory=dict)
+    ending: list["Future[None]"] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.reserves or self.endings or self.notes)
+
+
+@dataclass(slots=True, kw_only=True)
+class Written:
+    """What came of a batch."""
+
+    refused: dict[str, QuotaError] = field(default_factory=dict)  # by request
+    balances: Balances = field(default_factory=dict)  # as they are now, of the keys it decided about
+    changes: Balances = field(default_factory=dict)  # of all keys with quotas
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _There:
+    """What of a batch is there already."""
+
+    open: frozenset[str] = frozenset()
+    settled: frozenset[str] = frozenset()
+    interrupted: dict[str, Settlement] = field(default_factory=dict)  # by a gateway that took this one for dead
+
+
+class _StartOverError(Exception):
+    """Something is there already, or not there any more."""
+
+
+class Books:
+    """Writes batches to one database, for one gateway."""
+
+    def __init__(self, engine: Engine, owner: str) -> None:
+        self.engine = engine
+        self.owner = owner
+        insert: Any = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
+        self._open = insert(reservations).on_conflict_do_nothing()
+        self._close = delete(reservations).where(reservations.c.id == bindparam("request_id"))
+        self._complete = insert(completions).on_conflict_do_nothing()
+        self._balance = _adding(insert(balances), balances.primary_key, [c.name for c in balances.c][2:])
+        self._use = _adding(insert(usage), usage.primary_key, SUMS)
+        self._note = (
+            update(reservations)
+            .where(reservations.c.id == bindparam("request_id"))
+            .values({name: bindparam(name) for name in ("prompt_tokens", "output_tokens", "nano_usd", "noted_us")})
+        )
+
+    def write(self, batch: Batch) -> Written:
+        """Write all of a batch.
+
+        Raises LedgerError; then nothing is written, or all of it is and the answer got lost: a second try has to be
+        `careful`.
+        """
+        careful = batch.careful
+        while True:
+            try:
+                with writing(self.engine) as connection:
+                    return self._write(connection, batch, _look(connection, batch) if careful else None)
+            except _StartOverError:
+                careful = True
+
+    def recover(self, owner: str) -> int:
+        """Settle what a gateway that is dead has left open; return how many requests that were."""
+        with writing(self.engine) as connection:
+            rows = connection.execute(select(reservations).where(reservations.c.owner == owner)).all()
+            known = {row.id: key_of(row) for row in connection.execute(select(keys))} if rows else {}
+        batch = Batch(careful=True)
+        for row in rows:
+            reserve = Reserve(
+                request_id=row.id,
+                tenant=row.tenant,
+                client=row.client,
+                key=known.get(row.key_id),
+                model=row.model,
+                arrival_us=row.arrival_us,
+                tokens=row.reserved_tokens,
+                nano_usd=row.reserved_nano_usd,
+            )
+            batch.endings[row.id] = Ending(settlement=_interrupted(row), key=reserve.key, reserved=reserve)
+        self.write(batch)
+        return len(rows)
+
+    def _write(self, connection: Connection, batch: Batch, there: _There | None) -> Written:
+        written = Written()
+        reserves = [one for one in batch.reserves.values() if not there or one.request_id not in there.open]
+        if there:
+            reserves = [one for one in reserves if one.request_id not in there.settled]
+        self._decide(connection, reserves, written)
+        granted = {one.request_id: one for one in reserves if one.request_id not in written.refused}
+        settled, closed = _settled(batch, granted, written.refused, there)
+
+        _all(connection, self._open, [self._reservation(one) for one in granted.values()])
+        _all(connection, self._close, [{"request_id": one.request_id} for one in closed])
+        sums: dict[tuple[str, ...], list[int]] = {}
+        if there and there.interrupted:
+            self._take_back(connection, there, sums, written, batch)
+        _all(connection, self._complete, [_completion(one) for one in settled])
+        if batch.notes:
+            connection.execute(self._note, [_fields(one) for one in batch.notes.values()])
+
+        for one in granted.values():
+            more = Balance(reserved_tokens=one.tokens, reserved_nano_usd=one.nano_usd)
+            _change(written, one.key, one.arrival_us, more, known=True)
+        for one in closed:
+            less = Balance(reserved_tokens=-one.tokens, reserved_nano_usd=-one.nano_usd)
+            _change(written, one.key, one.arrival_us, less)
+        for settlement in settled:
+            _add(sums, settlement, 1)
+            _charge(written, batch.endings[settlement.request_id].key, settlement, 1)
+        self._keep_sums(connection, written.changes, sums)
+        return written
+
+    def _decide(self, connection: Connection, reserves: Sequence[Reserve], written: Written) -> None:
+        """Refuse what does not fit; from here to the end of the transaction nobody else decides about these keys."""
+        asking = {(one.key.id, period) for one in reserves if one.key for period in periods(one.key, one.arrival_us)}
+        if not asking:
+            return
+        ids = sorted({key_id for key_id, _ in asking})
+        connection.execute(select(keys.c.id).where(keys.c.id.in_(ids)).order_by(keys.c.id).with_for_update())
+        rows = connection.execute(
+            select(balances).where(tuple_(balances.c.key_id, balances.c.period).in_(sorted(asking)))
+        )
+        written.balances = {one: Balance() for one in asking}
+        for row in rows:
+            written.balances[row.key_id, row.period] = Balance(
+                tokens=row.tokens,
+                nano_usd=row.nano_usd,
+                reserved_tokens=row.reserved_tokens,
+                reserved_nano_usd=row.reserved_nano_usd,
+            )
+        for one in reserves:
+            if not one.key:
+                continue
+            error = refusal(one.key, written.balances, one.tokens, one.nano_usd, one.arrival_us)
+            if error:
+                written.refused[one.request_id] = error
+                continue
+            for period in periods(one.key, one.arrival_us):
+                more = Balance(reserved_tokens=one.tokens, reserved_nano_usd=one.nano_usd)
+                written.balances[one.key.id, period].add(more)
+
+    def _take_back(
+        self,
+        connection: Connection,
+        there: _There,
+        sums: dict[tuple[str, ...], list[int]],
+        written: Written,
+        batch: Batch,
+    ) -> None:
+        """Undo what another gateway wrote of requests that had not ended: this one was alive, and knows better."""
+        undo = delete(completions).where(completions.c.id == bindparam("request_id"))
+        _all(connection, undo, [{"request_id": request_id} for request_id in there.interrupted])
+        for request_id, old in there.interrupted.items():
+            _add(sums, old, -1)
+            _charge(written, batch.endings[request_id].key, old, -1)
+
+    def _keep_sums(self, connection: Connection, changes: Balances, sums: dict[tuple[str, ...], list[int]]) -> None:
+        """Add to the sums: in one order, so that gateways wait for each other in a row, never in a ring."""
+        if changes:
+            connection.execute(
+                self._balance,
+                [{"key_id": key, "period": period, **_fields(changes[key, period])} for key, period in sorted(changes)],
+            )
+        if sums:
+            names = ("day", "tenant", "client", "key_id", "model", *SUMS)
+            connection.execute(
+                self._use, [dict(zip(names, (*group, *sums[group]), strict=True)) for group in sorted(sums)]
+            )
+
+    def _reservation(self, one: Reserve) -> dict[str, Any]:
+        return {
+            "id": one.request_id,
+            "owner": self.owner,
+            "tenant": one.tenant,
+            "client": one.client,
+            "key_id": one.key.id if one.key else "",
+            "model": one.model,
+            "arrival_us": one.arrival_us,
+            "reserved_tokens": one.tokens,
+            "reserved_nano_usd": one.nano_usd,
+            "prompt_tokens": 0,
+            "output_tokens": 0,
+            "nano_usd": 0,
+            "noted_us": one.arrival_us,
+        }
+
+
+def key_of(row: Any) -> Key:
+    """Return a key from its row."""
+    names = ("tokens_per_day", "tokens_per_month", "tokens_total")
+    return msgspec.convert(
+        {
+            **{name: getattr(row, name) for name in ("id", "prefix", "tenant", "client", "created_us", "revoked_us")},
+            "models": msgspec.json.decode(row.models),
+            "quotas": {
+                name: getattr(row, name) for name in (*names, *(n.replace("tokens", "nano_usd") for n in names))
+            },
+        },
+        Key,
+    )
+
+
+def _look(connection: Connection, batch: Batch) -> _There:
+    """Find out what of a batch is there already."""
+    ids = list({**batch.reserves, **batch.endings})
+    open_ids: set[str] = set()
+    ended: dict[str, Settlement] = {}
+    for start in range(0, len(ids), CHUNK):
+        some = ids[start : start + CHUNK]
+        open_ids |= set(connection.scalars(select(reservations.c.id).where(reservations.c.id.in_(some))))
+        for row in connection.execute(select(completions).where(completions.c.id.in_(some))):
+            ended[row.id] = settlement_of(row)
+    early = {one for one, row in ended.items() if row.outcome == "interrupted" and one in batch.endings}
+    early = {one for one in early if batch.endings[one].settlement.outcome != "interrupted"}
+    return _There(
+        open=frozenset(open_ids),
+        settled=frozenset(ended.keys() - early),
+        interrupted={request_id: ended[request_id] for request_id in sorted(early)},
+    )
+
+
+def settlement_of(row: Any) -> Settlement:
+    """Return a settlement from its row."""
+    names = (name for name in Settlement.__struct_fields__ if name not in {"request_id", "replicas"})
+    fields = {name: getattr(row, name) for name in names}
+    return Settlement(request_id=row.id, replicas=tuple(msgspec.json.decode(row.replicas)), **fields)
+
+
+def _settled(
+    batch: Batch, granted: dict[str, Reserve], refused: dict[str, QuotaError], there: _There | None
+) -> tuple[list[Settlement], list[Reserve]]:
+    """Return the settlements that are new, and the reservations that end with them."""
+    settled, closed = [], []
+    for request_id, ending in batch.endings.items():
+        if not there or request_id not in there.settled:
+            settled.append(ending.settlement)
+        if not ending.reserved or request_id in refused:
+            continue
+        if not there or request_id in there.open or request_id in granted:
+            closed.append(ending.reserved)
+    return settled, closed
+
+
+def _adding(insert: Any, key: Iterable[Any], sums: Sequence[str]) -> Any:
+    """Return a statement that inserts a row, or adds to the one that is there."""
+    column = insert.table.c
+    return insert.on_conflict_do_update(
+        index_elements=list(key), set_={name: column[name] + insert.excluded[name] for name in sums}
+    )
+
+
+def _all(connection: Connection, statement: Any, rows: list[dict[str, Any]]) -> None:
+    """Run a statement for each row; every one must find what it expects."""
+    if rows:
+        done = connection.execute(statement, rows, execution_options={"preserve_rowcount": True})
+        if done.rowcount != len(rows):
+            raise _StartOverError
+
+
+def _completion(one: Settlement) -> dict[str, Any]:
+    fields = _fields(one)
+    fields["id"] = fields.pop("request_id")
+    fields["replicas"] = msgspec.json.encode(one.replicas).decode()
+    return fields
+
+
+def _fields(one: Any) -> dict[str, Any]:
+    names = getattr(one, "__struct_fields__", None) or one.__slots__
+    return {name: getattr(one, name) for name in names}
+
+
+def _charge(written: Written, key: Key | None, one: Settlement, times: int) -> None:
+    tokens = one.prompt_tokens + one.output_tokens
+    _change(written, key, one.arrival_us, Balance(tokens=times * tokens, nano_usd=times * one.nano_usd))
+
+
+def _change(written: Written, key: Key | None, arrival_us: int, change: Balance, *, known: bool = False) -> None:
+    """Change the balances of a key; `known`: `written.balances` has it already."""
+    if not key:
+        return
+    for period in periods(key, arrival_us):
+        written.changes.setdefault((key.id, period), Balance()).add(change)
+        if not known and (key.id, period) in written.balances:
+            written.balances[key.id, period].add(change)
+
+
+def _add(sums: dict[tuple[str, ...], list[int]], one: Settlement, times: int) -> None:
+    group = (day_of(one.arrival_us), one.tenant, one.client, one.key_id, one.model)
+    row = sums.setdefault(group, [0] * len(SUMS))
+    counts = (1, *(int(one.outcome == outcome) for outcome in OUTCOMES))
+    amounts = (one.prompt_tokens, one.cached_tokens, one.output_tokens, one.thinking_tokens, one.gpu_us, one.nano_usd)
+    for index, value in enumerate((*counts, *amounts)):
+        row[index] += times * value
+
+
+def _interrupted(row: Any) -> Settlement:
+    return Settlement(
+        request_id=row.id,
+        tenant=row.tenant,
+        client=row.client,
+        key_id=row.key_id,
+        model=row.model,
+        prompt_tokens=row.prompt_tokens,
+        output_tokens=row.output_tokens,
+        arrival_us=row.arrival_us,
+        finish_us=row.noted_us,
+        nano_usd=row.nano_usd,
+        outcome="interrupted",
+        reason="its gateway died; charged is what was noted last",
+    )

@@ -1,0 +1,92 @@
+"""What the ledger keeps, as others see it: keys with their quotas, and one settlement for every request.
+
+Clock times are microseconds since 1970 in UTC, money is in billionths of a dollar: integers, so that sums are exact.
+"""
+
+import secrets
+import time
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+from typing import Literal, get_args
+
+from msgspec import Struct
+
+from waterline.errors import InputError
+from waterline.outcome import Status
+from waterline.units import GIGA, MEGA
+
+Outcome = Literal[Status, "interrupted"]  # interrupted: its gateway died; charged what was last noted of it
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+MOST = 2**63 - 1  # what a column holds
+
+
+class Quotas(Struct, frozen=True, kw_only=True):
+    """What a key may use; None is without end. Days and months are those of UTC."""
+
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+    tokens_total: int | None = None
+    nano_usd_per_day: int | None = None
+    nano_usd_per_month: int | None = None
+    nano_usd_total: int | None = None
+
+
+class Key(Struct, frozen=True, kw_only=True):
+    """What a client shows to be let in. The secret itself is kept nowhere."""
+
+    id: str
+    prefix: str  # how its secret begins: for people, to tell keys apart
+    tenant: str
+    client: str
+    models: tuple[str, ...] = ()  # it may use; () is all of them
+    quotas: Quotas = Quotas()
+    created_us: int
+    revoked_us: int | None = None  # not valid from then on
+
+
+class Settlement(Struct, frozen=True, kw_only=True):
+    """What became of one request, and what it is charged: one row of the ledger."""
+
+    request_id: str
+    tenant: str
+    client: str
+    key_id: str = ""  # "" when it came without a key
+    model: str
+    replicas: tuple[str, ...] = ()  # that worked on it, in their order
+    prompt_tokens: int
+    cached_tokens: int = 0  # of the prompt, not read again
+    output_tokens: int  # produced, thinking included
+    thinking_tokens: int = 0
+    arrival_us: int
+    first_token_us: int | None = None
+    finish_us: int
+    gpu_us: int = 0  # time of its replicas, times their GPUs
+    nano_usd: int = 0
+    outcome: Outcome
+    reason: str = ""
+
+
+def utc_us() -> int:
+    """Return the time now."""
+    return time.time_ns() // 1000
+
+
+def day_of(clock_us: int) -> str:
+    """Return the day in UTC, such as ``2026-11-26``."""
+    return datetime.fromtimestamp(clock_us // MEGA, UTC).date().isoformat()
+
+
+def nano_usd(usd: float | str | Decimal) -> int:
+    """Return dollars in billionths, rounded half to even. Raises InputError for what is no amount."""
+    try:
+        amount = int((Decimal(str(usd)) * GIGA).to_integral_value())
+    except (InvalidOperation, ValueError, OverflowError):
+        raise InputError(f"'{usd}' is no amount of dollars. Write it like 25 or 0.50.") from None
+    if not 0 <= amount <= MOST:
+        raise InputError(f"{usd} dollars: an amount lies between 0 and {MOST // GIGA:,}.")
+    return amount
+
+
+def new_request_id() -> str:
+    """Return an id that nobody else makes. Later ids sort after earlier ones, so that rows are written side by side."""
+    return f"{utc_us():014x}{secrets.token_hex(9)}"

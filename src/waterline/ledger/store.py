@@ -1,0 +1,319 @@
+"""The ledger as the gateway uses it: quotas are kept, and what became of every request is written down once.
+
+What a caller may rely on:
+
+- `reserve` answers from memory when a key's quotas have room, and waits for the database only when they may not.
+- `Reservation.durable` returns when it is on the disk: from then on the request is in the ledger, whatever dies.
+- `settle` is done when the row is on the disk. Told again, it changes nothing.
+"""
+
+import asyncio
+import secrets
+import threading
+import time
+from asyncio import AbstractEventLoop, Future
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import structlog
+from sqlalchemy import Engine, func, select
+
+from waterline.errors import LedgerError, QuotaError
+from waterline.ledger.batch import Batch, Books, Ending, Note, Reserve, Written, key_of
+from waterline.ledger.database import connect, in_words, reading
+from waterline.ledger.keys import hash_of
+from waterline.ledger.presence import left_behind, presence
+from waterline.ledger.quotas import Balance, Balances, fits, periods
+from waterline.ledger.records import Key, Settlement, utc_us
+from waterline.ledger.tables import keys, reservations
+from waterline.ledger.writer import Writer
+
+NOTES_S = 1.0  # how old what is kept of a request under way may be
+PRESENCE_S = 10.0  # between looks for gateways that have died
+CACHED = 100_000  # balances in memory; beyond that they are read again
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """A request that has been let in."""
+
+    request_id: str
+    done: "Future[None]"
+
+    async def durable(self) -> None:
+        """Wait until it is on the disk; let no byte of the answer out before.
+
+        Raises:
+            QuotaError: another gateway has spent the rest of the quota a moment before.
+            LedgerError: the ledger cannot be written.
+        """
+        if not self.done.done():
+            await asyncio.wait([self.done])
+        self.done.result()
+
+
+class Ledger:
+    """One gateway's hold on the ledger, to be used in a `with` block: at its end what has gathered is written."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Begin; see `open`."""
+        self.engine = engine
+        self.owner = secrets.token_hex(4)
+        self._books = Books(engine, self.owner)
+        self._presence = presence(engine, self.owner)
+        self._lock = threading.Lock()  # of all that follows: event loops and the writer's thread meet here
+        self._batch = Batch()
+        self._notes: dict[str, Note] = {}
+        self._under_way: dict[str, Reserve] = {}
+        self._doubtful: set[str] = set()  # reservations that failed, and may have been made all the same
+        self._balances: Balances = {}  # as the last commit that decided about them left them
+        self._pending: Balances = {}  # reserved since
+        self._keys: dict[str, Key] = {}  # by the hash of their secrets
+        self._keys_counted = (-1, -1)
+        self._noted_s = self._looked_s = time.monotonic()
+        with in_words(engine):
+            self._presence.hold()
+        self._read_keys()
+        self._bury()
+        self._writer = Writer(
+            take=self._take,
+            write=self._books.write,
+            written=self._on_written,
+            gave_up=self._on_gave_up,
+            lost=self._on_lost,
+            look_around=self._look_around,
+        )
+
+    @classmethod
+    def open(cls, url: str) -> Self:
+        """Open the ledger at a path or a URL, bring its tables up to date, and settle what dead gateways left open.
+
+        Raises:
+            InputError: that is neither a path nor a URL we know.
+            MissingExtraError: PostgreSQL without psycopg.
+            LedgerError: it cannot be reached or used, or is newer than this program.
+        """
+        return cls(connect(url))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is left. Raises LedgerError when that cannot be done in ten seconds."""
+        self._writer.close()
+        self._presence.leave()
+        self.engine.dispose()
+        if self._writer.left:
+            raise LedgerError(
+                f"{self._writer.left} requests that have ended could not be written to the ledger: of each is charged "
+                "what was noted last. The log says why."
+            )
+
+    def find_key(self, secret: str) -> Key | None:
+        """Return the key of a secret, from memory: one that was made or revoked elsewhere is known within a second.
+
+        It may be revoked: look at `revoked_us`.
+        """
+        return self._keys.get(hash_of(secret))
+
+    async def reserve(
+        self,
+        *,
+        request_id: str,
+        tenant: str,
+        client: str,
+        key: Key | None,
+        model: str,
+        tokens: int,
+        nano_usd: int,
+        arrival_us: int,
+    ) -> Reservation:
+        """Set aside the most that a request may use: `tokens` in and out, and money.
+
+        The answer comes at once when memory says that there is room; then `Reservation.durable` has the last word.
+        However it ends, and also when this raises: `settle` it.
+
+        Raises:
+            QuotaError: a quota of the key has no room for it.
+            LedgerError: the ledger cannot be asked.
+        """
+        one = Reserve(
+            request_id=request_id,
+            tenant=tenant,
+            client=client,
+            key=key,
+            model=model,
+            arrival_us=arrival_us,
+            tokens=tokens,
+            nano_usd=nano_usd,
+        )
+        with self._lock:
+            room = self._has_room(one)
+            done: Future[None] = asyncio.get_running_loop().create_future()
+            done = self._batch.reserving.setdefault(request_id, done)
+            self._batch.reserves[request_id] = self._under_way[request_id] = one
+        self._writer.wake()
+        reservation = Reservation(request_id=request_id, done=done)
+        if not room:
+            await reservation.durable()
+        return reservation
+
+    def note(self, reservation: Reservation, *, prompt_tokens: int, output_tokens: int, nano_usd: int) -> None:
+        """Say how far a request has come. It is written within a second, and charged should this process be killed."""
+        self._notes[reservation.request_id] = Note(
+            request_id=reservation.request_id,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            nano_usd=nano_usd,
+            noted_us=utc_us(),
+        )
+
+    def settle(self, settlement: Settlement) -> "Future[None]":
+        """Write down what became of a request, once: what is told again is left as it is.
+
+        It will be written also when nobody awaits the future, which is done when the row is on the disk.
+        """
+        written: Future[None] = asyncio.get_running_loop().create_future()
+        request_id = settlement.request_id
+        with self._lock:
+            reserved = self._under_way.pop(request_id, None)
+            key = reserved.key if reserved else self._key(settlement.key_id)
+            ending = Ending(settlement=settlement, key=key, reserved=reserved)
+            self._batch.endings.setdefault(request_id, ending)
+            self._batch.ending.append(written)
+            self._notes.pop(request_id, None)
+            if request_id in self._doubtful:
+                self._doubtful.discard(request_id)
+                self._batch.careful = True
+        self._writer.wake()
+        return written
+
+    def _key(self, key_id: str) -> Key | None:
+        return next((key for key in self._keys.values() if key.id == key_id), None) if key_id else None
+
+    def _has_room(self, one: Reserve) -> bool:
+        """Return whether memory is sure that a request fits, and count it as pending."""
+        if not one.key:
+            return True
+        expected: Balances = {}
+        sure = True
+        for period in periods(one.key, one.arrival_us):
+            pending = self._pending.setdefault((one.key.id, period), Balance())
+            committed = self._balances.get((one.key.id, period))
+            sure = sure and committed is not None
+            expected[one.key.id, period] = balance = Balance()
+            balance.add(committed or Balance())
+            balance.add(pending)
+            pending.add(Balance(reserved_tokens=one.tokens, reserved_nano_usd=one.nano_usd))
+        return sure and fits(one.key, expected, one.tokens, one.nano_usd, one.arrival_us)
+
+    # --- What the writer's thread calls -----------------------------------------------------------------------------
+
+    def _take(self) -> Batch:
+        with self._lock:
+            batch, self._batch = self._batch, Batch()
+            if self._notes and time.monotonic() - self._noted_s > NOTES_S:
+                self._noted_s = time.monotonic()
+                batch.notes, self._notes = self._notes, {}
+        return batch
+
+    def _on_written(self, batch: Batch, written: Written) -> None:
+        with self._lock:
+            self._no_longer_pending(batch.reserves.values())
+            if len(self._balances) > CACHED:
+                self._balances.clear()
+            for name, change in written.changes.items():
+                if name in self._balances:
+                    self._balances[name].add(change)
+            self._balances |= written.balances
+            for request_id in written.refused:
+                self._under_way.pop(request_id, None)
+        _tell(batch, written.refused)
+
+    def _on_gave_up(self, batch: Batch, error: LedgerError) -> None:
+        """Let go who waits for a reservation; the endings of the batch stay in it."""
+        with self._lock:
+            self._no_longer_pending(batch.reserves.values())
+            self._doubtful |= batch.reserves.keys()
+        _tell(Batch(reserving=batch.reserving), dict.fromkeys(batch.reserves, error))
+        batch.reserves, batch.reserving = {}, {}
+
+    def _on_lost(self, batch: Batch, error: LedgerError) -> None:
+        self._on_gave_up(batch, error)
+        _tell(batch, {}, error)
+
+    def _no_longer_pending(self, reserves: Iterable[Reserve]) -> None:
+        for one in reserves:
+            for period in periods(one.key, one.arrival_us) if one.key else ():
+                pending = self._pending[one.key.id, period] if one.key else Balance()
+                pending.add(Balance(reserved_tokens=-one.tokens, reserved_nano_usd=-one.nano_usd))
+                if pending == Balance() and one.key:
+                    del self._pending[one.key.id, period]
+
+    def _look_around(self) -> None:
+        self._read_keys()
+        if time.monotonic() - self._looked_s > PRESENCE_S:
+            self._looked_s = time.monotonic()
+            with in_words(self.engine):
+                self._presence.hold()
+            self._bury()
+
+    def _read_keys(self) -> None:
+        """Read the keys again when there are more of them, or more revoked ones; nothing else of a key changes."""
+        with reading(self.engine) as connection:
+            counted = connection.execute(select(func.count(), func.count(keys.c.revoked_us)).select_from(keys)).one()
+            if tuple(counted) != self._keys_counted:
+                self._keys = {row.hash: key_of(row) for row in connection.execute(select(keys))}
+                self._keys_counted = (counted[0], counted[1])
+
+    def _bury(self) -> None:
+        """Settle what gateways have left open whose lock is free: they are dead."""
+        with reading(self.engine) as connection:
+            owners = set(connection.scalars(select(reservations.c.owner).distinct())) | left_behind(self.engine)
+        for owner in sorted(owners - {self.owner}):
+            lock = presence(self.engine, owner)
+            with in_words(self.engine):
+                dead = lock.hold()
+            if dead:
+                try:
+                    left_open = self._books.recover(owner)
+                finally:
+                    lock.leave()
+                if left_open:
+                    log.warning("ledger", gateway=owner, died_with_open_requests=left_open)
+
+
+def _tell(
+    batch: Batch, errors: "dict[str, LedgerError] | dict[str, QuotaError]", lost: LedgerError | None = None
+) -> None:
+    """Tell those who wait for a batch, each in its own event loop."""
+    loops: dict[AbstractEventLoop, list[tuple[Future[None], Exception | None]]] = {}
+    for request_id, future in batch.reserving.items():
+        loops.setdefault(future.get_loop(), []).append((future, errors.get(request_id)))
+    for future in batch.ending:
+        loops.setdefault(future.get_loop(), []).append((future, lost))
+    for loop, told in loops.items():
+        try:
+            loop.call_soon_threadsafe(_resolve, told)
+        except RuntimeError:  # that loop has ended, and nobody waits any more
+            continue
+
+
+def _resolve(told: list[tuple["Future[None]", Exception | None]]) -> None:
+    for future, error in told:
+        if future.done():
+            continue
+        if error:
+            future.set_exception(error)
+            future.exception()  # nobody may be there to ask; then it need not be reported as forgotten
+        else:
+            future.set_result(None)

@@ -1,0 +1,122 @@
+"""The tables, as the code queries them; `migrations` makes them. `*_us` is UTC, `nano_usd` billionths of a dollar."""
+
+from sqlalchemy import BigInteger, Column, Index, MetaData, Table, Text
+
+REVISION = "0001"  # the newest migration
+metadata = MetaData()
+
+
+def _text(name: str, *, primary_key: bool = False) -> "Column[str]":
+    return Column(name, Text, primary_key=primary_key, nullable=False)
+
+
+def _count(name: str, *, nullable: bool = False) -> "Column[int]":
+    return Column(name, BigInteger, nullable=nullable)
+
+
+meta = Table("meta", metadata, _text("name", primary_key=True), _text("value"))
+
+keys = Table(
+    "keys",
+    metadata,
+    _text("id", primary_key=True),
+    Column("hash", Text, nullable=False, unique=True),  # SHA-256 of a secret of 256 random bits, in hex
+    _text("prefix"),
+    _text("tenant"),
+    _text("client"),
+    _text("models"),  # a JSON list
+    _count("tokens_per_day", nullable=True),
+    _count("tokens_per_month", nullable=True),
+    _count("tokens_total", nullable=True),
+    _count("nano_usd_per_day", nullable=True),
+    _count("nano_usd_per_month", nullable=True),
+    _count("nano_usd_total", nullable=True),
+    _count("created_us"),
+    _count("revoked_us", nullable=True),
+)
+
+# Requests that have not ended. What was last noted of one is charged when its gateway dies.
+reservations = Table(
+    "reservations",
+    metadata,
+    _text("id", primary_key=True),
+    _text("owner"),  # the gateway
+    _text("tenant"),
+    _text("client"),
+    _text("key_id"),
+    _text("model"),
+    _count("arrival_us"),
+    _count("reserved_tokens"),
+    _count("reserved_nano_usd"),
+    _count("prompt_tokens"),
+    _count("output_tokens"),
+    _count("nano_usd"),
+    _count("noted_us"),
+    Index("reservations_owner", "owner"),
+    sqlite_with_rowid=False,
+)
+
+# Requests that have ended: one row each, never changed.
+completions = Table(
+    "completions",
+    metadata,
+    _text("id", primary_key=True),
+    _text("tenant"),
+    _text("client"),
+    _text("key_id"),
+    _text("model"),
+    _text("replicas"),  # a JSON list
+    _count("prompt_tokens"),
+    _count("cached_tokens"),
+    _count("output_tokens"),
+    _count("thinking_tokens"),
+    _count("arrival_us"),
+    _count("first_token_us", nullable=True),
+    _count("finish_us"),
+    _count("gpu_us"),
+    _count("nano_usd"),
+    _text("outcome"),
+    _text("reason"),
+    Index("completions_arrival", "arrival_us"),
+    sqlite_with_rowid=False,
+)
+
+# What a key with quotas has spent and reserved, by period: '2026-11-26', '2026-11' or 'total'.
+balances = Table(
+    "balances",
+    metadata,
+    _text("key_id", primary_key=True),
+    _text("period", primary_key=True),
+    _count("tokens"),
+    _count("nano_usd"),
+    _count("reserved_tokens"),
+    _count("reserved_nano_usd"),
+    sqlite_with_rowid=False,
+)
+
+# The sums of `completions`, kept up to date in the same transactions: what `waterline usage` reads.
+SUMS = (
+    "requests",
+    "ok",
+    "refused",
+    "failed",
+    "cancelled",
+    "interrupted",
+    "prompt_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "thinking_tokens",
+    "gpu_us",
+    "nano_usd",
+)
+usage = Table(
+    "usage",
+    metadata,
+    _text("day", primary_key=True),  # of the arrival
+    _text("tenant", primary_key=True),
+    _text("client", primary_key=True),
+    _text("key_id", primary_key=True),
+    _text("model", primary_key=True),
+    *(_count(name) for name in SUMS),
+    sqlite_with_rowid=False,
+)
