@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 
 from waterline.errors import QuotaError
-from waterline.ledger.records import Key, day_of
+from waterline.ledger.records import Key, Quotas, day_of
 from waterline.units import GIGA, MEGA, seconds_text
 
 TOTAL = "total"
+UNLIMITED = Quotas()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,15 +31,17 @@ class Balance:
 Balances = dict[tuple[str, str], Balance]  # by key and period
 
 
-def periods(key: Key, arrival_us: int) -> list[str]:
-    """Return the periods in which this key has a quota: a day, a month, the total."""
+def periods(key: Key | None, arrival_us: int) -> tuple[str, ...]:
+    """Return the periods in which a key has a quota: a day, a month, the total."""
+    if not key or key.quotas == UNLIMITED:
+        return ()
     quotas, day = key.quotas, day_of(arrival_us)
     limited = {
         day: (quotas.tokens_per_day, quotas.nano_usd_per_day),
         day[:7]: (quotas.tokens_per_month, quotas.nano_usd_per_month),
         TOTAL: (quotas.tokens_total, quotas.nano_usd_total),
     }
-    return [period for period, limits in limited.items() if limits != (None, None)]
+    return tuple(period for period, limits in limited.items() if limits != (None, None))
 
 
 def fits(key: Key, balances: Mapping[tuple[str, str], Balance], tokens: int, nano_usd: int, arrival_us: int) -> bool:

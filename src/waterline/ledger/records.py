@@ -5,19 +5,21 @@ Clock times are microseconds since 1970 in UTC, money is in billionths of a doll
 
 import secrets
 import time
-from datetime import UTC, datetime
+from datetime import date
 from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 from typing import Literal, get_args
 
 from msgspec import Struct
 
 from waterline.errors import InputError
 from waterline.outcome import Status
-from waterline.units import GIGA, MEGA
+from waterline.units import DAY_S, GIGA, MEGA
 
 Outcome = Literal[Status, "interrupted"]  # interrupted: its gateway died; charged what was last noted of it
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 MOST = 2**63 - 1  # what a column holds
+EPOCH = date(1970, 1, 1).toordinal()
 
 
 class Quotas(Struct, frozen=True, kw_only=True):
@@ -73,7 +75,12 @@ def utc_us() -> int:
 
 def day_of(clock_us: int) -> str:
     """Return the day in UTC, such as ``2026-11-26``."""
-    return datetime.fromtimestamp(clock_us // MEGA, UTC).date().isoformat()
+    return _day(clock_us // (DAY_S * MEGA))
+
+
+@lru_cache(maxsize=8)  # today, and whatever ends late
+def _day(days: int) -> str:
+    return date.fromordinal(EPOCH + days).isoformat()
 
 
 def nano_usd(usd: float | str | Decimal) -> int:

@@ -51,9 +51,7 @@ class Reservation:
             QuotaError: another gateway has spent the rest of the quota a moment before.
             LedgerError: the ledger cannot be written.
         """
-        if not self.done.done():
-            await asyncio.wait([self.done])
-        self.done.result()
+        await asyncio.shield(self.done)
 
 
 class Ledger:
@@ -155,6 +153,7 @@ class Ledger:
             arrival_us=arrival_us,
             tokens=tokens,
             nano_usd=nano_usd,
+            periods=periods(key, arrival_us),
         )
         with self._lock:
             room = self._has_room(one)
@@ -186,8 +185,8 @@ class Ledger:
         request_id = settlement.request_id
         with self._lock:
             reserved = self._under_way.pop(request_id, None)
-            key = reserved.key if reserved else self._key(settlement.key_id)
-            ending = Ending(settlement=settlement, key=key, reserved=reserved)
+            limited = reserved.periods if reserved else periods(self._key(settlement.key_id), settlement.arrival_us)
+            ending = Ending(settlement=settlement, periods=limited, reserved=reserved)
             self._batch.endings.setdefault(request_id, ending)
             self._batch.ending.append(written)
             self._notes.pop(request_id, None)
@@ -202,11 +201,11 @@ class Ledger:
 
     def _has_room(self, one: Reserve) -> bool:
         """Return whether memory is sure that a request fits, and count it as pending."""
-        if not one.key:
+        if not one.key or not one.periods:
             return True
         expected: Balances = {}
         sure = True
-        for period in periods(one.key, one.arrival_us):
+        for period in one.periods:
             pending = self._pending.setdefault((one.key.id, period), Balance())
             committed = self._balances.get((one.key.id, period))
             sure = sure and committed is not None
@@ -253,11 +252,12 @@ class Ledger:
 
     def _no_longer_pending(self, reserves: Iterable[Reserve]) -> None:
         for one in reserves:
-            for period in periods(one.key, one.arrival_us) if one.key else ():
-                pending = self._pending[one.key.id, period] if one.key else Balance()
+            for period in one.periods:
+                name = (one.key.id if one.key else "", period)
+                pending = self._pending[name]
                 pending.add(Balance(reserved_tokens=-one.tokens, reserved_nano_usd=-one.nano_usd))
-                if pending == Balance() and one.key:
-                    del self._pending[one.key.id, period]
+                if pending == Balance():
+                    del self._pending[name]
 
     def _look_around(self) -> None:
         self._read_keys()

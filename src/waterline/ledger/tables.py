@@ -2,6 +2,8 @@
 
 from sqlalchemy import BigInteger, Column, Index, MetaData, Table, Text
 
+from waterline.ledger.records import OUTCOMES
+
 REVISION = "0001"  # the newest migration
 metadata = MetaData()
 
@@ -95,28 +97,13 @@ balances = Table(
 )
 
 # The sums of `completions`, kept up to date in the same transactions: what `waterline usage` reads.
-SUMS = (
-    "requests",
-    "ok",
-    "refused",
-    "failed",
-    "cancelled",
-    "interrupted",
-    "prompt_tokens",
-    "cached_tokens",
-    "output_tokens",
-    "thinking_tokens",
-    "gpu_us",
-    "nano_usd",
-)
+GROUP = ("day", "tenant", "client", "key_id", "model")  # the day of the arrival, in UTC
+AMOUNTS = ("prompt_tokens", "cached_tokens", "output_tokens", "thinking_tokens", "gpu_us", "nano_usd")
+SUMS = ("requests", *OUTCOMES, *AMOUNTS)
 usage = Table(
     "usage",
     metadata,
-    _text("day", primary_key=True),  # of the arrival
-    _text("tenant", primary_key=True),
-    _text("client", primary_key=True),
-    _text("key_id", primary_key=True),
-    _text("model", primary_key=True),
+    *(_text(name, primary_key=True) for name in GROUP),
     *(_count(name) for name in SUMS),
     sqlite_with_rowid=False,
 )
