@@ -21,6 +21,7 @@ from waterline.outcome import (
     Status,
     Tally,
     Where,
+    percentiles,
     summarize,
 )
 from waterline.sketch import RELATIVE_ERROR
@@ -88,6 +89,28 @@ def test_an_slo_is_met_only_when_both_times_hold() -> None:
     assert not done(ttft_s=0.5, tpot_s=0.5).meets(slo)
     assert not done(status="cancelled").meets(slo)
     assert not refused().meets(slo)
+
+
+def test_percentiles_are_values_that_occurred() -> None:
+    ten = percentiles([float(value) for value in range(10, 0, -1)])
+    assert ten is not None
+    assert (ten.mean, ten.p50, ten.p90, ten.p99) == (5.5, 5.0, 9.0, 10.0)
+    hundred = percentiles([float(value) for value in range(1, 101)])
+    assert hundred is not None
+    assert (hundred.p50, hundred.p90, hundred.p99) == (50.0, 90.0, 99.0)
+    one = percentiles([7.0])
+    assert one is not None
+    assert (one.mean, one.p50, one.p90, one.p99) == (7.0, 7.0, 7.0, 7.0)
+    assert percentiles([]) is None
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300))
+def test_a_percentile_is_the_smallest_value_that_the_share_does_not_exceed(values: list[float]) -> None:
+    found = percentiles(values)
+    assert found is not None
+    for percent, value in ((50, found.p50), (90, found.p90), (99, found.p99)):
+        assert sum(other <= value for other in values) * 100 >= percent * len(values)
+        assert sum(other < value for other in values) * 100 < percent * len(values)
 
 
 def test_a_summary_by_hand() -> None:

@@ -203,6 +203,11 @@ def load_fleet(path: str | PathLike[str], usd_per_gpu_hour: Mapping[str, float] 
     Raises:
         FleetFileError, UnknownNameError or ModelFormatError: what is wrong, and where.
     """
+    return fleet_of(read_fleet_file(path), path, usd_per_gpu_hour)
+
+
+def read_fleet_file(path: str | PathLike[str]) -> dict[str, Any]:
+    """Return what stands in a fleet file, unchecked. Raises FleetFileError when it is no TOML."""
     path = Path(path)
     try:
         data = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
@@ -214,6 +219,14 @@ def load_fleet(path: str | PathLike[str], usd_per_gpu_hour: Mapping[str, float] 
         raise FleetFileError(f"{path} is not valid TOML: {error}. Mend that line.") from error
     if not data:
         raise FleetFileError(f"{path} is empty. A fleet needs at least name, [[pools]] and [[models]].")
+    return data
+
+
+def fleet_of(
+    data: dict[str, Any], path: str | PathLike[str], usd_per_gpu_hour: Mapping[str, float] | None = None
+) -> Fleet:
+    """Check and complete what stood in a fleet file; see `load_fleet`."""
+    path = Path(path)
     try:
         fleet = msgspec.convert(data, Fleet)
     except msgspec.ValidationError as error:

@@ -104,6 +104,15 @@ class Summary(Struct, frozen=True, kw_only=True):
     kwh: float | None  # of the GPUs, computing and idle; None when their power is not known
 
 
+def percentiles(values: Sequence[float] | Reals) -> Percentiles | None:
+    """Return exact nearest-rank percentiles of a few values; None without any. See `Histograms` for many."""
+    ordered = np.sort(np.asarray(values, np.float64))
+    if not len(ordered):
+        return None
+    p50, p90, p99 = (float(ordered[-(-percent * len(ordered) // 100) - 1]) for percent in (50, 90, 99))
+    return Percentiles(mean=float(ordered.mean()), p50=p50, p90=p90, p99=p99)
+
+
 class Cell(NamedTuple):
     """Requests that are counted together, or what a group of them has in common; "" of what they have not."""
 

@@ -62,8 +62,15 @@ def test_json_says_the_same_every_time_with_units(plan_file: Path) -> None:
     del said_again["requests_per_s_simulated"]
     assert said == said_again
     assert list(said) == [
-        "fleet", "replayed", "duration_s", "gpus", "usd_per_hour", "usd", "requests", "total", "by_tenant", "parts",
+        "fleet", "policy", "replayed", "duration_s", "gpus", "usd_per_hour", "usd", "kwh", "requests", "total",
+        "by_tenant", "by_client", "by_model", "by_pool", "parts", "lent", "jobs", "moves", "decisions_sha256", "timeline",
     ]  # fmt: skip
+    assert said["by_model"]["chat"]["requests"] == 1471
+    assert said["by_pool"]["box"]["requests"] == said["total"]["completed"]  # whom a replica of it took
+    line = said["timeline"]
+    assert len(line["at_s"]) == len(line["waterline"]) == len(line["tenants"]["public"]["waiting"])
+    assert sum(line["tenants"]["public"]["asked_per_s"][:-1]) * line["step_s"] == pytest.approx(1471, abs=5)
+    assert [(one["model"], one["pool"], one["replicas"]) for one in line["replicas"]] == [("chat", "box", 1)]
     assert said["requests"] == 1471
     assert said["by_tenant"]["public"]["requests"] == 1471
     assert said["total"]["requests"] == 1471
@@ -143,12 +150,12 @@ def test_a_person_at_a_terminal_sees_how_far_it_is(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with rehearse_module._watching() as watch:
+    with rehearse_module.watching() as watch:
         assert watch(Progress(requests=1234, at_s=600.0, of_s=1200.0))
     assert "1,234 requests" in capsys.readouterr().err
-    rehearse_module._prepare(lambda: time.sleep(2.0))
+    rehearse_module.prepare(lambda: time.sleep(2.0))
     assert capsys.readouterr().err.startswith(
-        "Compiling the rehearsal for this machine, once; that takes 10 to 30 seconds"
+        "Compiling the rehearsal for this machine, once; that takes 10 to 60 seconds"
     )
 
 

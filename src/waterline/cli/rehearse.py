@@ -1,31 +1,27 @@
 """`waterline rehearse`: what will happen."""
 
-import csv
-import io
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
-from waterline.cli.tables import console, draw
 from waterline.errors import InputError
-from waterline.units import HOUR_S, seconds_text, usd_text
+from waterline.units import HOUR_S
 
 if TYPE_CHECKING:
-    from waterline.outcome import Completion, Percentiles
     from waterline.plan import Plan
     from waterline.rehearsal import Progress, Rehearsal
 
 SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": HOUR_S}
+FIRST_TIME = "Compiling the rehearsal for this machine, once; that takes 10 to 60 seconds …"
 
 
 class Duration(click.ParamType[float]):
@@ -40,27 +36,98 @@ class Duration(click.ParamType[float]):
         return float(found[1]) * SECONDS[found[2]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked of every plan alike: all of it plain values, so that it can go to another process."""
+
+    trace: Path | None
+    columns: str
+    traffic: str
+    surges: tuple[str, ...]
+    duration_s: float | None
+    seed: int
+
+    def answer(
+        self,
+        plan: "Plan",
+        policy: str,
+        *,
+        keep: bool = False,
+        decisions: bool = False,
+        watch: "Callable[[Progress], bool]" = lambda _: True,
+    ) -> "Rehearsal":
+        from waterline import rehearsal
+        from waterline.workload.files import open_trace
+        from waterline.workload.grammar import parse_surge, parse_traffic
+
+        if (self.columns or self.traffic) and not self.trace:
+            raise InputError("--columns and --traffic are about a trace. Name it with --trace FILE.")
+        changes = parse_traffic(self.traffic, columns=self.columns)
+        surges = [parse_surge(surge) for surge in self.surges]
+        opened = open_trace(self.trace, columns=self.columns, seed=self.seed) if self.trace else None
+        return rehearsal.rehearse(
+            plan,
+            changes.apply(opened, seed=self.seed) if opened else None,
+            seed=self.seed,
+            duration_s=self.duration_s,
+            surges=surges,
+            keep=keep,
+            policy=policy,
+            decisions=decisions,
+            watch=watch,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsed:
+    """One rehearsal and how it went."""
+
+    name: str  # by which it is told from others
+    plan: "Plan"
+    policy: str
+    happened: "Rehearsal"
+    took_s: float
+
+    @property
+    def requests_per_s(self) -> float:
+        return self.happened.summaries[0].requests / self.took_s if self.took_s > 0 else 0.0
+
+
+def file_option(name: str, text: str, *more: str) -> Callable[[Any], Any]:
+    return click.option(name, *more, type=click.Path(path_type=Path), metavar="FILE", help=text)
+
+
 @click.command()
-@click.argument("fleet_or_plan", type=click.Path(path_type=Path))
-@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Replay this trace.")
+@click.argument("fleet_or_plan", type=click.Path(path_type=Path), nargs=-1, required=True)
+@file_option("--trace", "Replay this trace.")
 @click.option("--columns", metavar="MAP", default="", help="Of the trace: arrival=ts,prompt=in,output=out,tenant=team.")
 @click.option("--traffic", metavar="CHANGES", default="", help="Change the trace: 'x2, repeat 7 every 24h'.")
 @click.option("--surge", "surges", metavar="SURGE", multiple=True, help="public:10x@20:00+2h; may be given again.")
 @click.option("--duration", type=Duration(), metavar="TIME", help="Only so much of the traffic: 90s, 15m, 2h.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of drawn arrivals.")
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), metavar="FILE", help="Write every request as CSV here."
+    "--policy", metavar="NAMES", default="", help="Who decides: several of them are compared: fcfs,waterline."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the summaries as JSON.")
+@click.option("--sweep", "sweeps", metavar="KEY=VALUES", multiple=True, help="tenants.public.limit=0.2:0.8:0.1; again.")
+@click.option("--ray", metavar="ADDRESS", help="Sweep over the Ray cluster there, or 'local'.")
+@file_option("--output", "Write every request as CSV here; of a sweep, every point.", "-o")
+@file_option("--html", "Write a page with charts here.")
+@file_option("--decisions", "Write every decision as a line of JSON here.")
+@click.option("--json", "as_json", is_flag=True, help="Print all there is to say as JSON.")
 def rehearse(
-    fleet_or_plan: Path,
+    fleet_or_plan: tuple[Path, ...],
     trace: Path | None,
     columns: str,
     traffic: str,
     surges: tuple[str, ...],
     duration: float | None,
     seed: int,
+    policy: str,
+    sweeps: tuple[str, ...],
+    ray: str | None,
     output: Path | None,
+    html: Path | None,
+    decisions: Path | None,
     *,
     as_json: bool,
 ) -> None:
@@ -68,40 +135,110 @@ def rehearse(
 
     The traffic is the trace, dealt to the fleet's demand; without one, each demand's own trace, or arrivals drawn at
     its rate: 15 minutes of the busiest hour, or from an hour before a surge to an hour after. Every replica runs
-    continuous batching at the speed of the cost model.
+    continuous batching at the speed of the cost model. Several plans, or policies, are compared on the same traffic.
 
     \b
     waterline rehearse examples/mixed.toml
     waterline rehearse examples/mixed.toml --trace examples/traces/office-hour.csv
     waterline rehearse examples/mixed.toml --surge public:10x@20:00+2h
+    waterline rehearse monday.json friday.json --html both.html
+    waterline rehearse examples/mixed.toml --sweep 'pools.a100.nodes=1:4'
     """  # noqa: D301 - click wants the character itself
-    from waterline import rehearsal
-    from waterline.workload.files import open_trace
-    from waterline.workload.grammar import parse_surge, parse_traffic
+    for option, file in (("--output", output), ("--html", html), ("--decisions", decisions)):
+        if file == Path("-"):
+            raise InputError(f"{option} names a file, and '-' is none. To print there: {option} /dev/stdout")
+    question = Question(trace=trace, columns=columns, traffic=traffic, surges=surges, duration_s=duration, seed=seed)
+    if sweeps or ray:
+        if len(fleet_or_plan) > 1 or html or decisions or not sweeps:
+            raise InputError(
+                "a sweep is of one fleet file, and gives a table, --output FILE.csv or --json. Give it at least one "
+                "--sweep KEY=VALUES, and neither --html nor --decisions."
+            )
+        from waterline.cli.sweep import sweep
 
-    if output == Path("-"):
-        raise InputError("--output names a file, and '-' is none. To print the requests: --output /dev/stdout --json")
-    if (columns or traffic) and not trace:
-        raise InputError("--columns and --traffic are about a trace. Name it with --trace FILE.")
-    changes, surging = parse_traffic(traffic, columns=columns), [parse_surge(surge) for surge in surges]
-    replayed = changes.apply(open_trace(trace, columns=columns, seed=seed), seed=seed) if trace else None
-    plan = _plan_of(fleet_or_plan)
-    _prepare(rehearsal.prepare)
-    began_s = time.perf_counter()
-    with _watching() as watch:
-        happened = rehearsal.rehearse(
-            plan, replayed, seed=seed, duration_s=duration, surges=surging, keep=bool(output), watch=watch
-        )
-    took_s = time.perf_counter() - began_s
+        sweep(fleet_or_plan[0], question, sweeps, policy=policy, ray=ray, output=output, as_json=as_json)
+        return
+    found = rehearse_all(fleet_or_plan, policies_of(policy), question, keep=bool(output), decisions=bool(decisions))
+    if len(found) > 1:
+        if output or decisions:
+            raise InputError("--output and --decisions are of one rehearsal. Give one plan and one policy.")
+        from waterline.cli import compare
+
+        compare.tell(found, html=html, as_json=as_json)
+        return
+    tell(found[0], output=output, html=html, decisions=decisions, as_json=as_json)
+
+
+def tell(found: Rehearsed, *, output: Path | None, html: Path | None, decisions: Path | None, as_json: bool) -> None:
+    """Print and write what was asked for of one rehearsal."""
+    from waterline.cli import rehearse_files
+
     if output:
-        write_completions(happened.completions, output)
+        rehearse_files.write_completions(found.happened.completions, output)
+    digest = rehearse_files.write_decisions(found.happened, decisions) if decisions else ""
+    if html:
+        from waterline.cli.rehearse_page import write_page
+
+        write_page([found], html)
     if as_json:
-        click.echo(to_json(plan, happened, took_s))
-    else:
-        show(plan, happened, took_s)
+        click.echo(rehearse_files.to_json(rehearse_files.as_data(found, digest)))
+        return
+    from waterline.cli.rehearse_table import show
+
+    show(found)
+    if digest:
+        click.echo(f"{len(found.happened.decisions):,} decisions written to {decisions}, sha256 {digest}")
+    if html:
+        click.echo(f"Written to {html}. Open it in a browser.")
 
 
-def _plan_of(path: Path) -> "Plan":
+def policies_of(names: str) -> tuple[str, ...]:
+    """Return the policies a person names, of those there are; the usual one when none is named."""
+    from waterline.rehearsal import POLICIES, check_policy
+
+    policies = tuple(name.strip() for name in names.split(",")) if names else (POLICIES[0],)
+    for name in policies:
+        check_policy(name)
+        if policies.count(name) > 1:
+            raise InputError(f"the policy '{name}' is named twice. Name each once.")
+    return policies
+
+
+def rehearse_all(
+    paths: Sequence[Path], policies: Sequence[str], question: Question, *, keep: bool, decisions: bool
+) -> list[Rehearsed]:
+    """Rehearse every plan under every policy, on the same traffic; Ctrl-C ends with what there is so far."""
+    from waterline import rehearsal
+
+    plans = [plan_of(path) for path in paths]
+    if len(plans) > 1:
+        from waterline.cli.compare import check_same_traffic
+
+        check_same_traffic(paths, plans)
+    prepare(rehearsal.prepare)
+    names, found = _names(paths), list[Rehearsed]()
+    with watching() as watch:
+        for name, plan in zip(names, plans, strict=True):
+            for policy in policies:
+                label = name if len(policies) == 1 else policy if len(plans) == 1 else f"{name}, {policy}"
+                if found and not watch(None):
+                    break
+                begun_s = time.perf_counter()
+                happened = question.answer(plan, policy, keep=keep, decisions=decisions, watch=watch)
+                took_s = time.perf_counter() - begun_s
+                found.append(Rehearsed(name=label, plan=plan, policy=policy, happened=happened, took_s=took_s))
+    return found
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest names that tell files apart: without their folders, or with."""
+    for names in ([path.stem for path in paths], [path.name for path in paths], [str(path) for path in paths]):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({number})" for number, path in enumerate(paths, start=1)]
+
+
+def plan_of(path: Path) -> "Plan":
     from waterline.plan import is_plan, read_plan
 
     if is_plan(path):
@@ -112,23 +249,21 @@ def _plan_of(path: Path) -> "Plan":
     return make_plan(load_fleet(path))
 
 
-def _prepare(prepare: Callable[[], None]) -> None:
+def prepare(compile_all: Callable[[], None]) -> None:
     """Compile, and say so to a person at a terminal when it takes long: only the first time does."""
-    text = "Compiling the rehearsal for this machine, once; that takes 10 to 30 seconds …"
-    note = threading.Timer(1.5, click.echo, [text], {"err": True})
+    note = threading.Timer(1.5, click.echo, [FIRST_TIME], {"err": True})
     if sys.stderr.isatty():
         note.start()
-    prepare()
+    compile_all()
     note.cancel()
 
 
 @contextmanager
-def _watching() -> "Iterator[Callable[[Progress], bool]]":
-    """Show how far a long rehearsal is, to a person at a terminal; Ctrl-C ends it early and in order."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+def watching() -> "Iterator[Callable[[Progress | None], bool]]":
+    """Show how far a long rehearsal is, to a person at a terminal; Ctrl-C ends it early and in order.
 
+    What is yielded tells whether to go on; None shows nothing.
+    """
     going = True
 
     def stop(*_: object) -> None:
@@ -137,111 +272,46 @@ def _watching() -> "Iterator[Callable[[Progress], bool]]":
             raise KeyboardInterrupt
         going = False
 
-    columns = (TextColumn("Rehearsing"), BarColumn(), TextColumn("{task.fields[done]}"), TimeRemainingColumn())
-    bar = Bar(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    began_s = time.perf_counter()
+    with _bar() if sys.stderr.isatty() else _no_bar() as update:
 
-    def watch(progress: "Progress") -> bool:
-        took_s = time.perf_counter() - began_s
-        done = f"{progress.requests:,} requests, {progress.requests / took_s:,.0f} per second"
-        bar.update(task, total=max(progress.of_s, progress.at_s), completed=progress.at_s, done=done)
-        return going
+        def watch(progress: "Progress | None") -> bool:
+            if progress is not None:
+                update(progress)
+            return going
 
-    at_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, stop) if at_main else None
-    try:
-        with bar:
-            task = bar.add_task("", done="")
+        at_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, stop) if at_main else None
+        try:
             yield watch
-    finally:
-        if at_main:
-            signal.signal(signal.SIGINT, before)
+        finally:
+            if at_main:
+                signal.signal(signal.SIGINT, before)
 
 
-def write_completions(completions: "tuple[Completion, ...]", path: Path) -> None:
-    """Write one row a request, in the order of arrival; what did not happen (a first token) is empty."""
-    from waterline.outcome import Completion
-    from waterline.workload import write_whole
-
-    file = io.StringIO()
-    writer = csv.DictWriter(file, [field.name for field in fields(Completion)], lineterminator="\n")
-    writer.writeheader()
-    for completion in completions:
-        row = asdict(completion)
-        writer.writerow({key: "" if value != value else value for key, value in row.items()})  # noqa: PLR0124 - NaN
-    try:
-        write_whole(path, file.getvalue().encode())
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}. Choose another place with --output.") from error
+@contextmanager
+def _no_bar() -> "Iterator[Callable[[Progress], None]]":
+    yield lambda _: None
 
 
-def to_json(plan: "Plan", rehearsal: "Rehearsal", took_s: float) -> str:
-    """Return one object; the same input gives the same text, but for the speed."""
-    data = {
-        "fleet": plan.fleet.name,
-        "replayed": rehearsal.notes,
-        "duration_s": rehearsal.duration_s,
-        "gpus": plan.gpus,
-        "usd_per_hour": plan.usd_per_hour,
-        "usd": rehearsal.usd,
-        "requests": rehearsal.summaries[0].requests,
-        "requests_per_s_simulated": round(rehearsal.summaries[0].requests / took_s, 1) if took_s > 0 else 0.0,
-        "total": rehearsal.summaries[0],
-        "by_tenant": {summary.tenant: summary for summary in rehearsal.by_tenant},
-        "parts": rehearsal.summaries[1:],
-    }
-    return msgspec.json.format(msgspec.json.encode(data), indent=2).decode()
+@contextmanager
+def _bar() -> "Iterator[Callable[[Progress], None]]":
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
+    columns = (TextColumn("Rehearsing"), BarColumn(), TextColumn("{task.fields[done]}"), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", done="")
+        begun_s, before = time.perf_counter(), 0
 
-def show(plan: "Plan", rehearsal: "Rehearsal", took_s: float) -> None:
-    """Draw who asked, who waited how long, and what it cost; then what was replayed."""
-    from waterline.rehearsal import COMPILED
+        def update(progress: "Progress") -> None:
+            nonlocal begun_s, before
+            if progress.requests < before:  # the next rehearsal has begun
+                begun_s = time.perf_counter()
+                bar.reset(task)
+            before = progress.requests
+            took_s = max(1e-3, time.perf_counter() - begun_s)
+            done = f"{progress.requests:,} requests, {progress.requests / took_s:,.0f} per second"
+            bar.update(task, total=max(progress.of_s, progress.at_s), completed=progress.at_s, done=done)
 
-    total, *parts = rehearsal.summaries
-    rows = [
-        (
-            summary.tenant or "all",
-            summary.model,
-            f"{summary.requests:,}",
-            f"{summary.completed:,}",
-            f"{summary.refused:,}",
-            _percentiles_text(summary.ttft_s),
-            _percentiles_text(summary.tpot_s),
-            f"{summary.goodput_per_s:.3g}",
-            f"{summary.slo_fraction:.1%}",
-            f"{summary.gpu_hours:.3g}",
-            usd_text(summary.usd),
-        )
-        for summary in (*parts, total)
-    ]
-    ttft, tpot = "TTFT p50/p90/p99", "TPOT p50/p90/p99"
-    screen = console()
-    draw(
-        screen,
-        f"{plan.fleet.name}: {plan.gpus} of {plan.fleet.gpus} GPUs, rehearsed",
-        ("tenant", "model", "requests", "done", "refused", ttft, tpot, "goodput/s", "in SLO", "GPU-h", "cost"),
-        rows,
-        text_columns=2,
-        spare=("GPU-h", "goodput/s", "done", tpot, "cost", "refused", ttft),
-        last_apart=True,
-    )
-    for note in rehearsal.notes:
-        screen.print(note)
-    speed = total.requests / took_s if took_s > 0 else 0.0
-    screen.print(
-        f"{rehearsal.duration_s / 60:,.1f} min from the first arrival to the last token, at "
-        f"{usd_text(plan.usd_per_hour)} per hour for the plan; {rehearsal.preempted:,} "
-        f"{'request was' if rehearsal.preempted == 1 else 'requests were'} preempted.",
-    )
-    slow = "" if COMPILED else " Without numba; with it hundreds of times more: pip install 'waterline-llm[rehearse]'"
-    screen.print(f"Rehearsed in {seconds_text(took_s)}, {speed:,.0f} requests per second.{slow}", style="dim")
-
-
-def _percentiles_text(times_s: "Percentiles | None") -> str:
-    """Say three times in one unit, that of the first: ``12/40/310 ms``, ``0.43/1.77/12.1 s``."""
-    if times_s is None:
-        return "-"
-    scale, unit = (1e3, "ms") if times_s.p50 < 0.1 else (1.0, "s")
-    values = [time_s * scale for time_s in (times_s.p50, times_s.p90, times_s.p99)]
-    digits = [max(0, (1 if unit == "ms" else 2) - (value >= 10) - (value >= 100)) for value in values]
-    return "/".join(f"{value:.{places}f}" for value, places in zip(values, digits, strict=True)) + f" {unit}"
+        yield update

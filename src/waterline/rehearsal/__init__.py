@@ -4,14 +4,17 @@
 gives the same, many steps at a time. A day's rehearsal is a matter of arithmetic: no clock, no network.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
+from numpy.typing import NDArray
 
+from waterline.errors import UnknownNameError, nearest
 from waterline.fleet import Demand
 from waterline.outcome import Completion
 from waterline.plan import Plan
+from waterline.policy.decisions import FIELDS
 from waterline.rehearsal.arrivals import traffic
 from waterline.rehearsal.dealing import deal
 from waterline.rehearsal.jit import COMPILED
@@ -24,7 +27,10 @@ from waterline.workload import Trace
 from waterline.workload.operators import Surge
 from waterline.workload.stream import Stream
 
-__all__ = ["COMPILED", "Progress", "Rehearsal", "prepare", "rehearse"]
+__all__ = ["COMPILED", "POLICIES", "Progress", "Rehearsal", "prepare", "rehearse"]
+
+
+POLICIES = ("static",)  # who may decide, the usual one first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +51,8 @@ class Rehearsal(Report):
     kept: tuple[Settled, ...]  # what became of every request, if that was to be kept
     moves: tuple[Move, ...] = ()  # what was started and stopped, lent and handed back
     jobs: tuple[JobRecord, ...] = ()
+    decisions: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, len(FIELDS)), np.int64))  # [n, field]
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of the fields of a decision, for people
 
     @property
     def completions(self) -> tuple[Completion, ...]:
@@ -66,6 +74,12 @@ def prepare() -> None:
     warm_up()
 
 
+def check_policy(policy: str) -> None:
+    """Raise UnknownNameError when there is no such policy."""
+    if policy not in POLICIES:
+        raise UnknownNameError(f"no policy is called '{policy}'. {nearest(policy, POLICIES)}")
+
+
 def rehearse(
     plan: Plan,
     trace: Trace | Stream | None = None,
@@ -74,6 +88,8 @@ def rehearse(
     duration_s: float | None = None,
     surges: Sequence[Surge] = (),
     keep: bool = True,
+    policy: str = POLICIES[0],
+    decisions: bool = False,  # noqa: ARG001 - a plan that stays as it is decides nothing
     watch: Callable[[Progress], bool] = lambda _: True,
 ) -> Rehearsal:
     """Replay traffic against a plan until the last request is done. Same input, same bytes.
@@ -85,13 +101,17 @@ def rehearse(
         duration_s: how much of the traffic; None: all of a trace, 15 minutes of the busiest hour without one.
         surges: windows of the day in which a tenant, or all, ask more.
         keep: every request as well, for `Rehearsal.completions`; that takes some 100 bytes each.
+        policy: who decides, one of `POLICIES`: "static" leaves every replica as planned.
+        decisions: keep those about requests as well; those about replicas are kept anyhow.
         watch: called every now and then. Once it returns False, no more requests arrive, and the rehearsal tells of
             those whose end is known, up to the first of each model whose end is not.
 
     Raises:
+        UnknownNameError: there is no such policy.
         TraceError: a trace of the demand cannot be read.
         InputError: nothing is asked in that time, or it takes more than 100 days.
     """
+    check_policy(policy)
     asked = traffic(plan, trace, seed=seed, duration_s=duration_s, surges=surges)
     lanes = [Lane(plan, model, asked.first_hour) for model in plan.models]
     recorder = Recorder(plan, asked.length_s)
@@ -125,7 +145,7 @@ def rehearse(
     recorder.run_as_planned(asked.first_hour)
     report = recorder.report()
     return Rehearsal(
-        **{field.name: getattr(report, field.name) for field in fields(Report)},
+        **{one.name: getattr(report, one.name) for one in fields(Report)},
         notes=(*asked.notes, stopped) if stopped else asked.notes,
         rows=asked.rows,
         kept=tuple(kept),

@@ -33,6 +33,7 @@ class Report:
     by_pool: tuple[Summary, ...]  # requests that were served there
     ttft_shares: Mapping[str, Shares]  # by tenant: times, rising, each with the share of requests that took no longer
     latency_shares: Mapping[str, Shares]
+    replicas: tuple[Where, ...]  # of the timeline, in its order
     timeline: Timeline
     lent: tuple[Lent, ...]  # who used GPUs beyond what it deserves, and whose they were
     preempted: int  # requests whose cache was taken at least once
@@ -183,6 +184,7 @@ class Recorder:
             by_pool=self.tally.by(spent, "pool"),
             ttft_shares=self._shares("ttft_s"),
             latency_shares=self._shares("latency_s"),
+            replicas=tuple(self.tally.replicas),
             timeline=timeline,
             lent=lent(timeline, deserved, self.fleet.gpus),
             preempted=self.preempted,

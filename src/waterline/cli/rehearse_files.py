@@ -1,0 +1,144 @@
+"""What a rehearsal leaves for programs: one object of JSON, every request as CSV, every decision as a line."""
+
+import csv
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from waterline.cli.day import PUBLIC
+from waterline.errors import InputError
+from waterline.outcome import Completion, Summary
+from waterline.policy.decisions import as_json, canonical_bytes
+from waterline.workload import write_whole
+
+if TYPE_CHECKING:
+    from waterline.cli.rehearse import Rehearsed
+    from waterline.rehearsal import Rehearsal
+    from waterline.rehearsal.record import Reals
+
+DIGITS = 6  # of the numbers of a timeline
+
+
+def to_json(data: Any) -> str:
+    return msgspec.json.format(msgspec.json.encode(data), indent=2).decode()
+
+
+def as_data(found: "Rehearsed", digest: str = "") -> dict[str, Any]:
+    """Return all there is to say of a rehearsal; the same input gives the same, but for the speed."""
+    happened, plan = found.happened, found.plan
+    total, *parts = happened.summaries
+    return {
+        "fleet": plan.fleet.name,
+        "policy": found.policy,
+        "replayed": happened.notes,
+        "duration_s": happened.duration_s,
+        "gpus": plan.gpus,
+        "usd_per_hour": plan.usd_per_hour,
+        "usd": happened.usd,
+        "kwh": {"replicas": total.kwh, "jobs": happened.jobs_kwh, "idle": happened.idle_kwh},
+        "requests": total.requests,
+        "requests_per_s_simulated": round(found.requests_per_s, 1),
+        "total": total,
+        "by_tenant": {summary.tenant: summary for summary in happened.by_tenant},
+        "by_client": happened.by_client,
+        "by_model": {summary.model: summary for summary in happened.by_model},
+        "by_pool": {summary.pool: summary for summary in happened.by_pool},
+        "parts": parts,
+        "lent": happened.lent,
+        "jobs": happened.jobs,
+        "moves": [_without_nan(asdict(move)) for move in happened.moves],
+        "decisions_sha256": digest or None,
+        "timeline": timeline_data(happened, plan.fleet.gpus),
+    }
+
+
+def timeline_data(happened: "Rehearsal", fleet_gpus: int) -> dict[str, Any]:
+    """Return means over steps; replicas of one model in one pool together."""
+    line = happened.timeline
+    rows = {
+        name: getattr(line, name)
+        for name in ("gpus", "used_gpus", "asked_per_s", "refused_per_s", "waiting", "running")
+    }
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, replica in enumerate(happened.replicas):
+        groups.setdefault((replica.model, replica.pool), []).append(index)
+    public = line.gpus[line.tenants.index(PUBLIC)] if PUBLIC in line.tenants else None
+    return {
+        "step_s": line.step_s,
+        "at_s": _rounded(line.at_s),
+        "end_s": line.end_s,
+        "waterline": None if public is None else _rounded(public / fleet_gpus),
+        "tenants": {
+            tenant: {name: _rounded(row[index]) for name, row in rows.items()}
+            for index, tenant in enumerate(line.tenants)
+        },
+        "spare_gpus": _rounded(line.spare_gpus),
+        "replicas": [
+            {
+                "model": model,
+                "pool": pool,
+                "replicas": len(own),
+                "present": _rounded(line.present[own].sum(axis=0)),
+                "busy": _rounded(line.busy[own].sum(axis=0)),
+            }
+            for (model, pool), own in groups.items()
+        ],
+    }
+
+
+def summary_row(summary: Summary) -> dict[str, Any]:
+    """Return a summary as one flat row: ``ttft_p99_s`` for the p99 of `ttft_s`; None where there is none."""
+    row: dict[str, Any] = {}
+    for name in summary.__struct_fields__:
+        value = getattr(summary, name)
+        if name in {"ttft_s", "tpot_s", "latency_s"}:
+            for part in ("mean", "p50", "p90", "p99"):
+                row[f"{name.removesuffix('_s')}_{part}_s"] = None if value is None else getattr(value, part)
+        else:
+            row[name] = value
+    return row
+
+
+def write_completions(completions: Iterable[Completion], path: Path) -> None:
+    """Write one row a request, in the order of arrival; what did not happen (a first token) is empty."""
+    write_rows([field.name for field in fields(Completion)], (_without_nan(asdict(one)) for one in completions), path)
+
+
+def write_rows(names: Sequence[str], rows: Iterable[dict[str, Any]], path: Path) -> None:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: "" if value is None else value for key, value in row.items()})
+    _write(path, file.getvalue().encode(), "--output")
+
+
+def write_decisions(happened: "Rehearsal", path: Path) -> str:
+    """Write a line for every decision; return the digest of their rows, the same wherever the same was decided."""
+    rows = happened.decisions
+    _write(path, b"".join(as_json(row, dict(happened.names)) for row in rows), "--decisions")
+    return hashlib.sha256(canonical_bytes(rows)).hexdigest()
+
+
+def _write(path: Path, data: bytes, option: str) -> None:
+    try:
+        write_whole(path, data)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}. Choose another place with {option}.") from error
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if value != value else value for key, value in row.items()}  # noqa: PLR0124 - NaN
+
+
+def _rounded(values: "Reals") -> list[float]:
+    """Return numbers with a few digits: more of them would say nothing, and fill the file."""
+    scale = 10.0 ** (DIGITS - 1 - np.floor(np.log10(np.maximum(np.abs(values), 1e-9))))
+    rounded: list[float] = (np.rint(values * scale) / scale).tolist()
+    return rounded
