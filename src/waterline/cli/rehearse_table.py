@@ -127,7 +127,7 @@ def _draw_gpus(screen: "Console", found: "Rehearsed") -> None:
                 _hours_text(line.gpu_hours_of(tenant)),
                 _hours_text(borrowed),
                 _hours_text(given),
-                f"{line.waiting[index].max():,.0f}",
+                f"{most:,.0f}" if (most := float(line.waiting[index].max())) >= 10 else f"{most:.1f}",
             )
         )
     heads = ("tenant", "deserves", "mean", "most", "over time", "GPU-h", "borrowed", "lent", "most waiting")
