@@ -85,7 +85,7 @@ def small_plan() -> Plan:
                     engine="fake",
                 ),
             ),
-            tenants=(Tenant(name="public", deserved=1.0),),
+            tenants=(Tenant(name="public", deserved=1.0, anonymous=True),),
             demand=(Demand(tenant="public", model="chat", requests_per_s=0.5),),
         ),
         models=(

@@ -63,7 +63,7 @@ def fake_plan(
                 )
                 for name, url in zip(models, urls, strict=True)
             ),
-            tenants=(Tenant(name="enterprise", deserved=1.0),),
+            tenants=(Tenant(name="enterprise", deserved=1.0, anonymous=True),),
             demand=tuple(Demand(tenant="enterprise", model=name, requests_per_s=0.5) for name in models),
         ),
         models=tuple(

@@ -1,19 +1,29 @@
-"""Who is taken in, where, and whose turn it is; no sockets, no clock."""
+"""Who is taken in, where, and whose turn it is; no sockets, no clock. What is decided is the policy's, see its tests."""
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import fake_plan
 
-from waterline.service.dispatcher import Dispatcher, Refusal, Ticket, Turn
+from waterline.fleet import Tenant
+from waterline.plan import Plan
+from waterline.policy.decisions import NOT_SERVED, TOO_LATE
+from waterline.service.dispatcher import MOST_CLIENTS, Dispatcher, Refusal, Ticket, Turn, block_keys
+
+TENANTS = (Tenant(name="enterprise", guarantee=0.5, deserved=0.5), Tenant(name="public", deserved=0.5))
+
+
+def plan_of(replicas: int = 1, *, max_batch: int = 2, ttft_s: float = 60.0, tokens_per_s: float = 100.0) -> Plan:
+    plan = fake_plan({"chat": replicas}, max_batch=max_batch, tokens_per_s=tokens_per_s, ttft_s=ttft_s)
+    return msgspec.structs.replace(plan, fleet=msgspec.structs.replace(plan.fleet, tenants=TENANTS))
 
 
 def dispatcher(
-    replicas: int = 1, *, max_batch: int = 2, deadline_s: float = 60.0, tokens_per_s: float = 100.0
+    replicas: int = 1, *, max_batch: int = 2, ttft_s: float = 60.0, tokens_per_s: float = 100.0
 ) -> Dispatcher:
-    plan = fake_plan({"chat": replicas}, max_batch=max_batch, tokens_per_s=tokens_per_s)
-    made = Dispatcher(plan.replicas, expected_prompt_tokens=0, expected_output_tokens=10, deadline_s=deadline_s)
-    for replica in plan.replicas:
-        made.set_ready(replica.id, ready=True, now_s=0.0)
+    made = Dispatcher(plan_of(replicas, max_batch=max_batch, ttft_s=ttft_s, tokens_per_s=tokens_per_s), lambda: 0)
+    for replica in list(made.lanes):
+        made.set_ready(replica, ready=True, now_s=0.0)
     return made
 
 
@@ -28,10 +38,28 @@ class Turns:
         return lambda go: (self.begun if go else self.lost).append(name)
 
 
-def enter(desk: Dispatcher, turns: Turns, name: str, prompt_tokens: int = 5, now_s: float = 0.0) -> Ticket:
-    ticket = desk.enter(prompt_tokens, None, turns.of(name), now_s)
+def ask(
+    desk: Dispatcher,
+    turns: Turns,
+    name: str,
+    *,
+    tenant: str = "enterprise",
+    line: str = "",
+    prompt_tokens: int = 5,
+    now_s: float = 0.0,
+) -> Ticket | Refusal:
+    return desk.enter("chat", prompt_tokens, None, turns.of(name), now_s, tenant=tenant, line=line)
+
+
+def enter(desk: Dispatcher, turns: Turns, name: str, **asked: object) -> Ticket:
+    ticket = ask(desk, turns, name, **asked)  # type: ignore[arg-type]
     assert isinstance(ticket, Ticket)
     return ticket
+
+
+def replica_of(ticket: Ticket) -> str:
+    assert ticket.lane
+    return ticket.lane.replica.id
 
 
 def test_a_replica_gets_as_many_as_its_batch_holds_and_the_others_wait_in_order() -> None:
@@ -53,14 +81,34 @@ def test_a_waiting_request_whose_client_leaves_frees_its_place() -> None:
 
 def test_every_replica_gets_work() -> None:
     desk, turns = dispatcher(3), Turns()
-    chosen = [enter(desk, turns, str(number)).lane.replica.id for number in range(6)]
+    chosen = [replica_of(enter(desk, turns, str(number))) for number in range(6)]
     assert chosen == ["chat/0", "chat/1", "chat/2"] * 2
+
+
+def test_a_client_with_many_requests_does_not_hold_up_another() -> None:
+    desk, turns = dispatcher(max_batch=1), Turns()
+    greedy = [enter(desk, turns, f"greedy {number}", line="greedy") for number in range(5)]
+    enter(desk, turns, "quiet", line="quiet")
+    desk.leave(greedy[0], 1.0)
+    assert turns.begun == ["greedy 0", "quiet"]
+
+
+def test_a_tenant_below_its_guarantee_goes_before_one_that_borrows() -> None:
+    desk, turns = dispatcher(max_batch=1), Turns()
+    first = enter(desk, turns, "public 0", tenant="public")
+    for number in range(1, 4):
+        enter(desk, turns, f"public {number}", tenant="public")
+    enter(desk, turns, "enterprise", tenant="enterprise")
+    desk.leave(first, 1.0)
+    assert turns.begun == ["public 0", "enterprise"]
+    assert (desk.under_way("public"), desk.under_way("enterprise")) == (3, 1)
 
 
 def test_the_backlog_is_prompt_and_expected_output_then_output_then_nothing() -> None:
     desk, turns = dispatcher(), Turns()
-    ticket, limited = enter(desk, turns, "a", prompt_tokens=7), desk.enter(3, 4, turns.of("b"), 0.0)
-    lane = ticket.lane
+    ticket = enter(desk, turns, "a", prompt_tokens=7)
+    limited = desk.enter("chat", 3, 4, turns.of("b"), 0.0, tenant="public")
+    lane = desk.lanes["chat/0"]
     assert lane.backlog_tokens == 7 + 10 + 3 + 4
     desk.first_token(ticket)
     desk.first_token(ticket)
@@ -68,38 +116,39 @@ def test_the_backlog_is_prompt_and_expected_output_then_output_then_nothing() ->
     desk.leave(ticket, 1.0)
     assert isinstance(limited, Ticket)
     desk.leave(limited, 1.0)
-    assert (lane.backlog_tokens, lane.unread_tokens, lane.running) == (0, 0, 0)
+    assert (lane.backlog_tokens, lane.running) == (0, 0)
 
 
 def test_who_would_wait_too_long_is_told_when_to_come_back() -> None:
-    desk, turns = dispatcher(max_batch=1, deadline_s=1.0, tokens_per_s=10.0), Turns()
+    desk, turns = dispatcher(max_batch=1, ttft_s=1.0, tokens_per_s=10.0), Turns()
     enter(desk, turns, "a")  # 5 prompt tokens: 0.5 s
-    enter(desk, turns, "b")  # 10 prompt tokens and 10 for the slot: 2 s, which is 1 s too long
-    assert desk.enter(5, None, turns.of("c"), 0.0) == Refusal(retry_after_s=1.0, replicas_ready=1)
+    enter(desk, turns, "b")  # may wait 0.5 s: its own prompt takes as long
+    refusal = ask(desk, turns, "c")  # 0.5 s for the prompt of a, and b takes 15 tokens: 2 s
+    assert refusal == Refusal(rule=TOO_LATE, retry_after_s=1.5)
+    patient = desk.enter("chat", 5, None, turns.of("d"), 0.0, tenant="enterprise", wait_s=600.0)
+    assert isinstance(patient, Ticket)
 
 
 def test_without_a_ready_replica_nobody_is_taken_in() -> None:
-    desk, turns = dispatcher(deadline_s=3.0), Turns()
+    desk, turns = dispatcher(ttft_s=3.0), Turns()
     desk.set_ready("chat/0", ready=False, now_s=0.0)
-    assert desk.enter(5, None, turns.of("a"), 0.0) == Refusal(retry_after_s=3.0, replicas_ready=0)
+    assert ask(desk, turns, "a") == Refusal(rule=NOT_SERVED, retry_after_s=3.0)
 
 
-def test_who_waits_for_a_replica_that_fails_moves_to_the_others() -> None:
+def test_who_waits_goes_where_a_slot_is_free_and_is_told_when_the_last_replica_is_gone() -> None:
     desk, turns = dispatcher(2, max_batch=1), Turns()
-    tickets = [enter(desk, turns, name) for name in "abcd"]  # a, c on the first; b, d on the second
+    _, b, _, _ = [enter(desk, turns, name) for name in "abcd"]
     desk.set_ready("chat/0", ready=False, now_s=1.0)
-    assert tickets[2].lane.replica.id == "chat/1"
-    desk.leave(tickets[1], 2.0)
-    assert turns.begun == ["a", "b", "c"], "c has waited longer than d"
+    desk.leave(b, 2.0)
+    assert turns.begun == ["a", "b", "c"]
     desk.set_ready("chat/1", ready=False, now_s=3.0)
     assert turns.lost == ["d"]
 
 
-def test_who_waits_for_a_replica_in_doubt_moves_or_waits_on() -> None:
+def test_who_waits_for_a_replica_in_doubt_waits_on() -> None:
     desk, turns = dispatcher(2, max_batch=1), Turns()
-    a, b, c, _ = [enter(desk, turns, name) for name in "abcd"]  # a, c on the first; b, d on the second
-    desk.hold("chat/0", 1.0)
-    assert c.lane.replica.id == "chat/1"
+    a, b, _, _ = [enter(desk, turns, name) for name in "abcd"]
+    desk.hold("chat/0", 2.0)
     desk.hold("chat/1", 2.0)
     desk.leave(a, 3.0)
     desk.leave(b, 3.0)
@@ -108,22 +157,56 @@ def test_who_waits_for_a_replica_in_doubt_moves_or_waits_on() -> None:
     assert turns.begun == ["a", "b", "c"]
 
 
+def test_whose_turn_never_comes_is_told_so() -> None:
+    desk, turns = dispatcher(max_batch=1, ttft_s=60.0), Turns()
+    enter(desk, turns, "a")
+    enter(desk, turns, "b")
+    desk.tick(179.0)
+    assert turns.lost == []
+    desk.tick(181.0)
+    assert turns.lost == ["b"]
+
+
 def test_a_request_for_several_answers_is_expected_to_produce_them_all() -> None:
     desk = dispatcher()
-    desk.enter(5, 4, lambda _go: None, 0.0, answers=6)
-    assert desk.lanes[0].backlog_tokens == 5 + 6 * 4
+    desk.enter("chat", 5, 4, lambda _go: None, 0.0, tenant="public", answers=6)
+    assert desk.lanes["chat/0"].backlog_tokens == 5 + 6 * 4
 
 
 def test_a_failed_request_goes_to_another_replica_or_back_to_the_only_one() -> None:
     desk, turns = dispatcher(2), Turns()
     ticket = enter(desk, turns, "a")
-    assert desk.move(ticket, turns.of("again"), 1.0)
-    assert ticket.lane.replica.id == "chat/1"
+    desk.move(ticket, frozenset({"chat/0"}), 1.0)
+    assert replica_of(ticket) == "chat/1"
     desk.set_ready("chat/0", ready=False, now_s=2.0)
-    assert desk.move(ticket, turns.of("once more"), 2.0)
+    desk.move(ticket, frozenset({"chat/0", "chat/1"}), 2.0)
+    assert replica_of(ticket) == "chat/1"
     desk.set_ready("chat/1", ready=False, now_s=2.0)
-    assert not desk.move(ticket, turns.of("never"), 3.0)
-    assert turns.begun == ["a", "again", "once more"]
+    desk.move(ticket, frozenset({"chat/1"}), 3.0)
+    assert turns.begun == ["a"] * 3
+    desk.set_ready("chat/0", ready=True, now_s=4.0)
+    assert (turns.begun, replica_of(ticket)) == (["a"] * 4, "chat/0"), "it has waited for it"
+
+
+def test_who_has_begun_goes_before_all_who_wait() -> None:
+    desk, turns = dispatcher(2, max_batch=1), Turns()
+    a, b = enter(desk, turns, "a", line="many"), enter(desk, turns, "b", line="many")
+    enter(desk, turns, "c", line="new")
+    desk.set_ready("chat/0", ready=False, now_s=1.0)
+    desk.move(a, frozenset({"chat/0"}), 1.0)
+    desk.leave(b, 2.0)
+    assert turns.begun == ["a", "b", "a"]
+
+
+def test_a_replica_that_fails_requests_gets_none_until_it_is_trusted_again() -> None:
+    desk, turns = dispatcher(2), Turns()
+    desk.doubt("chat/0", doubted=True, now_s=0.0)
+    assert [replica_of(enter(desk, turns, name)) for name in "ab"] == ["chat/1"] * 2
+    enter(desk, turns, "c")
+    desk.set_ready("chat/0", ready=True, now_s=1.0)
+    assert turns.begun == ["a", "b"], "it answers, but that was not the question"
+    desk.doubt("chat/0", doubted=False, now_s=2.0)
+    assert turns.begun == ["a", "b", "c"]
 
 
 def test_requests_that_share_a_replica_share_its_time() -> None:
@@ -135,34 +218,99 @@ def test_requests_that_share_a_replica_share_its_time() -> None:
     assert (a.gpu_s, b.gpu_s) == (5.0, 4.0)
 
 
+def test_prompts_that_begin_alike_go_to_the_replica_that_has_read_the_beginning() -> None:
+    desk, turns = dispatcher(2, max_batch=4), Turns()
+    prompts = {name: bytes(2048) * 4 + name.encode() * 2048 for name in "ab"}
+    chosen = []
+    for name in ("a", "b", "a"):
+        blocks = list(block_keys(prompts[name], 2048))
+        ticket = desk.enter("chat", 2560, 1, turns.of(name), 0.0, tenant="public", blocks=blocks)  # type: ignore[arg-type]
+        assert isinstance(ticket, Ticket)
+        chosen.append((replica_of(ticket), ticket.unread_tokens))
+        desk.first_token(ticket)
+    assert chosen == [("chat/0", 2560), ("chat/0", 512), ("chat/0", 1)]
+
+
+def test_replicas_come_and_go() -> None:
+    desk, turns, plan = dispatcher(1), Turns(), plan_of(3)
+    for replica in plan.replicas[1:]:
+        desk.add(replica)
+        desk.set_ready(replica.id, ready=True, now_s=0.0)
+    chosen = [replica_of(enter(desk, turns, str(number))) for number in range(3)]
+    assert chosen == ["chat/0", "chat/1", "chat/2"]
+    desk.set_ready("chat/2", ready=False, now_s=1.0)
+    desk.remove("chat/2")
+    assert {replica_of(enter(desk, turns, "later")) for _ in range(2)} == {"chat/0", "chat/1"}
+    assert set(desk.lanes) == {"chat/0", "chat/1"}
+
+
+def test_a_new_plan_brings_tenants_models_and_expectations() -> None:
+    desk, turns = dispatcher(1), Turns()
+    plan = fake_plan({"chat": 1, "code": 1}, output_tokens=30)
+    tenants = (Tenant(name="research", deserved=1.0), *TENANTS)
+    desk.use_plan(msgspec.structs.replace(plan, fleet=msgspec.structs.replace(plan.fleet, tenants=tenants)))
+    desk.add(plan.replicas[1])
+    desk.set_ready("code/0", ready=True, now_s=0.0)
+    ticket = desk.enter("code", 5, None, turns.of("a"), 0.0, tenant="research")
+    assert isinstance(ticket, Ticket)
+    assert ticket.output_tokens == 30
+    assert desk.take_loads() == {("research", "code"): (5, 30)}
+    assert desk.take_loads() == {}
+
+
+def test_clients_without_end_are_forgotten_when_they_have_nothing_under_way() -> None:
+    desk, turns = dispatcher(), Turns()
+    keeper = enter(desk, turns, "keeper", line="keeper")
+    for number in range(MOST_CLIENTS + 50):
+        desk.leave(enter(desk, turns, "one", line=str(number)), 0.0)
+    assert len(desk.desk.queue.counter_gpu_s) < 40 * MOST_CLIENTS
+    desk.leave(keeper, 0.0)
+    assert (desk.under_way("enterprise"), desk.lanes["chat/0"].backlog_tokens) == (0, 0)
+
+
+CHANGES = ("fail", "recover", "hold", "doubt", "trust", "tick")  # of replicas, and of time
 events = st.lists(
-    st.tuples(st.sampled_from(["enter", "first", "leave", "move", "fail", "hold", "recover"]), st.integers(0, 7)),
-    max_size=60,
+    st.tuples(st.sampled_from(["enter", "first", "leave", "move", *CHANGES]), st.integers(0, 7)), max_size=60
 )
+
+
+def change(desk: Dispatcher, event: str, replica: str, now_s: float) -> None:
+    if event in {"fail", "recover"}:
+        desk.set_ready(replica, ready=event == "recover", now_s=now_s)
+    elif event == "hold":
+        desk.hold(replica, now_s)
+    elif event in {"doubt", "trust"}:
+        desk.doubt(replica, doubted=event == "doubt", now_s=now_s)
+    else:
+        desk.tick(now_s)
 
 
 @given(events)
 def test_when_all_have_left_nothing_is_left(happened: list[tuple[str, int]]) -> None:
     desk, inside, now_s = dispatcher(2), list[Ticket](), 0.0
+    tenants = ("enterprise", "public")
     for event, number in happened:
         now_s += 1.0
-        ticket = inside[number % len(inside)] if inside else None
-        if event == "enter":
-            entered = desk.enter(number + 1, None, lambda _go: None, now_s)
+        ticket, replica = inside[number % len(inside)] if inside else None, f"chat/{number % 2}"
+        if event in CHANGES:
+            change(desk, event, replica, now_s)
+        elif event == "enter":
+            asked = {"tenant": tenants[number % 2], "line": str(number)}
+            entered = desk.enter("chat", number + 1, None, lambda _go: None, now_s, **asked)
             inside += [entered] if isinstance(entered, Ticket) else []
-        elif event in {"fail", "recover"}:
-            desk.set_ready(f"chat/{number % 2}", ready=event == "recover", now_s=now_s)
-        elif event == "hold":
-            desk.hold(f"chat/{number % 2}", now_s)
         elif ticket and event == "first":
             desk.first_token(ticket)
         elif ticket and event == "move":
-            desk.move(ticket, lambda _go: None, now_s)
+            desk.move(ticket, frozenset({replica}), now_s)
         elif ticket:
             inside.remove(ticket)
-            desk.leave(ticket, now_s)
-        assert all(lane.running <= lane.replica.max_batch for lane in desk.lanes)
-        assert sum(lane.running + len(lane.waiting) for lane in desk.lanes) == len(inside)
+            desk.leave(ticket, now_s, number, number)
+        chat = desk.services["chat"]
+        assert all(lane.running <= lane.replica.max_batch for lane in chat.lanes)
+        assert chat.running + chat.waiting == len(inside) == sum(map(desk.under_way, tenants))
     for ticket in inside:
         desk.leave(ticket, now_s)
-    assert all((lane.running, lane.unread_tokens, lane.backlog_tokens) == (0, 0, 0) for lane in desk.lanes)
+    assert all((lane.running, lane.backlog_tokens) == (0, 0) for lane in desk.lanes.values())
+    chat = desk.services["chat"]
+    assert (chat.lines, chat.returned) == ({}, [])
+    assert set(desk.desk.queue.waiting) == {0}

@@ -92,12 +92,12 @@ def test_a_bug_shows_its_code_and_nothing_that_was_sent(terminal: bool) -> None:
 
     async def case() -> None:
         async with served(fake_plan()) as service, aiohttp.ClientSession() as session:
-            service.gateway.dispatchers["chat"].enter = lambda *_, **__: 1 / 0  # type: ignore[method-assign, return-value, assignment, misc]
+            service.gateway.dispatcher.enter = lambda *_, **__: 1 / 0  # type: ignore[method-assign, return-value, assignment, misc]
             body = {"model": "chat", "messages": [{"role": "user", "content": SECRET}]}
             async with session.post(f"{service.url}/v1/chat/completions", json=body) as reply:
                 assert reply.status == 500
 
     asyncio.run(case())
     assert "ZeroDivisionError" in stream.getvalue()
-    assert "in _complete" in stream.getvalue()
+    assert "in _take_in" in stream.getvalue()
     assert SECRET not in stream.getvalue()

@@ -51,7 +51,7 @@ def lending_plan(folder: Path, *, steps: int = 10**6, gpus: int = 4) -> Plan:
         plan.fleet,
         pools=(replace(plan.fleet.pools[0], gpus_per_node=gpus),),
         tenants=(
-            Tenant(name="public", deserved=0.5, priority=1, grace_s=50.0, min_runtime_s=0.0),
+            Tenant(name="public", deserved=0.5, priority=1, grace_s=50.0, min_runtime_s=0.0, anonymous=True),
             Tenant(name="research", deserved=0.5, grace_s=100.0, min_runtime_s=0.0),
         ),
         demand=(replace(plan.fleet.demand[0], tenant="public", prompt_tokens=10, output_tokens=10),),

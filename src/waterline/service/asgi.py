@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import uvicorn
 
@@ -28,35 +28,73 @@ class ClientGoneError(Exception):
     """The client has closed its connection: there is nobody left to answer."""
 
 
-class Reply:
-    """What goes back to one client, and how far it has got."""
+class Edit(Protocol):
+    """What an engine's answer is made into on its way to a client. Chunks end where a line does."""
 
-    def __init__(self, send: Send) -> None:
+    def whole(self, data: bytes) -> bytes: ...
+
+    def chunk(self, data: bytes) -> bytes: ...
+
+    def last(self, data: bytes) -> bytes:
+        """Return the end of a stream."""
+        ...
+
+    def broken(self, error: WaterlineError) -> bytes:
+        """Return the end of a stream that failed on the way."""
+        ...
+
+
+class Reply:
+    """What goes back to one client, and how far it has got; `headers` come with every answer."""
+
+    def __init__(self, send: Send, headers: Headers | None = None) -> None:
         self._send = send
+        self.headers = headers or []
+        self.edit: Edit | None = None
+        self.before: Callable[[], Awaitable[None]] | None = None  # awaited before the first byte of an answer
         self.begun = False
         self._within_event = False
 
     async def begin(self, status: int, headers: Headers) -> None:
+        if self.before and status == 200:
+            await self.before()
         self.begun = True
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.start", "status": status, "headers": [*self.headers, *headers]})
 
     async def chunk(self, data: bytes) -> None:
+        if self.edit:
+            data = self.edit.chunk(data)
+            if not data:
+                return
         self._within_event = not data.endswith(b"\n\n")
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self, data: bytes = b"") -> None:
-        await self._send({"type": "http.response.body", "body": data})
+        """End a stream."""
+        await self._finish(self.edit.last(data) if self.edit else data)
 
     async def whole(self, status: int, data: bytes, headers: Headers) -> None:
+        if self.edit and status == 200:
+            data = self.edit.whole(data)
         await self.begin(status, [*headers, (b"content-length", b"%d" % len(data))])
-        await self.end(data)
+        await self._finish(data)
 
     async def error(self, error: WaterlineError) -> None:
         """Answer with an error; in the middle of a stream, as its last event."""
-        if self.begun:
-            await self.end(b"\n" * self._within_event + b"data: " + error_json(error) + b"\n\n")
-        else:
+        if not self.begun:
             await self.whole(http_status(error), error_json(error), [JSON, *error_headers(error)])
+        elif self.edit:
+            await self._finish(self.edit.broken(error))
+        else:
+            await self._finish(b"\n" * self._within_event + broken_event(error))
+
+    async def _finish(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data})
+
+
+def broken_event(error: WaterlineError) -> bytes:
+    """Return the last event of a stream that failed, as OpenAI's clients expect it."""
+    return b"data: " + error_json(error) + b"\n\n"
 
 
 async def read_body(

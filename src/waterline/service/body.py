@@ -6,12 +6,13 @@ from typing import Annotated, Any, cast
 
 import msgspec
 import orjson
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from waterline.service.errors import RejectedError
 
 CHAT = "/chat/completions"
 COMPLETIONS = "/completions"
+EMBEDDINGS = "/embeddings"
 BYTES_PER_TOKEN = 4  # of text, before an engine has counted: what tokenizers make of English
 TOKENS_PER_MESSAGE = 4  # its role, and the marks where it begins and ends
 LONGEST_TOKEN_BYTES = 128  # vocabularies hold runs of that many blanks or dashes; words are much shorter
@@ -37,8 +38,9 @@ class _Body(Struct):
     model: str
     stream: bool | None = None
     max_tokens: Tokens | None = None
-    stream_options: _StreamOptions | None = None
+    stream_options: _StreamOptions | UnsetType | None = UNSET
     n: Annotated[int, Meta(ge=1, le=128)] | None = None  # OpenAI's limit
+    service_tier: str | None = None
 
 
 class _ChatBody(_Body, kw_only=True):
@@ -50,26 +52,30 @@ class _CompletionBody(_Body, kw_only=True):
     prompt: str | list[str | int | list[int]]
 
 
+class _EmbeddingBody(Struct, kw_only=True):
+    model: str
+    input: str | list[str | int | list[int]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """One request for tokens, as far as we look into it."""
 
+    endpoint: str  # CHAT, COMPLETIONS or EMBEDDINGS
     model: str
     stream: bool
-    include_usage: bool  # at the end of the stream
+    include_usage: bool  # at the end of the stream: the client wants it; we always do
     most_tokens: int | None  # the limit the client has set, of each answer
     answers: int  # how many it wants: `n` for each of its prompts
     prompt_tokens: int  # estimated, of all its prompts; at least 1
     fewest_tokens: int  # its longest prompt has no fewer, whatever the tokenizer
-    body: bytes = field(repr=False)
+    is_patient: bool = False  # it says service_tier "flex": it would rather wait than be refused
+    body: bytes = field(repr=False)  # for an engine: as it came, but a stream is to end with its usage
 
     @property
     def fields(self) -> dict[str, Any]:
         """The whole body, decoded again: few need it. Raises RejectedError for JSON that only we could read."""
-        try:
-            return cast("dict[str, Any]", orjson.loads(self.body))
-        except orjson.JSONDecodeError as error:
-            raise _no_json(error) from error
+        return loaded(self.body)
 
     def check_context(self, max_context_tokens: int) -> None:
         """Raise RejectedError when no engine could hold the prompt and a token of an answer."""
@@ -82,10 +88,12 @@ class Asked:
 
 
 def read_asked(endpoint: str, body: bytes) -> Asked:
-    """Read the body of a request to CHAT or COMPLETIONS. Raises RejectedError naming the place that is wrong."""
+    """Read the body of a request to CHAT, COMPLETIONS or EMBEDDINGS. Raises RejectedError naming what is wrong."""
     try:
         if endpoint == CHAT:
             return _read_chat(_CHAT.decode(body), body)
+        if endpoint == EMBEDDINGS:
+            return _read_embedding(_EMBEDDING.decode(body), body)
         return _read_completion(_COMPLETION.decode(body), body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _explained(error, body) from error
@@ -93,6 +101,8 @@ def read_asked(endpoint: str, body: bytes) -> Asked:
 
 _CHAT = msgspec.json.Decoder(_ChatBody)
 _COMPLETION = msgspec.json.Decoder(_CompletionBody)
+_EMBEDDING = msgspec.json.Decoder(_EmbeddingBody)
+WITH_USAGE = b'{"stream_options":{"include_usage":true},'
 
 
 def _read_chat(asked: _ChatBody, body: bytes) -> Asked:
@@ -109,9 +119,30 @@ def _read_chat(asked: _ChatBody, body: bytes) -> Asked:
 
 
 def _read_completion(asked: _CompletionBody, body: bytes) -> Asked:
-    if asked.prompt == []:
-        raise RejectedError("'prompt' is an empty list. Send text, or tokens.", param="prompt", code="empty_array")
-    parts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+    tokens, fewest, prompts = _measured(asked.prompt, "prompt")
+    return _asked(asked, body, asked.max_tokens, tokens, fewest, prompts)
+
+
+def _read_embedding(asked: _EmbeddingBody, body: bytes) -> Asked:
+    tokens, fewest, _ = _measured(asked.input, "input")
+    return Asked(
+        endpoint=EMBEDDINGS,
+        model=asked.model,
+        stream=False,
+        include_usage=False,
+        most_tokens=0,
+        answers=1,
+        prompt_tokens=max(1, tokens),
+        fewest_tokens=fewest,
+        body=body,
+    )
+
+
+def _measured(prompt: str | list[str | int | list[int]], param: str) -> tuple[int, int, int]:
+    """Return the tokens of prompts, the fewest the longest of them may have, and how many prompts there are."""
+    if prompt == []:
+        raise RejectedError(f"'{param}' is an empty list. Send text, or tokens.", param=param, code="empty_array")
+    parts = [prompt] if isinstance(prompt, str) else prompt
     alone = sum(isinstance(part, int) for part in parts)  # tokens that stand by themselves are one prompt
     tokens, fewest = alone, alone
     for part in parts:
@@ -122,27 +153,47 @@ def _read_completion(asked: _CompletionBody, body: bytes) -> Asked:
         elif isinstance(part, list):
             tokens += len(part)
             fewest = max(fewest, len(part))
-    prompts = len(parts) - alone + bool(alone)
-    return _asked(asked, body, asked.max_tokens, tokens, fewest, prompts)
+    return tokens, fewest, len(parts) - alone + bool(alone)
 
 
 def _asked(
     asked: _Body, body: bytes, most_tokens: int | None, prompt_tokens: int, fewest_tokens: int, prompts: int = 1
 ) -> Asked:
+    options = asked.stream_options
+    include_usage = isinstance(options, _StreamOptions) and bool(options.include_usage)
     return Asked(
+        endpoint=CHAT if isinstance(asked, _ChatBody) else COMPLETIONS,
         model=asked.model,
         stream=bool(asked.stream),
-        include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
+        include_usage=include_usage,
         most_tokens=most_tokens,
         answers=prompts * (asked.n or 1),
         prompt_tokens=max(1, prompt_tokens),
         fewest_tokens=fewest_tokens,
-        body=body,
+        is_patient=asked.service_tier == "flex",
+        body=_with_usage(asked, body) if asked.stream and not include_usage else body,
     )
+
+
+def _with_usage(asked: _Body, body: bytes) -> bytes:
+    """Return the body of a stream with the wish for its usage; everything else in it stays as it is, to the byte."""
+    if asked.stream_options is UNSET:
+        return WITH_USAGE + body[body.index(b"{") + 1 :]
+    whole = loaded(body)
+    whole["stream_options"] = {**(whole["stream_options"] or {}), "include_usage": True}
+    return orjson.dumps(whole)
 
 
 def _size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
+
+
+def loaded(body: bytes) -> dict[str, Any]:
+    """Return the JSON of a body. Raises RejectedError where it is none."""
+    try:
+        return cast("dict[str, Any]", orjson.loads(body))
+    except orjson.JSONDecodeError as error:
+        raise _no_json(error) from error
 
 
 def _explained(error: Exception, body: bytes) -> RejectedError:

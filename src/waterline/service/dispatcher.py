@@ -1,48 +1,59 @@
-"""The decisions about the requests to one model: taken in or not, by which replica, whose turn it is.
+"""The live desk: requests in their lines, and the calls that ask `policy.dispatch` about them.
 
-No socket and no clock: what happens is told by calls, time comes in as an argument, and the answers are values or calls
-of a request's `turn`. So a rehearsal can be fed the same events and must decide alike. What `policy` is shown:
+Every decision (taken in or not, whose turn, on which replica) is the policy's; here are the requests themselves, rows
+for those who come and go, and the time each request had. No socket and no clock: what happens is told by calls, time
+comes in as an argument, and the answers are values or calls of a request's `turn`. So a rehearsal, fed the same
+events, decides alike.
 
-- *backlog* of a replica: of each request its prompt and the expected output, until its first token; then the expected
-  output, until it leaves.
-- *work before the first token* of a newcomer, over all ready replicas: prompts not yet read, and an expected request
-  for each one beyond the slots, because a slot must come free for it.
-
-Engines are kept shallow: a replica gets `max_batch` requests at a time, the others wait here, first come, first served.
+Requests wait here, those of one client to one model in the order they came; a replica gets one only when it has a slot.
 """
 
+import math
+import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from waterline.plan import Replica
-from waterline.policy.admission import ADMIT, retry_after_s
-from waterline.policy.routing import NOBODY, least_loaded
+import numpy as np
+from numpy.typing import NDArray
 
-Turn = Callable[[bool], None]  # True: go ahead; False: the replica is gone and there is no other
+from waterline.fleet import Tenant
+from waterline.plan import ModelPlan, Plan, Replica
+from waterline.policy import dispatch
+from waterline.policy.decisions import SLOT_FREE, WAITS_FOR_SLOT
+from waterline.policy.routing import MOST_DRAWN, NOBODY
+from waterline.service.errors import RejectedError
+from waterline.units import HOUR_S
+
+Turn = Callable[[bool], None]  # True: go ahead; False: there is no replica left to wait for
+Draw = Callable[[], int]
+
+SPARE_ROWS = 8  # for models and tenants that a new plan brings
+PATIENCE = 3  # how much longer than its deadline a request may wait that was taken in, before it is told
+LEAST_WAIT_S = 10.0
+FIRST_CLIENTS = 8  # rows of each tenant; there are twice as many whenever they are all taken
+MOST_CLIENTS = 10_000  # rows of one tenant, from when on those who have nothing under way are forgotten
+NO_BLOCKS: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Lane:
-    """One replica, with what it has accepted."""
+    """One replica, with what it works on."""
 
     replica: Replica
-    ready: bool = False
+    row: int
+    desk: "Dispatcher" = field(repr=False)
+    up: bool = False  # its engine answers
+    held: bool = False  # it drains, or did not answer lately: it gets nothing, but is not given up
+    doubted: bool = False  # likewise, because it failed requests
+    ready: bool = False  # it gets work
     running: int = 0
-    waiting: deque["Ticket"] = field(default_factory=deque)
-    unread_tokens: int = 0  # of the prompts of requests without a first token
-    backlog_tokens: int = 0
     share_s: float = 0.0  # time a request would have had that had run from the beginning, sharing it evenly
     settled_s: float = 0.0  # up to when that has been counted
 
     @property
-    def tokens_per_s(self) -> float:
-        return self.replica.tokens_per_s if self.ready else 0.0
-
-    @property
-    def queued(self) -> int:
-        """Requests accepted beyond the slots."""
-        return max(0, self.running + len(self.waiting) - self.replica.max_batch)
+    def backlog_tokens(self) -> int:
+        return int(self.desk.desk.replicas.backlog_tokens[self.row])
 
     def settle(self, now_s: float) -> None:
         """Count the time up to now; call it before `running` changes."""
@@ -51,169 +62,485 @@ class Lane:
         self.settled_s = now_s
 
 
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """One model."""
+
+    row: int
+    planned: ModelPlan
+    ttft_s: float
+    lanes: list[Lane] = field(default_factory=list)
+    max_context_tokens: int = 0  # of the replica that takes most, in service or not
+    gpu_s_per_token: float = 0.0  # of a prompt or an answer, when all its replicas are full
+    usd_per_gpu_s: float = 0.0
+    lines: dict[int, deque["Ticket"]] = field(default_factory=dict)  # by client; those in which somebody waits
+    returned: list["Ticket"] = field(default_factory=list)  # of these, who has begun before and goes first
+
+    @property
+    def waiting(self) -> int:
+        return sum(map(len, self.lines.values()))
+
+    @property
+    def running(self) -> int:
+        return sum(lane.running for lane in self.lanes)
+
+    @property
+    def has_hope(self) -> bool:
+        """Whether who waits waits for somebody."""
+        return any(lane.up or lane.held for lane in self.lanes)
+
+    def cost_gpu_s(self, prompt_tokens: int, output_tokens: int) -> float:
+        """Return the GPU time that tokens cost, whatever else runs beside them."""
+        return (prompt_tokens + output_tokens) * self.gpu_s_per_token
+
+    def recount(self) -> None:
+        """Sum up; called when a replica has come or gone. What is left of a model without any stays as it was."""
+        if replicas := [lane.replica for lane in self.lanes]:
+            gpus = sum(replica.layout.gpus for replica in replicas)
+            self.max_context_tokens = max(replica.max_context_tokens for replica in replicas)
+            self.gpu_s_per_token = gpus / sum(replica.tokens_per_s for replica in replicas)
+            self.usd_per_gpu_s = sum(replica.usd_per_hour for replica in replicas) / gpus / HOUR_S
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Ticket:
     """One request that was taken in, until it leaves."""
 
+    service: Service
+    client: int  # its row
+    tenant: str
+    line: str
     prompt_tokens: int
-    output_tokens: int  # expected
+    output_tokens: int  # expected, of all its answers
+    tokens: int  # it may come to; at most what a replica holds
+    blocks: NDArray[np.int64]
+    cost_gpu_s: float  # expected, and charged while it runs
+    arrival_s: float
+    until_s: float  # it waits, when those who go first keep coming
     turn: Turn
-    lane: Lane
+    lane: Lane | None = None  # where it runs, or ran last
     running: bool = False
-    unread: bool = True
+    unread: bool = False
+    unread_tokens: int = 0
+    avoids: frozenset[str] = frozenset()  # replicas where it failed
     begun_share_s: float = 0.0
     gpu_s: float = 0.0  # its part of the time of the replicas that worked on it, times their GPUs
+
+    def waited_s(self, now_s: float) -> float:
+        return now_s - self.arrival_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why a request was not taken in."""
+    """Why a request was not taken in: a key of `decisions.RULES`."""
 
+    rule: int
     retry_after_s: float
-    replicas_ready: int  # 0: the model is starting, or has failed; else: the wait is too long
+
+
+@dataclass(slots=True)
+class _Clients:
+    """The rows of one tenant's clients."""
+
+    tenant: int
+    rows: dict[str, int] = field(default_factory=dict)  # by line, who has been here longest first
+    under_way: dict[int, int] = field(default_factory=dict)  # requests by row, where there are any
+    spare: list[int] = field(default_factory=list)
 
 
 class Dispatcher:
-    """The replicas of one model, and the one place where their queues change."""
+    """The desk of a fleet: the one place where its queues change.
 
-    def __init__(
-        self,
-        replicas: Sequence[Replica],
-        *,
-        expected_prompt_tokens: int,
-        expected_output_tokens: int,
-        deadline_s: float,
-    ) -> None:
-        self.lanes = [Lane(replica=replica) for replica in replicas]
-        self.expected_tokens = expected_prompt_tokens + expected_output_tokens
-        self.expected_output_tokens = expected_output_tokens
-        self.deadline_s = deadline_s
+    Args:
+        plan: whose replicas there are; none is ready yet.
+        draw: a whole number below `MOST_DRAWN`, uniform.
+    """
 
-    def expect(self, like: "Dispatcher") -> None:
-        """Expect of requests from now on what another one does."""
-        self.expected_tokens, self.expected_output_tokens = like.expected_tokens, like.expected_output_tokens
-        self.deadline_s = like.deadline_s
+    def __init__(self, plan: Plan, draw: Draw | None = None) -> None:
+        self._draw = draw or (lambda: random.randrange(MOST_DRAWN))  # noqa: S311 - which of two queues is no secret
+        self._tenants = {tenant.name: _Clients(row) for row, tenant in enumerate(plan.fleet.tenants)}
+        self._tenant_of_client = [0]  # nobody's row: there must be one
+        self._model_rows = list(range(len(plan.models) + SPARE_ROWS))[::-1]
+        self._replica_rows = list(range(max(len(plan.replicas), 1)))[::-1]
+        no_share = [0.0] * (len(self._tenants) + SPARE_ROWS)  # `use_plan` writes them
+        self._arrays = dispatch.new_desk(
+            no_share,
+            no_share,
+            no_share,
+            self._tenant_of_client,
+            models=len(self._model_rows),
+            rows=len(self._replica_rows),
+        )
+        self.desk = dispatch.plain(self._arrays)
+        self.services: dict[str, Service] = {}
+        self.lanes: dict[str, Lane] = {}  # by replica
+        self._lane_at: dict[int, Lane] = {}  # by row
+        self._loads: dict[tuple[str, str], tuple[int, int]] = {}
+        self.use_plan(plan)
+        for replica in plan.replicas:
+            self.add(replica)
 
-    def add(self, replica: Replica) -> None:
-        """A replica has come into being, and is not ready yet."""
-        self.lanes.append(Lane(replica=replica))
-
-    def update(self, replica: Replica) -> None:
-        """A replica has other figures."""
-        self._lane(replica.id).replica = replica
-
-    def remove(self, replica_id: str) -> None:
-        """A replica is gone; nobody waits for it or runs on it any more."""
-        self.lanes.remove(self._lane(replica_id))
-
-    def running(self, replica_id: str) -> int:
-        return self._lane(replica_id).running
-
+    # --- Requests ---------------------------------------------------------------------------------------------------
     def enter(
-        self, prompt_tokens: int, most_tokens: int | None, turn: Turn, now_s: float, *, answers: int = 1
+        self,
+        model: str,
+        prompt_tokens: int,
+        most_tokens: int | None,
+        turn: Turn,
+        now_s: float,
+        *,
+        tenant: str,
+        line: str = "",
+        answers: int = 1,
+        blocks: NDArray[np.int64] = NO_BLOCKS,
+        wait_s: float | None = None,
     ) -> Ticket | Refusal:
-        """Decide about a newcomer. `most_tokens` is the limit of each of its answers, if any."""
-        ready = [lane for lane in self.lanes if lane.ready]
-        wait_s = retry_after_s(
-            sum([lane.unread_tokens for lane in ready]),
-            sum([lane.replica.prefill_tokens_per_s for lane in ready]),
-            self.expected_tokens * sum([lane.queued for lane in ready]),
-            sum([lane.tokens_per_s for lane in ready]),
-            self.deadline_s,
+        """Decide about a newcomer; its `turn` may come before this returns.
+
+        Args:
+            model: it asks.
+            prompt_tokens: of it, as far as is known.
+            most_tokens: the limit of each of its answers, if any.
+            turn: called when it may go ahead.
+            now_s: the time.
+            tenant: whose it is.
+            line: in which it waits, behind those of the same client.
+            answers: it wants.
+            blocks: keys of its prompt's blocks, see `policy.routing`.
+            wait_s: for its first token, before it would rather be refused; None: as the SLO of the model says.
+        """
+        service = self.services[model]
+        expected = service.planned.output_tokens
+        output_tokens = answers * (expected if most_tokens is None else min(most_tokens, expected))
+        prompts, outputs = self._loads.get((tenant, model), (0, 0))
+        self._loads[tenant, model] = prompts + prompt_tokens, outputs + output_tokens
+        # Tokens are estimated: only an engine can tell that a request is too long for it.
+        tokens = min(prompt_tokens + output_tokens, self.desk.models.longest_tokens[service.row] or 1)
+        client, draw = self._client(tenant, line), self._draw()
+        arrival = dispatch.arrive(
+            self.desk,
+            service.row,
+            client,
+            prompt_tokens,
+            0,
+            output_tokens,
+            tokens,
+            service.ttft_s if wait_s is None else wait_s,
+            blocks,
+            draw,
         )
-        chosen = self._choose()
-        if wait_s > ADMIT or chosen == NOBODY:
-            return Refusal(retry_after_s=wait_s, replicas_ready=len(ready))
-        expected = self.expected_output_tokens
+        if arrival.rule not in {SLOT_FREE, WAITS_FOR_SLOT}:
+            return Refusal(rule=arrival.rule, retry_after_s=arrival.seconds)
         ticket = Ticket(
+            service=service,
+            client=client,
+            tenant=tenant,
+            line=line,
             prompt_tokens=prompt_tokens,
-            output_tokens=answers * (expected if most_tokens is None else min(most_tokens, expected)),
+            output_tokens=output_tokens,
+            tokens=tokens,
+            blocks=blocks,
+            cost_gpu_s=arrival.gpu_s,
+            arrival_s=now_s,
+            until_s=now_s + PATIENCE * max(service.ttft_s if wait_s is None else wait_s, LEAST_WAIT_S),
             turn=turn,
-            lane=self.lanes[chosen],
         )
-        self._join(ticket, now_s)
+        clients = self._tenants[tenant].under_way
+        clients[client] = clients.get(client, 0) + 1
+        if arrival.rule == SLOT_FREE:
+            self._run(ticket, arrival.replica, arrival.cached_tokens, now_s)
+        else:
+            service.lines.setdefault(client, deque()).append(ticket)
+            self._advance(service, now_s)
         return ticket
 
     def first_token(self, ticket: Ticket) -> None:
         """Its prompt has been read; told again, this changes nothing."""
-        if ticket.unread:
+        if ticket.unread and ticket.running and ticket.lane:
             ticket.unread = False
-            ticket.lane.unread_tokens -= ticket.prompt_tokens
-            ticket.lane.backlog_tokens -= ticket.prompt_tokens
+            dispatch.first_token(
+                self.desk, ticket.service.row, ticket.lane.row, ticket.prompt_tokens, ticket.unread_tokens
+            )
 
-    def leave(self, ticket: Ticket, now_s: float) -> None:
-        """A request has ended, in whatever way; its place goes to the next."""
-        lane = ticket.lane
-        lane.backlog_tokens -= ticket.output_tokens
-        if ticket.unread:
-            lane.unread_tokens -= ticket.prompt_tokens
-            lane.backlog_tokens -= ticket.prompt_tokens
-        if ticket.running:
-            lane.settle(now_s)
-            lane.running -= 1
-            ticket.running = False
-            ticket.gpu_s += (lane.share_s - ticket.begun_share_s) * lane.replica.layout.gpus
-        else:
-            lane.waiting.remove(ticket)
-        self._advance(lane, now_s)
+    def leave(
+        self, ticket: Ticket, now_s: float, prompt_tokens: int | None = None, output_tokens: int | None = None
+    ) -> None:
+        """A request has ended, in whatever way; its place goes to the next.
 
-    def move(self, ticket: Ticket, turn: Turn, now_s: float) -> bool:
-        """Send a request that its replica could not serve to another; False when none is ready.
-
-        It goes to the front there, because it has waited before. When only its own replica is ready, it tries again.
+        Its tenant is charged for the tokens it is said to have had, else for those that were expected.
         """
-        chosen = self._choose(but=ticket.lane)
-        if chosen == NOBODY:
-            chosen = self._choose()
-        if chosen == NOBODY:
-            return False
-        self.leave(ticket, now_s)
-        ticket.lane, ticket.turn, ticket.unread = self.lanes[chosen], turn, True
-        self._join(ticket, now_s, front=True)
-        return True
+        service = ticket.service
+        if ticket.running:
+            self._stop(ticket, now_s)
+            cost_gpu_s = ticket.cost_gpu_s
+            if output_tokens is not None:
+                read = ticket.unread_tokens + (prompt_tokens or ticket.prompt_tokens) - ticket.prompt_tokens
+                cost_gpu_s = service.cost_gpu_s(max(read, 0), output_tokens)
+            dispatch.settle(self.desk, ticket.service.row, ticket.client, cost_gpu_s - ticket.cost_gpu_s)
+        else:
+            self._unline(ticket)
+            dispatch.gave_up(self.desk, ticket.service.row, ticket.client, ticket.cost_gpu_s)
+        clients = self._tenants[ticket.tenant].under_way
+        clients[ticket.client] -= 1
+        if not clients[ticket.client]:
+            del clients[ticket.client]
+        self._advance(service, now_s)
+
+    def move(self, ticket: Ticket, avoid: frozenset[str], now_s: float) -> None:
+        """Send a request that its replica could not serve to another, and not to these while there is one.
+
+        It goes before all that wait for the model, because what has begun is not held up; nor is it told ever that its
+        turn does not come.
+        """
+        service = ticket.service
+        ticket.avoids, ticket.until_s = avoid, math.inf
+        if ticket.running:
+            self._stop(ticket, now_s)
+            dispatch.settle(self.desk, service.row, ticket.client, -ticket.cost_gpu_s)
+            dispatch.come_back(self.desk, service.row, ticket.client, ticket.cost_gpu_s)
+            service.lines.setdefault(ticket.client, deque()).appendleft(ticket)
+            service.returned.append(ticket)
+        self._advance(service, now_s)
+
+    def tick(self, now_s: float) -> None:
+        """Let the accounts forget, and tell those whose turn does not come; once a second."""
+        dispatch.tick(self.desk, now_s)
+        for service in self.services.values():
+            if service.lines:
+                self._advance(service, now_s)
+            for ticket in [ticket for line in service.lines.values() for ticket in line if ticket.until_s < now_s]:
+                ticket.turn(False)  # noqa: FBT003 - a callback of one argument
+
+    def under_way(self, tenant: str) -> int:
+        """Return how many requests of a tenant wait or run."""
+        return sum(self._tenants[tenant].under_way.values())
+
+    # --- Replicas that come and go ----------------------------------------------------------------------------------
+
+    def add(self, replica: Replica) -> None:
+        """A replica has come into being, and is not ready yet."""
+        if not self._replica_rows:
+            known = len(self._arrays.models.role)
+            self._arrays = dispatch.with_rows(self._arrays, 2 * known)
+            self.desk = dispatch.plain(self._arrays)
+            self._replica_rows = list(range(known, 2 * known))[::-1]
+        lane = Lane(replica=replica, row=self._replica_rows.pop(), desk=self)
+        service = self.services[replica.model]
+        service.lanes.append(lane)
+        service.recount()
+        self.lanes[replica.id] = self._lane_at[lane.row] = lane
+        dispatch.put(
+            self.desk,
+            lane.row,
+            service.row,
+            gpus=replica.layout.gpus,
+            slots=replica.max_batch,
+            longest_tokens=_longest_tokens(replica),
+            tokens_per_s=replica.tokens_per_s,
+            prefill_tokens_per_s=replica.prefill_tokens_per_s,
+        )
+        dispatch.set_in_service(self.desk, [lane.row], serves=False)
+
+    def update(self, replica: Replica) -> None:
+        """A replica goes on with other figures."""
+        lane = self.lanes[replica.id]
+        free_slots = self.desk.replicas.free_slots
+        free_slots[lane.row] += replica.max_batch - lane.replica.max_batch
+        self.desk.replicas.tokens_per_s[lane.row] = replica.tokens_per_s
+        self.desk.replicas.prefill_tokens_per_s[lane.row] = replica.prefill_tokens_per_s
+        self.desk.models.holds_tokens[lane.row] = _longest_tokens(replica)
+        lane.replica = replica
+        self.services[replica.model].recount()
+        dispatch.set_in_service(self.desk, [lane.row], serves=lane.ready)
+
+    def remove(self, replica_id: str) -> None:
+        """A replica is gone; nobody runs on it any more."""
+        lane = self.lanes.pop(replica_id)
+        dispatch.set_in_service(self.desk, [lane.row], serves=False)
+        service = self.services[lane.replica.model]
+        service.lanes.remove(lane)
+        service.recount()
+        self._replica_rows.append(lane.row)
 
     def set_ready(self, replica_id: str, *, ready: bool, now_s: float) -> None:
-        """A replica has come up, or gone: who waits for it moves to the others, or is told that there is none."""
-        lane = self._lane(replica_id)
-        if ready:
-            lane.ready = True
-            self._advance(lane, now_s)
-            return
-        self.hold(replica_id, now_s)
-        for ticket in tuple(lane.waiting):
-            ticket.turn(False)  # noqa: FBT003 - a callback of one argument
+        """A replica has come up, or gone: when it was the last, who waits is told that there is nobody to wait for."""
+        lane = self.lanes[replica_id]
+        lane.up, lane.held = ready, False
+        self._serve(lane, now_s)
+        service = self.services[lane.replica.model]
+        if not ready and not service.has_hope:
+            for ticket in [ticket for line in service.lines.values() for ticket in line]:
+                ticket.turn(False)  # noqa: FBT003 - a callback of one argument
 
     def hold(self, replica_id: str, now_s: float) -> None:
-        """A replica is in doubt and gets no more work: who waits for it moves, or waits on when there is no other."""
-        lane = self._lane(replica_id)
-        lane.ready = False
-        for ticket in reversed(tuple(lane.waiting)):  # each goes to the front
-            self.move(ticket, ticket.turn, now_s)
+        """A replica did not answer lately, or drains, and gets no more work; who waits for its model waits on."""
+        lane = self.lanes[replica_id]
+        lane.up, lane.held = False, True
+        self._serve(lane, now_s)
 
-    def _lane(self, replica_id: str) -> Lane:
-        return next(lane for lane in self.lanes if lane.replica.id == replica_id)
+    def doubt(self, replica_id: str, *, doubted: bool, now_s: float) -> None:
+        """A replica fails requests and gets no more of them, or may have them again."""
+        lane = self.lanes[replica_id]
+        lane.doubted = doubted
+        self._serve(lane, now_s)
 
-    def _choose(self, but: Lane | None = None) -> int:
-        return least_loaded(
-            [lane.backlog_tokens for lane in self.lanes],
-            [0.0 if lane is but else lane.tokens_per_s for lane in self.lanes],
+    # --- Plans that come and go -------------------------------------------------------------------------------------
+
+    def use_plan(self, plan: Plan) -> None:
+        """Go on with another plan: its tenants, its models and what is expected of them; replicas come by `add`."""
+        for tenant in plan.fleet.tenants:
+            if tenant.name not in self._tenants:
+                self._tenants[tenant.name] = _Clients(self._spare_tenant())
+            row, accounts = self._tenants[tenant.name].tenant, self.desk.accounts
+            accounts.guarantee[row], accounts.deserved[row], accounts.limit[row] = _entitled(tenant)
+        slos = plan.fleet.slos
+        for planned in plan.models:
+            if service := self.services.get(planned.model):
+                service.planned, service.ttft_s = planned, slos[planned.model].ttft_s
+            else:
+                row = self._model_rows.pop()
+                self.services[planned.model] = Service(row=row, planned=planned, ttft_s=slos[planned.model].ttft_s)
+
+    def forget(self, model: str) -> None:
+        """Forget a model that has no replica left."""
+        self._model_rows.append(self.services.pop(model).row)
+
+    def take_loads(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Return what each tenant has asked of each model since this was asked last, refused or not.
+
+        As tokens of prompts, and tokens that are expected to be written.
+        """
+        loads, self._loads = self._loads, {}
+        return loads
+
+    # --- Inside -----------------------------------------------------------------------------------------------------
+
+    def _advance(self, service: Service, now_s: float) -> None:
+        """Start whoever may start: first those who have begun before."""
+        for ticket in tuple(service.returned):
+            self._start(service, ticket, now_s)
+        while service.lines:
+            client, _ = dispatch.next_turn(self.desk, service.row)
+            if client == NOBODY or not self._start(service, service.lines[client][0], now_s):
+                return
+
+    def _start(self, service: Service, ticket: Ticket, now_s: float) -> bool:
+        """Start a request where it has not failed before, if there is anybody else; tell whether there is a slot."""
+        serves = self.desk.replicas.serves
+        avoided = []
+        if ticket.avoids:
+            ready = [lane for lane in service.lanes if lane.ready]
+            avoided = [lane.row for lane in ready if lane.replica.id in ticket.avoids]
+            avoided = avoided if len(avoided) < len(ready) else []
+        for row in avoided:
+            serves[row] = 0
+        replica, cached_tokens, _ = dispatch.start(
+            self.desk,
+            service.row,
+            ticket.client,
+            ticket.prompt_tokens,
+            0,
+            ticket.output_tokens,
+            ticket.tokens,
+            ticket.cost_gpu_s,
+            ticket.blocks,
+            self._draw(),
         )
+        for row in avoided:
+            serves[row] = 1
+        if replica != NOBODY:
+            self._unline(ticket)
+            self._run(ticket, replica, cached_tokens, now_s)
+        return replica != NOBODY
 
-    def _join(self, ticket: Ticket, now_s: float, *, front: bool = False) -> None:
+    def _run(self, ticket: Ticket, row: int, cached_tokens: int, now_s: float) -> None:
+        lane = self._lane_at[row]
+        lane.settle(now_s)
+        lane.running += 1
+        ticket.lane, ticket.running, ticket.unread = lane, True, True
+        ticket.unread_tokens = ticket.prompt_tokens - cached_tokens
+        ticket.begun_share_s = lane.share_s
+        ticket.turn(True)  # noqa: FBT003 - a callback of one argument
+
+    def _stop(self, ticket: Ticket, now_s: float) -> None:
+        """Take a request off its replica."""
         lane = ticket.lane
-        lane.unread_tokens += ticket.prompt_tokens
-        lane.backlog_tokens += ticket.prompt_tokens + ticket.output_tokens
-        if front:
-            lane.waiting.appendleft(ticket)
-        else:
-            lane.waiting.append(ticket)
-        self._advance(lane, now_s)
+        assert lane  # noqa: S101 - it runs somewhere
+        self.first_token(ticket)
+        dispatch.left(self.desk, ticket.service.row, lane.row, ticket.output_tokens)
+        lane.settle(now_s)
+        lane.running -= 1
+        ticket.running = False
+        ticket.gpu_s += (lane.share_s - ticket.begun_share_s) * lane.replica.layout.gpus
 
-    def _advance(self, lane: Lane, now_s: float) -> None:
-        while lane.ready and lane.waiting and lane.running < lane.replica.max_batch:
-            ticket = lane.waiting.popleft()
-            lane.settle(now_s)
-            lane.running += 1
-            ticket.running = True
-            ticket.begun_share_s = lane.share_s
-            ticket.turn(True)  # noqa: FBT003 - a callback of one argument
+    def _unline(self, ticket: Ticket) -> None:
+        """Take a request out of its line; those who have begun before stand first."""
+        service = ticket.service
+        line = service.lines[ticket.client]
+        if line[0] is ticket:
+            line.popleft()
+        else:
+            line.remove(ticket)
+        if not line:
+            del service.lines[ticket.client]
+        if ticket in service.returned:
+            service.returned.remove(ticket)
+
+    def _serve(self, lane: Lane, now_s: float) -> None:
+        ready = lane.up and not lane.held and not lane.doubted
+        if lane.ready != ready:
+            lane.ready = ready
+            dispatch.set_in_service(self.desk, [lane.row], serves=ready)
+            if ready:
+                self._advance(self.services[lane.replica.model], now_s)
+
+    def _client(self, tenant: str, line: str) -> int:
+        """Return the row of a client, which may be new, or have been forgotten."""
+        clients = self._tenants[tenant]
+        row = clients.rows.get(line)
+        if row is None:
+            if len(clients.rows) >= MOST_CLIENTS and (idle := next(_idle(clients), None)):
+                clients.spare.append(clients.rows.pop(idle))
+            if not clients.spare:
+                self._more_clients(clients)
+            row = clients.rows[line] = clients.spare.pop()
+            first = row * len(self.desk.models.gpus)
+            for place in range(first, first + len(self.desk.models.gpus)):
+                self.desk.queue.counter_gpu_s[place] = 0.0
+        return row
+
+    def _more_clients(self, clients: _Clients) -> None:
+        known, more = len(self._tenant_of_client), max(FIRST_CLIENTS, len(clients.rows))
+        self._tenant_of_client += [clients.tenant] * more
+        self._arrays = dispatch.with_clients(self._arrays, self._tenant_of_client)
+        self.desk = dispatch.plain(self._arrays)
+        clients.spare = list(range(known, known + more))[::-1]
+
+    def _spare_tenant(self) -> int:
+        taken = {clients.tenant for clients in self._tenants.values()}
+        for row in range(len(self.desk.accounts.limit)):
+            if row not in taken:
+                return row
+        raise RejectedError("There is no room for another tenant. Restart the service with the new plan.", status=409)
+
+
+def _longest_tokens(replica: Replica) -> int:
+    return min(replica.max_context_tokens, replica.cache_tokens)
+
+
+def _entitled(tenant: Tenant) -> tuple[float, float, float]:
+    """Return guarantee, deserved and limit as fractions; the fleet file has been checked."""
+    deserved = tenant.guarantee if tenant.deserved is None else tenant.deserved
+    return float(tenant.guarantee), float(deserved), float(tenant.limit)
+
+
+def _idle(clients: _Clients) -> Iterator[str]:
+    return (line for line, row in clients.rows.items() if row not in clients.under_way)
+
+
+def block_keys(prompt: bytes, block_bytes: int) -> Iterable[int]:
+    """Yield a key for each whole block of a prompt: equal keys mean equal beginnings, in this process."""
+    key = 0
+    for end in range(block_bytes, len(prompt) + 1, block_bytes):
+        key = hash((key, prompt[end - block_bytes : end])) or 1
+        yield key

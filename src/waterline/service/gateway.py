@@ -1,64 +1,54 @@
-"""The OpenAI-compatible API, as a bare ASGI application: what is asked, whose turn it is, and what became of it."""
+"""The service over HTTP, as a bare ASGI application: which path leads where, and what is said about the service."""
 
 import asyncio
+import re
 import time
-from asyncio import Future
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 import structlog
 
-from waterline.errors import WaterlineError, nearest
-from waterline.outcome import Completion, Status
+from waterline.errors import WaterlineError
+from waterline.ledger import Ledger, new_request_id
+from waterline.outcome import Completion
 from waterline.plan import Plan, Replica
-from waterline.service.asgi import JSON, ClientGoneError, Receive, Reply, Scope, Send, read_body, unless_disconnected
-from waterline.service.body import CHAT, COMPLETIONS, Asked, read_asked
-from waterline.service.dispatcher import Dispatcher, Refusal, Ticket
+from waterline.service.access import Access
+from waterline.service.asgi import JSON, ClientGoneError, Receive, Reply, Scope, Send
+from waterline.service.body import CHAT, COMPLETIONS, EMBEDDINGS
+from waterline.service.books import Books
+from waterline.service.completions import Completions
+from waterline.service.dispatcher import Dispatcher
 from waterline.service.engines import Engine
-from waterline.service.errors import RejectedError, retry_after, shortened
+from waterline.service.errors import RejectedError, shortened
 from waterline.service.metrics import Metrics
-from waterline.service.passage import Passage, Passages
+from waterline.service.passage import Passages
+from waterline.service.responses import RESPONSES
 from waterline.service.snapshot import take_snapshot
 from waterline.service.supervisor import ReplicaState
-from waterline.service.upstream import Connections, Progress
+from waterline.service.upstream import Connections
 from waterline.snapshot import JobNow, Snapshot
 
-LAST_WORD_S = 0.2  # for the last event of a stream that is cut
-INVALID = "invalid request"  # the client's own doing: it counts neither for nor against the SLO
 A_MODEL = "/v1/models/"  # and its name
+REQUEST_ID = b"x-request-id"
+ID = "waterline.id"  # a key of the scope: what the ledger calls the request
+TICK_S = 1.0
+HELD = {"suspect", "draining"}  # states of replicas that get no more work, and finish what they have
+SANE_ID = re.compile(rb"[\w.:/+=@-]{1,128}", re.ASCII)
 
 log = structlog.get_logger()
 
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Answer = Callable[[Scope, Receive, Reply], Awaitable[None]]
 
-class Turn:
-    """The place of one request, as the dispatcher of its model gives it."""
 
-    def __init__(self, dispatcher: Dispatcher, now_s: Callable[[], float], nobody: Callable[[], RejectedError]) -> None:
-        self._dispatcher = dispatcher
-        self._now_s = now_s
-        self._nobody = nobody
-        self._come: Future[bool] = asyncio.get_running_loop().create_future()
-        self.ticket: Ticket  # once it was taken in
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What answers at a path."""
 
-    def call(self, go: bool) -> None:  # noqa: FBT001 - a callback of one argument
-        """End the wait; nobody waits any more when the client has left."""
-        if not self._come.done():
-            self._come.set_result(go)
-
-    async def replica(self) -> Replica:
-        if not await self._come:
-            raise self._nobody()
-        return self.ticket.lane.replica
-
-    def move(self) -> None:
-        self._come = asyncio.get_running_loop().create_future()
-        if not self._dispatcher.move(self.ticket, self.call, self._now_s()):
-            self._come.set_result(False)  # nobody is left
-
-    def first_token(self) -> None:
-        self._dispatcher.first_token(self.ticket)
+    method: str
+    answer: Answer
 
 
 class Gateway:
@@ -70,6 +60,8 @@ class Gateway:
         states: of the replicas by id; somebody else keeps them up to date and calls `replica_changed`.
         connections: to the engines.
         on_completion: told what became of each request to a served model.
+        ledger: of keys, and of what became of requests; None: nobody has a key, and nothing is written down.
+        loopback: only this machine can reach the service.
         clock: seconds, from any start.
     """
 
@@ -80,39 +72,57 @@ class Gateway:
         states: Mapping[str, ReplicaState],
         connections: Connections,
         on_completion: Callable[[Completion], None],
+        *,
+        ledger: Ledger | None = None,
+        loopback: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.plan = plan
         self.engines = engines
         self.states = states
-        self.dispatchers = {
-            model.model: _dispatcher(plan, model.model, plan.replicas_of(model.model)) for model in plan.models
-        }
-        self.tenants = {model.model: _tenant(plan, model.model) for model in plan.models}
+        self.loopback = loopback
+        self.access = Access(plan.fleet, ledger, loopback=loopback)
+        self.dispatcher = Dispatcher(plan)
         self.jobs_now: Callable[[], tuple[JobNow, ...]] = tuple  # whoever keeps jobs says how they are
         self._slos = dict(plan.fleet.slos)
         self.metrics = Metrics(self._slos, self.snapshot)
-        self._on_completion = on_completion
         self._clock = clock
         self._begun_s = clock()
         self._passages = Passages(engines, states, connections, self.now_s)
+        self.completions = Completions(
+            states=states,
+            dispatcher=self.dispatcher,
+            access=self.access,
+            books=Books(ledger),
+            passages=self._passages,
+            metrics=self.metrics,
+            on_completion=on_completion,
+            now_s=self.now_s,
+        )
         self._created = int(time.time())  # the date OpenAI's model list asks for
-        self._open: set[asyncio.Task[Any]] = set()
-        self._stopping = False
-        self._models = {replica.id: replica.model for replica in plan.replicas}  # by replica
-        self._loads: dict[tuple[str, str], tuple[int, int]] = {}  # see take_loads
-        self._routes: dict[str, tuple[str, Callable[[Scope, Receive, Reply], Awaitable[None]]]] = {
-            f"/v1{CHAT}": ("POST", self._complete),
-            f"/v1{COMPLETIONS}": ("POST", self._complete),
-            "/v1/models": ("GET", self._list_models),
-            A_MODEL: ("GET", self._list_models),
-            "/health": ("GET", self._health),
+        self._mounted: dict[str, App] = {}
+        self._routes = {
+            f"/v1{CHAT}": Route("POST", self.completions.answer),
+            f"/v1{COMPLETIONS}": Route("POST", self.completions.answer),
+            f"/v1{EMBEDDINGS}": Route("POST", self.completions.answer),
+            f"/v1{RESPONSES}": Route("POST", self.completions.answer),
+            "/v1/models": Route("GET", self._list_models),
+            A_MODEL: Route("GET", self._list_models),
+            "/health": Route("GET", self._health),
         }
 
+    def mount(self, prefix: str, app: App) -> None:
+        """Hand everything at a path, and below it, to another ASGI application; whom it lets in is its own affair."""
+        self._mounted[prefix] = app
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send)
+        if self._mounted and (app := self._mounted_at(scope["path"])):
+            await app(scope, receive, send)
+            return
+        scope[ID] = new_request_id()
+        reply = Reply(send, [(REQUEST_ID, _request_id(scope))])
         try:
-            await self._route(scope, receive, reply)
+            await self._route(scope)(scope, receive, reply)
         except ClientGoneError:
             pass
         except WaterlineError as error:
@@ -129,227 +139,108 @@ class Gateway:
         """Return how everything is now."""
         return take_snapshot(
             self.plan,
-            {model.model: self.dispatchers[model.model] for model in self.plan.models},
+            self.dispatcher,
             self.states,
             self.metrics.recent,
-            tenants=self.tenants,
             jobs=self.jobs_now(),
             now_s=self.now_s(),
-            stopping=self._stopping,
+            stopping=self.completions.stopping,
         )
+
+    async def keep_time(self) -> None:
+        """Do what is due once a second, until this is cancelled."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.dispatcher.tick(self.now_s())
+            self.completions.note()
+
+    # --- Replicas and plans that come and go ------------------------------------------------------------------------
 
     def replica_changed(self, replica_id: str, state: ReplicaState) -> None:
         """Send work there, or not; what is under way on a replica that is gone is cut, and fails as if it broke off."""
-        model = self._models[replica_id]
-        self.metrics.replica_changed(model, state.status)
-        if state.status in {"suspect", "draining"}:
-            self.dispatchers[model].hold(replica_id, self.now_s())
+        self.metrics.replica_changed(self.dispatcher.lanes[replica_id].replica.model, state.status)
+        if state.status in HELD:
+            self.dispatcher.hold(replica_id, self.now_s())
             return
-        self.dispatchers[model].set_ready(replica_id, ready=state.status == "ready", now_s=self.now_s())
+        self.dispatcher.set_ready(replica_id, ready=state.status == "ready", now_s=self.now_s())
         if state.status != "ready":
             self._passages.cut(replica_id)
 
     def admit(self, replica: Replica) -> None:
         """A replica has come into being; it gets work as soon as it is ready."""
-        self._models[replica.id] = replica.model
-        self.dispatchers[replica.model].add(replica)
+        self.dispatcher.add(replica)
 
     def update(self, replica: Replica) -> None:
         """A replica goes on with other figures."""
-        self.dispatchers[replica.model].update(replica)
+        self.dispatcher.update(replica)
 
     def dismiss(self, replica_id: str) -> None:
         """A replica is gone for good, and nobody is on it any more."""
-        self.dispatchers[self._models.pop(replica_id)].remove(replica_id)
+        self.dispatcher.remove(replica_id)
 
     def under_way(self, replica_id: str) -> int:
         """Return how many requests a replica works on."""
-        return self.dispatchers[self._models[replica_id]].running(replica_id)
+        return self.dispatcher.lanes[replica_id].running
 
     def take_loads(self) -> dict[tuple[str, str], tuple[int, int]]:
         """Return what each tenant has asked of each model since this was asked last, refused or not.
 
         As tokens of prompts, and tokens that are expected to be written.
         """
-        loads, self._loads = self._loads, {}
-        return loads
+        return self.dispatcher.take_loads()
 
     def use_plan(self, plan: Plan) -> None:
-        """Go on with another plan: other expectations of models, and other models; replicas come by `admit`."""
+        """Go on with another plan: its tenants, its models and what is expected of them; replicas come by `admit`."""
         self.plan = plan
         self._slos |= plan.fleet.slos
-        for model in plan.models:
-            self.tenants[model.model] = _tenant(plan, model.model)
-            dispatcher = _dispatcher(plan, model.model, ())
-            if known := self.dispatchers.get(model.model):
-                known.expect(dispatcher)
-            else:
-                self.dispatchers[model.model] = dispatcher
+        self.access.use_fleet(plan.fleet)
+        self.dispatcher.use_plan(plan)
 
     def forget_models(self) -> None:
         """Forget the models that the plan has no more, when nobody of them is left."""
-        for model in set(self.dispatchers) - {model.model for model in self.plan.models}:
-            if not self.dispatchers[model].lanes:
-                del self.dispatchers[model]
+        for model in set(self.dispatcher.services) - {model.model for model in self.plan.models}:
+            if not self.dispatcher.services[model].lanes:
+                self.dispatcher.forget(model)
 
     def cut(self) -> None:
         """End every request that is under way, and refuse new ones: the service stops."""
-        self._stopping = True
-        for task in self._open:
-            task.cancel()
+        self.completions.cut()
 
-    async def _route(self, scope: Scope, receive: Receive, reply: Reply) -> None:
+    def _mounted_at(self, path: str) -> App | None:
+        for prefix, app in self._mounted.items():
+            if path == prefix or path.startswith(prefix + "/"):
+                return app
+        return None
+
+    def _route(self, scope: Scope) -> Answer:
+        """Return what answers a request. Raises RejectedError for a path or a method that nothing answers."""
         path, method = scope["path"], scope["method"]
-        route = self._routes.get(path) or (("GET", self._show_model) if path.startswith(A_MODEL) else None)
+        route = self._routes.get(path) or (Route("GET", self._show_model) if path.startswith(A_MODEL) else None)
         if not route:
-            known = ", ".join(self._routes)
+            known = ", ".join((*self._routes, *self._mounted))
             raise RejectedError(
                 f"There is nothing at {shortened(path)}. Known: {known}.", status=404, code="unknown_path"
             )
-        allowed, answer = route
-        if method != allowed and (method, allowed) != ("HEAD", "GET"):
+        if method != route.method and (method, route.method) != ("HEAD", "GET"):
             raise RejectedError(
-                f"{shortened(path)} takes {allowed}, not {method}.",
+                f"{shortened(path)} takes {route.method}, not {method}.",
                 status=405,
                 code="wrong_method",
-                headers={"allow": "GET, HEAD" if allowed == "GET" else allowed},
+                headers={"allow": "GET, HEAD" if route.method == "GET" else route.method},
             )
-        await answer(scope, receive, reply)
-
-    # --- Completions ------------------------------------------------------------------------------------------------
-
-    async def _complete(self, scope: Scope, receive: Receive, reply: Reply) -> None:
-        arrival_s = self.now_s()
-        try:
-            body = await read_body(scope, receive)
-            asked = read_asked(scope["path"].removeprefix("/v1"), body)
-            dispatcher = self._dispatcher_of(asked.model)
-            self._look_at(asked, dispatcher)
-        except RejectedError:
-            self.metrics.invalid.inc()
-            raise
-        turn = Turn(
-            dispatcher,
-            self.now_s,
-            lambda: self._refused(asked, Refusal(retry_after_s=dispatcher.deadline_s, replicas_ready=0)),
-        )
-        ticket = dispatcher.enter(asked.prompt_tokens, asked.most_tokens, turn.call, arrival_s, answers=asked.answers)
-        if isinstance(ticket, Refusal):
-            error = self._refused(asked, ticket)
-            self._record(asked, arrival_s, "refused", reason=str(error))
-            raise error
-        turn.ticket = ticket
-        passage = Passage(asked=asked, path=scope["path"], headers=scope["headers"], place=turn)
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - a coroutine runs in a task
-        self._open.add(task)
-        status: Status = "failed"
-        reason = "a bug in the gateway"
-        try:
-            await unless_disconnected(self._passages.carry(passage, reply), receive)
-            status, reason = "ok", ""
-        except ClientGoneError:
-            status, reason = "cancelled", "the client went away"
-            raise
-        except RejectedError as error:
-            reason = str(error)
-            if error.status < 500:
-                status, reason = ("refused", reason) if error.status == 429 else ("cancelled", INVALID)
-            raise
-        except WaterlineError as error:
-            reason = str(error)
-            raise
-        except asyncio.CancelledError:
-            reason = "the service stopped"
-            if not self._stopping:
-                raise
-            task.uncancel()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LAST_WORD_S):
-                    await reply.error(_stopping())
-        finally:
-            self._open.discard(task)
-            dispatcher.leave(ticket, self.now_s())
-            self._record(asked, arrival_s, status, reason=reason, ticket=ticket, progress=passage.progress)
-
-    def _look_at(self, asked: Asked, dispatcher: Dispatcher) -> None:
-        """Count what is asked; raise RejectedError when no replica has room for it."""
-        if dispatcher.lanes:
-            asked.check_context(max(lane.replica.max_context_tokens for lane in dispatcher.lanes))
-        key = self.tenants[asked.model], asked.model
-        expected = dispatcher.expected_output_tokens
-        output_tokens = expected if asked.most_tokens is None else min(asked.most_tokens, expected)
-        prompts, outputs = self._loads.get(key, (0, 0))
-        self._loads[key] = prompts + asked.prompt_tokens, outputs + asked.answers * output_tokens
-
-    def _dispatcher_of(self, model: str) -> Dispatcher:
-        if self._stopping:
-            raise _stopping()
-        try:
-            return self.dispatchers[model]
-        except KeyError:
-            raise RejectedError(
-                f"No model is called '{shortened(model)}' here. {nearest(shortened(model), self.dispatchers)}",
-                status=404,
-                param="model",
-                code="model_not_found",
-            ) from None
-
-    def _refused(self, asked: Asked, refusal: Refusal) -> RejectedError:
-        headers = retry_after(refusal.retry_after_s)
-        if refusal.replicas_ready:
-            return RejectedError(
-                f"'{asked.model}' has more work than it can begin in time. Come back in {headers['retry-after']} s.",
-                status=429,
-                code="rate_limit_exceeded",
-                headers=headers,
-            )
-        states = {replica.id: self.states[replica.id].status for replica in self.plan.replicas_of(asked.model)}
-        said = ", ".join(f"{replica} is {status}" for replica, status in states.items())
-        return RejectedError(
-            f"'{asked.model}' is not ready: {said}. Come back in {headers['retry-after']} s.",
-            status=503,
-            code="model_not_ready",
-            headers=headers,
-        )
-
-    def _record(
-        self,
-        asked: Asked,
-        arrival_s: float,
-        status: Status,
-        *,
-        reason: str,
-        ticket: Ticket | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        progress = progress or Progress()
-        came_whole = status == "ok" and not asked.stream
-        completion = Completion(
-            tenant=self.tenants[asked.model],
-            model=asked.model,
-            replica=ticket.lane.replica.id if ticket else "",
-            status=status,
-            arrival_s=arrival_s,
-            first_token_s=progress.first_token_s,
-            finish_s=progress.first_token_s if came_whole else self.now_s(),
-            prompt_tokens=progress.prompt_tokens or asked.prompt_tokens,
-            output_tokens=progress.output_tokens,
-            gpu_s=ticket.gpu_s if ticket else 0.0,
-            reason=reason,
-        )
-        self.metrics.count(completion)
-        self._on_completion(completion)
+        return route.answer
 
     # --- About the service ------------------------------------------------------------------------------------------
 
-    async def _list_models(self, _scope: Scope, _receive: Receive, reply: Reply) -> None:
-        models = [self._model(model) for model in self.dispatchers]
+    async def _list_models(self, scope: Scope, _receive: Receive, reply: Reply) -> None:
+        caller = self.access.caller(scope)
+        models = [self._model(model) for model in self.dispatcher.services if caller.may_use(model)]
         await reply.whole(200, orjson.dumps({"object": "list", "data": models}), [JSON])
 
     async def _show_model(self, scope: Scope, _receive: Receive, reply: Reply) -> None:
-        model = scope["path"].removeprefix(A_MODEL)
-        self._dispatcher_of(model)
+        caller, model = self.access.caller(scope), scope["path"].removeprefix(A_MODEL)
+        self.completions.service_of(model)
+        caller.check_model(model)
         await reply.whole(200, orjson.dumps(self._model(model)), [JSON])
 
     def _model(self, model: str) -> dict[str, Any]:
@@ -359,31 +250,19 @@ class Gateway:
         """Say 200 when each model has a replica that is ready, else 503."""
         models = {
             model: {
-                "ready": sum(self.states[lane.replica.id].status == "ready" for lane in dispatcher.lanes),
-                "total": len(dispatcher.lanes),
+                "ready": sum(self.states[lane.replica.id].status == "ready" for lane in service.lanes),
+                "total": len(service.lanes),
             }
-            for model, dispatcher in self.dispatchers.items()
+            for model, service in self.dispatcher.services.items()
         }
-        healthy = not self._stopping and all(counts["ready"] for counts in models.values())
-        status = "ok" if healthy else "stopping" if self._stopping else "not ready"
+        stopping = self.completions.stopping
+        healthy = not stopping and all(counts["ready"] for counts in models.values())
+        status = "ok" if healthy else "stopping" if stopping else "not ready"
         body = {"status": status, "models": models, "replicas": {key: self.states[key].status for key in self.states}}
         await reply.whole(200 if healthy else 503, orjson.dumps(body), [JSON])
 
 
-def _dispatcher(plan: Plan, model: str, replicas: Sequence[Replica]) -> Dispatcher:
-    planned = next(planned for planned in plan.models if planned.model == model)
-    return Dispatcher(
-        replicas,
-        expected_prompt_tokens=planned.prompt_tokens,
-        expected_output_tokens=planned.output_tokens,
-        deadline_s=plan.fleet.slos[model].ttft_s,
-    )
-
-
-def _stopping() -> RejectedError:
-    return RejectedError("The service is stopping.", status=503, code="stopping", headers=retry_after(1))
-
-
-def _tenant(plan: Plan, model: str) -> str:
-    """Return whose requests these are, while keys do not say: the first tenant that asks for the model."""
-    return next((demand.tenant for demand in plan.fleet.demand if demand.model == model), "public")
+def _request_id(scope: Scope) -> bytes:
+    """Return what the client calls its request, if that is fit to be said back, else what we call it."""
+    shown = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+    return shown if SANE_ID.fullmatch(shown) else str(scope[ID]).encode()

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TextIO
 
@@ -15,6 +16,7 @@ import structlog
 import uvloop
 
 from waterline.errors import InputError, PortInUseError
+from waterline.ledger import Ledger
 from waterline.outcome import Completion
 from waterline.plan import Plan
 from waterline.service.asgi import App, HttpServer
@@ -89,6 +91,11 @@ def listen(host: str, port: int, option: str = "--port") -> socket.socket:
     return listening
 
 
+def is_loopback(address: str) -> bool:
+    """Tell whether only this machine reaches an address."""
+    return ip_address(address.partition("%")[0]).is_loopback
+
+
 def serve(
     plan: Plan,
     engines: Mapping[str, Engine],
@@ -99,6 +106,7 @@ def serve(
     prepare: Prepare = prepare_engines,
     source: Source | None = None,
     admin: AdminListener | None = None,
+    ledger: Ledger | None = None,
 ) -> None:
     """Serve a plan until SIGINT, SIGTERM or a closed terminal; a second one ends all on the spot.
 
@@ -114,12 +122,13 @@ def serve(
         prepare: returns the engines of another plan, or raises EngineError.
         source: where the plan comes from, if it may change.
         admin: where operators look at it, if they do.
+        ledger: of keys, and of what became of requests; None: nobody has a key, and nothing is written down.
 
     Raises:
         EngineError: an engine cannot be started; the message holds its last words.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(plan, engines, listening, on_ready, on_completion, prepare, source, admin))
+        runner.run(_serve(plan, engines, listening, on_ready, on_completion, prepare, source, admin, ledger))
 
 
 async def _serve(
@@ -131,8 +140,9 @@ async def _serve(
     prepare: Prepare,
     source: Source | None,
     admin: AdminListener | None,
+    ledger: Ledger | None,
 ) -> None:
-    async with running(plan, engines, listening, on_completion, prepare, admin) as service:
+    async with running(plan, engines, listening, on_completion, prepare, admin, ledger) as service:
         hangup = service.operator.hangup = asyncio.Event() if source else None
         stop = _stop_on_signals(service.state, hangup)
         starting = asyncio.create_task(service.supervisor.start())
@@ -162,6 +172,7 @@ async def running(
     on_completion: Callable[[Completion], None],
     prepare: Prepare = prepare_engines,
     admin: AdminListener | None = None,
+    ledger: Ledger | None = None,
 ) -> AsyncIterator[Service]:
     """Answer HTTP inside the block; starting the engines is left to it. At its end everything ends.
 
@@ -189,7 +200,15 @@ async def running(
 
         supervisor = Supervisor(engines, connections.kept, on_change, under_way=under_way, state=state)
         jobs = Jobs(plan.fleet, state, on_run_change)
-        gateway = Gateway(plan, supervisor.engines, supervisor.states, connections, completed)
+        gateway = Gateway(
+            plan,
+            supervisor.engines,
+            supervisor.states,
+            connections,
+            completed,
+            ledger=ledger,
+            loopback=is_loopback(listening.getsockname()[0]),
+        )
         gateway.jobs_now = jobs.now
         operator = Operator(gateway, supervisor.states)
         shore = Shore(plan, supervisor, gateway, prepare)
@@ -198,6 +217,7 @@ async def running(
         if admin:
             doors.append((HttpServer(admin.app(operator, state.path), grace_s=0), admin.listening))
         serving = [asyncio.create_task(http.serve(sockets=[door])) for http, door in doors]
+        ticking = asyncio.create_task(gateway.keep_time())
         try:
             yield Service(
                 supervisor=supervisor,
@@ -217,6 +237,7 @@ async def running(
             for http, _ in doors:  # operators see the end
                 http.should_exit = True
             await asyncio.gather(*serving)
+            ticking.cancel()
 
 
 def _stop_on_signals(state: State, hangup: asyncio.Event | None) -> asyncio.Event:

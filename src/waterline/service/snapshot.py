@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 
 from waterline.plan import Plan
-from waterline.service.dispatcher import Dispatcher, Lane
+from waterline.service.dispatcher import Dispatcher, Lane, Service
 from waterline.service.recent import Recent
 from waterline.service.supervisor import ReplicaState
 from waterline.snapshot import Health, JobNow, Kind, ModelNow, QueueNow, ReplicaNow, Snapshot, TenantNow, Use
+from waterline.workload import Slo
 
 KINDS: Mapping[str, Kind] = {  # of GPUs, by the state of the replica on them; without it they are idle
     "ready": "serving",
@@ -22,11 +23,10 @@ KINDS: Mapping[str, Kind] = {  # of GPUs, by the state of the replica on them; w
 
 def take_snapshot(
     plan: Plan,
-    dispatchers: Mapping[str, Dispatcher],
+    dispatcher: Dispatcher,
     states: Mapping[str, ReplicaState],
     recent: Recent,
     *,
-    tenants: Mapping[str, str],
     jobs: tuple[JobNow, ...] = (),
     now_s: float,
     stopping: bool = False,
@@ -35,19 +35,17 @@ def take_snapshot(
 
     Args:
         plan: what is served.
-        dispatchers: by model.
+        dispatcher: whose queues there are.
         states: of the replicas by id.
         recent: what ended lately.
-        tenants: whose requests a model's are while nothing has ended, by model.
         jobs: how their runs are.
         now_s: on the clock of the service, which began at 0.
         stopping: whether it has begun to end.
     """
-    shares = {model: _shares(plan, model, recent, tenants[model], now_s) for model in dispatchers}
-    replicas = tuple(
-        _replica(lane, states[lane.replica.id]) for dispatcher in dispatchers.values() for lane in dispatcher.lanes
-    )
-    models = tuple(_model(plan, model, dispatcher, states) for model, dispatcher in dispatchers.items())
+    services = dispatcher.services
+    shares = {model: _shares(plan, model, recent, now_s) for model in services}
+    replicas = tuple(_replica(lane, states[lane.replica.id]) for lane in dispatcher.lanes.values())
+    models = tuple(_model(service, plan.fleet.slos[model], states) for model, service in services.items())
     uses = _uses(plan, replicas, shares, jobs)
     return Snapshot(
         at_s=time.time(),
@@ -56,13 +54,19 @@ def take_snapshot(
         health=_health(models, stopping=stopping),
         gpus=plan.fleet.gpus,
         uses=uses,
-        tenants=tuple(_tenants(plan, uses, dispatchers, tenants)),
+        tenants=tuple(_tenants(plan, uses, dispatcher)),
         models=models,
         latencies=recent.latencies(now_s),
         queues=tuple(
-            QueueNow(model=model, tenant=tenants[model], client="", waiting=waiting)
-            for model, dispatcher in dispatchers.items()
-            if (waiting := sum(len(lane.waiting) for lane in dispatcher.lanes))
+            QueueNow(
+                model=model,
+                tenant=line[0].tenant,
+                client=line[0].line,
+                waiting=len(line),
+                oldest_s=line[0].waited_s(now_s),
+            )
+            for model, service in services.items()
+            for line in service.lines.values()
         ),
         replicas=replicas,
         replica_states=dict(Counter(replica.state for replica in replicas)),
@@ -79,14 +83,19 @@ def _health(models: Iterable[ModelNow], *, stopping: bool) -> Health:
     return "ok" if all(model.ready for model in models) else "not ready"
 
 
-def _shares(plan: Plan, model: str, recent: Recent, tenant: str, now_s: float) -> dict[str, float]:
+def _shares(plan: Plan, model: str, recent: Recent, now_s: float) -> dict[str, float]:
     """Return each tenant's part of a model's replicas: as they used it lately, else as it is planned for this hour."""
     used = recent.gpu_s(model, now_s)
     if not used and plan.hours:
         hour = plan.hours[datetime.now().astimezone().hour]
         used = {share.tenant: share.gpus for share in hour.shares if share.model == model and share.gpus > 0}
     total = sum(used.values())
-    return {name: part / total for name, part in used.items()} if total else {tenant: 1.0}
+    return {name: part / total for name, part in used.items()} if total else {_expected(plan, model): 1.0}
+
+
+def _expected(plan: Plan, model: str) -> str:
+    """Return the tenant that asks most for a model; while nobody has asked, it is taken for theirs."""
+    return next((demand.tenant for demand in plan.fleet.demand if demand.model == model), "public")
 
 
 def _replica(lane: Lane, state: ReplicaState) -> ReplicaNow:
@@ -107,16 +116,15 @@ def _replica(lane: Lane, state: ReplicaState) -> ReplicaNow:
     )
 
 
-def _model(plan: Plan, model: str, dispatcher: Dispatcher, states: Mapping[str, ReplicaState]) -> ModelNow:
-    slo = plan.fleet.slos[model]
-    ready = [lane for lane in dispatcher.lanes if states[lane.replica.id].status == "ready"]
+def _model(service: Service, slo: Slo, states: Mapping[str, ReplicaState]) -> ModelNow:
+    ready = [lane for lane in service.lanes if states[lane.replica.id].status == "ready"]
     return ModelNow(
-        model=model,
+        model=service.planned.model,
         ready=len(ready),
-        replicas=len(dispatcher.lanes),
-        running=sum(lane.running for lane in dispatcher.lanes),
+        replicas=len(service.lanes),
+        running=service.running,
         slots=sum(lane.replica.max_batch for lane in ready),
-        waiting=sum(len(lane.waiting) for lane in dispatcher.lanes),
+        waiting=service.waiting,
         ttft_slo_s=slo.ttft_s,
         tpot_slo_s=slo.tpot_s,
     )
@@ -142,26 +150,21 @@ def _uses(
     return tuple(Use(pool=pool, tenant=tenant, kind=kind, gpus=count) for (pool, tenant, kind), count in gpus.items())
 
 
-def _tenants(
-    plan: Plan, uses: Iterable[Use], dispatchers: Mapping[str, Dispatcher], tenants: Mapping[str, str]
-) -> Iterator[TenantNow]:
+def _tenants(plan: Plan, uses: Iterable[Use], dispatcher: Dispatcher) -> Iterator[TenantNow]:
     total = plan.fleet.gpus
     uses = tuple(uses)
+    waiting = Counter(
+        ticket.tenant for service in dispatcher.services.values() for line in service.lines.values() for ticket in line
+    )
     for tenant in plan.fleet.tenants:
-        lanes = [
-            lane
-            for model, dispatcher in dispatchers.items()
-            if tenants[model] == tenant.name
-            for lane in dispatcher.lanes
-        ]
         yield TenantNow(
             tenant=tenant.name,
             gpus=sum(use.gpus for use in uses if use.tenant == tenant.name),
             guarantee_gpus=tenant.guarantee * total,
             deserved_gpus=(tenant.deserved or 0.0) * total,
             limit_gpus=tenant.limit * total,
-            running=sum(lane.running for lane in lanes),
-            waiting=sum(len(lane.waiting) for lane in lanes),
+            running=dispatcher.under_way(tenant.name) - waiting[tenant.name],
+            waiting=waiting[tenant.name],
         )
 
 

@@ -1,0 +1,104 @@
+"""Who is asking: the key a request shows, the tenant and the client it stands for, and what it may use.
+
+The ledger keeps keys in memory by a digest of their secrets, so that looking one up tells nothing about any secret by
+the time it takes; a key that is made or revoked elsewhere is known within a second.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+from waterline.fleet import Fleet, Tenant
+from waterline.ledger import Key
+from waterline.service.asgi import Scope
+from waterline.service.errors import RejectedError, shortened
+
+OURS = "wl-"  # how the keys of a ledger begin
+NAMELESS = "anonymous"  # the client of requests without a key
+BEARER = re.compile(rb"(?i)bearer +([\x21-\x7e]{1,256}) *")
+CHALLENGE = {"www-authenticate": 'Bearer realm="waterline"'}
+DEFAULT_TENANTS = (Tenant(name="public", deserved=1.0, anonymous=True),)  # of a fleet file that names none
+
+
+class Keys(Protocol):
+    """Where keys are kept."""
+
+    def find_key(self, secret: str) -> Key | None:
+        """Return the key with this secret, revoked or not."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Whose request it is."""
+
+    tenant: str
+    client: str  # as the ledger and the log name it
+    line: str  # those of a tenant with the same one wait in one line: a client's name, or an address
+    key: Key | None = None  # None: it showed none, and needs none
+
+    def may_use(self, model: str) -> bool:
+        return not self.key or not self.key.models or model in self.key.models
+
+    def check_model(self, model: str) -> None:
+        """Raise RejectedError for a model its key is not for."""
+        if self.key and not self.may_use(model):
+            raise RejectedError(
+                f"This key is not for '{shortened(model)}', but for {', '.join(self.key.models)}.",
+                status=403,
+                param="model",
+                code="model_not_allowed",
+            )
+
+
+class Access:
+    """The door.
+
+    Args:
+        fleet: whose tenants there are.
+        keys: of the ledger; None when there is none.
+        loopback: only this machine can reach the service.
+    """
+
+    def __init__(self, fleet: Fleet, keys: Keys | None, *, loopback: bool) -> None:
+        self._keys = keys
+        self._loopback = loopback
+        self.use_fleet(fleet)
+
+    def use_fleet(self, fleet: Fleet) -> None:
+        """Go by the tenants of a fleet from now on."""
+        self._tenants = {tenant.name for tenant in fleet.tenants}
+        self._anonymous = anonymous_tenant(fleet, loopback=self._loopback)
+
+    def caller(self, scope: Scope) -> Caller:
+        """Return whose request this is. Raises RejectedError (401) when nobody can tell."""
+        shown = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        bearer = BEARER.fullmatch(shown)
+        secret = bearer[1].decode() if bearer else ""
+        key = self._keys.find_key(secret) if secret and self._keys else None
+        if key:
+            if key.revoked_us is not None:
+                raise _refused(f"The key {key.prefix}… has been revoked.")
+            if key.tenant not in self._tenants:
+                raise _refused(f"The key {key.prefix}… is of the tenant '{key.tenant}', which is not in this fleet.")
+            return Caller(tenant=key.tenant, client=key.client, line=key.client, key=key)
+        if self._anonymous and not secret.startswith(OURS):  # clients that must send a key send any
+            address = scope.get("client")
+            return Caller(tenant=self._anonymous, client=NAMELESS, line=address[0] if address else NAMELESS)
+        if not shown:
+            raise _refused("There is no key. Send one: Authorization: Bearer wl-…")
+        raise _refused("This key is not valid." if secret else "That is no key. Send one: Authorization: Bearer wl-…")
+
+
+def anonymous_tenant(fleet: Fleet, *, loopback: bool) -> str:
+    """Return whose requests without a key are; "" where a key is needed.
+
+    The tenant of a fleet that names none is open to this machine alone: nobody has said that it is for everybody.
+    """
+    if fleet.tenants == DEFAULT_TENANTS and not loopback:
+        return ""
+    return next((tenant.name for tenant in fleet.tenants if tenant.anonymous), "")
+
+
+def _refused(message: str) -> RejectedError:
+    return RejectedError(message, status=401, code="invalid_api_key", headers=CHALLENGE)

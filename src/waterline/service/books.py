@@ -1,0 +1,109 @@
+"""What a request may use and what it did use, told to the ledger; without a ledger nothing is written.
+
+A request is charged for what it costs on a replica that is full, whatever else ran beside it: the GPU time of its
+tokens at the rates of the plan, at the price of those GPUs.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import isnan
+
+from waterline.errors import QuotaError
+from waterline.ledger import Key, Ledger, Reservation, Settlement, utc_us
+from waterline.outcome import Completion
+from waterline.service.errors import RejectedError, retry_after
+from waterline.units import GIGA, MEGA
+
+NEVER_S = 30 * 86_400.0  # to come back, for who needs somebody to raise a quota first
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Entry:
+    """One request in the ledger."""
+
+    request_id: str
+    tenant: str
+    client: str
+    key: Key | None
+    model: str
+    arrival_us: int
+    usd_per_gpu_s: float
+    reservation: Reservation | None = None
+
+    def nano_usd(self, cost_gpu_s: float) -> int:
+        return round(cost_gpu_s * self.usd_per_gpu_s * GIGA)
+
+
+class Books:
+    """Writes to a ledger, if there is one."""
+
+    def __init__(self, ledger: Ledger | None) -> None:
+        self._ledger = ledger
+
+    async def reserve(self, entry: Entry, tokens: int, cost_gpu_s: float) -> None:
+        """Set aside the most that a request may use. Raises RejectedError (429) when a quota has no room."""
+        if self._ledger:
+            try:
+                entry.reservation = await self._ledger.reserve(
+                    request_id=entry.request_id,
+                    tenant=entry.tenant,
+                    client=entry.client,
+                    key=entry.key,
+                    model=entry.model,
+                    tokens=tokens,
+                    nano_usd=entry.nano_usd(cost_gpu_s),
+                    arrival_us=entry.arrival_us,
+                )
+            except QuotaError as error:
+                raise over_quota(error) from error
+
+    async def durable(self, entry: Entry) -> None:
+        """Wait until it is on the disk that a request is under way. Raises RejectedError as `reserve` does."""
+        if entry.reservation:
+            try:
+                await entry.reservation.durable()
+            except QuotaError as error:
+                raise over_quota(error) from error
+
+    def note(self, entry: Entry, prompt_tokens: int, output_tokens: int, cost_gpu_s: float) -> None:
+        """Say how far a request has come, for the case that this process does not see its end."""
+        if self._ledger and entry.reservation:
+            nano_usd = entry.nano_usd(cost_gpu_s)
+            self._ledger.note(
+                entry.reservation, prompt_tokens=prompt_tokens, output_tokens=output_tokens, nano_usd=nano_usd
+            )
+
+    def settle(self, entry: Entry, completion: Completion, replicas: Iterable[str], cost_gpu_s: float) -> None:
+        """Write down what became of a request."""
+        if not self._ledger:
+            return
+        ttft_s = completion.ttft_s
+        self._ledger.settle(
+            Settlement(
+                request_id=entry.request_id,
+                tenant=entry.tenant,
+                client=entry.client,
+                key_id=entry.key.id if entry.key else "",
+                model=entry.model,
+                replicas=tuple(replicas),
+                prompt_tokens=completion.prompt_tokens if completion.replica else 0,
+                output_tokens=completion.output_tokens,
+                arrival_us=entry.arrival_us,
+                first_token_us=None if isnan(ttft_s) else entry.arrival_us + round(ttft_s * MEGA),
+                finish_us=utc_us(),
+                gpu_us=round(completion.gpu_s * MEGA),
+                nano_usd=entry.nano_usd(cost_gpu_s),
+                outcome=completion.status,
+                reason=completion.reason,
+            )
+        )
+
+
+def over_quota(error: QuotaError) -> RejectedError:
+    """Return a spent quota in OpenAI's words: it is no rate limit, and to ask again soon will not help."""
+    return RejectedError(
+        str(error),
+        status=429,
+        code="insufficient_quota",
+        headers=retry_after(NEVER_S if error.retry_after_s is None else error.retry_after_s),
+    )

@@ -1,0 +1,363 @@
+"""The way of a request for tokens: what it asks, its turn, its answer, and what is written down of it."""
+
+import asyncio
+from asyncio import Future
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from waterline.errors import WaterlineError, nearest
+from waterline.ledger import new_request_id, utc_us
+from waterline.outcome import Completion, Status
+from waterline.plan import Replica
+from waterline.policy.decisions import NOT_SERVED, RULES, TOO_LATE, TOO_LONG
+from waterline.service.access import Access, Caller
+from waterline.service.asgi import ClientGoneError, Headers, Receive, Reply, Scope, read_body, unless_disconnected
+from waterline.service.body import BYTES_PER_TOKEN, CHAT, Asked, read_asked
+from waterline.service.books import Books, Entry
+from waterline.service.dispatcher import NO_BLOCKS, Dispatcher, Refusal, Service, Ticket, block_keys
+from waterline.service.errors import RejectedError, retry_after, shortened
+from waterline.service.limits import was_slow
+from waterline.service.metrics import Metrics
+from waterline.service.passage import Passage, Passages
+from waterline.service.response_stream import ResponseStream
+from waterline.service.responses import RESPONSES, Answer, as_chat
+from waterline.service.supervisor import ReplicaState
+from waterline.service.upstream import Progress
+from waterline.service.usage import WithoutUsage
+
+LAST_WORD_S = 0.2  # for the last event of a stream that is cut
+FLEX_S = 600.0  # a request with service_tier "flex" would rather wait than be refused
+INVALID = "invalid request"  # the client's own doing: it counts neither for nor against the SLO
+GONE, SLOW = "the client went away", "the client did not read its answer"
+BLOCK_BYTES = 512 * BYTES_PER_TOKEN  # of a prompt, which a replica may still have in its cache
+PROMPTS = (b'"messages"', b'"prompt"')  # where the part of a body begins that engines keep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request for tokens, wherever it comes from."""
+
+    endpoint: str  # of OpenAI's API, without /v1
+    body: bytes = field(repr=False)
+    caller: Caller
+    headers: Headers = field(default_factory=list)
+    id: str = field(default_factory=new_request_id)  # in the ledger
+    wait_s: float | None = None  # for its first token, before it would rather be refused; None: as its model's SLO says
+    scope: Scope | None = None  # of HTTP, if it came that way
+
+
+class Turn:
+    """The place of one request, as the dispatcher gives it: a `passage.Placement`."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, now_s: Callable[[], float], nobody: Callable[[int], RejectedError]
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._now_s = now_s
+        self._nobody = nobody
+        self._come: Future[bool] = asyncio.get_running_loop().create_future()
+        self.replicas: list[str] = []  # that worked on it
+        self.ticket: Ticket  # once it was taken in
+
+    def call(self, go: bool) -> None:  # noqa: FBT001 - a callback of one argument
+        """End the wait; nobody waits any more when the client has left."""
+        if not self._come.done():
+            self._come.set_result(go)
+
+    async def replica(self, within_s: float = 0.0) -> Replica:
+        """Wait for its turn and return where it may go; while the model has no replica no longer than `within_s`.
+
+        Raises RejectedError when there was none in that time, or its turn did not come long after it should have.
+        """
+        while not (self._come.done() and self._come.result()):
+            hope = self.ticket.service.has_hope
+            if not self._come.done():
+                await asyncio.wait((self._come,), timeout=None if hope else within_s)
+                if not self._come.done() and not self.ticket.service.has_hope:
+                    raise self._nobody(NOT_SERVED)
+            elif self._now_s() > self.ticket.until_s:
+                raise self._nobody(TOO_LATE)
+            else:  # the last replica is gone
+                self._come = asyncio.get_running_loop().create_future()
+        assert self.ticket.lane  # noqa: S101 - its turn has come
+        replica = self.ticket.lane.replica
+        self.replicas.append(replica.id)
+        return replica
+
+    def move(self, avoid: frozenset[str] = frozenset()) -> None:
+        """Give its place up for one elsewhere; without names it is its own replica that is to be avoided."""
+        avoid = avoid or frozenset(self.replicas[-1:])
+        self._come = asyncio.get_running_loop().create_future()
+        self._dispatcher.move(self.ticket, avoid, self._now_s())
+
+    def first_token(self) -> None:
+        self._dispatcher.first_token(self.ticket)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Visit:
+    """One request, while it is here."""
+
+    request: Request
+    asked: Asked
+    service: Service
+    entry: Entry
+    turn: Turn
+    arrival_s: float
+    ticket: Ticket | None = None  # once it was taken in
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Of prompt and answer so far; nothing until an engine has begun."""
+        if not self.turn.replicas:
+            return 0, 0
+        return self.progress.prompt_tokens or self.asked.prompt_tokens, self.progress.output_tokens
+
+
+class Completions:
+    """Answers requests for tokens, of clients over HTTP and of whoever calls `submit`.
+
+    Args:
+        states: of the replicas by id.
+        dispatcher: whose turn it is.
+        access: who may ask.
+        books: what is written down.
+        passages: to the engines.
+        metrics: that count.
+        on_completion: told what became of each request to a served model.
+        now_s: the time since the service started.
+    """
+
+    def __init__(
+        self,
+        states: Mapping[str, ReplicaState],
+        dispatcher: Dispatcher,
+        access: Access,
+        books: Books,
+        passages: Passages,
+        metrics: Metrics,
+        on_completion: Callable[[Completion], None],
+        now_s: Callable[[], float],
+    ) -> None:
+        self._states = states
+        self._dispatcher = dispatcher
+        self._access = access
+        self._books = books
+        self._passages = passages
+        self._metrics = metrics
+        self._on_completion = on_completion
+        self._now_s = now_s
+        self._open: dict[asyncio.Task[object], Visit] = {}
+        self.stopping = False
+
+    async def answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
+        """Answer one HTTP request. Raises RejectedError, or ClientGoneError when there is nobody left to answer."""
+        caller = self._access.caller(scope)
+        body = await read_body(scope, receive)
+        endpoint = scope["path"].removeprefix("/v1")
+        request = Request(
+            endpoint=endpoint, body=body, caller=caller, headers=scope["headers"], id=scope["waterline.id"], scope=scope
+        )
+        await unless_disconnected(self.submit(request, reply), receive)
+
+    async def submit(self, request: Request, reply: Reply) -> None:
+        """Answer one request, wherever it comes from; cancel this when nobody wants the answer any more.
+
+        Raises RejectedError when there is no answer, and LedgerError when it cannot be written down.
+        """
+        visit = self._begun(request, reply)
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in a task
+        self._open[task] = visit
+        status: Status = "failed"
+        reason = "a bug in the gateway"
+        try:
+            self._take_in(visit)
+            await self._carry(visit, reply)
+            status, reason = "ok", ""
+        except ClientGoneError:
+            status, reason = "cancelled", GONE
+            raise
+        except WaterlineError as error:
+            status, reason = _judged(error)
+            raise
+        except asyncio.CancelledError:
+            if not self.stopping:
+                status, reason = "cancelled", SLOW if request.scope and was_slow(request.scope) else GONE
+                raise
+            reason = "the service stopped"
+            task.uncancel()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORD_S):
+                    await reply.error(stopping())
+        finally:
+            del self._open[task]
+            self._see_off(visit, status, reason)
+
+    def note(self) -> None:
+        """Tell the ledger how far every request has come; once a second."""
+        for visit in self._open.values():
+            if visit.turn.replicas:
+                self._books.note(visit.entry, *visit.tokens, visit.service.cost_gpu_s(*visit.tokens))
+
+    def cut(self) -> None:
+        """End every request that is under way, and refuse new ones: the service stops."""
+        self.stopping = True
+        for task in self._open:
+            task.cancel()
+
+    def service_of(self, model: str) -> Service:
+        """Return the model with this name. Raises RejectedError when there is none."""
+        if self.stopping:
+            raise stopping()
+        try:
+            return self._dispatcher.services[model]
+        except KeyError:
+            raise RejectedError(
+                f"No model is called '{shortened(model)}' here. {nearest(shortened(model), self._dispatcher.services)}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            ) from None
+
+    # --- The stages of a visit --------------------------------------------------------------------------------------
+
+    def _as_engines_speak(self, request: Request, reply: Reply) -> tuple[str, bytes]:
+        """Return what an engine is asked; its answer will be edited accordingly."""
+        if request.endpoint != RESPONSES:
+            return request.endpoint, request.body
+        body, asked = as_chat(request.body)
+        reply.edit = ResponseStream(Answer(asked, request.id))
+        return CHAT, body
+
+    def _begun(self, request: Request, reply: Reply) -> Visit:
+        """Read what is asked. Raises RejectedError when that cannot be understood, or is not allowed."""
+        arrival_s, caller = self._now_s(), request.caller
+        try:
+            asked = read_asked(*self._as_engines_speak(request, reply))
+            caller.check_model(asked.model)
+            service = self.service_of(asked.model)
+            asked.check_context(service.max_context_tokens)
+        except RejectedError:
+            self._metrics.invalid.inc()
+            raise
+        entry = Entry(
+            request_id=request.id,
+            tenant=caller.tenant,
+            client=caller.client,
+            key=caller.key,
+            model=asked.model,
+            arrival_us=utc_us(),
+            usd_per_gpu_s=service.usd_per_gpu_s,
+        )
+        turn = Turn(
+            self._dispatcher,
+            self._now_s,
+            lambda rule: self._refused(asked, Refusal(rule=rule, retry_after_s=service.ttft_s)),
+        )
+        return Visit(request=request, asked=asked, service=service, entry=entry, turn=turn, arrival_s=arrival_s)
+
+    def _take_in(self, visit: Visit) -> None:
+        """Ask for a place. Raises RejectedError when there is none."""
+        asked, request = visit.asked, visit.request
+        ticket = self._dispatcher.enter(
+            asked.model,
+            asked.prompt_tokens,
+            asked.most_tokens,
+            visit.turn.call,
+            visit.arrival_s,
+            tenant=request.caller.tenant,
+            line=request.caller.line,
+            answers=asked.answers,
+            blocks=_blocks(asked) if len(visit.service.lanes) > 1 else NO_BLOCKS,
+            wait_s=FLEX_S if asked.is_patient and request.wait_s is None else request.wait_s,
+        )
+        if isinstance(ticket, Refusal):
+            raise self._refused(asked, ticket)
+        visit.ticket = visit.turn.ticket = ticket
+
+    async def _carry(self, visit: Visit, reply: Reply) -> None:
+        """Wait for its turn and for its answer, within its quota."""
+        asked, entry = visit.asked, visit.entry
+        room = max(visit.service.max_context_tokens - asked.fewest_tokens, 0)
+        output_tokens = asked.answers * (room if asked.most_tokens is None else asked.most_tokens)
+        cost_gpu_s = visit.service.cost_gpu_s(asked.prompt_tokens, output_tokens)
+        await self._books.reserve(entry, asked.prompt_tokens + output_tokens, cost_gpu_s)
+        if entry.reservation:
+            reply.before = lambda: self._books.durable(entry)
+        if asked.stream and not asked.include_usage and not reply.edit:
+            reply.edit = WithoutUsage()
+        passage = Passage(
+            asked=asked,
+            path=f"/v1{asked.endpoint}",
+            headers=visit.request.headers,
+            place=visit.turn,
+            progress=visit.progress,
+        )
+        await self._passages.carry(passage, reply)
+
+    def _see_off(self, visit: Visit, status: Status, reason: str) -> None:
+        """Give its place to the next, and write down what became of it."""
+        asked, progress, ticket, tokens = visit.asked, visit.progress, visit.ticket, visit.tokens
+        if ticket:
+            self._dispatcher.leave(ticket, self._now_s(), *tokens)
+        came_whole = status == "ok" and not asked.stream
+        completion = Completion(
+            tenant=visit.request.caller.tenant,
+            model=asked.model,
+            replica=visit.turn.replicas[-1] if visit.turn.replicas else "",
+            status=status,
+            arrival_s=visit.arrival_s,
+            first_token_s=progress.first_token_s,
+            finish_s=progress.first_token_s if came_whole else self._now_s(),
+            prompt_tokens=tokens[0] or asked.prompt_tokens,
+            output_tokens=tokens[1],
+            gpu_s=ticket.gpu_s if ticket else 0.0,
+            reason=reason,
+        )
+        self._metrics.count(completion)
+        self._on_completion(completion)
+        self._books.settle(visit.entry, completion, visit.turn.replicas, visit.service.cost_gpu_s(*tokens))
+
+    # --- In words ---------------------------------------------------------------------------------------------------
+
+    def _refused(self, asked: Asked, refusal: Refusal) -> RejectedError:
+        headers = retry_after(refusal.retry_after_s)
+        again = f"Come back in {headers['retry-after']} s."
+        if refusal.rule in {NOT_SERVED, TOO_LONG}:
+            lanes = self._dispatcher.services[asked.model].lanes
+            said = ", ".join(f"{lane.replica.id} is {self._states[lane.replica.id].status}" for lane in lanes)
+            return RejectedError(
+                f"'{asked.model}' is not ready: {said or 'it has no replica now'}. {again}",
+                status=503,
+                code="model_not_ready",
+                headers=headers,
+            )
+        return RejectedError(
+            f"'{asked.model}' has more work than it can begin in time. {RULES[refusal.rule][1]} {again}",
+            status=429,
+            code="rate_limit_exceeded",
+            headers=headers,
+        )
+
+
+def stopping() -> RejectedError:
+    return RejectedError("The service is stopping.", status=503, code="stopping", headers=retry_after(1))
+
+
+def _judged(error: WaterlineError) -> tuple[Status, str]:
+    """Return what an error means for the SLO, and what is remembered of it."""
+    if isinstance(error, RejectedError) and error.status < 500:
+        return ("refused", str(error)) if error.status == 429 else ("cancelled", INVALID)
+    return "failed", str(error)
+
+
+def _blocks(asked: Asked) -> NDArray[np.int64]:
+    """Return the keys of a prompt's blocks, as `policy.routing` compares them."""
+    begin = max(asked.body.find(mark) for mark in PROMPTS)
+    return np.fromiter(block_keys(asked.body[max(begin, 0) :], BLOCK_BYTES), np.int64)
