@@ -24,6 +24,8 @@ COMMANDS = {
     "launch": ("waterline.cli.launch", "The command that starts each engine of a plan, node by node."),
     "up": ("waterline.cli.up", "Start the engines and serve an OpenAI-compatible API."),
     "status": ("waterline.cli.status", "How a running service is: the waterline, queues, latencies, moves."),
+    "keys": ("waterline.cli.keys", "Who may use the API, and how much: make, list and revoke keys."),
+    "usage": ("waterline.cli.usage", "What was used and what it costs, from the ledger."),
     "model": ("waterline.cli.model", "What one model weighs, keeps and is made of."),
     "catalog": ("waterline.cli.catalog", "Show the GPUs, models and prices Waterline knows."),
 }

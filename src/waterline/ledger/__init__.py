@@ -4,9 +4,10 @@
 """
 
 from waterline.ledger.database import connect
-from waterline.ledger.keys import create_key, read_keys, revoke_key
-from waterline.ledger.records import Key, Outcome, Quotas, Settlement, nano_usd, new_request_id, utc_us
+from waterline.ledger.keys import create_key, note_fleet, noted_fleet, read_keys, revoke_key
+from waterline.ledger.records import Key, Outcome, Quotas, Settlement, day_of, nano_usd, new_request_id, utc_us
 from waterline.ledger.store import Ledger, Reservation
+from waterline.ledger.usage import Usage, read_usage
 
 __all__ = [
     "Key",
@@ -15,11 +16,16 @@ __all__ = [
     "Quotas",
     "Reservation",
     "Settlement",
+    "Usage",
     "connect",
     "create_key",
+    "day_of",
     "nano_usd",
     "new_request_id",
+    "note_fleet",
+    "noted_fleet",
     "read_keys",
+    "read_usage",
     "revoke_key",
     "utc_us",
 ]

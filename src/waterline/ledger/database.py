@@ -20,15 +20,24 @@ MIGRATION_LOCK = 0x7761_7465_726C  # an advisory lock of PostgreSQL: the first l
 SQLITE = "sqlite:///"
 
 
-def connect(url: str) -> Engine:
+def connect(url: str, *, create: bool = True) -> Engine:
     """Return the database at a URL or at the path of a file, with the tables of this program.
 
+    Args:
+        url: where it is.
+        create: make it when it is not there.
+
     Raises:
-        InputError: that is no URL we know.
+        InputError: that is no URL we know, or there is nothing and it is not to be made.
         MissingExtraError: PostgreSQL without psycopg.
         LedgerError: it cannot be reached, read or written, or a newer program has changed its tables.
     """
     engine = _engine(url)
+    if not create and engine.dialect.name == "sqlite" and not Path(_name(engine)).exists():
+        raise InputError(
+            f"there is no ledger {_name(engine)}: `waterline up` makes one, and `waterline keys create`. "
+            "Is it elsewhere? Say --ledger FILE."
+        )
     with in_words(engine):
         if _revision(engine) != REVISION:
             _migrate(engine)

@@ -5,13 +5,13 @@ import secrets
 from collections.abc import Iterable
 
 import msgspec
-from sqlalchemy import Engine, insert, select, update
+from sqlalchemy import Engine, delete, insert, select, update
 
 from waterline.errors import InputError, UnknownNameError, nearest
 from waterline.ledger.batch import key_of
 from waterline.ledger.database import reading, writing
 from waterline.ledger.records import MOST, Key, Quotas, utc_us
-from waterline.ledger.tables import keys
+from waterline.ledger.tables import keys, meta
 
 BEGINS = "wl-"  # every secret
 SHOWN = len(BEGINS) + 6  # letters of a secret that are kept for people
@@ -48,6 +48,22 @@ def create_key(
     with writing(engine) as connection:
         connection.execute(insert(keys), [row | msgspec.structs.asdict(quotas)])
     return key, secret
+
+
+def note_fleet(engine: Engine, tenants: Iterable[str], models: Iterable[str]) -> None:
+    """Remember whom and what a fleet serves, so that a key for nobody is noticed when it is made."""
+    names = {"tenants": sorted(tenants), "models": sorted(models)}
+    with writing(engine) as connection:
+        connection.execute(delete(meta).where(meta.c.name.in_(names)))
+        rows = [{"name": name, "value": msgspec.json.encode(value).decode()} for name, value in names.items()]
+        connection.execute(insert(meta), rows)
+
+
+def noted_fleet(engine: Engine) -> tuple[list[str], list[str]]:
+    """Return the tenants and the models of the fleet that was served last; nothing when none was."""
+    with reading(engine) as connection:
+        noted = {row.name: msgspec.json.decode(row.value, type=list[str]) for row in connection.execute(select(meta))}
+    return noted.get("tenants", []), noted.get("models", [])
 
 
 def read_keys(engine: Engine) -> list[Key]:
