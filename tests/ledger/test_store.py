@@ -1,12 +1,16 @@
 import asyncio
+import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from asking import reserve, rows, settlement, sums_agree
 
-from waterline.errors import QuotaError
-from waterline.ledger import Key, Ledger, Quotas, create_key, new_request_id
+from waterline.errors import LedgerError, QuotaError
+from waterline.ledger import Key, Ledger, Quotas, connect, create_key, new_request_id, revoke_key
+from waterline.ledger.batch import Batch, Written
 
 
 async def ask(ledger: Ledger, key: Key, *, tokens: int = 100, under_way_s: float = 0.02) -> str:
@@ -83,3 +87,130 @@ def test_a_refusal_says_the_numbers_and_when_to_come_back(url: str, unit: str) -
     assert 0 < error.retry_after_s <= 86_400
     assert key.prefix in str(error)
     assert ("It is 250 tokens a day" if unit == "tokens" else "It is $0.0000025 a day") in str(error)
+
+
+def test_a_gateway_that_died_is_charged_what_was_noted_of_its_requests(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("waterline.ledger.store.NOTES_S", 0.0)
+
+    async def die(ledger: Ledger, key: Key) -> None:
+        for request_id in ("noted", "unnoted"):
+            reservation = await reserve(ledger, key, request_id=request_id, tokens=300)
+            await reservation.durable()
+            if request_id == "noted":
+                ledger.note(reservation, prompt_tokens=40, output_tokens=7, nano_usd=470)
+        await (await reserve(ledger, key, request_id="last")).durable()  # with the note, in one commit
+        ledger.engine.dispose()
+        ledger._presence.leave()  # as the system does for the dead
+
+    with Ledger.open(url) as survivor:
+        key, _ = create_key(survivor.engine, tenant="public", client="alice", quotas=Quotas(tokens_per_day=1000))
+        dead = Ledger.open(url)
+        asyncio.run(die(dead, key))
+        assert rows(survivor, "SELECT tokens, reserved_tokens FROM balances") == [(0, 700)]
+        with Ledger.open(url) as heir:
+            found = rows(heir, "SELECT id, outcome, output_tokens, nano_usd FROM completions ORDER BY id")
+            assert found == [
+                ("last", "interrupted", 0, 0),
+                ("noted", "interrupted", 7, 470),
+                ("unnoted", "interrupted", 0, 0),
+            ]
+            assert rows(heir, "SELECT tokens, reserved_tokens FROM balances") == [(47, 0)]
+            assert sums_agree(heir)
+        dead.close()
+
+
+def test_a_gateway_taken_for_dead_has_the_last_word(url: str) -> None:
+    async def live_on(ledger: Ledger, key: Key, heir_does: list[str]) -> None:
+        reservation = await reserve(ledger, key, request_id="r1")
+        await reservation.durable()
+        ledger._presence.leave()  # its connection broke, or its machine slept
+        with Ledger.open(url) as heir:
+            heir_does += [str(row) for row in rows(heir, "SELECT outcome FROM completions")]
+        await ledger.settle(settlement("r1", key, prompt_tokens=40, output_tokens=60, nano_usd=700))
+
+    with Ledger.open(url) as ledger:
+        key, _ = create_key(ledger.engine, tenant="public", client="alice", quotas=Quotas(tokens_per_day=1000))
+        heir_does: list[str] = []
+        asyncio.run(live_on(ledger, key, heir_does))
+        assert heir_does == ["('interrupted',)"]
+        assert rows(ledger, "SELECT outcome, output_tokens, nano_usd FROM completions") == [("ok", 60, 700)]
+        assert rows(ledger, "SELECT tokens, nano_usd, reserved_tokens FROM balances") == [(100, 700, 0)]
+        assert sums_agree(ledger)
+
+
+def test_an_answer_of_the_database_that_got_lost_changes_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("waterline.ledger.writer.RETRY_S", (0.0,))
+
+    async def ask_all(ledger: Ledger, key: Key) -> Counter[str]:
+        return Counter(await asyncio.gather(*(ask(ledger, key) for _ in range(15))))
+
+    with Ledger.open(url) as ledger:
+        key, _ = create_key(ledger.engine, tenant="public", client="alice", quotas=Quotas(tokens_total=1000))
+        write, lost = ledger._writer._write, []
+
+        def write_and_lose(batch: Batch) -> Written:
+            written = write(batch)
+            if len(lost) % 2 == 0:
+                lost.append(batch)
+                raise LedgerError("the connection broke, and nobody knows whether that was committed")
+            lost.append(batch)
+            return written
+
+        ledger._writer._write = write_and_lose
+        assert asyncio.run(ask_all(ledger, key)) == {"ok": 10, "refused": 5}
+        assert len(lost) >= 4
+        assert rows(ledger, "SELECT count(*) FROM completions") == [(15,)]
+        assert rows(ledger, "SELECT tokens, reserved_tokens FROM balances") == [(1000, 0)]
+        assert sums_agree(ledger)
+
+
+def test_while_the_ledger_is_locked_requests_are_refused_and_endings_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("waterline.ledger.writer.PATIENCE_S", 0.0)
+    monkeypatch.setattr("waterline.ledger.database.BUSY_S", 0)
+    path = str(tmp_path / "ledger.db")
+
+    async def meet_a_lock(ledger: Ledger) -> str:
+        under_way = await reserve(ledger, request_id="under way")
+        await under_way.durable()
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            ended = ledger.settle(settlement("under way"))
+            late = await reserve(ledger, request_id="late")
+            with pytest.raises(LedgerError) as caught:
+                await late.durable()
+            assert ledger.lag().waiting_rows == 1
+            assert "locked" in ledger.lag().problem
+            other.execute("ROLLBACK")
+        await ended
+        await ledger.settle(settlement("late", outcome="failed", prompt_tokens=0, output_tokens=0))
+        return str(caught.value)
+
+    with Ledger.open(path) as ledger:
+        said = asyncio.run(meet_a_lock(ledger))
+        assert "Another program has been writing to it" in said
+        assert rows(ledger, "SELECT id, outcome FROM completions ORDER BY id") == [
+            ("late", "failed"),
+            ("under way", "ok"),
+        ]
+        assert rows(ledger, "SELECT count(*) FROM reservations") == [(0,)]
+        assert ledger.lag().waiting_rows == 0
+
+
+def test_a_key_made_or_revoked_elsewhere_is_known_soon(url: str) -> None:
+    async def until(known: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not known():  # noqa: ASYNC110 - another thread learns of it
+                await asyncio.sleep(0.05)
+
+    with Ledger.open(url) as ledger:
+        elsewhere = connect(url)
+        key, secret = create_key(elsewhere, tenant="public", client="alice")
+        asyncio.run(until(lambda: ledger.find_key(secret) == key))
+        revoke_key(elsewhere, key.id)
+        asyncio.run(until(lambda: (ledger.find_key(secret) or key).revoked_us is not None))
+        assert ledger.find_key("wl-nobody") is None
+        elsewhere.dispose()

@@ -6,11 +6,12 @@
 from waterline.ledger.database import connect
 from waterline.ledger.keys import create_key, note_fleet, noted_fleet, read_keys, revoke_key
 from waterline.ledger.records import Key, Outcome, Quotas, Settlement, day_of, nano_usd, new_request_id, utc_us
-from waterline.ledger.store import Ledger, Reservation
+from waterline.ledger.store import Lag, Ledger, Reservation
 from waterline.ledger.usage import Usage, read_usage
 
 __all__ = [
     "Key",
+    "Lag",
     "Ledger",
     "Outcome",
     "Quotas",

@@ -70,9 +70,14 @@ class Batch:
     careful: bool = False  # some of it may be there already
     reserving: dict[str, "Future[None]"] = field(default_factory=dict)
     ending: list["Future[None]"] = field(default_factory=list)
+    since_s: float = 0.0  # when the first of it came, by the monotonic clock
 
     def __bool__(self) -> bool:
         return bool(self.reserves or self.endings or self.notes)
+
+    @property
+    def rows(self) -> int:
+        return len(self.reserves) + len(self.endings)
 
 
 @dataclass(slots=True, kw_only=True)

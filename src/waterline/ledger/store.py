@@ -54,6 +54,15 @@ class Reservation:
         await asyncio.shield(self.done)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lag:
+    """How far what is written lags behind what was done."""
+
+    waiting_rows: int
+    lag_s: float  # since the oldest of them came
+    problem: str  # why they cannot be written; "" when they can
+
+
 class Ledger:
     """One gateway's hold on the ledger, to be used in a `with` block: at its end what has gathered is written."""
 
@@ -65,6 +74,7 @@ class Ledger:
         self._presence = presence(engine, self.owner)
         self._lock = threading.Lock()  # of all that follows: event loops and the writer's thread meet here
         self._batch = Batch()
+        self._in_flight = Batch()
         self._notes: dict[str, Note] = {}
         self._under_way: dict[str, Reserve] = {}
         self._doubtful: set[str] = set()  # reservations that failed, and may have been made all the same
@@ -158,8 +168,9 @@ class Ledger:
         with self._lock:
             room = self._has_room(one)
             done: Future[None] = asyncio.get_running_loop().create_future()
-            done = self._batch.reserving.setdefault(request_id, done)
-            self._batch.reserves[request_id] = self._under_way[request_id] = one
+            batch = self._gathering()
+            done = batch.reserving.setdefault(request_id, done)
+            batch.reserves[request_id] = self._under_way[request_id] = one
         self._writer.wake()
         reservation = Reservation(request_id=request_id, done=done)
         if not room:
@@ -187,14 +198,32 @@ class Ledger:
             reserved = self._under_way.pop(request_id, None)
             limited = reserved.periods if reserved else periods(self._key(settlement.key_id), settlement.arrival_us)
             ending = Ending(settlement=settlement, periods=limited, reserved=reserved)
-            self._batch.endings.setdefault(request_id, ending)
-            self._batch.ending.append(written)
+            batch = self._gathering()
+            batch.endings.setdefault(request_id, ending)
+            batch.ending.append(written)
             self._notes.pop(request_id, None)
             if request_id in self._doubtful:
                 self._doubtful.discard(request_id)
-                self._batch.careful = True
+                batch.careful = True
         self._writer.wake()
         return written
+
+    def lag(self) -> Lag:
+        """Return how far the disk is behind."""
+        with self._lock:
+            batches = [batch for batch in (self._in_flight, self._batch) if batch.rows]
+            oldest_s = min((batch.since_s for batch in batches), default=time.monotonic())
+            return Lag(
+                waiting_rows=sum(batch.rows for batch in batches),
+                lag_s=time.monotonic() - oldest_s,
+                problem=self._writer.problem,
+            )
+
+    def _gathering(self) -> Batch:
+        """Return the batch that is written next; the lock is held."""
+        if not self._batch:
+            self._batch.since_s = time.monotonic()
+        return self._batch
 
     def _key(self, key_id: str) -> Key | None:
         return next((key for key in self._keys.values() if key.id == key_id), None) if key_id else None
@@ -219,7 +248,8 @@ class Ledger:
 
     def _take(self) -> Batch:
         with self._lock:
-            batch, self._batch = self._batch, Batch()
+            batch = self._in_flight = self._batch
+            self._batch = Batch()
             if self._notes and time.monotonic() - self._noted_s > NOTES_S:
                 self._noted_s = time.monotonic()
                 batch.notes, self._notes = self._notes, {}
@@ -227,6 +257,7 @@ class Ledger:
 
     def _on_written(self, batch: Batch, written: Written) -> None:
         with self._lock:
+            self._in_flight = Batch()
             self._no_longer_pending(batch.reserves.values())
             if len(self._balances) > CACHED:
                 self._balances.clear()
@@ -248,6 +279,8 @@ class Ledger:
 
     def _on_lost(self, batch: Batch, error: LedgerError) -> None:
         self._on_gave_up(batch, error)
+        with self._lock:
+            self._in_flight = Batch()
         _tell(batch, {}, error)
 
     def _no_longer_pending(self, reserves: Iterable[Reserve]) -> None:

@@ -43,6 +43,7 @@ class Writer:
         self._take, self._write, self._written = take, write, written
         self._gave_up, self._lost = gave_up, lost
         self._look_around = look_around
+        self.problem = ""  # why nothing can be written just now
         self.left = 0  # requests that have ended and could not be written by the end
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -95,6 +96,7 @@ class Writer:
                 waited_s = time.monotonic() - begun_s
                 if not tries:
                     log.warning("ledger", error=str(error))
+                self.problem = str(error)
                 batch.careful = True
                 if batch.reserves and (waited_s > PATIENCE_S or self._closing.is_set()):
                     self._gave_up(batch, error)
@@ -102,6 +104,7 @@ class Writer:
                     self.left = len(batch.endings)
                     return
             else:
+                self.problem = ""
                 self._written(batch, written)
                 return
             time.sleep(RETRY_S[min(tries, len(RETRY_S) - 1)])
