@@ -80,7 +80,7 @@ def show(found: "Sequence[Rehearsed]") -> None:
     for line in lines(found):
         rows.append((line.about if line.about != before else "", line.figure, *line.values, line.change))
         before = line.about
-    heads = ["", "", *(one.name for one in found), "change"]
+    heads = ["of", "figure", *(one.name for one in found), "change"]
     if len(found) != 2:  # a change is from one to another
         heads, rows = heads[:-1], [row[:-1] for row in rows]
     draw(
