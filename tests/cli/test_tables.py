@@ -12,9 +12,10 @@ from msgspec.structs import replace
 from examples import small_plan
 from plans import a_day, an_iceberg
 from waterline.cli import plan as plan_command
-from waterline.cli import rehearse as rehearse_command
+from waterline.cli import rehearse_table
 from waterline.cli.fit import fit
 from waterline.cli.plan import plan
+from waterline.cli.rehearse import Rehearsed
 from waterline.cli.tables import console, draw, fitting
 from waterline.errors import InputError
 from waterline.fleet import Tenant
@@ -91,7 +92,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(capsys: pytest.Captur
     odd = named(ODD)
     plan_command.show(odd)
     assert capsys.readouterr().out.count(ODD) == 4  # title, model, tenant, reason
-    rehearse_command.show(odd, rehearse(odd), took_s=1.0)
+    rehearse_table.show(Rehearsed(name="", plan=odd, policy="static", happened=rehearse(odd), took_s=1.0))
     assert capsys.readouterr().out.count(ODD) == 5  # title, tenant and model, twice in the note
 
 

@@ -68,7 +68,7 @@ def page(found: "Sequence[Rehearsed]") -> str:
 def _lead(found: "Sequence[Rehearsed]") -> str:
     total = found[0].happened.summaries[0]
     what = f"{total.requests:,} requests in {found[0].happened.duration_s / 60:,.1f} minutes"
-    under = "" if found[0].policy == "static" else f", decided by {found[0].policy}"
+    under = f", under the policy {found[0].policy}"
     return f"{what}, rehearsed{under}." if len(found) == 1 else f"{what}, rehearsed {len(found)} times."
 
 

@@ -27,11 +27,11 @@ MOST_CLIENTS = 8  # in a table
 
 def show(found: "Rehearsed") -> None:
     """Draw what became of the requests, then what was replayed."""
-    from waterline.rehearsal import COMPILED
+    from waterline.rehearsal import COMPILED, POLICIES
 
     plan, happened, screen = found.plan, found.happened, console()
     total, *parts = happened.summaries
-    under = "" if found.policy == "static" else f" under {found.policy}"
+    under = "" if found.policy == POLICIES[0] else f" under {found.policy}"
     _draw_summaries(screen, f"{plan.fleet.name}: {plan.gpus} of {plan.fleet.gpus} GPUs, rehearsed{under}", parts, total)
     _draw_clients(screen, happened.by_client)
     _draw_gpus(screen, found)
