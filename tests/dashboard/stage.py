@@ -196,7 +196,7 @@ class Script:
 async def shown(script: Script, *, bound_to: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
     """Serve the listener for operators; yield its URL. `bound_to` is what the rules of access are told."""
     listening = socket.create_server(("127.0.0.1", port))
-    server = HttpServer(make_app(script, Access(KEY, bound_to), version="0.1"))
+    server = HttpServer(make_app(script, Access(KEY, bound_to), version="0.1"), grace_s=0)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"

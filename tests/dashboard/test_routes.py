@@ -23,7 +23,7 @@ async def events(reply: aiohttp.ClientResponse, most: int) -> list[Snapshot]:
     return found
 
 
-def test_events_are_snapshots_without_clients_and_end_with_the_service() -> None:
+def test_events_are_snapshots_without_clients_until_the_service_has_ended() -> None:
     async def case() -> None:
         script = Script()
         async with shown(script) as url, aiohttp.ClientSession() as session, session.get(f"{url}/events") as reply:
@@ -37,8 +37,9 @@ def test_events_are_snapshots_without_clients_and_end_with_the_service() -> None
             script.now = replace(surge(), health="stopping")
             script.stopping.set()
             async with asyncio.timeout(0.9):  # without waiting for the next second
-                (last,) = await events(reply, 10)
+                (last,) = await events(reply, 1)
             assert last.health == "stopping"
+            assert (await events(reply, 1))[0].health == "stopping", "until the service has ended"
 
     asyncio.run(case())
 

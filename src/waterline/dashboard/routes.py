@@ -20,6 +20,7 @@ import hashlib
 import re
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from importlib import resources
 from time import monotonic
 from typing import Any, Protocol
@@ -128,21 +129,18 @@ class Dashboard:
         try:
             yield b"retry: 1000\n\n"
             while True:
+                stopping = self._operations.stopping.is_set()
                 yield b"data: " + self._view() + b"\n\n"
-                if self._operations.stopping.is_set():
-                    return
-                try:
+                with suppress(TimeoutError):
                     async with asyncio.timeout(EVERY_S):
-                        await self._operations.stopping.wait()
-                except TimeoutError:
-                    continue
+                        await (asyncio.sleep(EVERY_S) if stopping else self._operations.stopping.wait())
         finally:
             self._viewers -= 1
 
     def _view(self) -> bytes:
         """Return the snapshot for everybody; those who watch at the same time share one."""
-        now_s, stopping = monotonic(), self._operations.stopping.is_set()
-        if now_s - self._encoded[0] > EVERY_S / 2 or stopping:
+        now_s = monotonic()
+        if now_s - self._encoded[0] > EVERY_S / 2 or self._operations.stopping.is_set():
             self._encoded = (now_s, msgspec.json.encode(self._operations.snapshot().public_view()))
         return self._encoded[1]
 
