@@ -1,6 +1,6 @@
 """A surge of the public on a live fleet: who serves it, when the GPUs come back, and what is left running.
 
-    python benchmarks/surge_live.py [--seed 1] [--surge-s 60] [--quiet-s 30] [--requests-per-s 0.5] [--times 10]
+    python benchmarks/surge_live.py [--seed 1] [--surge-s 60] [--quiet-s 30] [--requests-per-s 0.6] [--times 10]
 
 The gateway, the policy and the supervisor run as in `waterline up`; engines are fakes that keep the time of the cost
 model, jobs are processes that count and save their count. Public requests come at a steady rate, ten times as many
@@ -37,15 +37,15 @@ FLEET = """
 name = "surge"
 [[pools]]
 name = "box"
-gpu = "rtx-4090"
-nodes = 2
+gpu = "l4"
+nodes = 4
 gpus_per_node = 4
 [[models]]
 name = "chat"
-weights = "llama-3.1-8b"
+weights = "qwen3-14b"
 precisions = ["fp8"]
 max_context_tokens = 4096
-slo = {{ ttft_s = 5.0, tpot_s = 0.05 }}
+slo = {{ ttft_s = 5.0, tpot_s = 0.06 }}
 engine = "fake"
 [[tenants]]
 name = "public"
@@ -68,7 +68,7 @@ output_tokens = 400
 name = "pretrain"
 tenant = "research"
 command = {command}
-gpus = 1
+gpus = 2
 copies = 8
 checkpoint = "{folder}/step.{{copy}}"
 checkpoint_every_s = 5
@@ -172,7 +172,7 @@ async def case(plan: Plan, arguments: argparse.Namespace) -> tuple[Seen, list[Co
     async with running(plan, prepare_engines(plan), listening, completions.append) as service:
         await service.supervisor.start()
         service.keeper.lend()
-        await until(lambda: runs(service) == plan.fleet.gpus - len(plan.replicas), 60.0)
+        await until(lambda: runs(service) == plan.fleet.gpus // 2 - len(plan.replicas), 60.0)
         before, seen.least_runs = runs(service), runs(service)
         await asyncio.sleep(32.0)  # min_runtime_s of research
         watching = asyncio.create_task(watch(service, seen))
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--surge-s", type=float, default=60.0)
     parser.add_argument("--quiet-s", type=float, default=30.0)
-    parser.add_argument("--requests-per-s", type=float, default=0.5)
+    parser.add_argument("--requests-per-s", type=float, default=0.6)
     parser.add_argument("--times", type=float, default=10.0)
     arguments = parser.parse_args()
     log_to_stderr()

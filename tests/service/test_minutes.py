@@ -11,7 +11,7 @@ from serving import QUESTION, Served, fake_plan, served, until
 
 from waterline.fleet import Job, Tenant
 from waterline.plan import Place, Plan, Shape
-from waterline.service.minutes import lends, replay_record
+from waterline.service.minutes import lends, replay_record, startable
 
 SPEED = 100.0  # a step of 10 s takes 0.1 s, and what is spare for 300 s is handed back after 3 s
 WORKER = """
@@ -123,7 +123,31 @@ def test_a_job_that_is_done_is_not_started_again(tmp_path: Path) -> None:
     assert asyncio.run(case()) == {1: 4}
 
 
+def test_a_new_plan_during_a_surge_keeps_the_replicas_that_were_started_for_it(tmp_path: Path) -> None:
+    plan = lending_plan(tmp_path)
+    longer = replace(plan, fleet=replace(plan.fleet, jobs=(replace(plan.fleet.jobs[0], copies=1),)))
+
+    async def case() -> None:
+        async with served(plan) as service:
+            service.keeper.lend(SPEED)
+            await until(lambda: counts(service) == {"chat": 1, "train": 3}, within_s=10)
+            surging = asyncio.create_task(surge(service, 14.0, 4.0))
+            await until(lambda: [state.status for state in service.supervisor.states.values()] == ["ready"] * 2, 20)
+            pids = [state.pid for state in service.supervisor.states.values()]
+            await service.keeper.move_to(longer)
+            assert [state.pid for state in service.supervisor.states.values()] == pids
+            await until(lambda: counts(service)["train"] == 1)
+            await surging
+            assert {one.status for one in service.completions} <= {"ok", "refused"}
+
+    asyncio.run(case())
+
+
 def test_a_fleet_with_nothing_to_lend_between_is_left_as_it_is_planned(tmp_path: Path) -> None:
     plan = lending_plan(tmp_path)
-    assert lends(plan)
-    assert not lends(replace(plan, fleet=replace(plan.fleet, jobs=())))
+    job = replace(plan.fleet.jobs[0], command=())  # it is only rehearsed
+    elsewhere = replace(plan.shapes[0], engine="openai")
+    assert lends(startable(plan))
+    assert not lends(startable(replace(plan, fleet=replace(plan.fleet, jobs=()))))
+    assert not lends(startable(replace(plan, fleet=replace(plan.fleet, jobs=(job,)))))
+    assert not lends(startable(replace(plan, shapes=(elsewhere,))))

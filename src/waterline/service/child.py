@@ -27,6 +27,15 @@ class StillbornError(EngineError):
     """It ended by itself before it said where it listens: started again, it would do the same."""
 
 
+def run_of(replica: str) -> str:
+    return f"engines/{quote(replica, safe='')}"
+
+
+def mark_of(state: State, replica: str) -> str:
+    """Return what the processes of a replica bear."""
+    return f"{state.mark}/{run_of(replica)}"
+
+
 class Child:
     """A running engine process in a process group of its own, so that a terminal's Ctrl-C does not reach it."""
 
@@ -42,21 +51,21 @@ class Child:
 
         With the state of a service, its processes bear a mark and are found wherever they have gone.
         """
-        run = f"engines/{quote(replica, safe='')}"
+        mark = state.environment(run_of(replica)) if state else {}
         try:
             process = await asyncio.create_subprocess_exec(
                 *engine.command,
                 stdin=PIPE,  # kept open: it ends when we do, however we end
                 stdout=PIPE,
                 stderr=PIPE,
-                env={**os.environ, **engine.environment, **(state.environment(run) if state else {})},
+                env={**os.environ, **engine.environment, **mark},
                 start_new_session=True,
             )
         except OSError as error:
             raise EngineError(f"cannot start {engine.command[0]}: {error.strerror}.") from error
         assert process.stdin is not None  # noqa: S101 - we asked for a pipe
         process.stdin.write(engine.input)  # should it never read, it will not say where it listens either
-        return cls(process, f"{state.mark}/{run}" if state else "")
+        return cls(process, mark_of(state, replica) if state else "")
 
     @property
     def pid(self) -> int:

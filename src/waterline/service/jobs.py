@@ -50,7 +50,8 @@ log = structlog.get_logger()
 RunStatus = Literal["loading", "running", "backing off", "stopping", "stuck", "stopped", "done", "given up"]
 RUN_STATUSES: tuple[RunStatus, ...] = get_args(RunStatus)
 SAID: Mapping[RunStatus, str] = {"loading": "starting", "stopping": "checkpointing", "stopped": "waiting"}  # to people
-OVER: tuple[RunStatus, ...] = ("stopped", "done", "given up")  # its GPUs are free
+FOR_GOOD: tuple[RunStatus, ...] = ("done", "given up")
+OVER: tuple[RunStatus, ...] = ("stopped", *FOR_GOOD)  # its GPUs are free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,11 +5,12 @@ from datetime import datetime
 
 from msgspec.structs import replace
 
+from waterline.fleet import Job
 from waterline.plan import Plan
 from waterline.roster import Roster
 from waterline.service.gateway import Gateway
-from waterline.service.jobs import Jobs, RunState
-from waterline.service.minutes import Minutes, hour_of, lends
+from waterline.service.jobs import FOR_GOOD, Jobs, RunState
+from waterline.service.minutes import Minutes, hour_of, lends, startable
 from waterline.service.shore import Shore
 from waterline.service.state import State
 from waterline.service.supervisor import ReplicaState
@@ -31,6 +32,7 @@ class Keeper:
         self._state = state
         self._everywhere = everywhere
         self._lending: asyncio.Task[None] | None = None
+        self._finished: dict[str, Job] = {}  # by the name of a run that is done or given up: of which job, exactly
         self._speed = 1.0
 
     def replica_changed(self, id_: str, state: ReplicaState) -> None:
@@ -38,14 +40,15 @@ class Keeper:
             self.minutes.replica_changed(id_, state)
 
     def run_changed(self, name: str, state: RunState) -> None:
+        if state.status in FOR_GOOD:
+            self._finished[name] = self._jobs.fleet.job(state.job)
         if self.minutes:
             self.minutes.run_changed(name, state)
 
     def lend(self, speed: float = 1.0) -> None:
         """Begin to lend, if there is anything to lend; all that is planned runs. `speed`: see `Minutes`."""
-        plan, self._speed = self._shore.plan, speed
-        jobs = tuple(job for job in plan.fleet.jobs if job.command)
-        plan = replace(plan, fleet=replace(plan.fleet, jobs=jobs), replicas=tuple(self._shore.replicas.values()))
+        self._speed = speed
+        plan = startable(replace(self._shore.plan, replicas=tuple(self._shore.replicas.values())))
         if not lends(plan):
             return
         now = datetime.now().astimezone()
@@ -57,6 +60,7 @@ class Keeper:
             self._gateway,
             self._state,
             begun_s=begun_s,
+            finished=[name for name, job in self._finished.items() if job in plan.fleet.jobs],
             everywhere=self._everywhere,
             speed=speed,
         )
@@ -75,10 +79,10 @@ class Keeper:
         Where replicas follow the load, those that run and are of a shape of the new plan stay, planned or not, and of
         the planned ones only those of models start that would have none.
         """
-        lent = self.minutes is not None
+        by_load = lends(startable(self._shore.plan)) and lends(startable(plan))
         self._shore.check(plan)
         await self.pause()
         await asyncio.gather(self._jobs.stop_all(), self._shore.settle())
         self._jobs.fleet = plan.fleet
-        await self._shore.move_to(plan, by_load=lent and lends(plan))
+        await self._shore.move_to(plan, by_load=by_load)
         self.lend(self._speed)

@@ -12,11 +12,12 @@ them is gone.
 import asyncio
 import json
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import structlog
+from msgspec.structs import replace
 
 from waterline.errors import EngineError, WaterlineError
 from waterline.fleet import HOURS
@@ -24,9 +25,9 @@ from waterline.plan import Plan, Replica, read_plan, write_plan
 from waterline.policy.decisions import RULES, as_json
 from waterline.policy.holdings import DRAIN, HAND_BACK, HOLD, LOADING, NOBODY, START, TAKE_OVER, Moves
 from waterline.policy.tide import Row, feed, replay, signal_line
-from waterline.roster import Roster, Run, token_costs
+from waterline.roster import Roster, Run, Service, token_costs
 from waterline.service.gateway import Gateway
-from waterline.service.jobs import OVER, Jobs, RunState
+from waterline.service.jobs import FOR_GOOD, OVER, Jobs, RunState
 from waterline.service.shore import Shore
 from waterline.service.state import State
 from waterline.service.supervisor import ReplicaState
@@ -47,11 +48,17 @@ def hour_of(at_s: float) -> int:
     return int(at_s // HOUR_S) % HOURS
 
 
+def startable(plan: Plan) -> Plan:
+    """Return the plan without what cannot be started: shapes of servers that run elsewhere, jobs without a command."""
+    shapes = tuple(shape for shape in plan.shapes if shape.engine != "openai")
+    jobs = tuple(job for job in plan.fleet.jobs if job.command)
+    return replace(plan, shapes=shapes, fleet=replace(plan.fleet, jobs=jobs))
+
+
 def lends(plan: Plan) -> bool:
-    """Whether there is anything to move: two models or jobs for the same GPUs, and engines that can be started."""
-    startable = sum(any(shape.model == model.name for shape in plan.shapes) for model in plan.fleet.models)
-    jobs = sum(bool(job.command) for job in plan.fleet.jobs)
-    return startable >= 1 and startable + jobs >= 2
+    """Whether there is anything to move: two models or jobs that can be started on the same GPUs."""
+    models = {shape.model for shape in plan.shapes}
+    return bool(models) and len(models) + len(plan.fleet.jobs) >= 2
 
 
 def names_of(roster: Roster) -> dict[str, Sequence[str]]:
@@ -78,6 +85,7 @@ class Minutes:
         gateway: says what is asked.
         state: where the record is kept.
         begun_s: seconds since midnight, by now.
+        finished: runs of jobs that are not started again.
         everywhere: whether all nodes of the fleet are this machine, as for engines that pretend.
         speed: seconds of the tide in one of the clock; above 1 for a test that has no time.
         clock: of the machine, or of a test.
@@ -92,6 +100,7 @@ class Minutes:
         state: State,
         *,
         begun_s: float,
+        finished: Iterable[str] = (),
         everywhere: bool = False,
         speed: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
@@ -105,11 +114,14 @@ class Minutes:
         self._clock = clock
         self._begun_s, self._begun_day_s = clock(), begun_s
         self._signals, self._decisions = _open_record(state.path, roster.plan, begun_s)
+        self._recording = True
         self._queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._acts: set[asyncio.Task[None]] = set()
         self._costs = {model: token_costs(roster.plan, model) for model in roster.models}
         self._saved_s: dict[int, float] = {}  # by row: when the machine's clock says that a run saved its work last
         self._failures: dict[str, int] = {}  # by replica: failed starts before it was ready
+        for name in finished:
+            self._finish(name, next(one for one in roster.services if one.job and name.startswith(f"{one.target}/")))
 
     def now_s(self) -> float:
         """Return the time of the tide: seconds since midnight of the day when the service began."""
@@ -121,6 +133,8 @@ class Minutes:
         try:
             while True:
                 await self._tell(await self._queue.get())
+        except Exception:
+            log.exception("a bug in the minutes clock: nothing is lent or handed back any more")
         finally:
             for task in (ticking, *self._acts):
                 task.cancel()
@@ -150,12 +164,15 @@ class Minutes:
         if state.status == "running" and self.roster.tide.replicas.state[row] == LOADING:
             self._put("loaded", replica=row)
         elif state.status in OVER:
-            service = int(self.roster.tide.replicas.service[row])
+            service = self.roster.services[self.roster.tide.replicas.service[row]]
             self.roster.end(row)
             self._put("ended", replica=row)
-            if state.status != "stopped":
-                self.roster.finished.add(name)
-                self._put("finished", service=service)
+            if state.status in FOR_GOOD:
+                self._finish(name, service)
+
+    def _finish(self, run: str, service: Service) -> None:
+        self.roster.finished.add(run)
+        self._put("finished", service=self.roster.services.index(service))
 
     # --- Signals ------------------------------------------------------------------------------------------------------
 
@@ -189,17 +206,26 @@ class Minutes:
 
     async def _tell(self, signal: dict[str, Any]) -> None:
         """Let the tide learn of a signal, keep it, and do what is decided."""
-        self._signals.write(signal_line(signal))
+        self._write(self._signals, signal_line(signal))
         if signal["signal"] == "load":  # many, and each is nothing
             feed(self.roster.tide, signal)
             return
         moves, rows = await asyncio.to_thread(feed, self.roster.tide, signal)
         if moves is None:
             return
-        self._decisions.write(decision_lines(rows, self.roster))
+        self._write(self._decisions, decision_lines(rows, self.roster))
         for move in range(len(moves.kind)):
             self._announce(moves, move, signal["at_s"])
             self._do(moves, move, signal["at_s"])
+
+    def _write(self, file: BinaryIO, data: bytes) -> None:
+        """Keep the record while there is room for it: without one GPUs are lent all the same."""
+        if self._recording:
+            try:
+                file.write(data)
+            except OSError as error:
+                self._recording = False
+                log.warning("the record of moves ends here", reason=error.strerror)
 
     # --- Moves --------------------------------------------------------------------------------------------------------
 

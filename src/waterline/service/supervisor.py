@@ -10,8 +10,9 @@ import aiohttp
 import structlog
 
 from waterline.errors import EngineError
-from waterline.service.child import ENDED_WITHIN_S, Child, StillbornError
+from waterline.service.child import ENDED_WITHIN_S, Child, StillbornError, mark_of
 from waterline.service.engines import Engine, NotReadyError
+from waterline.service.processes import marked
 from waterline.service.state import State
 
 FIRST_DELAY_S = 0.5
@@ -23,6 +24,7 @@ PROBE_STARTING_EVERY_S = 0.1
 PROBE_EVERY_S = 1.0
 PROBES_FAILED = 3
 START_ATTEMPTS = 2  # of an engine that does not end by itself at once
+LOOK_AGAIN_S = 5.0
 LOOK_EVERY_S = 0.05  # whether a draining replica has finished
 
 log = structlog.get_logger()
@@ -128,6 +130,9 @@ class Supervisor:
         self._change(replica, ReplicaState(status="stopped"))  # before the grace of its process: who is left is cut
         keeper.cancel()
         await asyncio.gather(keeper, return_exceptions=True)
+        mark = mark_of(self._state, replica) if self._state else ""
+        while mark and len(await asyncio.to_thread(marked, mark)):
+            await self._sleep(LOOK_AGAIN_S)  # it hangs in the kernel, which has been said: its GPUs are not free
         for known in (self._keepers, self.engines, self.states):
             known.pop(replica, None)
 
