@@ -3,15 +3,22 @@
 import asyncio
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import orjson
 from msgspec.structs import replace
 from serving import QUESTION, Served, fake_plan, served, until
 
 from waterline.fleet import Job, Tenant
-from waterline.plan import Place, Plan, Shape
-from waterline.service.minutes import lends, replay_record, startable
+from waterline.plan import Place, Plan, Replica, Shape, write_plan
+from waterline.policy.tide import signal_line
+from waterline.rehearsal.arrivals import Piece
+from waterline.rehearsal.minutes import Minutes as Rehearsed
+from waterline.roster import Roster
+from waterline.service.minutes import decision_lines, lends, replay_record, startable
 
 SPEED = 100.0  # a step of 10 s takes 0.1 s, and what is spare for 300 s is handed back after 3 s
 WORKER = """
@@ -110,6 +117,48 @@ def test_a_surge_gets_the_gpus_of_research_and_hands_them_back_and_the_record_re
     decisions = (folder / "decisions.jsonl").read_bytes()
     assert decisions.count(b"\n") >= 6
     assert replay_record(folder) == decisions
+
+
+class Scripted:
+    """A station of a rehearsal that serves nothing: all that matters is how much is asked, step by step."""
+
+    def __init__(self, loads: Iterator[float]) -> None:
+        self._loads = loads
+        self._rows = 0
+
+    def start(self, _replica: Replica, _at_ps: int, _ready_ps: int) -> int:
+        self._rows += 1
+        return self._rows
+
+    def drain(self, _row: int, _at_ps: int) -> None: ...
+
+    def fail(self, _row: int, _at_ps: int) -> None: ...
+
+    def offer(self, _piece: Piece) -> None: ...
+
+    def advance(self, _until_ps: int) -> None: ...
+
+    def idle(self, _row: int) -> bool:
+        return True
+
+    def loads(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.array([[next(self._loads)], [0.0]])
+
+
+def test_the_signals_of_a_rehearsal_make_the_live_service_decide_as_the_rehearsal_did(tmp_path: Path) -> None:
+    plan = lending_plan(tmp_path)
+    write_plan(plan, tmp_path / "plan.json")
+    roster = Roster(plan, plan.replicas, hour=9)
+    asked = (10.0 * (20.0 if 30 <= step < 90 else 1.0) for step in range(400))  # in a step of 10 s
+    rehearsed = Rehearsed(plan, roster, Scripted(asked), first_hour=9, length_s=3000.0)
+    rehearsed.signals = []
+    rehearsed.advance(3000.0)
+    record = [{"at_s": 9 * 3600.0, "signal": "begun"}, *rehearsed.signals]
+    (tmp_path / "signals.jsonl").write_bytes(b"".join(map(signal_line, record)))
+    moves = Counter(move.kind for move in rehearsed.moves)
+    print(dict(moves))
+    assert min(moves[kind] for kind in ("start", "drain", "hold", "hand back")) > 0  # type: ignore[index]
+    assert replay_record(tmp_path) == decision_lines(rehearsed.log.rows, roster)
 
 
 def test_a_job_that_is_done_is_not_started_again(tmp_path: Path) -> None:
