@@ -1,12 +1,12 @@
 """A surge of the public on a live fleet: who serves it, when the GPUs come back, and what is left running.
 
-    python benchmarks/surge_live.py [--seed 1] [--surge-s 60] [--quiet-s 30] [--requests-per-s 0.5] [--times 10]
+    python benchmarks/surge_live.py [--seed 1] [--surge-s 60] [--quiet-s 30] [--part 0.25] [--times 10] [--speed 6]
 
 The gateway, the policy and the supervisor run as in `waterline up`; engines are fakes that keep the time of the cost
-model, jobs are processes that count and save their count. Public requests come at a steady rate, ten times as many
-during the surge, and as many as at first after it. The minutes clock runs `speed` times as fast as the clock on the
-wall: it decides every 10 s of its own, and hands back what has been spare for five minutes of its own. With --speed 1
-and --surge-s 360 the same takes a quarter of an hour.
+model, jobs are processes that count and save their count. Public requests come at a part of the rate at which one
+replica holds its SLO, ten times as many during the surge, and as many as at first after it. The minutes clock runs
+`speed` times as fast as the clock on the wall: it decides every 10 s of its own, and hands back what has been spare for
+five minutes of its own. With --speed 1 and --surge-s 360 the same takes a quarter of an hour.
 
 Lost are requests that failed, or whose answer was cut. Late is a hand-back after its stated deadline.
 """
@@ -39,15 +39,15 @@ FLEET = """
 name = "surge"
 [[pools]]
 name = "box"
-gpu = "rtx-4090"
-nodes = 2
+gpu = "l4"
+nodes = 4
 gpus_per_node = 4
 [[models]]
 name = "chat"
-weights = "llama-3.1-8b"
+weights = "qwen3-14b"
 precisions = ["fp8"]
 max_context_tokens = 4096
-slo = {{ ttft_s = 5.0, tpot_s = 0.05 }}
+slo = {{ ttft_s = 5.0, tpot_s = 0.06 }}
 engine = "fake"
 [[tenants]]
 name = "public"
@@ -70,7 +70,7 @@ output_tokens = 400
 name = "pretrain"
 tenant = "research"
 command = {command}
-gpus = 1
+gpus = 2
 copies = 8
 checkpoint = "{folder}/step.{{copy}}"
 checkpoint_every_s = 5
@@ -174,11 +174,11 @@ async def case(plan: Plan, arguments: argparse.Namespace) -> tuple[Seen, list[Co
     async with running(plan, prepare_engines(plan), listening, completions.append) as service:
         await service.supervisor.start()
         service.keeper.lend(arguments.speed)
-        await until(lambda: runs(service) == plan.fleet.gpus - len(plan.replicas), 60.0)
+        await until(lambda: runs(service) == plan.fleet.gpus // 2 - len(plan.replicas), 60.0)
         before, seen.least_runs = runs(service), runs(service)
         await asyncio.sleep(40.0 / arguments.speed)  # min_runtime_s of research, and one decision
         watching = asyncio.create_task(watch(service, seen, arguments.speed))
-        calm = arguments.requests_per_s
+        calm = arguments.part * plan.replicas[0].requests_per_s
         await load(url, calm, arguments.quiet_s, dice, seen)
         surge = asyncio.create_task(load(url, calm * arguments.times, arguments.surge_s, dice, seen))
         await asyncio.sleep(arguments.surge_s)
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--surge-s", type=float, default=60.0)
     parser.add_argument("--quiet-s", type=float, default=30.0)
-    parser.add_argument("--requests-per-s", type=float, default=0.5)
+    parser.add_argument("--part", type=float, default=0.25, help="of what one replica can do, while it is calm")
     parser.add_argument("--times", type=float, default=10.0)
     parser.add_argument("--speed", type=float, default=6.0)
     arguments = parser.parse_args()
@@ -210,7 +210,7 @@ def main() -> None:
         file = Path(folder) / "fleet.toml"
         command = [sys.executable, "-S", "-c", WORKER]
         toml = "[" + ", ".join("'''" + word + "'''" for word in command) + "]"
-        file.write_text(FLEET.format(requests_per_s=arguments.requests_per_s, folder=folder, command=toml))
+        file.write_text(FLEET.format(requests_per_s=0.5, folder=folder, command=toml))
         plan = make_plan(load_fleet(file))
         plan = replace(plan, replicas=plan.together)
         seen, completions, left = asyncio.run(case(plan, arguments))
@@ -219,6 +219,7 @@ def main() -> None:
     late_s = max(seen.late_s, default=0.0)
     print(f"public x{arguments.times:g} for {arguments.surge_s:g} s, seed {arguments.seed}")
     print(f"{'speed of the minutes clock':44}{arguments.speed:>10g}")
+    print(f"{'requests a second, calm':44}{arguments.part * plan.replicas[0].requests_per_s:>10.2f}")
     print(f"{'replicas of the public, at most':44}{seen.most_replicas:>10}")
     print(f"{'runs of research, at least':44}{seen.least_runs:>10}")
     print(f"{'requests answered, refused in time':44}{seen.statuses['answered']:>10}{seen.statuses['refused']:>6}")

@@ -4,9 +4,9 @@
 `signals.jsonl`; whatever it decides goes into `decisions.jsonl`. Replayed from the roster that they began with, the
 signals give the same decisions, byte for byte: that is how a day of a live service is looked at again.
 
-Every step (10 to 60 s) the gateway says what was asked, jobs say what they have saved, and the tide decides. A replica
-or run that has to go gets until the deadline of that decision; its GPUs are told to be free when the last process on
-them is gone.
+Every step (10 to 60 s) the gateway says what was asked, jobs say what they have saved, and the tide decides; and once
+more when GPUs have come free that somebody waits for. A replica or run that has to go gets until the deadline of that
+decision; its GPUs are told to be free when the last process on them is gone.
 """
 
 import asyncio
@@ -165,10 +165,17 @@ class Minutes:
             self._put("loaded", replica=row)
         elif state.status in OVER:
             service = self.roster.services[self.roster.tide.replicas.service[row]]
-            self.roster.end(row)
-            self._put("ended", replica=row)
+            self._end(row, "ended")
             if state.status in FOR_GOOD:
                 self._finish(name, service)
+
+    def _end(self, row: int, signal: str) -> None:
+        """A replica or run is gone; who waits for its GPUs gets them now, and not at the next step."""
+        self.roster.end(row)
+        awaited = self.roster.tide.replicas.claim[row] != NOBODY
+        self._put(signal, replica=row)
+        if awaited:
+            self._put("tick")
 
     def _finish(self, run: str, service: Service) -> None:
         self.roster.finished.add(run)
@@ -276,8 +283,7 @@ class Minutes:
         begun_s = self._clock()
         await asyncio.shield(self._shore.drain(id_, within_s))
         self._note_delay(id_, begun_s, within_s)
-        self.roster.end(row)
-        self._put(signal, replica=row)
+        self._end(row, signal)
 
     def _note_delay(self, id_: str, begun_s: float, within_s: float) -> None:
         late_s = self._clock() - begun_s - within_s
