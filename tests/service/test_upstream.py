@@ -12,6 +12,7 @@ from serving import QUESTION, Answer, engine_that, fake_plan, served
 
 from waterline.service.engines.llamacpp import FAULTS
 from waterline.service.engines.openai import Attached
+from waterline.service.events import BadEventError, Events
 from waterline.service.supervisor import ReplicaState
 from waterline.service.upstream import Progress
 
@@ -20,23 +21,79 @@ USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2,"
 DONE = b"data: [DONE]\n\n"
 
 
+def read_in_pieces(stream: bytes, size: int) -> tuple[list[bytes], Progress]:
+    """Return what comes out of a stream that arrives in pieces of that size, and the progress it makes."""
+    pieces = iter([stream[start : start + size] for start in range(0, len(stream), size)])
+
+    async def read() -> bytes:
+        return next(pieces, b"")
+
+    async def case() -> tuple[list[bytes], Progress]:
+        events, progress, out = Events(read, bytes.decode), Progress(), list[bytes]()
+        while data := await events.next():
+            out.append(data)
+            progress.saw(data, len(events.latest))
+        progress.done = events.done
+        return out, progress
+
+    return asyncio.run(case())
+
+
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 100_000])
 def test_events_and_usage_are_counted_wherever_the_stream_is_cut(size: int) -> None:
-    stream = EVENT * 50 + DONE
-    progress, exact = Progress(), Progress()
-    for start in range(0, len(stream), size):
-        progress.saw(stream[start : start + size])
-    assert progress.events == 51
+    out, progress = read_in_pieces(EVENT * 50 + DONE, size)
+    assert b"".join(out) == EVENT * 50
+    assert all(data.endswith(b"\n\n") for data in out), "an event is whole when it goes on"
+    assert progress.events == 50
     assert progress.output_tokens == 48, "50 events, of which one names the role and one ends it"
-    for start in range(0, len(stream), size):
-        exact.saw((EVENT * 2 + USAGE + DONE)[start : start + size])
+    _, exact = read_in_pieces(EVENT * 2 + USAGE + DONE, size)
     assert (exact.prompt_tokens, exact.output_tokens) == (5, 2)
 
 
 def test_words_that_look_like_events_are_not_counted() -> None:
-    progress = Progress()
-    progress.saw(rb'data: {"text": "\ndata: \"completion_tokens\": 7"}' + b"\n\n")
+    said = rb'data: {"text": "\ndata: \"completion_tokens\": 7"}' + b"\n\n"
+    out, progress = read_in_pieces(said + DONE, 100)
+    assert out == [said]
     assert progress.events == 1
+    assert progress.output_tokens == 0
+
+
+def test_comments_other_fields_and_other_ends_of_lines_are_understood() -> None:
+    stream = b': ping\n\nevent: x\ndata: {"a":1}\n\ndata:{"b":2}\r\n\r\ndata: {\ndata: "c":3}\n\ndata:[DONE]'
+    out, progress = read_in_pieces(stream, 1000)
+    assert b"".join(out) == b'event: x\ndata: {"a":1}\n\ndata:{"b":2}\n\ndata: {\ndata: "c":3}\n\n'
+    assert (progress.events, progress.done) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (b'data: {"choices":[{"del\n\n', "nobody can read"),
+        (b"data: {broken}\n\n", "nobody can read"),
+        (b'data: {"choices":7}\n\n', "nobody can read"),
+        (b'data: {"error":{"message":"out of memory"}}\n\n', "out of memory"),
+        (b'data: {"object":"error","message":"too bad"}\n\n', "too bad"),
+        (b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"abort"}]}\n\n', "gave up"),
+        (EVENT[:40], "broke off"),
+        (b"", "broke off"),
+    ],
+)
+def test_what_comes_before_a_wrong_event_is_kept_and_the_event_is_not(wrong: bytes, why: str) -> None:
+    got = b""
+
+    async def read() -> bytes:
+        return pieces.pop(0) if pieces else b""
+
+    async def case() -> None:
+        nonlocal got
+        events = Events(read, bytes.decode)
+        while data := await events.next():
+            got += data
+
+    pieces = [EVENT * 3 + wrong]
+    with pytest.raises(BadEventError, match=why):
+        asyncio.run(case())
+    assert got == EVENT * 3
 
 
 async def begin(request: web.Request) -> web.StreamResponse:
@@ -268,9 +325,8 @@ def test_an_error_that_comes_in_pieces_is_read_to_its_end() -> None:
 
 
 def test_done_needs_no_blank_and_timings_stand_in_for_usage() -> None:
-    progress = Progress()
-    progress.saw(EVENT * 4 + b'data: {"choices":[],"timings":{"cache_n":30,"prompt_n":12,"predicted_n":3}}\n\n')
-    progress.saw(b"data:[DONE]\n\n")
+    timings = b'data: {"choices":[],"timings":{"cache_n":30,"prompt_n":12,"predicted_n":3}}\n\n'
+    _, progress = read_in_pieces(EVENT * 4 + timings + b"data:[DONE]\n\n", 100)
     assert (progress.prompt_tokens, progress.output_tokens) == (42, 3)
 
 
@@ -321,5 +377,5 @@ def test_a_stream_under_way_ends_with_an_error_when_its_replica_goes() -> None:
                 return await reply.read()
 
     end = asyncio.run(case())
-    assert end.startswith(b'data: {"error":{"message":"The engine broke off."'), "no empty lines before it"
+    assert end.startswith(b'data: {"error":{"message":"The engine broke off, and nobody can go on'), end
     assert b'"code":"server_error"' in end

@@ -1,35 +1,66 @@
-"""The way of one request to an engine and back: which engine is asked next when one fails, and what the client sees.
+"""The way of one request to an engine and back: who is asked next when an engine fails, and what the client sees.
+
+The client sees one answer. An engine that fails before anything was said is a reason to ask another; one that fails in
+the middle of a stream, to have another go on from there (`continuation`). A failure is whatever keeps an answer from
+going on: no connection, a 5xx, an answer of the wrong kind, an event that nobody can read or that tells of an error, an
+end before the end, and silence (`health`).
 
 What decides about places is elsewhere and shows itself here as a `Placement`; nobody here knows of queues or shares.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+import math
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import aiohttp
 import orjson
 
 from waterline.plan import Replica
 from waterline.service.asgi import Headers, Reply
-from waterline.service.body import Asked
+from waterline.service.body import COMPLETIONS, Asked
+from waterline.service.continuation import RefusedError, ended, missing_reason, missing_usage, resume, wishes
 from waterline.service.engines import Engine
+from waterline.service.errors import RejectedError
+from waterline.service.events import DONE, BadEventError
+from waterline.service.health import Health, Watch
+from waterline.service.said import Said
+from waterline.service.stream import Stream
 from waterline.service.supervisor import ReplicaState
-from waterline.service.upstream import BrokenStreamError, Connections, Progress, UnansweredError, relay
+from waterline.service.upstream import (
+    BrokenStreamError,
+    Connections,
+    Progress,
+    UnansweredError,
+    passed_back,
+    read_whole,
+)
 
-ATTEMPTS = 2  # engines that may fail a request before its client is told
+ATTEMPTS = 3  # engines that may fail a request, one after the other without a token, before its client is told
+PATIENCE_S = 30.0  # for a place where a stream goes on, while no replica is in service
+BUSY_PAUSE_S = 0.05  # before somebody is asked again who was full; doubled each time
+LONGEST_BUSY_PAUSE_S = 1.0
+LOOK_EVERY_S = 0.1  # for silence
+WAITS_LONGER = 4.0  # times, after each silence: perhaps it is the request that takes long
+ABORT_WITHIN_S = 1.0
 NEVER_S = 1e6
 
 
 class Placement(Protocol):
     """The place of one request among the replicas of its model."""
 
-    async def replica(self) -> Replica:
-        """Wait for its turn and return where it may go. Raises RejectedError when there is nobody to wait for."""
+    async def replica(self, within_s: float) -> Replica:
+        """Wait for its turn and return where it may go.
+
+        While no replica of the model is in service it waits no longer than `within_s`; then RejectedError.
+        """
         ...
 
-    def move(self) -> None:
-        """Its replica could not serve it: give that place up for one elsewhere; `replica` waits for it."""
+    def move(self, avoid: frozenset[str]) -> None:
+        """Give its place up for one elsewhere, at the front, and not at these replicas while there is another."""
         ...
 
     def first_token(self) -> None:
@@ -45,7 +76,25 @@ class Passage:
     path: str  # with /v1
     headers: Headers  # the client's
     place: Placement
+    patience_s: float  # for a place, while no replica is in service and nothing was said
     progress: Progress = field(default_factory=Progress)
+    said: Said = field(default_factory=Said)
+    silences: int = 0  # engines that let it wait in vain
+
+    @property
+    def endpoint(self) -> str:
+        return self.path.removeprefix("/v1")
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Failures:
+    """What one request has met on its way."""
+
+    until_s: float  # when nobody waits any longer for an engine that is full
+    avoid: set[str] = field(default_factory=set)  # replicas that failed it since the last token
+    accused: list[Replica] = field(default_factory=list)  # that failed it, or were given what fails everybody
+    fruitless: int = 0  # failures since the last token
+    pause_s: float = BUSY_PAUSE_S
 
 
 class Passages:
@@ -55,6 +104,8 @@ class Passages:
         engines: of the replicas by id.
         states: of the replicas by id; somebody else keeps them up to date, and calls `cut` for one that is gone.
         connections: to the engines.
+        replicas_of: returns the ids of a model's replicas.
+        on_doubt: told that a replica should get no new work, or may get it again.
         now_s: the time since the service started.
     """
 
@@ -63,66 +114,256 @@ class Passages:
         engines: Mapping[str, Engine],
         states: Mapping[str, ReplicaState],
         connections: Connections,
+        *,
+        replicas_of: Callable[[str], Iterable[str]],
+        on_doubt: Callable[[str, bool], None],
         now_s: Callable[[], float],
     ) -> None:
         self._engines = engines
         self._states = states
         self._connections = connections
+        self._replicas_of = replicas_of
         self._now_s = now_s
-        self._under_way: dict[str, set[asyncio.Timeout]] = {}  # by replica
+        self.health = Health(replicas_of, on_doubt, self._probe, clock=now_s)
+        self._watches: dict[str, set[Watch]] = {}  # by replica
+        self._looking: asyncio.TimerHandle | None = None
+        self._looked_s = 0.0
+        self._aborting: set[asyncio.Task[None]] = set()
 
     def cut(self, replica_id: str) -> None:
         """End what is under way on a replica that is gone, as if it had broken off."""
-        for within in self._under_way.pop(replica_id, set()):
-            within.reschedule(0.0)
+        self.health.forget(replica_id)
+        for watch in self._watches.get(replica_id, ()):
+            watch.within.reschedule(0.0)
+
+    def close(self) -> None:
+        """Stop watching; what is under way is left to whoever carries it."""
+        self.health.close()
+        if self._looking:
+            self._looking.cancel()
 
     async def carry(self, passage: Passage, reply: Reply) -> None:
-        """Wait for a place and relay the answer; when an engine fails before the first byte, try another.
+        """Wait for a place and relay the answer, from as many engines as it takes.
 
         Raises:
             RejectedError: an engine has refused the request, nobody answers it (UnansweredError), or there is no place.
-            BrokenStreamError: its engine broke off after the client got a part of the answer.
+            BrokenStreamError: its engine broke off after the client got a part of the answer, and nobody can go on.
         """
-        for attempt in range(1, ATTEMPTS + 1):
-            replica = await passage.place.replica()
+        failures = Failures(until_s=self._now_s() + passage.patience_s)
+        while True:
+            replica = await passage.place.replica(PATIENCE_S if reply.begun else passage.patience_s)
+            passage.progress.replicas.append(replica.id)
+            said = passage.said.pieces
             try:
-                return await self._relay(passage, replica, reply)
-            except UnansweredError:
-                if attempt == ATTEMPTS:
-                    raise
-                passage.place.move()
-        return None
+                await self._ask(passage, replica, reply, last=failures.fruitless == ATTEMPTS - 1)
+            except UnansweredError as error:
+                if passage.said.pieces > said:
+                    failures.fruitless = 0
+                    failures.avoid.clear()
+                await self._bear(error, failures, passage, replica, reply)
+                if reply.begun and await _end_alone(passage, reply):
+                    break
+                passage.place.move(frozenset(failures.avoid))
+            except RefusedError as why:
+                raise BrokenStreamError(f"The engine broke off, and nobody can go on: {why}.") from why
+            else:
+                self.health.served(replica)
+                break
+        for other in failures.accused:  # somebody could answer: so it was not the request
+            self.health.failed(other)
 
-    async def _relay(self, passage: Passage, replica: Replica, reply: Reply) -> None:
-        asked, place, progress = passage.asked, passage.place, passage.progress
-        state = self._states[replica.id]
-        body = asked.body
-        if state.served_name != asked.model:
-            body = orjson.dumps({**asked.fields, "model": state.served_name})
+    async def _bear(
+        self, error: UnansweredError, failures: "Failures", passage: Passage, replica: Replica, reply: Reply
+    ) -> None:
+        """Take a failure into account. Raises it when it was one too many, for the client to see."""
+        failures.avoid.add(replica.id)
+        if error.busy:
+            asked = set(passage.progress.replicas)
+            if any(
+                id_ not in asked and self._states[id_].status == "ready" for id_ in self._replicas_of(replica.model)
+            ):
+                return
+            if self._now_s() + failures.pause_s > failures.until_s:
+                raise BrokenStreamError(str(error)) if reply.begun else error
+            await asyncio.sleep(failures.pause_s)
+            failures.pause_s = min(2.0 * failures.pause_s, LONGEST_BUSY_PAUSE_S)
+            return
+        failures.fruitless += 1
+        if not error.certain:
+            failures.accused.append(replica)
+        elif self._states[replica.id].status in {"ready", "suspect"}:  # else its death is known, and nobody's news
+            self.health.failed(replica, silent=error.silent)
+        if failures.fruitless == ATTEMPTS:
+            raise BrokenStreamError(str(error)) if reply.begun else error
 
-        def on_first_token() -> None:
-            progress.first_token_s = self._now_s()
-            place.first_token()
+    # --- One engine -------------------------------------------------------------------------------------------------
 
+    async def _ask(self, passage: Passage, replica: Replica, reply: Reply, *, last: bool) -> None:
+        asked, place, vitals = passage.asked, passage.place, self.health.of(replica)
         # An answer that comes whole does not show when its prompt was read; the plan knows how long that takes.
         reading = asyncio.get_running_loop().call_later(NEVER_S if asked.stream else replica.ttft_s, place.first_token)
-        under_way = self._under_way.setdefault(replica.id, set())
+        vitals.unread_tokens += asked.prompt_tokens
+        watch = Watch(vitals=vitals, patience=math.inf if last else WAITS_LONGER**passage.silences)
+        watches = self._watches.setdefault(replica.id, set())
+        watches.add(watch)
+        self._look_soon()
         try:
-            async with asyncio.timeout(None) as within:  # `cut` sets an end to it
-                under_way.add(within)
-                await relay(
-                    self._connections,
-                    self._engines[replica.id],
-                    state.url + passage.path.removeprefix("/v1"),
-                    body,
-                    passage.headers,
-                    stream=asked.stream,
-                    reply=reply,
-                    progress=progress,
-                    on_first_token=on_first_token,
-                )
+            async with asyncio.timeout(None) as watch.within:  # `cut` and silence set an end to it
+                if asked.stream:
+                    await self._stream(passage, replica, reply, watch)
+                else:
+                    await self._whole(passage, replica, reply, watch)
         except TimeoutError:
-            raise (BrokenStreamError if reply.begun else UnansweredError)("The engine broke off.") from None
+            passage.silences += watch.silent
+            problem = "The engine fell silent." if watch.silent else "The engine broke off."
+            raise UnansweredError(problem, silent=watch.silent) from None
+        except BadEventError as error:
+            raise UnansweredError(str(error)) from error
         finally:
-            under_way.discard(within)
+            watches.discard(watch)
+            vitals.unread_tokens -= 0 if watch.heard else asked.prompt_tokens
             reading.cancel()
+
+    async def _stream(self, passage: Passage, replica: Replica, reply: Reply, watch: Watch) -> None:
+        asked, path, weave = passage.asked, passage.endpoint, None
+        engine, state = self._engines[replica.id], self._states[replica.id]
+        wished = wishes(asked, path, engine.dialect)
+        if reply.begun:
+            going_on = resume(asked, path, passage.said, engine.dialect, replica.max_context_tokens)
+            path, weave = going_on.path, going_on.weave
+            body = orjson.dumps({**going_on.fields, "model": state.served_name})
+        else:
+            passage.said = Said()
+            body = _body(asked, state.served_name, wished)
+        watch.since_s = begun_s = _now_s()
+        response = await self._connections.ask(engine, state.url + path, body, passage.headers, stream=True)
+        try:
+            stream = Stream(response, passage.said, passage.progress, reply, weave=weave, wished=wished)
+            while await stream.read(watch):
+                if not watch.heard:
+                    self._heard(passage, watch)
+                await stream.pass_on()
+            await stream.end()
+            watch.vitals.took(*stream.pace(begun_s))
+            await stream.read_to_the_end()
+        finally:
+            response.close()  # a connection that was read to its end has gone back to the others before
+
+    async def _whole(self, passage: Passage, replica: Replica, reply: Reply, watch: Watch) -> None:
+        asked, engine, state = passage.asked, self._engines[replica.id], self._states[replica.id]
+        rid = {"rid": f"waterline-{uuid.uuid4().hex}"} if engine.dialect.abort else {}
+        body = _body(asked, state.served_name, rid)
+        watch.whole_tokens = asked.most_tokens or replica.max_context_tokens
+        watch.since_s = asyncio.get_running_loop().time()
+        try:
+            response = await self._connections.ask(
+                engine, state.url + passage.endpoint, body, passage.headers, stream=False
+            )
+            try:
+                data = await read_whole(response)
+            finally:
+                response.close()
+        except asyncio.CancelledError:  # the client has left, or it took too long
+            if rid:
+                self._abort(engine, state.url, rid)
+            raise
+        watch.since_s = math.inf
+        self._heard(passage, watch)
+        passage.progress.saw(data)
+        passage.progress.done = True
+        await reply.whole(200, data, passed_back(response))
+
+    def _heard(self, passage: Passage, watch: Watch) -> None:
+        watch.heard = True
+        watch.vitals.unread_tokens -= passage.asked.prompt_tokens
+        if math.isnan(passage.progress.first_token_s):
+            passage.progress.first_token_s = self._now_s()
+        passage.place.first_token()
+
+    def _abort(self, engine: Engine, url: str, rid: Mapping[str, str]) -> None:
+        async def abort() -> None:
+            with suppress(TimeoutError, aiohttp.ClientError, OSError):
+                async with asyncio.timeout(ABORT_WITHIN_S):
+                    address = url.removesuffix("/v1") + engine.dialect.abort
+                    (await self._connections.post(address, orjson.dumps(rid), engine.headers)).close()
+
+        task = asyncio.get_running_loop().create_task(abort())
+        self._aborting.add(task)
+        task.add_done_callback(self._aborting.discard)
+
+    async def _probe(self, replica: Replica) -> bool:
+        """Whether a replica answers a request of one token; that it refuses it is an answer too."""
+        engine, state = self._engines[replica.id], self._states[replica.id]
+        body = orjson.dumps({"model": state.served_name, "prompt": "1", "max_tokens": 1})
+        try:
+            async with asyncio.timeout(self.health.of(replica).first_within_s):
+                response = await self._connections.ask(engine, state.url + COMPLETIONS, body, [], stream=False)
+                response.close()
+        except UnansweredError as error:
+            return error.busy
+        except TimeoutError:
+            return False
+        except RejectedError:
+            return True
+        return True
+
+    # --- Silence ----------------------------------------------------------------------------------------------------
+
+    def _look_soon(self) -> None:
+        if self._looking is None:
+            loop = asyncio.get_running_loop()
+            self._looked_s = loop.time()
+            self._looking = loop.call_later(LOOK_EVERY_S, self._look)
+
+    def _look(self) -> None:
+        """End what has been silent for too long, where somebody else could go on."""
+        now_s = asyncio.get_running_loop().time()
+        late_s = now_s - self._looked_s - LOOK_EVERY_S  # we ourselves were busy, and may not have read what has come
+        self._looking = None
+        for watches in self._watches.values():
+            if not watches:
+                continue
+            self._look_soon()
+            if late_s > LOOK_EVERY_S:
+                for watch in watches:
+                    watch.since_s += late_s
+            elif self._has_others(next(iter(watches)).vitals.replica):
+                for watch in watches:
+                    if now_s - watch.since_s > watch.allowed_s(now_s):
+                        watch.silent, watch.since_s = True, math.inf
+                        watch.within.reschedule(0.0)
+
+    def _has_others(self, replica: Replica) -> bool:
+        return any(
+            self._states[other].status == "ready" for other in self._replicas_of(replica.model) if other != replica.id
+        )
+
+
+# --- What an engine is asked beside what the client wants -----------------------------------------------------------
+
+
+def _body(asked: Asked, served_name: str, wished: Mapping[str, Any]) -> bytes:
+    """Return the client's body with the model's name as the engine knows it, and our wishes."""
+    if served_name != asked.model:
+        return orjson.dumps({**asked.fields, **wished, "model": served_name})
+    if not wished:
+        return asked.body
+    return orjson.dumps(wished)[:-1] + b"," + asked.body.lstrip()[1:]
+
+
+async def _end_alone(passage: Passage, reply: Reply) -> bool:
+    """End a stream that lacks its end only; False when it lacks more, or somebody has to be asked for the usage."""
+    asked, said = passage.asked, passage.said
+    if not ended(asked, said):
+        return False
+    if reason := missing_reason(said):
+        await reply.chunk(reason)
+    if asked.include_usage and not said.usage and said.prompt_ids is None:
+        return False
+    passage.progress.done = True
+    await reply.end(missing_usage(asked, said) + DONE)
+    return True
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

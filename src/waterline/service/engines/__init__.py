@@ -10,6 +10,7 @@ import aiohttp
 
 from waterline.errors import EngineError
 from waterline.plan import Plan, Replica
+from waterline.service.engines.dialect import Dialect
 from waterline.service.engines.seat import Command, Seat
 
 ANSWER_S = 1.0  # a probe costs an engine nothing, so its answer is a matter of milliseconds
@@ -54,6 +55,11 @@ class Engine(Protocol):
     @property
     def faults(self) -> Mapping[str, str]:
         """Words of its errors, in small letters, that mean: the request is wrong, even with 500; and OpenAI's code."""
+        ...
+
+    @property
+    def dialect(self) -> Dialect:
+        """What it understands beyond OpenAI's API."""
         ...
 
     @property

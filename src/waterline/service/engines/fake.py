@@ -37,6 +37,7 @@ from waterline.service.asgi import (
 )
 from waterline.service.body import CHAT, COMPLETIONS, Asked, read_asked
 from waterline.service.engines import ask
+from waterline.service.engines.dialect import FAKE, Dialect
 from waterline.service.engines.lifeline import announce, end_with_parent
 from waterline.service.errors import RejectedError
 from waterline.units import PICOSECONDS_PER_S
@@ -55,6 +56,7 @@ class Fake:
     url: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     faults: Mapping[str, str] = field(default_factory=dict)
+    dialect: Dialect = FAKE
     start_within_s: float = 60.0
 
     async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:

@@ -19,6 +19,7 @@ from waterline.errors import EngineError
 from waterline.plan import Replica
 from waterline.service.engines import ask
 from waterline.service.engines import seat as seats
+from waterline.service.engines.dialect import Dialect
 from waterline.service.engines.lifeline import announce
 from waterline.service.engines.seat import Command
 
@@ -35,6 +36,7 @@ class Hosted:
     input: bytes = b""
     url: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
+    dialect: Dialect
     faults: Mapping[str, str] = field(default_factory=lambda: FAULTS)
     start_within_s: float = 3600.0  # it may fetch the weights first; a failure shows at once, by the exit
 
@@ -43,7 +45,7 @@ class Hosted:
         return self.name
 
 
-def host(replica: Replica, command: Command) -> Hosted:
+def host(replica: Replica, command: Command, dialect: Dialect) -> Hosted:
     """Return the engine that runs a command here. Raises EngineError for a replica that belongs elsewhere."""
     arguments, environment = command
     seats.check_here(replica)
@@ -54,6 +56,7 @@ def host(replica: Replica, command: Command) -> Hosted:
         )
     return Hosted(
         name=replica.model,
+        dialect=dialect,
         command=(sys.executable, "-m", "waterline.service.engines.hosted", *arguments),
         environment=environment,
     )

@@ -21,6 +21,7 @@ from waterline.errors import EngineError, MissingExtraError
 from waterline.plan import Plan, Replica
 from waterline.service.engines import ask
 from waterline.service.engines import seat as seats
+from waterline.service.engines.dialect import LLAMACPP, Dialect
 from waterline.service.engines.hosted import Hosted, host
 from waterline.service.engines.lifeline import announce, end_with_parent
 from waterline.service.engines.seat import Command, Seat
@@ -50,6 +51,7 @@ class LlamaCpp:
     url: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     faults: Mapping[str, str] = field(default_factory=lambda: FAULTS)
+    dialect: Dialect = LLAMACPP
     start_within_s: float = 900.0  # hundreds of gigabytes from a disk; a failure shows at once, by the exit
 
     async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:
@@ -109,7 +111,7 @@ def prepare(plan: Plan, replica: Replica) -> LlamaCpp | Hosted:
     """
     vendor = plan.fleet.gpu_of(plan.fleet.pool(replica.pool)).vendor
     if vendor in seats.VISIBLE_DEVICES and shutil.which("llama-server"):
-        return host(replica, command(plan, replica, Seat()))
+        return host(replica, command(plan, replica, Seat()), LLAMACPP)
     if find_spec("xllamacpp") is None:
         raise MissingExtraError(f"The engine 'llamacpp' of model '{replica.model}'", extra="embedded")
     weights = _weights_file(plan, replica)

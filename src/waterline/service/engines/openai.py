@@ -11,6 +11,7 @@ from waterline.errors import EngineError
 from waterline.fleet import Model
 from waterline.plan import Plan, Replica
 from waterline.service.engines import NotReadyError, ask
+from waterline.service.engines.dialect import OPENAI, OWNERS, Dialect
 
 FAULTS = {"context length": "context_length_exceeded", "context size": "context_length_exceeded"}  # vLLM's, llama.cpp's
 
@@ -26,11 +27,18 @@ class Attached:
     input: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     faults: Mapping[str, str] = field(default_factory=lambda: FAULTS)
+    owners: list[str] = field(default_factory=list, compare=False)  # as it calls itself, once it was asked
     start_within_s: float = 0.0
+
+    @property
+    def dialect(self) -> Dialect:
+        return OWNERS.get(self.owners[0], OPENAI) if self.owners else OPENAI
 
     async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:
         """Return our name for the model when the server knows it; else the name of the only one it serves."""
-        names = _names(await ask(session, url, "/models", self.headers), url)
+        owners = _models(await ask(session, url, "/models", self.headers), url)
+        names = list(owners)
+        self.owners[:] = [owners.get(self.name, next(iter(owners.values()), ""))]
         if self.name in names:
             return self.name
         if len(names) == 1:
@@ -60,8 +68,9 @@ def _key(model: Model) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-def _names(data: bytes, url: str) -> list[str]:
+def _models(data: bytes, url: str) -> dict[str, str]:
+    """Return the names of the models a server has, and whose they are, as it says."""
     try:
-        return [str(model["id"]) for model in orjson.loads(data)["data"]]
-    except (orjson.JSONDecodeError, TypeError, KeyError) as error:
+        return {str(model["id"]): str(model.get("owned_by")) for model in orjson.loads(data)["data"]}
+    except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
         raise NotReadyError(f"{url}/models does not list models as OpenAI does.") from error

@@ -3,6 +3,7 @@
 from waterline.catalog.engines import find_engine
 from waterline.plan import Plan, Replica
 from waterline.service.engines import seat as seats
+from waterline.service.engines.dialect import SGLANG
 from waterline.service.engines.hosted import Hosted, host
 from waterline.service.engines.seat import Command, Seat
 
@@ -49,7 +50,7 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
 def prepare(plan: Plan, replica: Replica) -> Hosted:
     """Return the engine of a replica on this machine. Raises EngineError."""
     arguments, environment = command(plan, replica, Seat())
-    return host(replica, (arguments, environment | QUICK_HEALTH))
+    return host(replica, (arguments, environment | QUICK_HEALTH), SGLANG)
 
 
 def _nodes(replica: Replica, seat: Seat) -> tuple[str, ...]:

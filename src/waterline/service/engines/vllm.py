@@ -5,6 +5,7 @@ import json
 from waterline.catalog.engines import find_engine
 from waterline.plan import Plan, Replica
 from waterline.service.engines import seat as seats
+from waterline.service.engines.dialect import VLLM
 from waterline.service.engines.hosted import Hosted, host
 from waterline.service.engines.seat import Command, Seat
 
@@ -48,7 +49,7 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
 
 def prepare(plan: Plan, replica: Replica) -> Hosted:
     """Return the engine of a replica on this machine. Raises EngineError."""
-    return host(replica, command(plan, replica, Seat()))
+    return host(replica, command(plan, replica, Seat()), VLLM)
 
 
 def _nodes(replica: Replica, seat: Seat) -> tuple[str, ...]:

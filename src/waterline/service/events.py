@@ -1,0 +1,159 @@
+"""The events of an engine's stream: read once, all of a chunk together, and whole and well-formed when they go on.
+
+Of an event we know what tells how far an answer has got; the rest of it passes unread, and its bytes pass as they came.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from waterline.errors import EngineError
+
+LONGEST_EVENT_BYTES = 16 * 2**20
+LOST = ("abort", "error")  # reasons to finish that are none: the engine gave up
+DONE = b"data: [DONE]\n\n"
+
+
+class BadEventError(EngineError):
+    """The engine broke off, gave up, or sent what nobody can read."""
+
+
+class Function(Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class Call(Struct):
+    index: int = 0
+    function: Function | None = None
+
+
+class Delta(Struct):
+    role: str | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # what vLLM calls it
+    refusal: str | None = None
+    tool_calls: list[Call] | None = None
+
+
+class Choice(Struct):
+    index: int = 0
+    text: str | None = None
+    delta: Delta | None = None
+    finish_reason: str | None = None
+    logprobs: Any = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None  # here in completions, in the event in chats
+
+
+class Usage(Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Event(Struct):
+    choices: list[Choice] | None = None
+    usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
+    error: Any = None
+    object: str | None = None
+
+
+_EVENT: Final = msgspec.json.Decoder(Event)
+_EVENTS: Final = msgspec.json.Decoder(list[Event])
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+class Events:
+    """A stream, taken apart.
+
+    Args:
+        read: returns the next bytes, b"" at their end.
+        explain: says what an event means that tells of an error.
+    """
+
+    def __init__(self, read: Callable[[], Awaitable[bytes]], explain: Callable[[bytes], str]) -> None:
+        self._read = read
+        self._explain = explain
+        self._rest = b""  # of an event that is not whole yet
+        self._problem = ""  # with what follows the events that were returned last
+        self.done = False  # [DONE] has come
+        self.latest: list[Event] = []  # those that were returned last
+        self.begun = False
+
+    async def next(self) -> bytes:
+        """Return the next whole events, b"" once all is done. Raises BadEventError where they cannot go on."""
+        while not (self.done or self._problem):
+            chunk = await self._read()
+            if chunk:
+                data = self._cut(self._rest + chunk if self._rest else chunk)
+            else:
+                data = self._cut_slowly(self._rest + b"\n\n")
+                self._problem = "The engine broke off." if self.begun or data else "The engine sent an empty answer."
+            if data:
+                self.begun = True
+                return data
+        if self._problem and not self.done:
+            raise BadEventError(self._problem)
+        return b""
+
+    def _cut(self, data: bytes) -> bytes:
+        """Return the whole events up to the first that is wrong."""
+        end = data.rfind(b"\n\n") + 2
+        if end == 1 and b"\r\n\r\n" not in data:
+            self._rest = data
+            if len(data) > LONGEST_EVENT_BYTES:
+                self._problem = "The engine sent an event without end."
+            return b""
+        whole = data[:end] if end < len(data) else data
+        done = whole.endswith(DONE)
+        if done:
+            whole = whole[: -len(DONE)]
+        if whole.startswith(b"data: {"):
+            try:  # a line feed never stands inside JSON, so this parts nothing that belongs together
+                events = _EVENTS.decode(b"[%s]" % whole[6:-2].replace(b"\n\ndata: ", b","))
+            except _UNREADABLE:
+                events = []
+            if events and not any(map(_failed, events)):
+                self._rest, self.done, self.latest = data[end:], done, events
+                return whole
+        return self._cut_slowly(data)
+
+    def _cut_slowly(self, data: bytes) -> bytes:
+        """Take events one by one: comments, other fields, other ends of lines, and those that are wrong."""
+        good = []
+        self.latest = []
+        *blocks, self._rest = data.replace(b"\r\n", b"\n").split(b"\n\n")
+        for block in blocks:
+            lines = [line for line in block.split(b"\n") if line and not line.startswith(b":")]
+            said = b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
+            if said == b"[DONE]":
+                self.done = True
+                break
+            if not said:
+                continue
+            try:
+                event = _EVENT.decode(said)
+            except _UNREADABLE:
+                self._problem = "The engine sent an event that nobody can read."
+                break
+            if _failed(event):
+                self._problem = f"The engine gave up: {self._explain(said)[:200]}"
+                break
+            self.latest.append(event)
+            good.append(b"\n".join(lines) + b"\n\n")
+        return b"".join(good)
+
+
+def read_events(data: bytes) -> list[Event]:
+    """Return what whole events say that are known to be well-formed."""
+    return _EVENTS.decode(b"[%s]" % data[6:-2].replace(b"\n\ndata: ", b","))
+
+
+def _failed(event: Event) -> bool:
+    if event.error is not None or event.object == "error":
+        return True
+    return any(choice.finish_reason in LOST for choice in event.choices or ())
