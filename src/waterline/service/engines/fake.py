@@ -6,10 +6,11 @@ it never runs out of cache; there are `max_batch` places and that is all.
 """
 
 import asyncio
-import hashlib
+import secrets
 import socket
 import sys
 import time
+import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from waterline.service.asgi import (
     read_body,
     unless_disconnected,
 )
-from waterline.service.body import CHAT, COMPLETIONS, Asked, read_asked
+from waterline.service.body import BYTES_PER_TOKEN, CHAT, COMPLETIONS, TOKENS_PER_MESSAGE, Asked, read_asked
 from waterline.service.engines import ask
 from waterline.service.engines.dialect import FAKE, Dialect
 from waterline.service.engines.lifeline import announce, end_with_parent
@@ -198,7 +199,7 @@ class FakeApp:
 
     async def _answer(self, asked: Asked, chat: bool, reply: Reply) -> None:  # noqa: FBT001 - chat, or completion
         answer = Answer(asked, self.part, chat=chat)
-        job = Job(prompt_tokens=asked.prompt_tokens, output_tokens=answer.output_tokens)
+        job = Job(prompt_tokens=answer.usage["prompt_tokens"], output_tokens=answer.output_tokens)
         try:
             if answer.output_tokens:
                 self.batch.add(job)
@@ -216,7 +217,10 @@ class FakeApp:
 
 
 class Answer:
-    """What is said to one request: words that follow from its prompt, and nothing else."""
+    """What is said to one request: words that follow from all that stands before them, and nothing else.
+
+    So an answer that is gone on with from its middle, by ids or by text, is the answer that was begun.
+    """
 
     def __init__(self, asked: Asked, part: Part, *, chat: bool) -> None:
         room = part.max_context_tokens - asked.prompt_tokens
@@ -225,27 +229,29 @@ class Answer:
                 f"The prompt has about {asked.prompt_tokens} tokens; the context is {part.max_context_tokens}.",
                 code="context_length_exceeded",
             )
+        fields = asked.fields
+        self.prompt_ids, begun = _chat_ids(fields) if chat else _prompt_ids(fields["prompt"])
+        expected = max(0, part.expected_output_tokens - begun)
         most = room if asked.most_tokens is None else min(asked.most_tokens, room)
-        self.output_tokens = min(most, part.expected_output_tokens)
+        self.output_tokens = min(most, expected)
         self.asked, self.chat = asked, chat
-        self.finish: Literal["stop", "length"] = "stop" if part.expected_output_tokens <= most else "length"
-        self.digest = hashlib.sha256(orjson.dumps([asked.fields.get(key) for key in ("messages", "prompt")])).digest()
+        self.finish: Literal["stop", "length"] = "stop" if expected <= most else "length"
+        self.ids, self.words = _words(self.prompt_ids, begun, self.output_tokens)
+        self.tells_ids = fields.get("return_token_ids") is True
         self.stamp = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{self.digest.hex()[:24]}",
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": asked.model,
         }
+        prompt_tokens = max(1, len(self.prompt_ids))
         self.usage = {
-            "prompt_tokens": asked.prompt_tokens,
+            "prompt_tokens": prompt_tokens,
             "completion_tokens": self.output_tokens,
-            "total_tokens": asked.prompt_tokens + self.output_tokens,
+            "total_tokens": prompt_tokens + self.output_tokens,
         }
 
-    def word(self, number: int) -> str:
-        return (" " if number else "") + WORDS[(self.digest[number % 32] + number) % len(WORDS)]
-
     def whole(self) -> dict[str, Any]:
-        text = "".join(map(self.word, range(self.output_tokens)))
+        text = "".join(self.words)
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         kind = "chat.completion" if self.chat else "text_completion"
         choice = {"index": 0, "finish_reason": self.finish, "logprobs": None, **said}
@@ -255,20 +261,103 @@ class Answer:
         """Yield the events of a stream, each token as it is produced."""
         for number in range(job.output_tokens):
             await job.produced.get()
-            opening = self._event({"role": "assistant", "content": ""}) if self.chat and number == 0 else b""
-            said = {"content": self.word(number)} if self.chat else {"text": self.word(number)}
-            yield opening + self._event(said)
-        yield self._event({} if self.chat else {"text": ""}, finish=self.finish)
-        if self.asked.include_usage:
-            yield self._encoded({"choices": [], "usage": self.usage})
+            yield self.event(number)
+        yield self.last()
 
-    def _event(self, said: dict[str, str], finish: str | None = None) -> bytes:
+    def event(self, number: int) -> bytes:
+        """Return what is sent for one token; before the first one of a chat comes the role."""
+        opening = b""
+        if number == 0:
+            prompt_ids = {"prompt_token_ids": self.prompt_ids} if self.tells_ids else {}
+            if self.chat:
+                opening = self._event({"role": "assistant", "content": ""}, beside=prompt_ids)
+        ids = {"token_ids": [self.ids[number]]} if self.tells_ids else {}
+        if self.chat:
+            return opening + self._event({"content": self.words[number]}, within=ids)
+        return self._event({"text": self.words[number]}, within=ids | (prompt_ids if number == 0 else {}))
+
+    def last(self) -> bytes:
+        """Return what ends a stream, but for [DONE]."""
+        end = self._event({} if self.chat else {"text": ""}, finish=self.finish)
+        return end + (self._encoded({"choices": [], "usage": self.usage}) if self.asked.include_usage else b"")
+
+    def _event(
+        self,
+        said: dict[str, str],
+        *,
+        finish: str | None = None,
+        within: Mapping[str, list[int]] | None = None,
+        beside: Mapping[str, list[int]] | None = None,
+    ) -> bytes:
         said_so = {"delta": said} if self.chat else said
-        return self._encoded({"choices": [{"index": 0, "finish_reason": finish, "logprobs": None, **said_so}]})
+        choice = {"index": 0, **said_so, "finish_reason": finish, "logprobs": None, **(within or {})}
+        return self._encoded({"choices": [choice], **(beside or {})})
 
     def _encoded(self, event: dict[str, Any]) -> bytes:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return b"data: " + orjson.dumps({**self.stamp, "object": kind, **event}) + b"\n\n"
+
+
+# Its tokens: words that it says, once as the first of an answer and once after a blank; and of what it is told, four
+# bytes each, whose ids say which. A message of a chat has tokens more, for what is around it.
+FIRST_WORDS, OTHERS = len(WORDS), 2 * len(WORDS)
+AROUND = OTHERS  # an id without text
+
+
+def _chat_ids(fields: dict[str, Any]) -> tuple[list[int], int]:
+    """Return the prompt of a chat, and how many words of it are the answer that is gone on with."""
+    messages = fields["messages"]
+    begun = ""
+    if fields.get("continue_final_message") and messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        begun = last.get("content") or ""
+    ids = []
+    for message in messages:
+        content = message.get("content") or ""
+        texts = (
+            [content]
+            if isinstance(content, str)
+            else [part if isinstance(part, str) else part.get("text") or "" for part in content]
+        )
+        ids += [AROUND] * TOKENS_PER_MESSAGE + _text_ids("".join(texts))
+    said = _said_ids(begun)
+    return ids + said, len(said)
+
+
+def _prompt_ids(prompt: Any) -> tuple[list[int], int]:
+    """Return the prompt of a completion, of which the words at its end are said already where it is a list of ids."""
+    parts = [prompt] if isinstance(prompt, str) else prompt
+    ids = list[int]()
+    for part in parts:
+        ids += _text_ids(part) if isinstance(part, str) else part if isinstance(part, list) else [part]
+    begun = next((number for number, one in enumerate(reversed(ids)) if one >= OTHERS), len(ids))
+    return ids, begun
+
+
+def _text_ids(text: str) -> list[int]:
+    data = text.encode()
+    groups = [data[start : start + BYTES_PER_TOKEN] for start in range(0, len(data), BYTES_PER_TOKEN)]
+    return [AROUND + 1 + (len(group) - 1) * 2**32 + int.from_bytes(group, "big") for group in groups]
+
+
+def _said_ids(text: str) -> list[int]:
+    """Return the ids of words it has said."""
+    words = [WORDS.index(word) if word in WORDS else 0 for word in text.split()]
+    return [word + FIRST_WORDS * (number > 0) for number, word in enumerate(words)]
+
+
+def _words(prompt_ids: list[int], begun: int, count: int) -> tuple[list[int], list[str]]:
+    """Return the next so many tokens and their text."""
+    state = zlib.crc32(orjson.dumps(prompt_ids[: len(prompt_ids) - begun]))
+    for one in prompt_ids[len(prompt_ids) - begun :]:
+        state = zlib.crc32(b"%d" % one, state)
+    ids, words = [], []
+    for number in range(begun, begun + count):
+        word = (state >> 8) % len(WORDS)
+        ids.append(word + FIRST_WORDS * (number > 0))
+        words.append(" " * (number > 0) + WORDS[word])
+        state = zlib.crc32(b"%d" % ids[-1], state)
+    return ids, words
 
 
 # --- The process ----------------------------------------------------------------------------------------------------

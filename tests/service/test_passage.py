@@ -1,0 +1,147 @@
+"""Failures nobody sees: one of two replicas fails, and the client gets the answer it would have got."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+from faulty import BEFORE, HARMLESS, QUESTION, WITHIN, Engine, listening, said_by
+from serving import Served, fake_plan, served, until
+
+from waterline.service.body import CHAT, COMPLETIONS
+
+TOKENS = 50
+
+
+@dataclass
+class Got:
+    """One stream as its client saw it."""
+
+    text: str = ""
+    thought: str = ""
+    roles: int = 0
+    finishes: list[str] = field(default_factory=list)
+    usages: list[dict[str, int]] = field(default_factory=list)
+    stamps: set[tuple[str, int, str, str]] = field(default_factory=set)
+    keys: set[str] = field(default_factory=set)
+    dones: int = 0
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    events: int = 0
+    took_s: float = 0.0
+
+
+async def ask(service: Served, fields: Mapping[str, Any], fault: str = "", path: str = CHAT) -> Got:
+    """Ask for a stream, with a fault for those who are faulty, and read it as a strict client does."""
+    got, begun_s = Got(), time.monotonic()
+    async with (
+        aiohttp.ClientSession(headers={"user-agent": fault or "none"}) as session,
+        session.post(f"{service.url}/v1{path}", json={"model": "chat", "stream": True, **fields}) as reply,
+    ):
+        data = await reply.read()
+        assert reply.status == 200, data
+    *blocks, rest = data.split(b"\n\n")
+    assert rest == b""
+    for block in blocks:
+        assert block.startswith(b"data: "), block
+        if block == b"data: [DONE]":
+            got.dones += 1
+            continue
+        assert not got.dones, "nothing comes after the end"
+        event = orjson.loads(block[6:])
+        if "error" in event:
+            got.errors.append(event["error"])
+            continue
+        got.events += 1
+        got.stamps.add((event["id"], event["created"], event["model"], event["object"]))
+        got.usages += [event["usage"]] if event.get("usage") else []
+        got.keys |= set(event)
+        for choice in event["choices"]:
+            got.keys |= set(choice)
+            delta = choice.get("delta", {})
+            got.roles += "role" in delta
+            got.text += delta.get("content") or choice.get("text") or ""
+            got.thought += delta.get("reasoning_content") or ""
+            got.finishes += [choice["finish_reason"]] if choice["finish_reason"] else []
+    got.took_s = time.monotonic() - begun_s
+    return got
+
+
+def check(got: Got, fields: Mapping[str, Any], engine: Engine, path: str = CHAT, tokens: int = TOKENS) -> None:
+    """Fail unless a stream is the one a healthy engine gives."""
+    assert got.errors == []
+    assert got.text == said_by(fields, engine, path)
+    assert got.finishes == ["length" if fields.get("max_tokens") == TOKENS else "stop"]
+    assert got.roles == (path == CHAT)
+    assert got.dones == 1
+    assert len(got.stamps) == 1, "one name, one date, one model"
+    assert not got.keys & {"token_ids", "prompt_token_ids"}, "nobody has asked for them"
+    if (fields.get("stream_options") or {}).get("include_usage"):
+        [usage] = got.usages
+        assert usage["completion_tokens"] == tokens
+        assert usage["total_tokens"] == usage["prompt_tokens"] + tokens
+    else:
+        assert got.usages == []
+
+
+REQUEST: dict[str, Any] = {"model": "chat", "messages": QUESTION, "stream_options": {"include_usage": True}}
+TEXT: dict[str, Any] = {
+    "model": "chat",
+    "prompt": "How deep",
+    "max_tokens": 60,
+    "stream_options": {"include_usage": True},
+}
+
+
+async def run(
+    cases: list[tuple[str, dict[str, Any], str]], owner: str = "vllm", output_tokens: int = TOKENS
+) -> tuple[list[Got], Served]:
+    """Ask for all these at once, of a faulty engine and a healthy one, whose answers end by themselves so soon."""
+    engines = [Engine(faulty=faulty, owner=owner, output_tokens=output_tokens) for faulty in (True, False)]
+    async with (
+        listening(*engines) as attached,
+        served(fake_plan({"chat": 2}, max_batch=1000), engines=attached) as service,
+    ):
+        got = await asyncio.gather(*(ask(service, fields, fault, path) for fault, fields, path in cases))
+        for one, (_, fields, path) in zip(got, cases, strict=True):
+            check(one, fields, engines[1], path)
+        assert {one.status for one in service.completions} == {"ok"}
+        assert {one.output_tokens for one in service.completions} == {TOKENS}
+        assert len({one.prompt_tokens for one in service.completions}) == len({path for _, _, path in cases})
+        await until(lambda: not any(engine.running for engine in engines))
+        return got, service
+
+
+@pytest.mark.parametrize("fault", BEFORE)
+def test_before_the_first_byte_nobody_sees_a_failure(fault: str) -> None:
+    got, _ = asyncio.run(run([(fault, REQUEST, CHAT), (fault, TEXT, COMPLETIONS)] * 6))
+    print(f"{fault}: 12 of 12, the slowest {max(one.took_s for one in got):.2f} s")
+
+
+@pytest.mark.parametrize("fault", WITHIN)
+def test_in_the_middle_of_a_stream_nobody_sees_a_failure(fault: str) -> None:
+    cases = [(f"{fault}@{after}", REQUEST, CHAT) for after in (0, 0, 1, 1, 25, 25, 48, 48, 49, 49, 50, 50)]
+    got, _ = asyncio.run(run(cases + [(case, TEXT, COMPLETIONS) for case, _, _ in cases]))
+    print(f"{fault}: 24 of 24, the slowest {max(one.took_s for one in got):.2f} s")
+
+
+@pytest.mark.parametrize("fault", HARMLESS)
+def test_what_is_only_unusual_is_no_failure(fault: str) -> None:
+    asyncio.run(run([(fault, REQUEST, CHAT)] * 4))
+
+
+@pytest.mark.parametrize(("owner", "path"), [("vllm", CHAT), ("vllm", COMPLETIONS), ("sglang", CHAT)])
+def test_wherever_a_stream_is_cut_it_is_the_same_stream(owner: str, path: str) -> None:
+    fields = REQUEST if path == CHAT else TEXT
+    asyncio.run(run([(f"cut@{after}", fields, path) for after in range(TOKENS + 1) for _ in range(2)], owner))
+
+
+@pytest.mark.parametrize(
+    ("owner", "path"), [("vllm", CHAT), ("vllm", COMPLETIONS), ("sglang", CHAT), ("sglang", COMPLETIONS)]
+)
+def test_the_limit_of_tokens_is_that_of_the_whole_answer(owner: str, path: str) -> None:
+    fields = {**(REQUEST if path == CHAT else TEXT), "max_tokens": TOKENS}
+    asyncio.run(run([(f"cut@{after}", fields, path) for after in range(0, TOKENS + 1, 7) for _ in range(2)], owner, 80))
