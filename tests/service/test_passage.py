@@ -1,6 +1,8 @@
 """Failures nobody sees: one of two replicas fails, and the client gets the answer it would have got."""
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +12,8 @@ import aiohttp
 import orjson
 import pytest
 from faulty import BEFORE, HARMLESS, QUESTION, WITHIN, Engine, listening, said_by
-from serving import Served, fake_plan, served, until
+from msgspec.structs import replace
+from serving import Served, fake_plan, laptop_plan, served, until
 
 from waterline.service.body import CHAT, COMPLETIONS
 
@@ -33,6 +36,32 @@ class Got:
     events: int = 0
     took_s: float = 0.0
 
+    def read(self, data: bytes) -> None:
+        """Read a whole stream as a strict client does."""
+        *blocks, rest = data.split(b"\n\n")
+        assert rest == b""
+        for block in blocks:
+            assert block.startswith(b"data: "), block
+            if block == b"data: [DONE]":
+                self.dones += 1
+                continue
+            assert not self.dones, "nothing comes after the end"
+            event = orjson.loads(block[6:])
+            if "error" in event:
+                self.errors.append(event["error"])
+                continue
+            self.events += 1
+            self.stamps.add((event["id"], event["created"], event["model"], event["object"]))
+            self.usages += [event["usage"]] if event.get("usage") else []
+            self.keys |= set(event)
+            for choice in event["choices"]:
+                self.keys |= set(choice)
+                delta = choice.get("delta", {})
+                self.roles += "role" in delta
+                self.text += delta.get("content") or choice.get("text") or ""
+                self.thought += delta.get("reasoning_content") or ""
+                self.finishes += [choice["finish_reason"]] if choice["finish_reason"] else []
+
 
 async def ask(service: Served, fields: Mapping[str, Any], fault: str = "", path: str = CHAT) -> Got:
     """Ask for a stream, with a fault for those who are faulty, and read it as a strict client does."""
@@ -43,29 +72,7 @@ async def ask(service: Served, fields: Mapping[str, Any], fault: str = "", path:
     ):
         data = await reply.read()
         assert reply.status == 200, data
-    *blocks, rest = data.split(b"\n\n")
-    assert rest == b""
-    for block in blocks:
-        assert block.startswith(b"data: "), block
-        if block == b"data: [DONE]":
-            got.dones += 1
-            continue
-        assert not got.dones, "nothing comes after the end"
-        event = orjson.loads(block[6:])
-        if "error" in event:
-            got.errors.append(event["error"])
-            continue
-        got.events += 1
-        got.stamps.add((event["id"], event["created"], event["model"], event["object"]))
-        got.usages += [event["usage"]] if event.get("usage") else []
-        got.keys |= set(event)
-        for choice in event["choices"]:
-            got.keys |= set(choice)
-            delta = choice.get("delta", {})
-            got.roles += "role" in delta
-            got.text += delta.get("content") or choice.get("text") or ""
-            got.thought += delta.get("reasoning_content") or ""
-            got.finishes += [choice["finish_reason"]] if choice["finish_reason"] else []
+    got.read(data)
     got.took_s = time.monotonic() - begun_s
     return got
 
@@ -145,3 +152,39 @@ def test_wherever_a_stream_is_cut_it_is_the_same_stream(owner: str, path: str) -
 def test_the_limit_of_tokens_is_that_of_the_whole_answer(owner: str, path: str) -> None:
     fields = {**(REQUEST if path == CHAT else TEXT), "max_tokens": TOKENS}
     asyncio.run(run([(f"cut@{after}", fields, path) for after in range(0, TOKENS + 1, 7) for _ in range(2)], owner, 80))
+
+
+# --- A real engine --------------------------------------------------------------------------------------------------
+
+
+def test_when_llama_cpp_is_killed_another_goes_on_with_the_very_answer() -> None:
+    [replica] = laptop_plan().replicas
+    plan = replace(laptop_plan(), replicas=tuple(replace(replica, id=f"abacus/{number}") for number in range(2)))
+    common = {"model": "abacus", "temperature": 0, "stream_options": {"include_usage": True}}
+    products = [(347, 586), (999, 888), (123, 45), (708, 691)]
+    chats = [{**common, "messages": [{"role": "user", "content": f"What is {a} * {b}?"}]} for a, b in products]
+    texts = [{**common, "prompt": f"<|user|>{a}*{b}<|assistant|><think>", "max_tokens": 150} for a, b in products]
+    cases = [(fields, CHAT) for fields in chats] + [(fields, COMPLETIONS) for fields in texts]
+
+    async def case() -> list[bool]:
+        async with served(plan) as service:
+            expected = [await ask(service, fields, path=path) for fields, path in cases]
+            asking = [asyncio.create_task(ask(service, fields, path=path)) for fields, path in cases]
+            watches = service.gateway._passages._watches
+            await until(lambda: any(watch.heard for watch in watches["abacus/0"]))
+            os.kill(service.supervisor.states["abacus/0"].pid or 0, signal.SIGKILL)
+            got = await asyncio.gather(*asking)
+            for mine, its in zip(got, expected, strict=True):
+                assert (mine.errors, mine.dones) == ([], 1)
+                assert (mine.text, mine.thought) == (its.text, its.thought)
+                assert (mine.finishes, mine.roles) == (its.finishes, its.roles)
+                assert len({stamp[0] for stamp in mine.stamps}) == 1  # its dates go on with the clock
+                for usage in (*mine.usages, *its.usages):
+                    del usage["prompt_tokens_details"]  # what was cached, which differs
+                assert mine.usages == its.usages
+            assert {one.status for one in service.completions} == {"ok"}
+            return ["timings" not in one.keys for one in got]  # else its engine has told the whole answer
+
+    moved = asyncio.run(case())
+    print(f"{sum(moved)} of {len(moved)} streams moved")
+    assert any(moved), "the kills came too late to matter"

@@ -266,7 +266,7 @@ async def asked_of(
 ) -> tuple[int, str, str | None]:
     """Return status, body and Retry-After of a request to the only replica, whose engine answers so."""
     async with engine_that(answer) as url:
-        plan = fake_plan(engine="openai", urls=(url,))
+        plan = fake_plan(engine="openai", urls=(url,), ttft_s=0.3)
         engines = {"chat/0": Attached(url=url, name="chat", faults=faults or {})}
         async with served(plan, engines=engines) as service, aiohttp.ClientSession() as session:
             body = {"model": "chat", "messages": QUESTION, "stream": stream}

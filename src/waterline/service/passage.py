@@ -11,7 +11,7 @@ What decides about places is elsewhere and shows itself here as a `Placement`; n
 import asyncio
 import math
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from waterline.service.errors import RejectedError
 from waterline.service.events import DONE, BadEventError
 from waterline.service.health import Health, Watch
 from waterline.service.said import Said
-from waterline.service.stream import Stream
+from waterline.service.stream import Stream, read_to_the_end
 from waterline.service.supervisor import ReplicaState
 from waterline.service.upstream import (
     BrokenStreamError,
@@ -41,8 +41,8 @@ from waterline.service.upstream import (
 
 ATTEMPTS = 3  # engines that may fail a request, one after the other without a token, before its client is told
 PATIENCE_S = 30.0  # for a place where a stream goes on, while no replica is in service
-BUSY_PAUSE_S = 0.05  # before somebody is asked again who was full; doubled each time
-LONGEST_BUSY_PAUSE_S = 1.0
+PAUSE_S = 0.05  # before somebody is asked again who was full, or away; doubled each time
+LONGEST_PAUSE_S = 1.0
 LOOK_EVERY_S = 0.1  # for silence
 WAITS_LONGER = 4.0  # times, after each silence: perhaps it is the request that takes long
 ABORT_WITHIN_S = 1.0
@@ -88,13 +88,13 @@ class Passage:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Failures:
-    """What one request has met on its way."""
+    """What one request has met on its way, since the last token."""
 
-    until_s: float  # when nobody waits any longer for an engine that is full
-    avoid: set[str] = field(default_factory=set)  # replicas that failed it since the last token
-    accused: list[Replica] = field(default_factory=list)  # that failed it, or were given what fails everybody
-    fruitless: int = 0  # failures since the last token
-    pause_s: float = BUSY_PAUSE_S
+    until_s: float  # when nobody waits any longer for an engine that is full, or away
+    avoid: set[str] = field(default_factory=set)  # replicas that failed it
+    accused: list[Replica] = field(default_factory=list)  # of failing it; or it is one that fails everybody
+    fruitless: int = 0  # failures that count
+    pause_s: float = PAUSE_S
 
 
 class Passages:
@@ -128,7 +128,7 @@ class Passages:
         self._watches: dict[str, set[Watch]] = {}  # by replica
         self._looking: asyncio.TimerHandle | None = None
         self._looked_s = 0.0
-        self._aborting: set[asyncio.Task[None]] = set()
+        self._chores: set[asyncio.Task[None]] = set()
 
     def cut(self, replica_id: str) -> None:
         """End what is under way on a replica that is gone, as if it had broken off."""
@@ -139,6 +139,8 @@ class Passages:
     def close(self) -> None:
         """Stop watching; what is under way is left to whoever carries it."""
         self.health.close()
+        for chore in self._chores:
+            chore.cancel()
         if self._looking:
             self._looking.cancel()
 
@@ -158,9 +160,8 @@ class Passages:
                 await self._ask(passage, replica, reply, last=failures.fruitless == ATTEMPTS - 1)
             except UnansweredError as error:
                 if passage.said.pieces > said:
-                    failures.fruitless = 0
-                    failures.avoid.clear()
-                await self._bear(error, failures, passage, replica, reply)
+                    failures = Failures(until_s=self._now_s() + PATIENCE_S, accused=failures.accused)
+                await self._bear(error, failures, replica, reply)
                 if reply.begun and await _end_alone(passage, reply):
                     break
                 passage.place.move(frozenset(failures.avoid))
@@ -172,27 +173,23 @@ class Passages:
         for other in failures.accused:  # somebody could answer: so it was not the request
             self.health.failed(other)
 
-    async def _bear(
-        self, error: UnansweredError, failures: "Failures", passage: Passage, replica: Replica, reply: Reply
-    ) -> None:
+    async def _bear(self, error: UnansweredError, failures: "Failures", replica: Replica, reply: Reply) -> None:
         """Take a failure into account. Raises it when it was one too many, for the client to see."""
         failures.avoid.add(replica.id)
-        if error.busy:
-            asked = set(passage.progress.replicas)
-            if any(
-                id_ not in asked and self._states[id_].status == "ready" for id_ in self._replicas_of(replica.model)
-            ):
+        if not error.certain:
+            failures.accused += [replica] * (not error.busy)
+        elif self._states[replica.id].status in {"ready", "suspect"}:  # else its death is known, and nobody's news
+            self.health.failed(replica, silent=error.silent)
+        if error.busy or error.absent:  # that costs nobody anything: it is tried again as long as there is time
+            others = set(self._replicas_of(replica.model)) - failures.avoid
+            if any(self._states[other].status == "ready" for other in others):
                 return
             if self._now_s() + failures.pause_s > failures.until_s:
                 raise BrokenStreamError(str(error)) if reply.begun else error
             await asyncio.sleep(failures.pause_s)
-            failures.pause_s = min(2.0 * failures.pause_s, LONGEST_BUSY_PAUSE_S)
+            failures.pause_s = min(2.0 * failures.pause_s, LONGEST_PAUSE_S)
             return
         failures.fruitless += 1
-        if not error.certain:
-            failures.accused.append(replica)
-        elif self._states[replica.id].status in {"ready", "suspect"}:  # else its death is known, and nobody's news
-            self.health.failed(replica, silent=error.silent)
         if failures.fruitless == ATTEMPTS:
             raise BrokenStreamError(str(error)) if reply.begun else error
 
@@ -236,7 +233,9 @@ class Passages:
             passage.said = Said()
             body = _body(asked, state.served_name, wished)
         watch.since_s = begun_s = _now_s()
-        response = await self._connections.ask(engine, state.url + path, body, passage.headers, stream=True)
+        watch.response = response = await self._connections.ask(
+            engine, state.url + path, body, passage.headers, stream=True
+        )
         try:
             stream = Stream(response, passage.said, passage.progress, reply, weave=weave, wished=wished)
             while await stream.read(watch):
@@ -245,9 +244,11 @@ class Passages:
                 await stream.pass_on()
             await stream.end()
             watch.vitals.took(*stream.pace(begun_s))
-            await stream.read_to_the_end()
-        finally:
-            response.close()  # a connection that was read to its end has gone back to the others before
+        except BaseException:
+            response.close()
+            raise
+        if not response.content.at_eof():  # the client has all; the connection is of use once it was read to its end
+            self._later(read_to_the_end(response))
 
     async def _whole(self, passage: Passage, replica: Replica, reply: Reply, watch: Watch) -> None:
         asked, engine, state = passage.asked, self._engines[replica.id], self._states[replica.id]
@@ -256,7 +257,7 @@ class Passages:
         watch.whole_tokens = asked.most_tokens or replica.max_context_tokens
         watch.since_s = asyncio.get_running_loop().time()
         try:
-            response = await self._connections.ask(
+            watch.response = response = await self._connections.ask(
                 engine, state.url + passage.endpoint, body, passage.headers, stream=False
             )
             try:
@@ -287,9 +288,13 @@ class Passages:
                     address = url.removesuffix("/v1") + engine.dialect.abort
                     (await self._connections.post(address, orjson.dumps(rid), engine.headers)).close()
 
-        task = asyncio.get_running_loop().create_task(abort())
-        self._aborting.add(task)
-        task.add_done_callback(self._aborting.discard)
+        self._later(abort())
+
+    def _later(self, chore: Coroutine[Any, Any, None]) -> None:
+        """Do what nobody waits for."""
+        task = asyncio.get_running_loop().create_task(chore)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
 
     async def _probe(self, replica: Replica) -> bool:
         """Whether a replica answers a request of one token; that it refuses it is an answer too."""
@@ -327,11 +332,13 @@ class Passages:
             if late_s > LOOK_EVERY_S:
                 for watch in watches:
                     watch.since_s += late_s
-            elif self._has_others(next(iter(watches)).vitals.replica):
-                for watch in watches:
-                    if now_s - watch.since_s > watch.allowed_s(now_s):
-                        watch.silent, watch.since_s = True, math.inf
-                        watch.within.reschedule(0.0)
+                continue
+            others = self._has_others(next(iter(watches)).vitals.replica)
+            for watch in watches:
+                watch.silent = others and now_s - watch.since_s > watch.allowed_s(now_s)
+                if watch.silent or watch.lost:
+                    watch.since_s = math.inf
+                    watch.within.reschedule(0.0)
 
     def _has_others(self, replica: Replica) -> bool:
         return any(

@@ -16,7 +16,7 @@ from waterline.service.said import Said
 from waterline.service.upstream import Progress, UnansweredError, engine_words, passed_back
 from waterline.service.weave import Weave
 
-LAST_BYTES_WITHIN_S = 0.2  # of a stream that is done: a connection is kept only when it was read to its end
+LAST_BYTES_WITHIN_S = 0.2  # of a stream that is done
 # It never stands inside a text, where each quote has a backslash before it.
 IDS = re.compile(rb',\s*"(?:prompt_)?token_ids"\s*:\s*(?:\[[\d,\s]*\]|null)')
 
@@ -113,8 +113,12 @@ class Stream:
         tokens = self._said.pieces - self._pieces
         return self._first_s - begun_s, (self._time() - self._first_s) / (tokens - 1) if tokens > 1 else math.nan
 
-    async def read_to_the_end(self) -> None:
-        """Let the connection be used again."""
+
+async def read_to_the_end(response: aiohttp.ClientResponse) -> None:
+    """Let the connection of a stream that is done be used again, or close it."""
+    try:
         with suppress(TimeoutError, aiohttp.ClientError, OSError):
             async with asyncio.timeout(LAST_BYTES_WITHIN_S):
-                await self._response.content.read()
+                await response.content.read()
+    finally:
+        response.close()

@@ -42,6 +42,7 @@ class UnansweredError(RejectedError):
         busy: it is well, but full.
         certain: it is the engine's fault, whatever the request was.
         silent: it let somebody wait in vain.
+        absent: it takes no connections, which was found out at once.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class UnansweredError(RejectedError):
         busy: bool = False,
         certain: bool = True,
         silent: bool = False,
+        absent: bool = False,
     ) -> None:
         super().__init__(message, status=status, code="engine_failed", headers=headers)
         self.busy = busy
         self.certain = certain
         self.silent = silent
+        self.absent = absent
 
 
 class BrokenStreamError(EngineError):
@@ -155,7 +158,9 @@ class Connections:
                 response.close()
                 raise
         except aiohttp.ClientConnectorError as error:  # it is gone, and about to be restarted
-            raise UnansweredError("The engine takes no connections.", status=503, headers=retry_after(1)) from error
+            raise UnansweredError(
+                "The engine takes no connections.", status=503, headers=retry_after(1), absent=True
+            ) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: headers that nobody can read
             raise UnansweredError("The engine broke off.") from error
         return response

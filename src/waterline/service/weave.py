@@ -76,6 +76,9 @@ class Weave:
         else:
             usage["prompt_tokens"] = max(0, usage.get("prompt_tokens", 0) - self._earlier_tokens)
             usage["completion_tokens"] = usage.get("completion_tokens", 0) + self._earlier_tokens
+        details = usage.get("prompt_tokens_details")
+        if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):  # of what was said, too
+            details["cached_tokens"] = min(details["cached_tokens"], usage.get("prompt_tokens", 0))
         usage["total_tokens"] = usage.get("prompt_tokens", 0) + usage["completion_tokens"]
 
     def _turned_choice(self, choice: dict[str, Any]) -> bool:
