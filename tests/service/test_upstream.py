@@ -58,6 +58,11 @@ def test_words_that_look_like_events_are_not_counted() -> None:
     assert progress.output_tokens == 0
 
 
+def test_an_event_in_a_form_that_is_new_to_us_passes_as_it_is() -> None:
+    new = b'data: {"choices":[{"delta":{"content":[{"type":"thinking"}]}}]}\n\n'
+    assert read_in_pieces(EVENT + new + EVENT + DONE, 1000)[0] == [EVENT + new + EVENT]
+
+
 def test_comments_other_fields_and_other_ends_of_lines_are_understood() -> None:
     stream = b': ping\n\nevent: x\ndata: {"a":1}\n\ndata:{"b":2}\r\n\r\ndata: {\ndata: "c":3}\n\ndata:[DONE]'
     out, progress = read_in_pieces(stream, 1000)
@@ -70,7 +75,8 @@ def test_comments_other_fields_and_other_ends_of_lines_are_understood() -> None:
     [
         (b'data: {"choices":[{"del\n\n', "nobody can read"),
         (b"data: {broken}\n\n", "nobody can read"),
-        (b'data: {"choices":7}\n\n', "nobody can read"),
+        (b"data: 7\n\n", "nobody can read"),
+        (b'data: {"choices":7,"error":{"message":"too late"}}\n\n', "too late"),
         (b'data: {"error":{"message":"out of memory"}}\n\n', "out of memory"),
         (b'data: {"object":"error","message":"too bad"}\n\n', "too bad"),
         (b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"abort"}]}\n\n', "gave up"),

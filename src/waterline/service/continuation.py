@@ -52,8 +52,8 @@ def resume(asked: Asked, path: str, said: Said, dialect: Dialect, max_context_to
     """
     fields = asked.fields
     said.forget_unspoken()
-    if path not in {CHAT, COMPLETIONS}:
-        raise RefusedError(f"nobody knows how to go on with {path}")
+    if path not in {CHAT, COMPLETIONS} or said.unknown:
+        raise RefusedError("nobody here knows the form of this answer")
     if not said.texts:
         return _once_more(fields, path, said, dialect)
     if ended(asked, said):

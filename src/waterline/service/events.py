@@ -4,10 +4,10 @@ Of an event we know what tells how far an answer has got; the rest of it passes 
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from waterline.errors import EngineError
 
@@ -18,6 +18,9 @@ DONE = b"data: [DONE]\n\n"
 
 class BadEventError(EngineError):
     """The engine broke off, gave up, or sent what nobody can read."""
+
+
+Id = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # of a token
 
 
 class Function(Struct):
@@ -45,8 +48,8 @@ class Choice(Struct):
     delta: Delta | None = None
     finish_reason: str | None = None
     logprobs: Any = None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None  # here in completions, in the event in chats
+    token_ids: list[Id] | None = None
+    prompt_token_ids: list[Id] | None = None  # here in completions, in the event in chats
 
 
 class Usage(Struct):
@@ -57,11 +60,20 @@ class Usage(Struct):
 class Event(Struct):
     choices: list[Choice] | None = None
     usage: Usage | None = None
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: list[Id] | None = None
     error: Any = None
     object: str | None = None
 
 
+class _Anything(Struct):
+    """Of an event in a form that we do not know, whether it tells of an error."""
+
+    error: Any = None
+    object: Any = None
+
+
+UNKNOWN: Final = Event()  # stands for an event in a form that we do not know
+_ANYTHING: Final = msgspec.json.Decoder(_Anything)
 _EVENT: Final = msgspec.json.Decoder(Event)
 _EVENTS: Final = msgspec.json.Decoder(list[Event])
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -135,9 +147,8 @@ class Events:
                 break
             if not said:
                 continue
-            try:
-                event = _EVENT.decode(said)
-            except _UNREADABLE:
+            event = _decoded(said)
+            if event is None:
                 self._problem = "The engine sent an event that nobody can read."
                 break
             if _failed(event):
@@ -149,8 +160,27 @@ class Events:
 
 
 def read_events(data: bytes) -> list[Event]:
-    """Return what whole events say that are known to be well-formed."""
-    return _EVENTS.decode(b"[%s]" % data[6:-2].replace(b"\n\ndata: ", b","))
+    """Return what whole events of ours say. Raises BadEventError."""
+    try:
+        return _EVENTS.decode(b"[%s]" % data[6:-2].replace(b"\n\ndata: ", b","))
+    except _UNREADABLE as error:
+        raise BadEventError("The engine sent an event that nobody can read.") from error
+
+
+def _decoded(said: bytes) -> Event | None:
+    """Return what an event says, UNKNOWN where its form is new to us; None when it is no JSON object."""
+    try:
+        return _EVENT.decode(said)
+    except msgspec.ValidationError:
+        pass
+    except _UNREADABLE:
+        return None
+    try:
+        anything = _ANYTHING.decode(said)
+    except _UNREADABLE:
+        return None
+    failed = anything.error is not None or anything.object == "error"
+    return Event(error=True) if failed else UNKNOWN
 
 
 def _failed(event: Event) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from waterline.service.events import Choice, Event
+from waterline.service.events import UNKNOWN, Choice, Event
 
 THINKING = ("reasoning_content", "reasoning")  # what engines call it
 PIECES = 1024  # are joined, so that a long answer is few objects
@@ -31,12 +31,15 @@ class Said:
     prompt_ids: list[int] | None = None
     pieces: int = 0  # events with text: a token each, as engines do
     role: bool = False
+    unknown: bool = False  # something was said in a form that we do not know
     finished: dict[int, str] = field(default_factory=dict)  # by answer
     usage: bool = False
     first: bytes = b""  # events, which name the stream
 
     def add(self, events: Iterable[Event]) -> None:
         for event in events:
+            if event is UNKNOWN:
+                self.unknown = True
             if event.prompt_token_ids:
                 self.prompt_ids = event.prompt_token_ids
             if event.usage and not event.choices:
