@@ -8,7 +8,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from waterline.service.body import CHAT, COMPLETIONS, read_asked
 from waterline.service.engines.dialect import OWNERS
 from waterline.service.engines.fake import Answer, Part
 from waterline.service.engines.openai import Attached
+from waterline.service.errors import RejectedError, error_json
 
 PLAN = fake_plan()
 BEFORE = ("reset", "closed", "500", "503", "429", "hang", "wrong type", "empty", "nonsense")  # a byte of the answer
@@ -42,6 +43,7 @@ class Engine:
     faulty: bool = False
     owner: str = "vllm"  # which dialect it speaks
     output_tokens: int = 50
+    max_context_tokens: int = 4096
     token_s: float = 0.0
     bodies: list[dict[str, Any]] = field(default_factory=list)  # of the requests it has got
     running: int = 0
@@ -55,7 +57,7 @@ class Engine:
             model="chat",
             step=replica_step_cost(PLAN.fleet, PLAN.replicas[0]),
             max_batch=1000,
-            max_context_tokens=4096,
+            max_context_tokens=self.max_context_tokens,
             expected_output_tokens=self.output_tokens,
         )
 
@@ -80,8 +82,15 @@ class Engine:
         fields = orjson.loads(body)
         self.bodies.append(fields)
         fault, _, after = headers.get("user-agent", "").partition("@") if self.faulty else ("", "", "")
+        if path == "/abort_request":
+            await self._whole(line, 200, b"{}")
+            return
         asked = read_asked(path.removeprefix("/v1"), body)
-        answer = Answer(asked, self.part, chat=path.endswith(CHAT))
+        try:
+            answer = Answer(asked, self.part, chat=path.endswith(CHAT))
+        except RejectedError as error:
+            await self._whole(line, error.status, error_json(error))
+            return
         if path.removeprefix("/v1") not in OWNERS[self.owner].token_ids:
             answer.tells_ids = False
         self.running += 1
@@ -91,7 +100,7 @@ class Engine:
             elif asked.stream:
                 await self._stream(answer, line, fault, int(after or 0))
             else:
-                await asyncio.sleep(self.token_s * answer.output_tokens)
+                await self._think(line, self.token_s * answer.output_tokens)
                 await self._whole(line, 200, orjson.dumps(answer.whole()))
         except (ConnectionError, asyncio.CancelledError):
             self.left += 1
@@ -105,6 +114,13 @@ class Engine:
         )
         line.writer.write(data)
         await line.writer.drain()
+
+    async def _think(self, line: Line, within_s: float) -> None:
+        """Work on an answer that comes whole, unless the client leaves."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await line.reader.read(1)
+                raise ConnectionError
 
     async def _fail_before(self, fault: str, line: Line, *, stream: bool) -> None:
         if fault == "reset":

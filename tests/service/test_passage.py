@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from serving import Served, fake_plan, laptop_plan, served, until
 
 from waterline.service.body import CHAT, COMPLETIONS
+from waterline.service.passage import ATTEMPTS
 
 TOKENS = 50
 
@@ -152,6 +153,127 @@ def test_wherever_a_stream_is_cut_it_is_the_same_stream(owner: str, path: str) -
 def test_the_limit_of_tokens_is_that_of_the_whole_answer(owner: str, path: str) -> None:
     fields = {**(REQUEST if path == CHAT else TEXT), "max_tokens": TOKENS}
     asyncio.run(run([(f"cut@{after}", fields, path) for after in range(0, TOKENS + 1, 7) for _ in range(2)], owner, 80))
+
+
+async def with_engines(engines: tuple[Engine, ...], case: Callable[[Served], Awaitable[None]], **plan: Any) -> None:
+    async with (
+        listening(*engines) as attached,
+        served(fake_plan({"chat": len(engines)}, **plan), engines=attached) as service,
+    ):
+        await case(service)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("fault", BEFORE)
+def test_an_answer_that_comes_whole_is_asked_for_again(fault: str, path: str) -> None:
+    fields = {**(REQUEST if path == CHAT else TEXT), "stream": False}
+    del fields["stream_options"]
+    engines = (Engine(faulty=True, output_tokens=3), Engine(output_tokens=3))
+
+    async def case(service: Served) -> None:
+        async def ask_whole(session: aiohttp.ClientSession) -> str:
+            async with session.post(f"{service.url}/v1{path}", json=fields) as reply:
+                [choice] = (await reply.json())["choices"]
+                return str(choice["message"]["content"] if path == CHAT else choice["text"])
+
+        async with aiohttp.ClientSession(headers={"user-agent": fault}) as session:
+            texts = await asyncio.gather(*(ask_whole(session) for _ in range(6)))
+        assert texts == [said_by(fields, engines[1], path)] * 6
+
+    if fault == "hang":  # three tokens of an answer take no time, so it is missed soon
+        fields["max_tokens"] = 4
+    asyncio.run(with_engines(engines, case))
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": True}, "logprobs"),
+        ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tool_choice"),
+    ],
+)
+def test_what_nobody_can_go_on_with_ends_in_an_error_that_says_why_unless_nothing_was_said(
+    more: dict[str, Any], why: str
+) -> None:
+    engines = (Engine(faulty=True), Engine())
+
+    async def case(service: Served) -> None:
+        fields = {**REQUEST, **more}
+        broken = await ask(service, fields, "cut@20")
+        assert (broken.errors[0]["type"], broken.dones) == ("server_error", 0)
+        assert why in broken.errors[0]["message"]
+        whole = said_by(fields, engines[1])
+        assert whole.startswith(broken.text)
+        check(await ask(service, fields, "cut@0"), fields, engines[1])
+        greedy = {**fields, "temperature": 0}
+        check(await ask(service, greedy, "cut@20"), greedy, engines[1])
+
+    asyncio.run(with_engines(engines, case))
+
+
+def test_what_fails_everybody_ends_after_a_few_and_nobody_is_blamed() -> None:
+    engines = tuple(Engine(faulty=True) for _ in range(4))
+
+    async def case(service: Served) -> None:
+        for _ in range(5):
+            async with (
+                aiohttp.ClientSession(headers={"user-agent": "500"}) as session,
+                session.post(f"{service.url}/v1{CHAT}", json=REQUEST) as reply,
+            ):
+                assert reply.status == 502
+        assert sum(len(engine.bodies) for engine in engines) == 5 * ATTEMPTS
+        assert {lane.ready for lane in service.gateway.dispatchers["chat"].lanes} == {True}
+
+    asyncio.run(with_engines(engines, case))
+
+
+def test_a_storm_of_wrong_requests_ejects_nobody() -> None:
+    engines = (Engine(), Engine())
+
+    async def case(service: Served) -> None:
+        async with aiohttp.ClientSession() as session:
+            for _ in range(40):
+                body = {**REQUEST, "messages": [{"role": "user", "content": "x" * 4 * 480}], "max_tokens": 4}
+                async with session.post(f"{service.url}/v1{CHAT}", json=body) as reply:
+                    assert reply.status == 400
+        assert {lane.ready for lane in service.gateway.dispatchers["chat"].lanes} == {True}
+
+    for engine in engines:
+        engine.max_context_tokens = 400
+    asyncio.run(with_engines(engines, case))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_when_the_client_leaves_the_engine_hears_of_it_at_once(stream: bool) -> None:
+    engine = Engine(token_s=0.05, owner="sglang")
+
+    async def case(service: Served) -> None:
+        async with aiohttp.ClientSession() as session:
+            asking = asyncio.create_task(session.post(f"{service.url}/v1{CHAT}", json={**REQUEST, "stream": stream}))
+            await until(lambda: engine.running == 1)
+            begun_s = time.monotonic()
+            if stream:
+                (await asking).close()
+            asking.cancel()
+            await until(lambda: engine.left == 1, 1.0)
+            print(f"the engine heard of it after {time.monotonic() - begun_s:.3f} s")
+            if not stream:
+                await until(lambda: len(engine.bodies) == 2, 1.0)
+                assert engine.bodies[1] == {"rid": engine.bodies[0]["rid"]}
+        await until(lambda: [one.status for one in service.completions] == ["cancelled"])
+
+    asyncio.run(with_engines((engine,), case))
+
+
+def test_a_stream_meets_one_failure_after_the_other_and_nobody_sees_any() -> None:
+    engines = tuple(Engine(faulty=number < 3) for number in range(4))
+
+    async def case(service: Served) -> None:
+        for got in await asyncio.gather(*(ask(service, REQUEST, "cut@9") for _ in range(20))):
+            check(got, REQUEST, engines[3])
+
+    asyncio.run(with_engines(engines, case, max_batch=100))
 
 
 # --- A real engine --------------------------------------------------------------------------------------------------
