@@ -11,6 +11,7 @@ from openai import AsyncOpenAI
 
 import waterline
 from waterline.fleet import Demand, Fleet, Model, Pool, Tenant, load_fleet
+from waterline.ledger import Ledger
 from waterline.outcome import Completion
 from waterline.plan import Layout, ModelPlan, Place, Plan, Replica, TenantPlan
 from waterline.planner import make_plan
@@ -125,14 +126,18 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    plan: Plan, *, start: bool = True, engines: Mapping[str, Engine] | None = None
+    plan: Plan,
+    *,
+    start: bool = True,
+    engines: Mapping[str, Engine] | None = None,
+    ledger: Ledger | None = None,
 ) -> AsyncIterator[Served]:
     """Serve a plan on a free port, with its engines started unless a test does that itself."""
     listening = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     completions: list[Completion] = []
     async with (
-        running(plan, engines or prepare_engines(plan), listening, completions.append) as service,
+        running(plan, engines or prepare_engines(plan), listening, completions.append, ledger=ledger) as service,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as openai,
     ):
         if start:

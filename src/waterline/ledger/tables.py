@@ -1,10 +1,10 @@
 """The tables, as the code queries them; `migrations` makes them. `*_us` is UTC, `nano_usd` billionths of a dollar."""
 
-from sqlalchemy import BigInteger, Column, Index, MetaData, Table, Text
+from sqlalchemy import BigInteger, Column, Index, LargeBinary, MetaData, Table, Text
 
 from waterline.ledger.records import OUTCOMES
 
-REVISION = "0001"  # the newest migration
+REVISION = "0002"  # the newest migration
 metadata = MetaData()
 
 
@@ -106,4 +106,63 @@ usage = Table(
     *(_text(name, primary_key=True) for name in GROUP),
     *(_count(name) for name in SUMS),
     sqlite_with_rowid=False,
+)
+
+# What clients upload, and what batches give back.
+files = Table(
+    "files",
+    metadata,
+    _text("id", primary_key=True),
+    _text("tenant"),
+    _text("client"),
+    _text("purpose"),
+    _text("filename"),
+    _count("bytes"),
+    _count("created_us"),
+    Index("files_client", "tenant", "client", "created_us"),
+)
+
+file_parts = Table(
+    "file_parts",
+    metadata,
+    _text("file_id", primary_key=True),
+    Column("number", BigInteger, primary_key=True, nullable=False, autoincrement=False),
+    Column("data", LargeBinary, nullable=False),
+)
+
+MOMENTS = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
+batches = Table(
+    "batches",
+    metadata,
+    _text("id", primary_key=True),
+    _text("tenant"),
+    _text("client"),
+    _text("key_id"),
+    _text("endpoint"),
+    _text("input_file_id"),
+    _text("status"),
+    _text("metadata"),  # JSON, of the client
+    _count("requests"),  # lines of the input; 0 until they have been read
+    _count("ok"),  # of them have ended well
+    _count("not_ok"),  # of them have ended otherwise
+    _count("created_us"),
+    _count("expires_us"),
+    *(_count(f"{moment}_us", nullable=True) for moment in MOMENTS),
+    _text("errors"),  # a JSON list: why the input cannot be run
+    _text("output_file_id"),
+    _text("error_file_id"),
+    _text("owner"),  # the gateway that runs it
+    _count("lease_us"),  # until when it is sure to do so
+    Index("batches_client", "tenant", "client", "created_us"),
+    Index("batches_status", "status"),
+)
+
+# Lines of a batch that have ended, as its output or its error file will have them.
+batch_lines = Table(
+    "batch_lines",
+    metadata,
+    _text("batch_id", primary_key=True),
+    Column("number", BigInteger, primary_key=True, nullable=False, autoincrement=False),
+    _count("ok"),  # 1: of the output file, 0: of the error file
+    Column("line", LargeBinary, nullable=False),
 )

@@ -4,6 +4,7 @@ A request is charged for what it costs on a replica that is full, whatever else 
 tokens at the rates of the plan, at the price of those GPUs.
 """
 
+from asyncio import Future
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isnan
@@ -73,12 +74,17 @@ class Books:
                 entry.reservation, prompt_tokens=prompt_tokens, output_tokens=output_tokens, nano_usd=nano_usd
             )
 
-    def settle(self, entry: Entry, completion: Completion, replicas: Iterable[str], cost_gpu_s: float) -> None:
-        """Write down what became of a request."""
+    def settle(
+        self, entry: Entry, completion: Completion, replicas: Iterable[str], cost_gpu_s: float, *, final: bool = True
+    ) -> "Future[None] | None":
+        """Write down what became of a request; what is not final gives way to what is, under the same id.
+
+        Returns what is done when it is on the disk; None without a ledger.
+        """
         if not self._ledger:
-            return
+            return None
         ttft_s = completion.ttft_s
-        self._ledger.settle(
+        return self._ledger.settle(
             Settlement(
                 request_id=entry.request_id,
                 tenant=entry.tenant,
@@ -93,7 +99,7 @@ class Books:
                 finish_us=utc_us(),
                 gpu_us=round(completion.gpu_s * MEGA),
                 nano_usd=entry.nano_usd(cost_gpu_s),
-                outcome=completion.status,
+                outcome=completion.status if final else "interrupted",
                 reason=completion.reason,
             )
         )

@@ -48,6 +48,7 @@ class Request:
     id: str = field(default_factory=new_request_id)  # in the ledger
     wait_s: float | None = None  # for its first token, before it would rather be refused; None: as its model's SLO says
     scope: Scope | None = None  # of HTTP, if it came that way
+    again: bool = False  # until it ends well it will be submitted again, under the same id
 
 
 class Turn:
@@ -165,8 +166,10 @@ class Completions:
         )
         await unless_disconnected(self.submit(request, reply), receive)
 
-    async def submit(self, request: Request, reply: Reply) -> None:
+    async def submit(self, request: Request, reply: Reply) -> "Future[None] | None":
         """Answer one request, wherever it comes from; cancel this when nobody wants the answer any more.
+
+        Returns what is done when it stands in the ledger; None without a ledger.
 
         Raises RejectedError when there is no answer, and LedgerError when it cannot be written down.
         """
@@ -197,7 +200,8 @@ class Completions:
                     await reply.error(stopping())
         finally:
             del self._open[task]
-            self._see_off(visit, status, reason)
+            settled = self._see_off(visit, status, reason)
+        return settled
 
     def note(self) -> None:
         """Tell the ledger how far every request has come; once a second."""
@@ -301,7 +305,7 @@ class Completions:
         )
         await self._passages.carry(passage, reply)
 
-    def _see_off(self, visit: Visit, status: Status, reason: str) -> None:
+    def _see_off(self, visit: Visit, status: Status, reason: str) -> "Future[None] | None":
         """Give its place to the next, and write down what became of it."""
         asked, progress, ticket, tokens = visit.asked, visit.progress, visit.ticket, visit.tokens
         if ticket:
@@ -322,7 +326,10 @@ class Completions:
         )
         self._metrics.count(completion)
         self._on_completion(completion)
-        self._books.settle(visit.entry, completion, visit.turn.replicas, visit.service.cost_gpu_s(*tokens))
+        cost_gpu_s = visit.service.cost_gpu_s(*tokens)
+        return self._books.settle(
+            visit.entry, completion, visit.turn.replicas, cost_gpu_s, final=status == "ok" or not visit.request.again
+        )
 
     # --- In words ---------------------------------------------------------------------------------------------------
 
