@@ -240,13 +240,10 @@ def test_another_answer_is_not_mixed_with_the_first() -> None:
 
 def test_who_has_all_tokens_is_told_why_they_ended_and_how_many_they_are() -> None:
     said = have_said(*BEGUN)
-    asked = read_asked(
-        CHAT, orjson.dumps({"model": "m", "messages": QUESTION, "stream_options": {"include_usage": True}})
-    )
     [reason] = missing_reason(said).split(b"\n\n")[:-1]
     assert orjson.loads(reason[6:])["choices"][0]["finish_reason"] == "length"
     assert missing_reason(said) == b""
-    usage = orjson.loads(missing_usage(asked, said)[6:])
+    usage = orjson.loads(missing_usage(said)[6:])
     assert usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     assert usage["choices"] == []
 

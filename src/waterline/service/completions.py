@@ -301,6 +301,7 @@ class Completions:
             path=f"/v1{asked.endpoint}",
             headers=visit.request.headers,
             place=visit.turn,
+            patience_s=visit.service.ttft_s,
             progress=visit.progress,
         )
         await self._passages.carry(passage, reply)

@@ -83,8 +83,7 @@ def wishes(asked: Asked, path: str, dialect: Dialect) -> dict[str, Any]:
 
 
 def _wishes(path: str, dialect: Dialect) -> dict[str, Any]:
-    ids = {"return_token_ids": True} if path in dialect.token_ids else {}
-    return ids | ({"stream_options": {"include_usage": True}} if dialect.usage else {})
+    return {"return_token_ids": True} if path in dialect.token_ids else {}
 
 
 def _obstacle(asked: Asked, fields: dict[str, Any], said: Said) -> str:
@@ -190,9 +189,9 @@ def missing_reason(said: Said) -> bytes:
     return _event(said, [{"index": 0, **rest, "logprobs": None, "finish_reason": "length"}])
 
 
-def missing_usage(asked: Asked, said: Said) -> bytes:
-    """Return the event that counts tokens where the client wants it, it has not come, and the prompt is known."""
-    if not asked.include_usage or said.usage or said.prompt_ids is None:
+def missing_usage(said: Said) -> bytes:
+    """Return the event that counts tokens; b"" where it has come, or the length of the prompt is not known."""
+    if said.usage or said.prompt_ids is None:
         return b""
     prompt, output = len(said.prompt_ids), said.tokens
     usage = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}

@@ -88,7 +88,14 @@ class Gateway:
         self.metrics = Metrics(self._slos, self.snapshot)
         self._clock = clock
         self._begun_s = clock()
-        self._passages = Passages(engines, states, connections, self.now_s)
+        self._passages = Passages(
+            engines,
+            states,
+            connections,
+            replicas_of=lambda model: [lane.replica.id for lane in self.dispatcher.services[model].lanes],
+            on_doubt=self._doubt,
+            now_s=self.now_s,
+        )
         self.completions = Completions(
             states=states,
             dispatcher=self.dispatcher,
@@ -166,6 +173,11 @@ class Gateway:
         if state.status != "ready":
             self._passages.cut(replica_id)
 
+    def _doubt(self, replica_id: str, doubted: bool) -> None:  # noqa: FBT001 - a callback of two arguments
+        """Send no new work to a replica that fails requests, though it says that it is well; or do so again."""
+        if replica_id in self.dispatcher.lanes:
+            self.dispatcher.doubt(replica_id, doubted=doubted, now_s=self.now_s())
+
     def admit(self, replica: Replica) -> None:
         """A replica has come into being; it gets work as soon as it is ready."""
         self.dispatcher.add(replica)
@@ -176,6 +188,7 @@ class Gateway:
 
     def dismiss(self, replica_id: str) -> None:
         """A replica is gone for good, and nobody is on it any more."""
+        self._passages.forget(replica_id)
         self.dispatcher.remove(replica_id)
 
     def under_way(self, replica_id: str) -> int:
@@ -205,6 +218,7 @@ class Gateway:
     def cut(self) -> None:
         """End every request that is under way, and refuse new ones: the service stops."""
         self.completions.cut()
+        self._passages.close()
 
     def _mounted_at(self, path: str) -> App | None:
         for prefix, app in self._mounted.items():

@@ -47,6 +47,7 @@ LOOK_EVERY_S = 0.1  # for silence
 WAITS_LONGER = 4.0  # times, after each silence: perhaps it is the request that takes long
 ABORT_WITHIN_S = 1.0
 NEVER_S = 1e6
+ALIVE = ("ready", "suspect", "draining")
 
 
 class Placement(Protocol):
@@ -136,6 +137,11 @@ class Passages:
         for watch in self._watches.get(replica_id, ()):
             watch.within.reschedule(0.0)
 
+    def forget(self, replica_id: str) -> None:
+        """A replica is gone for good, and nobody is on it any more."""
+        self.health.forget(replica_id)
+        self._watches.pop(replica_id, None)
+
     def close(self) -> None:
         """Stop watching; what is under way is left to whoever carries it."""
         self.health.close()
@@ -154,7 +160,6 @@ class Passages:
         failures = Failures(until_s=self._now_s() + passage.patience_s)
         while True:
             replica = await passage.place.replica(PATIENCE_S if reply.begun else passage.patience_s)
-            passage.progress.replicas.append(replica.id)
             said = passage.said.pieces
             try:
                 await self._ask(passage, replica, reply, last=failures.fruitless == ATTEMPTS - 1)
@@ -178,11 +183,11 @@ class Passages:
         failures.avoid.add(replica.id)
         if not error.certain:
             failures.accused += [replica] * (not error.busy)
-        elif self._states[replica.id].status in {"ready", "suspect"}:  # else its death is known, and nobody's news
+        elif self._status(replica.id) in ALIVE:  # else its death is known, and nobody's news
             self.health.failed(replica, silent=error.silent)
         if error.busy or error.absent:  # that costs nobody anything: it is tried again as long as there is time
             others = set(self._replicas_of(replica.model)) - failures.avoid
-            if any(self._states[other].status == "ready" for other in others):
+            if any(self._status(other) == "ready" for other in others):
                 return
             if self._now_s() + failures.pause_s > failures.until_s:
                 raise BrokenStreamError(str(error)) if reply.begun else error
@@ -254,7 +259,7 @@ class Passages:
         asked, engine, state = passage.asked, self._engines[replica.id], self._states[replica.id]
         rid = {"rid": f"waterline-{uuid.uuid4().hex}"} if engine.dialect.abort else {}
         body = _body(asked, state.served_name, rid)
-        watch.whole_tokens = asked.most_tokens or replica.max_context_tokens
+        watch.whole_tokens = replica.max_context_tokens if asked.most_tokens is None else max(1, asked.most_tokens)
         watch.since_s = asyncio.get_running_loop().time()
         try:
             watch.response = response = await self._connections.ask(
@@ -341,9 +346,10 @@ class Passages:
                     watch.within.reschedule(0.0)
 
     def _has_others(self, replica: Replica) -> bool:
-        return any(
-            self._states[other].status == "ready" for other in self._replicas_of(replica.model) if other != replica.id
-        )
+        return any(self._status(other) == "ready" for other in self._replicas_of(replica.model) if other != replica.id)
+
+    def _status(self, replica_id: str) -> str:
+        return self._states[replica_id].status if replica_id in self._states else ""
 
 
 # --- What an engine is asked beside what the client wants -----------------------------------------------------------
@@ -367,8 +373,12 @@ async def _end_alone(passage: Passage, reply: Reply) -> bool:
         await reply.chunk(reason)
     if asked.include_usage and not said.usage and said.prompt_ids is None:
         return False
+    usage = missing_usage(said)
+    passage.progress.saw(usage)
+    passage.progress.told_tokens = passage.progress.prompt_tokens or asked.prompt_tokens, said.tokens
+    await reply.chunk(usage)
     passage.progress.done = True
-    await reply.end(missing_usage(asked, said) + DONE)
+    await reply.end(DONE)
     return True
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 
 from waterline.service.asgi import Reply
-from waterline.service.events import DONE, Event, Events, read_events
+from waterline.service.events import DONE, Events, read_events
 from waterline.service.health import Watch
 from waterline.service.said import Said
 from waterline.service.upstream import Progress, UnansweredError, engine_words, passed_back
@@ -49,7 +49,6 @@ class Stream:
         self._reply = reply
         self._weave = weave
         self._ids = "return_token_ids" in wished
-        self._usage = "stream_options" in wished
         self._events = Events(self._read, lambda data: engine_words(data)[0])
         self._time = asyncio.get_running_loop().time
         self._watch: Watch
@@ -85,8 +84,6 @@ class Stream:
         self._said.add(events)
         if self._ids and b'token_ids"' in data:
             data = IDS.sub(b"", data)
-        if self._usage and events and events[-1].usage and not events[-1].choices:
-            data = self._without_usage(data, events)
         if not data:
             return
         self._progress.saw(data, len(events))
@@ -94,13 +91,6 @@ class Stream:
             self._said.first = data.partition(b"\n\n")[0]
             await self._reply.begin(200, passed_back(self._response))
         await self._reply.chunk(data)
-
-    def _without_usage(self, data: bytes, events: list[Event]) -> bytes:
-        """Note the usage, which comes last and which the client has not asked for."""
-        usage = events[-1].usage
-        assert usage is not None  # noqa: S101 - who calls has looked
-        self._progress.told_tokens = (usage.prompt_tokens, usage.completion_tokens)
-        return data[: data.rfind(b"\n\n", 0, -2) + 2] if len(events) > 1 else b""
 
     async def end(self) -> None:
         if not self._reply.begun:

@@ -74,10 +74,7 @@ class Progress:
     first_token_s: float = float("nan")
     events: int = 0  # of a stream, without [DONE]
     done: bool = False  # the stream has come to its end
-    replicas: list[str] = field(default_factory=list)  # that were asked, in that order
-    told_tokens: tuple[int, int] | None = (
-        None  # of prompt and output, where the engine says so and the client is not told
-    )
+    told_tokens: tuple[int, int] | None = None  # of prompt and output, where no engine could say
     chunks: deque[bytes] = field(default_factory=lambda: deque(maxlen=TAIL_CHUNKS))  # the last ones
 
     @property

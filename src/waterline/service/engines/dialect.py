@@ -12,7 +12,6 @@ COMPLETIONS = "/completions"
 class Dialect:
     """How one engine is asked to help."""
 
-    usage: bool = False  # a stream ends with its usage when the request says so
     token_ids: tuple[str, ...] = ()  # endpoints whose streams carry the ids of tokens with `return_token_ids`
     completion_tokens: int | None = None  # of a completion that sets no limit; None: up to its context
     prefill: Mapping[str, Any] | None = None  # what a chat says to have its last message, the assistant's, gone on with
@@ -24,19 +23,17 @@ class Dialect:
 # that is streamed, and looks only every 4 s whether the client of an answer that comes whole is still there.
 OPENAI = Dialect()
 VLLM = Dialect(
-    usage=True,
     token_ids=(CHAT, COMPLETIONS),
     completion_tokens=16,
     prefill={"continue_final_message": True, "add_generation_prompt": False},
 )
 SGLANG = Dialect(
-    usage=True,
     token_ids=(COMPLETIONS,),
     completion_tokens=16,
     prefill={"continue_final_message": True},
     abort="/abort_request",
 )
-LLAMACPP = Dialect(usage=True, prefill={}, prefill_thinking=True)
-FAKE = Dialect(usage=True, token_ids=VLLM.token_ids, prefill=VLLM.prefill)
+LLAMACPP = Dialect(prefill={}, prefill_thinking=True)
+FAKE = Dialect(token_ids=VLLM.token_ids, prefill=VLLM.prefill)
 
 OWNERS = {"vllm": VLLM, "sglang": SGLANG, "llamacpp": LLAMACPP, "fake": FAKE}  # as /v1/models says `owned_by`
