@@ -9,7 +9,8 @@ from waterline.catalog.calibration import Calibration
 from waterline.cost.estimate import closed_loop
 from waterline.cost.serving import OpenPoint, Pieces, open_point, pieces, serving_point, sustained_requests_per_s
 from waterline.cost.step import AttentionCost, StepCost, prefill_pairs
-from waterline.rehearsal.oracle import Capacity, serve
+from waterline.rehearsal.capacity import Capacity, Terms, asks
+from waterline.rehearsal.oracle import serve
 from waterline.units import PICOSECONDS_PER_S
 from waterline.workload import Request
 
@@ -141,9 +142,9 @@ def stepped(requests_per_s: float, prompt: int, output: int, most: int = 60) -> 
         replica="r", gpus=1, step=STEP, max_batch=most, cache_tokens=10**9, max_context_tokens=10**6,
         prefill_tokens_per_s=1e9, tokens_per_s=1e9,
     )  # fmt: skip
-    done = serve([capacity], requests, deadline_s=1e9, expected_prompt_tokens=prompt, expected_output_tokens=output)
+    done = serve([capacity], asks(requests), Terms(ttft_s=(1e9,), output_tokens=(output,)))
     settled = done[len(done) // 10 :]
-    first = sum(one.first_token_ps - one.arrival_ps for one in settled)
+    first = sum(one.first_token_ps - one.ask.arrival_ps for one in settled)
     rest = sum(one.finish_ps - one.first_token_ps for one in settled) / (output - 1)
     return first / len(settled) / PICOSECONDS_PER_S, rest / len(settled) / PICOSECONDS_PER_S
 

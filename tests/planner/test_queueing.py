@@ -24,7 +24,8 @@ from waterline.planner.queueing import (
     usual_lengths,
 )
 from waterline.rehearsal.arrivals import poisson_trace
-from waterline.rehearsal.oracle import Capacity, Passage, serve
+from waterline.rehearsal.capacity import Capacity, Terms, asks
+from waterline.rehearsal.oracle import Passage, serve
 from waterline.workload import Slo
 
 PROMPT, OUTPUT = 400, 80
@@ -176,13 +177,11 @@ def share_within(step: StepCost, requests_per_s: float, slo: Slo) -> float:
         prefill_tokens_per_s=PROMPT / reading.read_s,
         tokens_per_s=serving_point(step, 64, PROMPT, OUTPUT).requests_per_s * (PROMPT + OUTPUT),
     )
-    passages = serve(
-        [replica], trace.requests, deadline_s=slo.ttft_s, expected_prompt_tokens=PROMPT, expected_output_tokens=OUTPUT
-    )
+    passages = serve([replica], asks(trace.requests), Terms(ttft_s=(slo.ttft_s,), output_tokens=(OUTPUT,)))
     return sum(within(passage, slo) for passage in passages) / len(passages)
 
 
 def within(passage: Passage, slo: Slo) -> bool:
-    ttft_ps, later_tokens = passage.first_token_ps - passage.arrival_ps, max(1, passage.produced_tokens - 1)
+    ttft_ps, later_tokens = passage.first_token_ps - passage.ask.arrival_ps, max(1, passage.produced_tokens - 1)
     tpot_ps = (passage.finish_ps - passage.first_token_ps) / later_tokens
-    return not passage.reason and ttft_ps <= slo.ttft_s * 1e12 and tpot_ps <= slo.tpot_s * 1e12
+    return not passage.refusal and ttft_ps <= slo.ttft_s * 1e12 and tpot_ps <= slo.tpot_s * 1e12

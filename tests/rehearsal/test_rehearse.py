@@ -14,7 +14,7 @@ from waterline.fleet import Demand, Fleet, Measured, Model, Pool, Tenant, check_
 from waterline.outcome import summarize
 from waterline.plan import Plan
 from waterline.planner import make_plan
-from waterline.rehearsal import Progress, Rehearsal, lane, rehearse
+from waterline.rehearsal import Progress, Rehearsal, house, rehearse
 from waterline.workload import Request, Slo, Trace, read_trace
 
 
@@ -125,9 +125,9 @@ def test_nothing_is_kept_of_single_requests_unless_asked() -> None:
 
 def test_what_the_client_waits_for_on_top_moves_no_other_request(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = rehearse(patient(two_models()), burst(50)).completions
-    priced = lane.replica_step_cost
+    priced = house.replica_step_cost
     monkeypatch.setattr(
-        lane,
+        house,
         "replica_step_cost",
         lambda fleet, replica: dataclasses.replace(
             priced(fleet, replica), first_token_ps=priced(fleet, replica).first_token_ps + 10**12
@@ -202,7 +202,7 @@ def test_prompts_are_read_here_and_answers_written_there() -> None:
 def test_gpu_time_is_the_replica_s_time_on_all_its_gpus() -> None:
     one_gpu = rehearse(small_plan(), burst(1))
     (completion,) = one_gpu.completions
-    added_s = lane.replica_step_cost(small_plan().fleet, small_plan().replicas[0]).first_token_ps / 1e12
+    added_s = house.replica_step_cost(small_plan().fleet, small_plan().replicas[0]).first_token_ps / 1e12
     assert completion.gpu_s == pytest.approx(completion.finish_s - completion.arrival_s - added_s)
     assert one_gpu.summaries[0].gpu_hours == pytest.approx(completion.gpu_s / 3600)
 

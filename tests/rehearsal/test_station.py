@@ -4,8 +4,8 @@ A step of n tokens takes about a thousand picoseconds, and whole nanoseconds lie
 small replicas meets every kind of event, several of them at one instant.
 """
 
-import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -19,15 +19,13 @@ from hypothesis import strategies as st
 
 from waterline.cost.step import AttentionCost, StepCost
 from waterline.errors import InputError
-from waterline.plan import EVERY_HOUR
-from waterline.policy.routing import least_loaded
-from waterline.rehearsal import kernel, state, station
-from waterline.rehearsal.oracle import Capacity, Passage, serve
+from waterline.policy.decisions import GAVE_UP, NOT_SERVED, OVER_LIMIT, TOO_LATE, TOO_LONG
+from waterline.rehearsal import jit, state, station, steptime
+from waterline.rehearsal.capacity import NEVER, Ask, Capacity, Change, Terms
+from waterline.rehearsal.oracle import serve
 from waterline.rehearsal.station import Station
-from waterline.workload import Request
 
-EXPECTED = {"expected_prompt_tokens": 3, "expected_output_tokens": 10, "first_hour": 22}
-MODULES = [f"waterline.rehearsal.{name}" for name in ("jit", "kernel", "station")]
+MODULES = [f"waterline.rehearsal.{name}" for name in ("jit", "heaps", "steptime", "life", "kernel", "station")]
 
 
 def without_numba() -> ModuleType:
@@ -39,6 +37,13 @@ def without_numba() -> ModuleType:
 
 PLAIN = without_numba()
 STATIONS = {"numba": station, "plain": PLAIN}
+plain_steps_until = PLAIN.run.__globals__["begin"].__globals__["steps_until"]
+
+
+@jit.compiled
+def compiled_steps_until(elapsed: int, first: int, growth: int) -> int:
+    return steptime.steps_until(elapsed, first, growth)
+
 
 # --- Fleets and traffic ---------------------------------------------------------------------------------------------
 
@@ -76,89 +81,159 @@ step_costs = st.builds(
 capacities = st.builds(
     Capacity,
     replica=st.just(""),
-    gpus=st.just(1),
+    gpus=st.integers(1, 3),
     step=step_costs,
-    max_batch=st.integers(1, 7),
+    max_batch=st.integers(1, 5),
     cache_tokens=st.integers(12, 70),
     max_context_tokens=st.sampled_from([20, 40, 60]),
-    prefill_tokens_per_s=st.sampled_from([1e6, 3e6]),
-    tokens_per_s=st.sampled_from([1e6, 2e6, 5e6, 5e6, 0.0]),
+    prefill_tokens_per_s=st.sampled_from([1e6, 3e8]),
+    tokens_per_s=st.sampled_from([1e6, 2e6, 5e8, 5e8]),
     role=st.sampled_from(["both", "both", "prefill", "decode"]),
     reads_cached=st.sampled_from([False, False, True]),
     transfer_ps_per_token=st.sampled_from([0, 1, 100, 1000]),
-    hours=st.sampled_from([EVERY_HOUR, EVERY_HOUR, (22,), (23,), (0, 23), (0, 1, 22)]),
+    model=st.integers(0, 1),
 )
-fleets = st.lists(capacities, min_size=1, max_size=7).map(
+fleets = st.lists(capacities, min_size=1, max_size=12).map(
     lambda made: [replace(one, replica=f"a/{index}") for index, one in enumerate(made)]
 )
-HOUR_NS = 3600 * 10**9
+SECOND_NS = 10**9
+times_ns = st.one_of(
+    st.integers(0, 20),
+    st.integers(0, 400),
+    st.integers(SECOND_NS - 100, SECOND_NS + 100),  # when the desk's clock strikes
+    st.integers(3 * SECOND_NS - 5, 3 * SECOND_NS + 5),
+)
 requests = st.builds(
-    lambda ns, prompt, output, cached: Request(
-        arrival_s=ns / 1e9, prompt_tokens=prompt, output_tokens=output, cached_tokens=min(cached, prompt - 1)
+    lambda ns, prompt, output, cached, patience_ns, **others: Ask(
+        arrival_ps=ns * 1000,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        cached_tokens=min(cached, prompt - 1),
+        patience_ps=patience_ns * 1000 if patience_ns > 0 else NEVER,
+        **others,
     ),
-    st.one_of(
-        st.integers(0, 20),
-        st.integers(0, 400),
-        st.integers(HOUR_NS - 100, HOUR_NS + 100),  # from 22:00, this is 23:00
-        st.integers(2 * HOUR_NS - 5, 2 * HOUR_NS + 5),
-    ),
+    times_ns,
     st.integers(1, 24),
     st.integers(1, 40),
     st.one_of(st.just(0), st.integers(0, 23)),
+    st.one_of(st.just(0), st.integers(1, 60)),
+    model=st.integers(0, 1),
+    client=st.integers(0, 3),
+    blocks=st.one_of(st.just(()), st.lists(st.integers(1, 3), max_size=3).map(lambda made: tuple(np.cumsum(made)))),
 )
-traffics = st.lists(requests, min_size=1, max_size=50).map(lambda made: sorted(made, key=lambda one: one.arrival_s))
-deadlines = st.sampled_from([math.inf, 1e-4, 2e-5, 0.0])
+traffics = st.lists(requests, min_size=1, max_size=60).map(lambda made: sorted(made, key=lambda one: one.arrival_ps))
+shares = st.sampled_from(
+    [(0.0, 1.0, 1.0), (1e-10, 1e-9, 1.0), (0.0, 1e-11, 1e-9), (0.0, 0.0, 1e-11), (1e-11, 1e-10, 1e-10)]
+)
+terms = st.builds(
+    lambda ttft_s, of_tenants: Terms(
+        ttft_s=ttft_s,
+        output_tokens=(10, 3),
+        guarantee=tuple(one[0] for one in of_tenants),
+        deserved=tuple(one[1] for one in of_tenants),
+        limit=tuple(one[2] for one in of_tenants),
+        tenant_of_client=(0, 1, 2, 2),
+        block_tokens=5,
+        prefix_places=16,
+    ),
+    st.tuples(*[st.sampled_from([1e9, 1e-4, 2e-5, 1e-6])] * 2),
+    st.lists(shares, min_size=3, max_size=3),
+)
+comings = st.lists(
+    st.builds(
+        lambda ns, kind, replica: Change(at_ps=ns * 1000, kind=kind, replica=replica),
+        times_ns,
+        st.sampled_from(["drain", "fail", "ready"]),
+        st.integers(0, 11),
+    ),
+    max_size=8,
+)
+
+
+def changes_of(fleet: Sequence[Capacity], made: list[Change], late: list[int]) -> list[Change]:
+    """Return the changes of a fleet: most are ready from the start, and who has failed does not come back."""
+    every = [Change(at_ps=0, kind="ready", replica=row) for row in range(len(fleet)) if row not in late]
+    failed: set[int] = set()
+    for change in sorted(made, key=lambda change: change.at_ps):
+        if change.replica < len(fleet) and change.replica not in failed:
+            every.append(change)
+            failed |= {change.replica} if change.kind == "fail" else set()
+    return every
 
 
 def by_events(
-    module: ModuleType, fleet: Sequence[Capacity], asked: Sequence[Request], deadline_s: float, pieces: int = 1
+    module: ModuleType,
+    fleet: Sequence[Capacity],
+    asked: Sequence[Ask],
+    house: Terms,
+    changes: Sequence[Change] | None = None,
+    pieces: int = 1,
 ) -> Iterator[tuple[int | float, ...]]:
-    served = module.Station(fleet, deadline_s=deadline_s, **EXPECTED)
-    columns = np.array(
-        [(round(one.arrival_s * 1e9) * 1000, one.prompt_tokens, one.output_tokens, one.cached_tokens) for one in asked]
-    )
-    for piece in np.array_split(columns, pieces):
-        served.offer(*piece.T)
+    served = module.Station(house)
+    served.start_all(fleet, state.NEVER_PS)
+    all_ready = [Change(at_ps=0, kind="ready", replica=row) for row in range(len(fleet))]
+    served._changes = all_ready if changes is None else list(changes)
+    for piece in np.array_split(np.arange(len(asked)), pieces):
+        offer(served, [asked[number] for number in piece])
         yield from rows(served.collect())
-    served.drain()
+    served.finish()
     yield from rows(served.collect())
 
 
-def rows(passages: station.Passages) -> Iterator[tuple[int | float, ...]]:
-    return zip(
-        passages.first_token_ps.tolist(),
-        passages.finish_ps.tolist(),
-        passages.busy_ps.tolist(),
-        passages.replica.tolist(),
-        passages.preemptions.tolist(),
-        passages.retry_s.tolist(),
-        passages.read_by.tolist(),
-        passages.read_busy_ps.tolist(),
-        strict=True,
+def offer(served: Station, asked: Sequence[Ask]) -> None:
+    served.offer(
+        *fields_of(asked, "arrival_ps", "prompt_tokens", "output_tokens", "cached_tokens"),
+        **dict(zip(("model", "client"), fields_of(asked, "model", "client"), strict=True)),
+        patience_ps=np.array([one.patience_ps if one.patience_ps > 0 else state.NEVER_PS for one in asked], np.int64),
+        blocks=np.array([key for one in asked for key in one.blocks], np.int64),
+        block_counts=np.array([len(one.blocks) for one in asked], np.int64),
     )
 
 
-def by_steps(fleet: Sequence[Capacity], asked: Sequence[Request], deadline_s: float) -> list[tuple[int | float, ...]]:
-    index = {one.replica: number for number, one in enumerate(fleet)}
+def fields_of(asked: Sequence[Ask], *names: str) -> list[np.ndarray]:
+    return [np.array([getattr(one, name) for one in asked], np.int64) for name in names]
+
+
+FIELDS = (
+    "client",
+    "started_ps",
+    "first_token_ps",
+    "finish_ps",
+    "busy_ps",
+    "replica",
+    "preemptions",
+    "retry_s",
+    "read_by",
+    "read_busy_ps",
+    "lost_gpu_ps",
+    "restarts",
+)
+
+
+def rows(passages: station.Passages) -> Iterator[tuple[int | float, ...]]:
+    return zip(*(getattr(passages, name).tolist() for name in FIELDS), strict=True)
+
+
+def by_steps(
+    fleet: Sequence[Capacity], asked: Sequence[Ask], house: Terms, changes: Sequence[Change] | None = None
+) -> list[tuple[int | float, ...]]:
     return [
         (
+            passage.ask.client,
+            passage.started_ps,
             passage.first_token_ps,
             passage.finish_ps,
             passage.busy_ps,
-            index.get(passage.replica, refusal(passage)),
+            -passage.refusal or passage.replica,
             passage.preemptions,
             passage.retry_s,
-            index.get(passage.read_by, state.NONE),
+            passage.read_by,
             passage.read_busy_ps,
+            passage.lost_gpu_ps,
+            passage.restarts,
         )
-        for passage in serve(fleet, asked, deadline_s=deadline_s, **EXPECTED)
+        for passage in serve(fleet, asked, house, changes=changes)
     ]
-
-
-def refusal(passage: Passage) -> int:
-    if passage.retry_s:
-        return state.TOO_LATE
-    return state.TOO_LONG if "of which no replica" in passage.reason else state.NOT_SERVED
 
 
 # --- Exactness ------------------------------------------------------------------------------------------------------
@@ -166,11 +241,27 @@ def refusal(passage: Passage) -> int:
 
 @pytest.mark.parametrize("name", STATIONS)
 @settings(max_examples=150)
-@given(fleet=fleets, asked=traffics, deadline_s=deadlines, pieces=st.integers(1, 4))
+@given(
+    fleet=fleets,
+    asked=traffics,
+    house=terms,
+    made=comings,
+    late=st.lists(st.integers(0, 11), max_size=3),
+    pieces=st.integers(1, 4),
+)
 def test_skipping_equals_step_by_step_to_the_picosecond(
-    name: str, fleet: list[Capacity], asked: list[Request], deadline_s: float, pieces: int
+    name: str,
+    fleet: list[Capacity],
+    asked: list[Ask],
+    house: Terms,
+    made: list[Change],
+    late: list[int],
+    pieces: int,
 ) -> None:
-    assert list(by_events(STATIONS[name], fleet, asked, deadline_s, pieces)) == by_steps(fleet, asked, deadline_s)
+    changes = changes_of(fleet, made, late)
+    assert list(by_events(STATIONS[name], fleet, asked, house, changes, pieces)) == by_steps(
+        fleet, asked, house, changes
+    )
 
 
 @pytest.mark.parametrize("name", STATIONS)
@@ -205,20 +296,41 @@ def test_real_steps_are_skipped_exactly_too(name: str) -> None:
         )
         for index in range(4)
     ]
-    arrivals_s = np.round(np.cumsum(generator.exponential(0.03, 1500)), 9).tolist()
+    house = Terms(
+        ttft_s=(8.0,),
+        output_tokens=(300,),
+        guarantee=(0.2, 0.0, 0.0),
+        deserved=(0.4, 0.4, 0.2),
+        limit=(1.0, 1.0, 0.3),
+        tenant_of_client=(0, 1, 2, 1),
+    )
+    arrivals_ns = np.cumsum(generator.exponential(0.02, 1500) * 1e9).astype(int).tolist()
     lengths = np.clip(generator.lognormal((6.5, 5.3), 1.0, (1500, 2)), 1, 5000).astype(int).tolist()
     asked = [
-        Request(
-            arrival_s=at_s, prompt_tokens=prompt, output_tokens=output, cached_tokens=number % 3 * (prompt - 1) // 4
+        Ask(
+            arrival_ps=at_ns * 1000,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            cached_tokens=number % 3 * (prompt - 1) // 4,
+            client=number % 4,
+            patience_ps=(-1, 2 * 10**12)[number % 2],
         )
-        for number, (at_s, (prompt, output)) in enumerate(zip(arrivals_s, lengths, strict=True))
+        for number, (at_ns, (prompt, output)) in enumerate(zip(arrivals_ns, lengths, strict=True))
     ]
-    stepped = by_steps(fleet, asked, 4.0)
-    assert list(by_events(STATIONS[name], fleet, asked, 4.0, pieces=7)) == stepped
-    preemptions, refused = sum(row[4] for row in stepped), sum(row[3] < 0 for row in stepped)
-    assert preemptions > 50, "the cache is full at times"
-    assert refused > 50, "not everybody can be served in time"
-    assert {row[3] for row in stepped} >= {0, 1, 2, 3}
+    changes = [
+        *[Change(at_ps=0, kind="ready", replica=row) for row in range(3)],
+        Change(at_ps=6 * 10**12 + 1, kind="fail", replica=0),
+        Change(at_ps=9 * 10**12, kind="ready", replica=3),
+        Change(at_ps=20 * 10**12, kind="drain", replica=1),
+    ]
+    stepped = by_steps(fleet, asked, house, changes)
+    assert list(by_events(STATIONS[name], fleet, asked, house, changes, pieces=7)) == stepped
+    rules = Counter(row[5] for row in stepped)
+    assert sum(row[6] for row in stepped) > 50, "the cache is full at times"
+    assert rules[-TOO_LATE] + rules[-OVER_LIMIT] > 50, "not everybody can be served in time"
+    assert rules[-GAVE_UP] > 5, "not everybody waits so long"
+    assert sum(row[11] for row in stepped) > 20, "much was under way on the replica that failed"
+    assert set(rules) >= {0, 1, 2, 3}
 
 
 @given(st.integers(1, 10**15), st.integers(1, 10**11), st.one_of(st.just(0), st.integers(1, 10**9)))
@@ -227,8 +339,8 @@ def test_the_first_boundary_not_before_a_time_is_found_whatever_a_float_guesses(
     elapsed: int, first: int, growth: int
 ) -> None:
     first = max(first, elapsed // 10**6)
-    steps = PLAIN.run.__globals__["steps_until"](elapsed, first, growth)
-    assert kernel.steps_until(elapsed, first, growth) == steps
+    steps = plain_steps_until(elapsed, first, growth)
+    assert compiled_steps_until(elapsed, first, growth) == steps
 
     def took(number: int) -> int:
         return sum([first * number, growth * number * (number - 1) // 2])
@@ -237,39 +349,25 @@ def test_the_first_boundary_not_before_a_time_is_found_whatever_a_float_guesses(
     assert steps == 1 or took(steps - 1) < elapsed
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 5), st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.sampled_from([8, 9])), min_size=1)
-)
-def test_the_tree_of_waits_finds_whom_the_policy_finds(replicas: list[tuple[int, float, int]]) -> None:
-    fleet = [
-        Capacity(
-            replica=f"a/{index}",
-            gpus=1,
-            step=StepCost(tokens_ps=(0, 1), more_ps_per_token=1, head_ps=(0,), attention=(), step_tokens=1),
-            max_batch=1,
-            cache_tokens=longest,
-            max_context_tokens=longest,
-            prefill_tokens_per_s=1.0,
-            tokens_per_s=rate,
-        )
-        for index, (_, rate, longest) in enumerate(replicas)
-    ]
-    memory = state.make_memory(fleet, [one.longest_tokens for one in fleet], 0, 0, 1)
-    memory = memory._replace(results=np.zeros(state.RESULT, np.int64), retries_s=np.zeros(1))
-    state.make_ready(memory, fleet, 0)
-    for index, (backlog, rate, _) in enumerate(replicas):
-        memory.replicas[index * state.REPLICA + state.BACKLOG] = backlog
-        if rate:
-            kernel.reckon(memory, index)
-    for tokens in (8, 9):
-        fitting = [index for index, one in enumerate(replicas) if one[2] >= tokens]
-        chosen = least_loaded([replicas[index][0] for index in fitting], [replicas[index][1] for index in fitting])
-        if not fitting:
-            assert kernel.choose(memory, tokens, 0, math.inf, 0) == state.TOO_LONG
-        elif chosen < 0:
-            assert kernel.choose(memory, tokens, 0, 0.0, 0) == state.NOT_SERVED
-        else:
-            assert kernel.choose(memory, tokens, 0, math.inf, 0) == fitting[chosen]
+@settings(max_examples=30)
+@given(fleet=fleets, asked=traffics, house=terms, made=comings)
+def test_every_request_ends_once_and_what_it_cost_is_on_an_account(
+    fleet: list[Capacity], asked: list[Ask], house: Terms, made: list[Change]
+) -> None:
+    served = Station(house)
+    served.start_all(fleet, state.NEVER_PS)
+    served._changes = changes_of(fleet, made, [])
+    offer(served, asked)
+    served.finish()
+    passages = served.collect()
+    assert len(passages) == len(asked)
+    assert (passages.finish_ps >= [one.arrival_ps for one in asked]).all()
+    assert served.memory.counters[state.UNDER_WAY] == 0 or (passages.replica == -NOT_SERVED).any()
+    desk = served.memory.desk
+    served_whole = passages.replica >= 0
+    assert (passages.first_token_ps[served_whole] > passages.started_ps[served_whole]).all()
+    assert not served_whole.all() or (desk.queue.waiting == 0).all()
+    assert not served_whole.all() or desk.replicas.backlog_tokens[desk.replicas.serves == 1].sum() == 0
 
 
 # --- Traffic in pieces ----------------------------------------------------------------------------------------------
@@ -293,56 +391,86 @@ def columns(*asked: tuple[int, int, int]) -> list[np.ndarray]:
     return [np.array(column, np.int64) for column in zip(*asked, strict=True)]
 
 
+def patient(*fleet: Capacity) -> Station:
+    served = Station(Terms(ttft_s=(1e9,), output_tokens=(10,)))
+    served.start_all(fleet, 0)
+    return served
+
+
 def test_what_is_settled_is_handed_out_in_the_order_of_arrival() -> None:
-    served = Station([one_slot(max_batch=2)], deadline_s=math.inf, **EXPECTED)
+    served = patient(one_slot(max_batch=2))
     served.offer(*columns((0, 1, 50), (0, 1, 2), (10_000, 1, 1)))  # the first takes 50 steps, of 1000 ps each
     assert len(served.collect()) == 0
     served.offer(*columns((100_000, 1, 1)))
     assert served.collect().finish_ps.tolist() == [50_000, 2000, 11_000]
-    served.drain()
+    served.finish()
     assert served.collect().finish_ps.tolist() == [101_000]
 
 
-def test_whom_a_replica_has_accepted_it_serves_beyond_its_hours() -> None:
-    """From 22:00: the first replica serves until 23:00, the second from then on."""
-    step = replace(one_slot().step, tokens_ps=(0, 600 * 10**12))  # ten minutes a step
-    pair = [one_slot(step=step, hours=(22,)), one_slot(replica="a/1", step=step, hours=(23,))]
-    served = Station(pair, deadline_s=math.inf, **EXPECTED)
-    minute_ps = 60 * 10**12
-    served.offer(*columns((0, 1, 9), (59 * minute_ps, 1, 1), (60 * minute_ps, 1, 1), (120 * minute_ps, 1, 1)))
-    served.drain()
+def test_whom_a_replica_has_accepted_it_serves_while_it_drains() -> None:
+    served = patient(one_slot(max_batch=2))
+    served.start(one_slot(max_batch=2), 60_000)
+    served.drain(0, 60_000)
+    served.drain(1, 120_000)
+    served.offer(*columns((0, 1, 90), (59_000, 1, 1), (60_000, 1, 1), (120_000, 1, 1)))
+    assert served.idle(0)
+    served.finish()
     passages = served.collect()
-    assert passages.replica.tolist() == [0, 0, 1, state.TOO_LATE]  # after midnight nobody serves
-    assert (passages.finish_ps // minute_ps).tolist() == [90, 100, 70, 120]
+    assert passages.replica.tolist() == [0, 0, 1, -NOT_SERVED]
+    assert passages.finish_ps.tolist() == [90_000, 60_000, 61_000, 120_000]
+
+
+def test_a_replica_that_fails_loses_its_cache_and_no_request() -> None:
+    """Each step takes 1,000 ps; after 10 tokens the second replica reads prompt and tokens again, in a step."""
+    served = patient(one_slot())
+    served.offer(*columns((0, 5, 50)))
+    served.start(one_slot(), 10_500)
+    served.fail(0, 10_500)
+    served.finish()
+    passages = served.collect()
+    assert (passages.replica[0], passages.restarts[0], passages.first_token_ps[0]) == (1, 1, 1000)
+    assert passages.finish_ps[0] == 10_500 + 2000 + 39 * 1000, (
+        "15 tokens are read in two steps, the 11th comes with them"
+    )
+    assert passages.lost_gpu_ps[0] == 10_000
+    assert passages.started_ps[0] == 0
+
+
+def test_tenants_and_clients_wait_at_the_desk_and_not_in_the_order_they_came() -> None:
+    served = Station(Terms(ttft_s=(1e9,), output_tokens=(1,), tenant_of_client=(0, 0)))
+    served.start(one_slot(), 0)
+    served.offer(*columns(*[(0, 1, 1)] * 5), client=np.array([0, 0, 0, 0, 1]))
+    served.finish()
+    assert served.collect().finish_ps.tolist() == [1000, 3000, 4000, 5000, 2000]
 
 
 def test_a_long_queue_finds_room() -> None:
-    served = Station([one_slot()], deadline_s=math.inf, **EXPECTED)
+    served = patient(one_slot())
     count = 5 * station.FIRST_SLOTS
     zeros = np.zeros(count, np.int64)
     served.offer(zeros, zeros + 1, zeros + 1)
-    served.drain()
+    served.finish()
     assert served.collect().finish_ps.tolist() == list(range(1000, 1000 * count + 1, 1000))
 
 
 def test_longer_than_64_bits_of_picoseconds_is_said() -> None:
     day_ps = 86_400 * 10**12
-    served = Station([one_slot()], deadline_s=math.inf, **EXPECTED)
+    served = patient(one_slot())
     with pytest.raises(InputError, match="a rehearsal holds 100 days, and this one takes longer. Give less of it"):
         served.offer(*columns((101 * day_ps, 1, 1)))
     slow = one_slot(step=replace(one_slot().step, tokens_ps=(0, 10**12)))  # a second for a step
-    served = Station([slow], deadline_s=math.inf, **EXPECTED)
+    served = patient(slow)
     served.offer(*columns((0, 1, 101 * 86_400)))
     with pytest.raises(InputError, match="a rehearsal holds 100 days"):
-        served.drain()
-    served = Station([slow], deadline_s=math.inf, **EXPECTED)
+        served.finish()
+    served = patient(slow)
     served.offer(*columns((0, 1, 99 * 86_400)))
-    served.drain()
+    served.finish()
     assert served.collect().finish_ps.tolist() == [99 * day_ps]
 
 
 def test_without_replicas_everybody_is_refused() -> None:
-    served = Station([], deadline_s=math.inf, **EXPECTED)
+    served = patient()
     served.offer(*columns((0, 1, 1)))
-    served.drain()
-    assert served.collect().replica.tolist() == [state.TOO_LONG]
+    served.finish()
+    assert served.collect().replica.tolist() == [-TOO_LONG]

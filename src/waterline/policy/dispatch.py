@@ -54,6 +54,7 @@ class Models(NamedTuple):
     holds_tokens: NDArray[np.int64]  # [replica] the longest request it can hold
     gpus_of: NDArray[np.float64]  # [replica]
     block_tokens: NDArray[np.int64]  # [1] of the blocks of prompts
+    counts_gpus: NDArray[np.int64]  # [1] 1 where shares are fractions of the GPUs in service, not of a given number
 
 
 class Desk(NamedTuple):
@@ -88,6 +89,7 @@ def new_desk(
     *,
     models: int,
     rows: int,
+    gpus: float = 0.0,
     block_tokens: int = 512,
     prefix_places: int = PREFIX_PLACES,
 ) -> Desk:
@@ -100,11 +102,12 @@ def new_desk(
         tenant_of_client: [client] see also `with_clients`.
         models: how many there are.
         rows: for replicas, see `put` and `with_rows`.
+        gpus: of which the shares are fractions, those of the fleet; 0: of those in service.
         block_tokens: of the blocks whose keys the prompts come with.
         prefix_places: how many blocks are remembered.
     """
     return Desk(
-        accounts=admission.new_accounts(guarantee, deserved, limit, 0.0),
+        accounts=admission.new_accounts(guarantee, deserved, limit, gpus),
         queue=admission.new_queue(len(guarantee), tenant_of_client, models),
         models=Models(
             gpus=np.zeros(models),
@@ -120,6 +123,7 @@ def new_desk(
             holds_tokens=np.zeros(rows, np.int64),
             gpus_of=np.zeros(rows),
             block_tokens=np.array([block_tokens], np.int64),
+            counts_gpus=np.array([gpus == 0.0], np.int64),
         ),
         replicas=routing.new_replicas(rows),
         ready=routing.new_ready(2 * models, rows),
@@ -257,7 +261,8 @@ def recount(models: Models, replicas: Replicas, accounts: Accounts, model: int) 
             unread += replicas.unread_tokens[row]
             free += replicas.free_slots[row]
             longest = max(longest, replicas.longest_tokens[row])
-    accounts.gpus[0] += gpus - models.gpus[model]
+    if models.counts_gpus[0]:
+        accounts.gpus[0] += gpus - models.gpus[model]
     models.gpus[model] = gpus
     models.prefill_tokens_per_s[model] = prefill
     models.reader_tokens_per_s[model] = prefill / max(readers, 1)
@@ -354,12 +359,13 @@ def start(
 ) -> tuple[int, int, int]:
     """Start the oldest request of the client whose turn it is; return its replica, what is cached there, and the rule.
 
-    NOBODY when no replica that can hold it has a slot: it keeps its turn. Arguments as at `arrive`; after a failure,
-    `prompt_tokens` is all that has to be read, with what was produced before. `gpu_s` as it answered.
+    NOBODY when no replica that can hold it has a slot: it keeps its turn; with NOT_SERVED as the rule, none that serves
+    ever can: it must leave, see `gave_up`, or nobody starts. Arguments as at `arrive`; after a failure, `prompt_tokens`
+    is all that has to be read, with what was produced before. `gpu_s` as `arrive` answered.
     """
     replica, kept_tokens, rule = _route(desk, model, prompt_tokens, tokens, blocks, draw)
     if replica == NOBODY:
-        return NOBODY, 0, rule
+        return NOBODY, 0, NOT_SERVED if 0 < desk.models.longest_tokens[model] < tokens else rule
     admission.take(desk.accounts, desk.queue, line_of(desk, model, client), model, gpu_s)
     kept_tokens = max(kept_tokens, cached_tokens)
     _give(desk, model, replica, prompt_tokens, prompt_tokens - kept_tokens, output_tokens, blocks)
@@ -390,8 +396,9 @@ def first_token(desk: Desk, model: int, replica: int, prompt_tokens: int, unread
 @swift
 def left(desk: Desk, model: int, replica: int, output_tokens: int) -> None:
     """A request has left its replica, after its first token: it has all its tokens, or is written elsewhere."""
-    desk.replicas.backlog_tokens[replica] -= output_tokens
-    if desk.models.role[replica] == WRITES:
+    role = desk.models.role[replica]
+    desk.replicas.backlog_tokens[replica] -= 1 if role == READS else output_tokens
+    if role == WRITES:
         return
     desk.replicas.free_slots[replica] += 1
     if desk.replicas.serves[replica]:
@@ -415,7 +422,7 @@ def ended(desk: Desk, model: int, replica: int, client: int, output_tokens: int,
 
 @swift
 def gave_up(desk: Desk, model: int, client: int, gpu_s: float) -> None:
-    """A waiting request waits no longer."""
+    """A waiting request waits no longer, and has not started."""
     admission.leave(desk.queue, line_of(desk, model, client), model, gpu_s)
 
 
@@ -468,7 +475,7 @@ def _give(
 ) -> None:
     """Note that a replica gets a request."""
     replicas = desk.replicas
-    replicas.backlog_tokens[replica] += prompt_tokens + output_tokens
+    replicas.backlog_tokens[replica] += prompt_tokens + (1 if desk.models.role[replica] == READS else output_tokens)
     replicas.unread_tokens[replica] += unread_tokens
     replicas.free_slots[replica] -= 1
     desk.models.unread_tokens[model] += unread_tokens

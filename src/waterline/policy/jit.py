@@ -27,7 +27,7 @@ class Decision(Generic[Arguments, Answer]):
     def __init__(self, function: Callable[Arguments, Answer], *, swift: bool = False) -> None:
         self.plain = function
         self.swift = swift
-        self._dispatcher: Any = None
+        self._dispatchers: dict[bool, Any] = {}
         update_wrapper(self, function)
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
@@ -35,10 +35,14 @@ class Decision(Generic[Arguments, Answer]):
 
     @property
     def dispatcher(self) -> Any:
-        """The compiled function; kept on disk between runs where that can be written."""
-        if self._dispatcher is None:
-            self._dispatcher = _compile_lazily(self.plain, swift=self.swift)
-        return self._dispatcher
+        """The compiled function as compiled code calls it; kept on disk between runs where that can be written."""
+        return self.compiled_for(python=not self.swift and not self.plain.__name__.startswith("_"))
+
+    def compiled_for(self, *, python: bool) -> Any:
+        """Return the compiled function, with or without what takes arguments from Python."""
+        if python not in self._dispatchers:
+            self._dispatchers[python] = _compile_lazily(self.plain, swift=self.swift, python=python)
+        return self._dispatchers[python]
 
     @property
     def _numba_type_(self) -> Any:  # the name by which numba asks an object what it is
@@ -65,16 +69,14 @@ def compiled(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answe
         raise TypeError(f"{function.__name__} is not decorated with waterline.policy.jit.jit. Decorate it, or call it.")
     if find_spec("numba") is None:
         return function.plain
-    return cast("Callable[Arguments, Answer]", function.dispatcher)
+    return cast("Callable[Arguments, Answer]", function.compiled_for(python=True))
 
 
-def _compile_lazily(function: Callable[..., Any], *, swift: bool) -> Any:  # numba has no types
+def _compile_lazily(function: Callable[..., Any], *, swift: bool, python: bool) -> Any:  # numba has no types
     import numba  # noqa: PLC0415 - the gateway does without
 
-    options: dict[str, Any] = {
-        "no_cfunc_wrapper": True,  # nobody calls these from C; and helpers are called from compiled code alone
-        "no_cpython_wrapper": function.__name__.startswith("_"),
-    }
+    # Nobody calls these from C. What takes the arguments from Python costs more to compile than most of them.
+    options: dict[str, Any] = {"no_cfunc_wrapper": True, "no_cpython_wrapper": not python}
     if swift:
         options |= {"forceinline": True, "_nrt": False, "error_model": "numpy"}
     dispatcher = numba.njit(function, **options)

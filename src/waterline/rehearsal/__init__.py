@@ -1,7 +1,7 @@
 """From a plan and traffic to what will happen: who waits, who is refused, what it costs.
 
-`arrivals` says who asks what, `lane` serves it, a model each. `oracle` says what that means, step by step; `station`
-gives the same, many steps at a time. A day's rehearsal is a matter of arithmetic: no clock, no network.
+`arrivals` says who asks what, `house` serves it. `oracle` says what that means, step by step; `station` gives the same,
+many steps at a time. A day's rehearsal is a matter of arithmetic: no clock, no network.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ from waterline.plan import Plan
 from waterline.policy.decisions import FIELDS
 from waterline.rehearsal.arrivals import traffic
 from waterline.rehearsal.dealing import deal
+from waterline.rehearsal.house import House, Settled
 from waterline.rehearsal.jit import COMPILED
-from waterline.rehearsal.lane import Lane, Settled
 from waterline.rehearsal.record import JobRecord, Move
 from waterline.rehearsal.recorder import Recorder, Report
 from waterline.rehearsal.station import warm_up
@@ -60,12 +60,7 @@ class Rehearsal(Report):
 
         They are made when they are asked for. There are none when the rehearsal was told not to keep them.
         """
-        numbered = [
-            pair
-            for settled in self.kept
-            for pair in zip(settled.numbers.tolist(), settled.completions(self.rows), strict=True)
-        ]
-        return tuple(completion for _, completion in sorted(numbered, key=lambda pair: pair[0]))
+        return tuple(completion for settled in self.kept for completion in settled.completions())
 
 
 def prepare() -> None:
@@ -104,7 +99,7 @@ def rehearse(
         policy: who decides, one of `POLICIES`: "static" leaves every replica as planned.
         decisions: keep those about requests as well; those about replicas are kept anyhow.
         watch: called every now and then. Once it returns False, no more requests arrive, and the rehearsal tells of
-            those whose end is known, up to the first of each model whose end is not.
+            those whose end is known, up to the first whose end is not.
 
     Raises:
         UnknownNameError: there is no such policy.
@@ -113,11 +108,9 @@ def rehearse(
     """
     check_policy(policy)
     asked = traffic(plan, trace, seed=seed, duration_s=duration_s, surges=surges)
-    lanes = [Lane(plan, model, asked.first_hour) for model in plan.models]
+    house = House(plan, asked.rows, asked.clients, asked.first_hour)
     recorder = Recorder(plan, asked.length_s)
-    for replica in plan.replicas:
-        recorder.add_replica(replica)
-    lane_of_row = np.array([[lane.model for lane in lanes].index(row.model) for row in asked.rows])
+    in_plan = {replica.id: recorder.add_replica(replica) for replica in plan.replicas}
     stopped = ""
     kept: list[Settled] = []
 
@@ -125,21 +118,20 @@ def rehearse(
         nonlocal stopped
         requests = 0
         for piece in asked.pieces():
-            numbers = np.arange(requests, requests + len(piece))
-            for number, lane in enumerate(lanes):
-                own = lane_of_row[piece.row] == number
-                yield lane.serve(piece[own], numbers[own])
+            house.keep_hours(int(piece.arrival_ps[-1]))
+            house.offer(piece)
+            yield house.settle()
             requests += len(piece)
             at_s = int(piece.arrival_ps[-1]) / PICOSECONDS_PER_S
             if not watch(Progress(requests=requests, at_s=at_s, of_s=asked.length_s)):
                 stopped = f"stopped after {requests:,} requests; those under way then are not counted"
                 return
-        for lane in lanes:
-            yield lane.drain()
+        house.finish()
+        yield house.settle()
 
     for settled in settle():
         if len(settled.numbers):
-            settled.note(recorder, asked.rows)
+            settled.note(recorder, np.array([in_plan[replica.id] for replica in house.replicas], np.int64))
             if keep:
                 kept.append(settled)
     recorder.run_as_planned(asked.first_hour)

@@ -22,7 +22,7 @@ from waterline.units import DAY_S, GIGA, HOUR_S, PICOSECONDS_PER_S
 from waterline.workload import LENGTH_SIGMA, TICKS_PER_S, Request, Trace, operators
 from waterline.workload.files import open_trace
 from waterline.workload.operators import Surge, until
-from waterline.workload.stream import DAY_NS, Chunk, Stream, measure
+from waterline.workload.stream import DAY_NS, UNSAID, Chunk, Names, Stream, measure
 
 DEFAULT_DURATION_S = 15 * 60.0
 MOST_DRAWN = 2_000_000_000  # requests; an hour or more of work
@@ -45,6 +45,7 @@ class Piece:
     output_tokens: Integers
     row: Integers  # index of the row of the demand that asks
     cached_tokens: NDArray[np.int32]  # of the prompt; at least one token of it is not
+    client: NDArray[np.int32]  # index of its name in `Traffic.clients`, or UNSAID
 
     def __len__(self) -> int:
         return len(self.arrival_ps)
@@ -63,6 +64,7 @@ class Traffic:
         self.rows = tuple(rows)
         self.first_hour = first_hour  # of the day, which begins with the traffic
         self.length_s = length_s  # from the start to the last arrival, about
+        self.clients = source.clients  # as they are met
         self._source = source
         self._counts = [0] * len(rows)
         self._spans_ps: list[tuple[int, int] | None] = [None] * len(rows)  # first and last arrival
@@ -273,6 +275,7 @@ class _Dealt:
 
     def __init__(self, recorded: _Recorded, asked: Stream, surges: Sequence[Surge], rows: Sequence[Demand]) -> None:
         self.recorded, self.asked, self.surges = recorded, asked, surges
+        self.clients = asked.clients
         self.prefix_hits = np.array([recorded.prefix_hit(row) for row in rows])
 
     def pieces(self) -> Iterator[Piece]:
@@ -318,13 +321,14 @@ class _Asked:
     ) -> None:
         self.plan, self.rows, self.recorded = plan, rows, recorded
         self.seed, self.hour, self.length_s, self.surges = seed, hour, length_s, surges
+        self.clients = Names()
         self.surges_of = [[one for one in surges if one.tenant in {"", row.tenant}] for row in rows]
 
     def pieces(self) -> Iterator[Piece]:
         length_ps = round(self.length_s * PICOSECONDS_PER_S)
         stretch_ps = self._stretch_ps()
         cursors = {
-            index: _Cursor(self._replayed(index, one.stream), index, one.prefix_hit(self.rows[index]))
+            index: _Cursor(self._replayed(index, one.stream), index, one.prefix_hit(self.rows[index]), self.clients)
             for index, one in self.recorded.items()
         }
         for number in range(max(1, -(-length_ps // stretch_ps))):
@@ -387,7 +391,8 @@ class _Asked:
             generator=Generator(PCG64([self.seed, index, number])),
         )
         cached = _cached(prompts, row.prefix_hit)
-        drawn = Piece(begin_ps + arrivals_ps, prompts, outputs, np.full(len(prompts), index), cached)
+        nobody = np.full(len(prompts), UNSAID, np.int32)
+        drawn = Piece(begin_ps + arrivals_ps, prompts, outputs, np.full(len(prompts), index), cached, nobody)
         if not surges:
             return drawn
         clock_ns = self.hour * HOUR_NS + drawn.arrival_ps // PICOSECONDS_PER_NS
@@ -403,8 +408,10 @@ def _most(surges: Sequence[Surge]) -> float:
 class _Cursor:
     """A stream that is taken in stretches of time."""
 
-    def __init__(self, stream: Stream, row: int, prefix_hit: float) -> None:
+    def __init__(self, stream: Stream, row: int, prefix_hit: float, clients: Names) -> None:
+        """Begin a stream; the names of its clients are written to those of all."""
         self._chunks, self._row, self._prefix_hit = stream.chunks(), row, prefix_hit
+        self._names, self._clients, self._numbers = stream.clients, clients, np.array([UNSAID], np.int32)
         self._rest: list[Piece] = []
 
     def take(self, end_ps: int | None) -> Piece:
@@ -414,11 +421,19 @@ class _Cursor:
             chunk = next(self._chunks, None)
             if chunk is None:
                 break
+            chunk = replace(chunk, client=self._among_all(chunk.client))
             taken.append(_piece(chunk, np.full(len(chunk), self._row), self._prefix_hit))
         whole = joined(taken)
         end = len(whole) if end_ps is None else int(np.searchsorted(whole.arrival_ps, end_ps))
         self._rest = [whole[end:]] if end < len(whole) else []
         return whole[:end]
+
+    def _among_all(self, client: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return which of all clients those of this stream are; UNSAID, -1, finds what stands at the end."""
+        known = len(self._numbers) - 1
+        fresh = self._clients.indices([self._names[number] for number in range(known, len(self._names))])
+        self._numbers = np.concatenate([self._numbers[:-1], fresh, self._numbers[-1:]])
+        return self._numbers[client]
 
 
 def _piece(chunk: Chunk, row: NDArray[Any], prefix_hit: float | NDArray[np.float64]) -> Piece:
@@ -431,6 +446,7 @@ def _piece(chunk: Chunk, row: NDArray[Any], prefix_hit: float | NDArray[np.float
         chunk.output_tokens.astype(np.int64),
         row.astype(np.int64),
         np.maximum(told, _cached(prompts, prefix_hit)),
+        chunk.client,
     )
 
 
@@ -533,7 +549,7 @@ def joined(parts: Sequence[Piece]) -> Piece:
     if len(parts) == 1:
         return parts[0]
     none = np.zeros(0, np.int64)
-    parts = [Piece(none, none, none, none, none.astype(np.int32)), *parts]
+    parts = [Piece(none, none, none, none, none.astype(np.int32), none.astype(np.int32)), *parts]
     return Piece(*(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS))
 
 

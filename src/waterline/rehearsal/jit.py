@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from waterline.policy import admission
+from waterline import policy
 
 try:
     import numba
@@ -21,7 +21,12 @@ except ImportError:
     numba = None
 
 COMPILED = numba is not None
-SOURCES = (Path(__file__).with_name("kernel.py"), Path(__file__).with_name("state.py"), Path(admission.__file__))
+OWN = ("dealing", "heaps", "jit", "kernel", "life", "state", "steptime")
+POLICY = ("admission", "decisions", "dispatch", "jit", "routing")
+SOURCES = (
+    *(Path(__file__).with_name(f"{name}.py") for name in OWN),
+    *(Path(policy.__file__).with_name(f"{name}.py") for name in POLICY),
+)
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -33,7 +38,15 @@ def compiled(function: Function) -> Function:
 
 def inlined(function: Function) -> Function:
     """Return a part of compiled functions, put in where it is called: a call would copy every array's description."""
-    return _wrapped(function, forceinline=True) if COMPILED else function
+    if not COMPILED:
+        return function
+    # Nobody calls them from Python: what would take the arguments from there costs more to compile than they do.
+    return _wrapped(function, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def apart(function: Function) -> Function:
+    """Return a part of compiled functions that is seldom called, and then called: that keeps them small."""
+    return _wrapped(function, no_cpython_wrapper=True, no_cfunc_wrapper=True) if COMPILED else function
 
 
 def seen(array: Any) -> Any:

@@ -34,78 +34,48 @@ admitted, that part need not be read: its chunks begin behind it, and see it. It
 for each request anew: which prompts begin alike is not known. After a preemption all is read again. Where an owner has
 measured rates, they count cached tokens as read, and so does the replica (`Capacity.reads_cached`).
 
+**Requests wait at the desk** (`policy.dispatch`) and not at replicas: one goes to a replica when that has a slot, of
+which there are `Capacity.max_batch`. There it may still wait for cache. The desk is told of every first token and every
+end at the end of the step, in the order in which the requests were admitted; it is charged what a request is expected
+to cost when it starts, and what its shares of the steps come to when it ends. What it is told to expect of an output is
+the mean of the plan. The output that a trace records stands for the limit a client would have sent along.
+
 **Reading and writing may be apart.** A replica whose role is "prefill" reads prompts and produces first tokens; a
 request that wants more leaves it then, freeing its cache. The cache arrives at the decode replicas
-`Capacity.transfer_ps_per_token` times the prompt later. Only then is one of them chosen, by `policy.routing`, among
-those that serve at this hour and can hold the request, or among all that can when there is none: what has begun is not
-refused. There it waits its turn, first come, first served, and joins at the beginning of a step, before the decodes
-claim their cache, when no prompt is under way, a slot is free, and cache for what it brings and one token more. It has
-nothing to read unless it is preempted. Prefill replicas never wait for decode replicas, so all reading can be rehearsed
-before any writing; and they accept only what some decode replica can hold.
+`Capacity.transfer_ps_per_token` times what was read later. Only then does the desk choose one of them. When none that
+can hold it gets requests, the one that would drain first serves it all the same: what has begun is not refused; when
+none is left at all, it asks again every second. There it waits its turn, first come, first served, and joins at the
+beginning of a step, before the decodes claim their cache, when no prompt is under way, a slot is free, and cache for
+what it brings and one token more. It has nothing to read unless it is preempted. Prefill replicas never wait for decode
+replicas.
 
-**The router** sees, at the arrival of a request at time t, every token produced up to and including t. It does not know
-how many tokens a request will ask for and expects the mean of the plan.
+**Replicas come and go.** One that drains gets nothing new and finishes what it has. One that fails loses its cache:
+its requests go back to the desk, before all others of their clients and in the order in which they were admitted, and
+what they have produced is read again with their prompt. The step under way is lost, and charged to nobody.
 
-- `policy.routing` is shown the *backlog* of each replica: of a request its prompt, cached or not, and that mean, until
-  its first token; then that mean, until it ends. On a prefill replica the mean is 1, the first token; on a decode
-  replica there is no prompt.
-- `policy.admission` is shown the work *before the first token* of a newcomer, on all replicas of the model together:
-  prompts that have not been read, but for what is cached of them, and a mean request for each one beyond the slots,
-  because a slot must come free for it. The deadline is the TTFT of the SLO.
-
-Replicas on which the request can never fit are not shown; the output that a trace records stands for the limit a
-client would have sent along. A replica that does not serve at this hour of the day is shown with a rate of 0, so that
-it gets nothing new and its queue keeps nobody out; whom it has accepted it serves to the end.
+**At one instant** everything happens in this order: steps end, replica by replica, and as each has ended the desk gives
+away the slots that it left; caches arrive; the desk's second strikes (accounts age); patience ends; replicas come and
+go; requests arrive; steps begin.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import groupby
 
-from waterline.cost.step import StepCost, prefill_pairs
-from waterline.fleet import HOURS
-from waterline.plan import Role
-from waterline.policy.admission import ADMIT, retry_after_s
-from waterline.policy.routing import NOBODY, least_loaded
-from waterline.units import GIGA, HOUR_S, PICOSECONDS_PER_S
-from waterline.workload import Request
+import numpy as np
 
-NEVER = -1  # no time: times are never negative
-PICOSECONDS_PER_NS = PICOSECONDS_PER_S // GIGA
-PICOSECONDS_PER_HOUR = PICOSECONDS_PER_S * HOUR_S
-NOT_IN_SERVICE = "no replica of the model is in service"
+from waterline.cost.step import prefill_pairs
+from waterline.policy import dispatch
+from waterline.policy.decisions import GAVE_UP, NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
+from waterline.policy.dispatch import Desk
+from waterline.policy.routing import NOBODY
+from waterline.rehearsal.capacity import NEVER, Ask, Capacity, Change, Terms
+from waterline.units import PICOSECONDS_PER_S
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
-    """What a replica can take, and how long its steps are."""
-
-    replica: str  # its id
-    gpus: int
-    step: StepCost
-    max_batch: int  # requests running together, at most
-    cache_tokens: int
-    max_context_tokens: int
-    prefill_tokens_per_s: float  # at which it reads what has to be read of prompts, planned
-    tokens_per_s: float  # prompt and output with all slots taken, planned; 0 takes it out of routing
-    hours: tuple[int, ...] = tuple(range(HOURS))  # of the day, at which it gets requests
-    role: Role = "both"
-    transfer_ps_per_token: int = 0  # of a prompt that a prefill replica has read, to the decode replicas
-    reads_cached: bool = False  # its steps count cached tokens as read
-
-    @property
-    def longest_tokens(self) -> int:
-        """The longest request it can hold, prompt and output."""
-        return min(self.cache_tokens, self.max_context_tokens)
-
-    @property
-    def slots(self) -> int:
-        """Requests that can decode together: each takes a token of the step."""
-        return min(self.max_batch, self.step.step_tokens)
-
-    def serves(self, hour: int) -> bool:
-        return self.tokens_per_s > 0 and hour in self.hours
+MOST_STILL = 4000  # seconds; by then every account has forgotten everything, and who still waits waits for ever
+ROLES = {"both": dispatch.BOTH, "prefill": dispatch.READS, "decode": dispatch.WRITES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,31 +95,33 @@ class Step:
 class Passage:
     """One request on its way through the fleet, and in the end what became of it."""
 
-    request: Request
-    arrival_ps: int
-    replica: str = ""
-    reason: str = ""  # why it was refused
-    retry_s: float = 0.0  # after which it was told to come back, when it was refused for the deadline
+    ask: Ask
     tokens: int  # of its prompt, and produced
-    read_tokens: int = 0  # of them, by the chunks since it was admitted last, or found in the cache then
+    cached_tokens: int  # of its prompt, where it is read for the first time
+    replica: int = NOBODY  # that serves it, or did; an index
+    refusal: int = 0  # the rule by which it was refused, or gave up
+    retry_s: float = 0.0  # after which it was told to come back
+    cost_gpu_s: float = 0.0  # that it has been charged
+    read_tokens: int = 0  # by the chunks since it was admitted last, or found in the cache then
+    unread_tokens: int = NEVER  # as the desk counts them, until they have been read
     produced_tokens: int = 0
+    started_ps: int = NEVER
     first_token_ps: int = NEVER
     finish_ps: int = NEVER
     busy_ps: int = 0  # its shares of the replica's steps
     preemptions: int = 0
-    read_by: str = ""  # the prefill replica, where reading and writing are apart; the times above are the other's
+    read_by: int = NOBODY  # the prefill replica, where reading and writing are apart; the shares above are the other's
     read_busy_ps: int = 0
+    lost_gpu_ps: int = 0  # that it had had on replicas that failed
+    restarts: int = 0
 
 
 class SteppedReplica:
     """One replica, and the one place where its state changes."""
 
-    def __init__(self, capacity: Capacity, expected_output_tokens: int, steps: list[Step] | None = None) -> None:
-        self.capacity = capacity
-        self.expected_output_tokens = 1 if capacity.role == "prefill" else expected_output_tokens
-        self.steps = steps
-        self.longest_tokens = capacity.longest_tokens
-        self.sent: list[tuple[int, Passage]] = []  # on their way to a decode replica, and when they arrive
+    def __init__(self, index: int, capacity: Capacity, fleet: "SteppedFleet", steps: list[Step] | None = None) -> None:
+        self.index, self.capacity, self.fleet, self.steps = index, capacity, fleet, steps
+        self.alive = False  # from when it is ready until it fails
         self.free_tokens = capacity.cache_tokens
         self.waiting: deque[Passage] = deque()
         self.decoding: list[Passage] = []  # in the order of their admission, as are those below, who came after them
@@ -157,54 +129,29 @@ class SteppedReplica:
         self.chunks: list[int] = []  # [reading] tokens in the step under way
         self.stepping = False
         self.begin_ps = 0  # of the step under way or the last one
-        self.boundary_ps = 0  # when it ends, or when the next one may begin
+        self.end_ps = 0
         self.undivided_ps = 0  # of the steps so far
-        self.accepted = 0  # requests that have not ended
-        self.unread_tokens = 0  # of the prompts of those without a first token, but for what is cached
-        self.backlog_tokens = 0  # expected, accepted and not yet produced
 
     @property
-    def queued(self) -> int:
-        """Requests accepted beyond the slots."""
-        return max(0, self.accepted - self.capacity.max_batch)
+    def busy(self) -> bool:
+        return bool(self.decoding or self.reading or self.waiting)
 
-    def accept(self, passage: Passage) -> None:
-        """Queue a request at its arrival, up to which the replica has been advanced."""
-        self._queue(passage, passage.arrival_ps)
-        self.unread_tokens += passage.tokens - self._cached_tokens(passage)
-        self.backlog_tokens += passage.tokens + self.expected_output_tokens
-
-    def take_over(self, passage: Passage, at_ps: int) -> None:
-        """Queue a request that has been read elsewhere, at the arrival of its cache."""
-        self._queue(passage, at_ps)
-        passage.read_tokens = passage.tokens
-        self.backlog_tokens += self.expected_output_tokens
-
-    def _cached_tokens(self, passage: Passage) -> int:
-        return 0 if self.capacity.reads_cached else passage.request.cached_tokens
-
-    def _queue(self, passage: Passage, at_ps: int) -> None:
-        if not self.stepping:
-            self.boundary_ps = at_ps
-        passage.replica = self.capacity.replica
+    def accept(self, passage: Passage, cached_tokens: int, now_ps: int) -> None:
+        """Queue a request that the desk gives to this replica, with so much of it cached here, as the desk knows."""
+        if passage.started_ps == NEVER:
+            passage.started_ps = now_ps
+        passage.unread_tokens = passage.tokens - cached_tokens
+        passage.cached_tokens = 0 if self.capacity.reads_cached else max(passage.cached_tokens, cached_tokens)
+        passage.replica = self.index
         self.waiting.append(passage)
-        self.accepted += 1
 
-    def advance(self, now_ps: float) -> None:
-        """End every step that ends up to and including `now_ps`; begin every step that begins before it.
+    def take_over(self, passage: Passage) -> None:
+        """Queue a request that has been read elsewhere, at the arrival of its cache."""
+        passage.read_tokens = passage.tokens
+        passage.replica = self.index
+        self.waiting.append(passage)
 
-        A step that would begin at `now_ps` itself is left for later: more requests may arrive at this instant.
-        """
-        while True:
-            if self.stepping:
-                if self.boundary_ps > now_ps:
-                    return
-                self._end_step()
-            if self.boundary_ps >= now_ps or not (self.decoding or self.reading or self.waiting):
-                return
-            self._begin_step()
-
-    def _begin_step(self) -> None:
+    def begin_step(self, now_ps: int) -> None:
         step = self.capacity.step
         while len(self.decoding) > self.free_tokens:
             self._preempt_latest()
@@ -229,8 +176,8 @@ class SteppedReplica:
         )
         context_tokens = sum([passage.tokens for passage in self.decoding])
         self.stepping = True
-        self.begin_ps = self.boundary_ps
-        self.boundary_ps += step.step_ps(prefill_tokens, pairs, decodes, context_tokens)
+        self.begin_ps = now_ps
+        self.end_ps = now_ps + step.step_ps(prefill_tokens, pairs, decodes, context_tokens)
         if self.steps is not None:
             self.steps.append(self._under_way(prefill_tokens))
 
@@ -241,7 +188,7 @@ class SteppedReplica:
         else:
             passage = self.decoding.pop()
             self.free_tokens += passage.tokens
-        passage.read_tokens = 0
+        passage.read_tokens = passage.cached_tokens = 0
         passage.preemptions += 1
         self.waiting.appendleft(passage)
 
@@ -271,13 +218,14 @@ class SteppedReplica:
             return False
         self.free_tokens -= needed_tokens
         passage = self.waiting.popleft()
-        passage.read_tokens = 0 if passage.preemptions else self._cached_tokens(passage)
+        passage.read_tokens = passage.cached_tokens
         self.reading.append(passage)
         return True
 
-    def _end_step(self) -> None:
+    def end_step(self) -> bool:
+        """Return whether somebody has left."""
         self.stepping = False
-        step_ps = self.boundary_ps - self.begin_ps + self.undivided_ps
+        step_ps = self.end_ps - self.begin_ps + self.undivided_ps
         token_ps, self.undivided_ps = divmod(step_ps, len(self.decoding) + sum(self.chunks))
         for passage in self.decoding:
             passage.busy_ps += token_ps
@@ -286,36 +234,41 @@ class SteppedReplica:
             passage.busy_ps += token_ps * chunk
         self.decoding += [passage for passage in self.reading if passage.read_tokens == passage.tokens]
         self.reading = [passage for passage in self.reading if passage.read_tokens < passage.tokens]
-        for passage in self.decoding:
-            self._produce(passage)
-        sent = [passage for _, passage in self.sent]
-        self.decoding = [one for one in self.decoding if one.finish_ps == NEVER and one not in sent]
+        stay = [self._produce(passage) for passage in self.decoding]
+        self.decoding = [passage for passage, stays in zip(self.decoding, stay, strict=True) if stays]
+        return not all(stay)
 
-    def _produce(self, passage: Passage) -> None:
-        """Give a request its next token; its cache was claimed before."""
+    def _produce(self, passage: Passage) -> bool:
+        """Give a request its next token, its cache was claimed before; return whether it stays."""
+        if passage.unread_tokens != NEVER:
+            self.fleet.has_read(self, passage)
         passage.tokens += 1
         passage.produced_tokens += 1
         if passage.produced_tokens == 1:
-            passage.first_token_ps = self.boundary_ps
-            self.unread_tokens -= passage.request.prompt_tokens - self._cached_tokens(passage)
-            self.backlog_tokens -= passage.request.prompt_tokens
-        if passage.produced_tokens == passage.request.output_tokens:
-            passage.finish_ps = self.boundary_ps
+            passage.first_token_ps = self.end_ps
+        if passage.produced_tokens == passage.ask.output_tokens:
+            passage.finish_ps = self.end_ps
+            self.fleet.has_ended(self, passage)
         elif self.capacity.role == "prefill":
-            passage.read_by, passage.read_busy_ps, passage.busy_ps = passage.replica, passage.busy_ps, 0
-            takes_ps = passage.request.prompt_tokens * self.capacity.transfer_ps_per_token
-            self.sent.append((self.boundary_ps + takes_ps, passage))
+            passage.read_by, passage.read_busy_ps, passage.busy_ps = self.index, passage.busy_ps, 0
+            self.fleet.is_sent(self, passage)
         else:
-            return
+            return True
         self.free_tokens += passage.tokens
-        self.accepted -= 1
-        self.backlog_tokens -= self.expected_output_tokens
+        return False
+
+    def fail(self) -> list[Passage]:
+        """Lose everything; return the requests that were here, in the order of their admission."""
+        lost = [*self.decoding, *self.reading, *self.waiting]
+        self.decoding, self.reading, self.stepping = [], [], False
+        self.waiting.clear()
+        return lost
 
     def _under_way(self, prefill_tokens: int) -> Step:
         return Step(
             replica=self.capacity.replica,
             begin_ps=self.begin_ps,
-            end_ps=self.boundary_ps,
+            end_ps=self.end_ps,
             decodes=len(self.decoding),
             prefill_tokens=prefill_tokens,
             running=len(self.decoding) + len(self.reading),
@@ -323,121 +276,320 @@ class SteppedReplica:
         )
 
 
-def arrival_ps(request: Request) -> int:
-    """Return when a request arrives; the one place where seconds become picoseconds."""
-    return round(request.arrival_s * GIGA) * PICOSECONDS_PER_NS
+@dataclass
+class Dice:
+    """The draws of routing: two generators of Lehmer's, a half of a draw each."""
+
+    state: tuple[int, int]
+
+    def roll(self) -> int:
+        prime = 2**31 - 1
+        self.state = self.state[0] * 48_271 % prime, self.state[1] * 69_621 % prime
+        return self.state[1] << 31 | self.state[0]
 
 
-def too_long(request_tokens: int, longest_tokens: int) -> str:
-    return f"{request_tokens} tokens, of which no replica of the model holds more than {longest_tokens}"
+@dataclass
+class SteppedFleet:
+    """Replicas behind their desk."""
+
+    capacities: Sequence[Capacity]
+    terms: Terms
+    steps: list[Step] | None
+    lines: dict[tuple[int, int], deque[Passage]] = field(default_factory=dict)  # who waits, by model and client
+    coming: list[tuple[int, int, Passage]] = field(
+        default_factory=list
+    )  # caches, when, and in the order they were sent
+    sent: int = 0
+    patient: list[tuple[int, int, Passage]] = field(default_factory=list)  # when who gives up, and in which order
+    patients: int = 0
+    to_change: deque[Change] = field(default_factory=deque)
+    to_come: deque[Passage] = field(default_factory=deque)
+    next_tick_ps: int = PICOSECONDS_PER_S
+    still: int = 0  # ticks in a row at which no replica had anything to do
+
+    def __post_init__(self) -> None:
+        self.desk = new_desk(self.terms, self.capacities)
+        self.dice = Dice(self.terms.dice)
+        self.replicas = [SteppedReplica(index, one, self, self.steps) for index, one in enumerate(self.capacities)]
+        whole = {one.model for one in self.capacities if one.reads_cached}
+        self.tells_cached = [model not in whole for model in range(len(self.terms.ttft_s))]
+
+    # --- One instant, in this order -----------------------------------------------------------------------------------
+
+    def next_ps(self) -> int:
+        """Return when something happens next."""
+        return min(
+            self.next_tick_ps,
+            *[one.end_ps for one in self.replicas if one.stepping],
+            *[heap[0][0] for heap in (self.coming, self.patient) if heap],
+            *[self.to_change[0].at_ps if self.to_change else self.next_tick_ps],
+            *[self.to_come[0].ask.arrival_ps if self.to_come else self.next_tick_ps],
+        )
+
+    def end_steps(self, now_ps: int) -> None:
+        for replica in self.replicas:
+            if replica.stepping and replica.end_ps == now_ps and replica.end_step():
+                self.start_waiting(replica.capacity.model, now_ps)
+
+    def take_caches(self, now_ps: int) -> None:
+        while self.coming and self.coming[0][0] == now_ps:
+            self.arrive_to_be_written(heappop(self.coming)[2], now_ps)
+
+    def is_over(self, passages: Sequence[Passage]) -> bool:
+        """Whether all have ended, or nobody else will ever start."""
+        over = self.still >= MOST_STILL or all(passage.finish_ps != NEVER for passage in passages)
+        return over and not self.to_change and not self.to_come
+
+    def tick(self, now_ps: int) -> None:
+        self.next_tick_ps += PICOSECONDS_PER_S
+        self.still = 0 if any(replica.stepping or replica.busy for replica in self.replicas) else self.still + 1
+        dispatch.tick(self.desk, float(now_ps // PICOSECONDS_PER_S))
+        for model in range(len(self.terms.ttft_s)):
+            self.start_waiting(model, now_ps)
+
+    def end_patience(self, now_ps: int) -> None:
+        while self.patient and self.patient[0][0] == now_ps:
+            self.give_up(heappop(self.patient)[2], now_ps)
+
+    def make_changes(self, now_ps: int) -> None:
+        due = []
+        while self.to_change and self.to_change[0].at_ps == now_ps:
+            due.append(self.to_change.popleft())
+        for kind, group in groupby(due, key=lambda change: change.kind):
+            self.change(kind, [change.replica for change in group], now_ps)
+
+    def take_arrivals(self, now_ps: int) -> None:
+        while self.to_come and self.to_come[0].ask.arrival_ps == now_ps:
+            passage = self.to_come.popleft()
+            self.arrive(passage, now_ps)
+            if passage.ask.patience_ps != NEVER and passage.started_ps == NEVER and passage.finish_ps == NEVER:
+                heappush(self.patient, (now_ps + passage.ask.patience_ps, self.patients, passage))
+                self.patients += 1
+
+    def begin_steps(self, now_ps: int) -> None:
+        for replica in self.replicas:
+            if not replica.stepping and replica.busy:
+                replica.begin_step(now_ps)
+
+    # --- What the desk is asked ---------------------------------------------------------------------------------------
+
+    def arrive(self, passage: Passage, now_ps: int) -> None:
+        ask = passage.ask
+        answer = dispatch.arrive(
+            self.desk,
+            ask.model,
+            ask.client,
+            ask.prompt_tokens,
+            self._told(passage),
+            self.terms.output_tokens[ask.model],
+            ask.prompt_tokens + ask.output_tokens,
+            self.terms.ttft_s[ask.model],
+            np.array(ask.blocks, np.int64),
+            self.dice.roll(),
+        )
+        passage.cost_gpu_s = answer.gpu_s
+        if answer.rule == SLOT_FREE:
+            self.replicas[answer.replica].accept(passage, answer.cached_tokens, now_ps)
+        elif answer.rule == WAITS_FOR_SLOT:
+            self.lines.setdefault((ask.model, ask.client), deque()).append(passage)
+            self.start_waiting(ask.model, now_ps)
+        else:
+            passage.refusal, passage.retry_s, passage.finish_ps = answer.rule, answer.seconds, now_ps
+
+    def start_waiting(self, model: int, now_ps: int) -> None:
+        """Give those who wait to replicas, while there are slots for them."""
+        while True:
+            client, _ = dispatch.next_turn(self.desk, model)
+            if client == NOBODY:
+                return
+            line = self.lines[model, client]
+            passage = line[0]
+            replica, cached_tokens, rule = dispatch.start(
+                self.desk,
+                model,
+                client,
+                passage.tokens,
+                self._told(passage),
+                self.terms.output_tokens[model],
+                passage.ask.prompt_tokens + passage.ask.output_tokens,
+                passage.cost_gpu_s,
+                np.array(passage.ask.blocks, np.int64),
+                self.dice.roll(),
+            )
+            if replica != NOBODY:
+                self.replicas[replica].accept(line.popleft(), cached_tokens, now_ps)
+            elif rule == NOT_SERVED:
+                self.leave(line.popleft(), rule, now_ps)
+            else:
+                return
+
+    def leave(self, passage: Passage, rule: int, now_ps: int) -> None:
+        """Let a request that waits leave."""
+        dispatch.gave_up(self.desk, passage.ask.model, passage.ask.client, passage.cost_gpu_s)
+        passage.refusal, passage.finish_ps = rule, now_ps
+
+    def give_up(self, passage: Passage, now_ps: int) -> None:
+        """The patience of a request ends, if it still waits for its first replica."""
+        if passage.started_ps == NEVER and passage.finish_ps == NEVER:
+            self.lines[passage.ask.model, passage.ask.client].remove(passage)
+            self.leave(passage, GAVE_UP, now_ps)
+
+    def _told(self, passage: Passage) -> int:
+        return passage.cached_tokens if self.tells_cached[passage.ask.model] else 0
+
+    # --- What the desk is told ----------------------------------------------------------------------------------------
+
+    def has_read(self, replica: SteppedReplica, passage: Passage) -> None:
+        model = replica.capacity.model
+        dispatch.first_token(self.desk, model, replica.index, passage.tokens, passage.unread_tokens)
+        passage.unread_tokens = NEVER
+
+    def has_ended(self, replica: SteppedReplica, passage: Passage) -> None:
+        model = replica.capacity.model
+        difference_gpu_s = self._spent_gpu_s(passage) - passage.cost_gpu_s
+        expected = self.terms.output_tokens[model]
+        dispatch.ended(self.desk, model, replica.index, passage.ask.client, expected, difference_gpu_s)
+
+    def is_sent(self, replica: SteppedReplica, passage: Passage) -> None:
+        model = replica.capacity.model
+        dispatch.left(self.desk, model, replica.index, self.terms.output_tokens[model])
+        arrives_ps = replica.end_ps + (passage.tokens - 1) * replica.capacity.transfer_ps_per_token
+        self._send(passage, arrives_ps)
+
+    def _send(self, passage: Passage, arrives_ps: int) -> None:
+        heappush(self.coming, (arrives_ps, self.sent, passage))
+        self.sent += 1
+
+    def _spent_gpu_s(self, passage: Passage) -> float:
+        """Return the GPU time a request has had since it was given to replicas, who reads it and who writes it."""
+        gpu_s = passage.busy_ps * 1e-12 * self.capacities[passage.replica].gpus
+        if passage.read_by != NOBODY:
+            gpu_s += passage.read_busy_ps * 1e-12 * self.capacities[passage.read_by].gpus
+        return gpu_s
+
+    # --- Replicas -----------------------------------------------------------------------------------------------------
+
+    def arrive_to_be_written(self, passage: Passage, now_ps: int) -> None:
+        """The cache of a request arrives; without anybody to write it, it asks again a second later."""
+        model, expected = passage.ask.model, self.terms.output_tokens[passage.ask.model]
+        tokens = passage.ask.prompt_tokens + passage.ask.output_tokens
+        index = dispatch.take_over(self.desk, model, expected, tokens, self.dice.roll())
+        if index == NOBODY:
+            able = [
+                one.index
+                for one in self.replicas
+                if one.alive
+                and one.capacity.role == "decode"
+                and one.capacity.model == model
+                and one.capacity.longest_tokens >= tokens
+            ]
+            if not able:
+                self._send(passage, now_ps + PICOSECONDS_PER_S)
+                return
+            known = self.desk.replicas
+            index = min(able, key=lambda one: (known.backlog_tokens[one] / known.tokens_per_s[one], one))
+            known.backlog_tokens[index] += expected
+        self.replicas[index].take_over(passage)
+
+    def change(self, kind: str, rows: list[int], now_ps: int) -> None:
+        """Let replicas come or go."""
+        dispatch.set_in_service(self.desk, rows, serves=kind == "ready")
+        if kind == "drain":
+            return
+        for row in rows:
+            self.replicas[row].alive = kind == "ready"
+        for row in rows if kind == "fail" else rows[:1]:
+            if kind == "fail":
+                for passage in reversed(self.replicas[row].fail()):
+                    self.come_back(passage)
+            for model in range(len(self.terms.ttft_s)):
+                self.start_waiting(model, now_ps)
+
+    def come_back(self, passage: Passage) -> None:
+        """Put a request whose replica has failed before all others of its client; what it has produced is kept."""
+        model, client = passage.ask.model, passage.ask.client
+        dispatch.settle(self.desk, model, client, self._spent_gpu_s(passage) - passage.cost_gpu_s)
+        passage.lost_gpu_ps += passage.busy_ps * self.capacities[passage.replica].gpus
+        if passage.read_by != NOBODY:
+            passage.lost_gpu_ps += passage.read_busy_ps * self.capacities[passage.read_by].gpus
+        passage.read_by, passage.read_busy_ps, passage.busy_ps = NOBODY, 0, 0
+        passage.read_tokens = passage.cached_tokens = 0
+        passage.unread_tokens = NEVER
+        passage.restarts += 1
+        expected = self.terms.output_tokens[model]
+        passage.cost_gpu_s = dispatch.expected_gpu_s(self.desk, model, passage.tokens, expected)
+        dispatch.come_back(self.desk, model, client, passage.cost_gpu_s)
+        self.lines.setdefault((model, client), deque()).appendleft(passage)
 
 
-def too_late(deadline_s: float, retry_s: float) -> str:
-    return f"would not start within {deadline_s:g} s; retry after {retry_s:.3g} s"
+def new_desk(terms: Terms, capacities: Sequence[Capacity]) -> Desk:
+    """Return a desk that knows the replicas, none of which is in service."""
+    desk = dispatch.new_desk(
+        terms.guarantee,
+        terms.deserved,
+        terms.limit,
+        terms.tenant_of_client,
+        models=len(terms.ttft_s),
+        rows=len(capacities),
+        gpus=terms.gpus,
+        block_tokens=terms.block_tokens,
+        prefix_places=terms.prefix_places,
+    )
+    for row, one in enumerate(capacities):
+        dispatch.put(
+            desk,
+            row,
+            one.model,
+            role=ROLES[one.role],
+            gpus=float(one.gpus),
+            slots=one.max_batch,
+            longest_tokens=one.longest_tokens,
+            tokens_per_s=one.tokens_per_s,
+            prefill_tokens_per_s=one.prefill_tokens_per_s,
+        )
+    for model in range(len(terms.ttft_s)):
+        dispatch.recount(desk.models, desk.replicas, desk.accounts, model)
+    return desk
 
 
 def serve(
     capacities: Sequence[Capacity],
-    requests: Iterable[Request],
+    requests: Iterable[Ask],
+    terms: Terms,
     *,
-    deadline_s: float,
-    expected_prompt_tokens: int,
-    expected_output_tokens: int,
-    first_hour: int = 0,
+    changes: Iterable[Change] | None = None,
     steps: list[Step] | None = None,
 ) -> list[Passage]:
-    """Serve requests to one model on its replicas until the last one is done.
+    """Serve requests until the last one is done.
 
     Args:
-        capacities: the replicas; ties in routing go to the first.
+        capacities: the replicas.
         requests: in the order of their arrival.
-        deadline_s: longest expected wait with which a request is still taken in: the TTFT of the model's SLO.
-        expected_prompt_tokens: the mean of the plan.
-        expected_output_tokens: likewise; it stands for what no request tells.
-        first_hour: of the day, which begins with the trace.
+        terms: who asks, and what is promised.
+        changes: when replicas become ready, drain and fail, in the order of time; None: all are ready from the start.
         steps: a list that gets every step, in the order they begin on each replica.
 
     Returns:
-        What became of each request, in the same order: refused (with a reason, and finished on arrival) or finished.
+        What became of each request, in the same order: refused (and finished on arrival), gone, or finished.
     """
-    writers = [SteppedReplica(one, expected_output_tokens, steps) for one in capacities if one.role == "decode"]
-    readers = [SteppedReplica(one, expected_output_tokens, steps) for one in capacities if one.role != "decode"]
-    for reader, tokens in zip(readers, accepted_tokens(capacities), strict=True):
-        reader.longest_tokens = tokens
-
-    def hour(time_ps: int) -> int:
-        return (first_hour + time_ps // PICOSECONDS_PER_HOUR) % HOURS
-
-    passages = []
-    for request in requests:
-        passage = Passage(request=request, arrival_ps=arrival_ps(request), tokens=request.prompt_tokens)
-        passages.append(passage)
-        for replica in readers:
-            replica.advance(passage.arrival_ps)
-        chosen = _dispatch(passage, readers, hour(passage.arrival_ps), deadline_s, expected_prompt_tokens)
-        if chosen:
-            chosen.accept(passage)
-        else:
-            passage.finish_ps = passage.arrival_ps
-    for replica in readers:
-        replica.advance(math.inf)
-    order = {id(passage): number for number, passage in enumerate(passages)}
-    sent = [arriving for reader in readers for arriving in reader.sent]
-    for at_ps, passage in sorted(sent, key=lambda arriving: (arriving[0], order[id(arriving[1])])):
-        for replica in writers:
-            replica.advance(at_ps)
-        _writer(passage, writers, hour(at_ps)).take_over(passage, at_ps)
-    for replica in writers:
-        replica.advance(math.inf)
-    assert all(passage.finish_ps != NEVER for passage in passages)  # noqa: S101 - see "There is no livelock"
+    fleet = SteppedFleet(capacities, terms, steps)
+    passages = [Passage(ask=ask, tokens=ask.prompt_tokens, cached_tokens=ask.cached_tokens) for ask in requests]
+    if changes is None:
+        changes = [Change(at_ps=0, kind="ready", replica=row) for row in range(len(capacities))]
+    fleet.to_change, fleet.to_come = deque(changes), deque(passages)
+    while True:
+        now_ps = fleet.next_ps()
+        fleet.end_steps(now_ps)
+        fleet.take_caches(now_ps)
+        if now_ps == fleet.next_tick_ps:
+            if fleet.is_over(passages):
+                break
+            fleet.tick(now_ps)
+        fleet.end_patience(now_ps)
+        fleet.make_changes(now_ps)
+        fleet.take_arrivals(now_ps)
+        fleet.begin_steps(now_ps)
+    for passage in passages:
+        if passage.finish_ps == NEVER:
+            passage.refusal, passage.finish_ps = NOT_SERVED, fleet.next_tick_ps - PICOSECONDS_PER_S
     return passages
-
-
-def accepted_tokens(capacities: Sequence[Capacity]) -> list[int]:
-    """Return the longest request that each replica which reads may accept; a prefill replica has to pass it on."""
-    writable = max(
-        (one.longest_tokens for one in capacities if one.role == "decode" and one.tokens_per_s > 0), default=0
-    )
-    return [
-        min(one.longest_tokens, writable) if one.role == "prefill" else one.longest_tokens
-        for one in capacities
-        if one.role != "decode"
-    ]
-
-
-def _writer(passage: Passage, writers: Sequence[SteppedReplica], hour: int) -> SteppedReplica:
-    """Return the decode replica for a request that has been read."""
-    tokens = passage.request.prompt_tokens + passage.request.output_tokens
-    able = [one for one in writers if one.longest_tokens >= tokens and one.capacity.tokens_per_s > 0]
-    able = [one for one in able if one.capacity.serves(hour)] or able
-    return able[least_loaded([one.backlog_tokens for one in able], [one.capacity.tokens_per_s for one in able])]
-
-
-def _dispatch(
-    passage: Passage, replicas: Sequence[SteppedReplica], hour: int, deadline_s: float, expected_prompt_tokens: int
-) -> SteppedReplica | None:
-    """Return the replica for a request, or None and the reason with the request."""
-    request_tokens = passage.request.prompt_tokens + passage.request.output_tokens
-    candidates = [replica for replica in replicas if request_tokens <= replica.longest_tokens]
-    if not candidates:
-        longest_tokens = max((replica.longest_tokens for replica in replicas), default=0)
-        passage.reason = too_long(request_tokens, longest_tokens)
-        return None
-    ready = [replica for replica in candidates if replica.capacity.serves(hour)]
-    tokens_per_s = [replica.capacity.tokens_per_s if replica in ready else 0.0 for replica in candidates]
-    retry_s = retry_after_s(
-        sum([replica.unread_tokens for replica in ready]),
-        math.fsum(replica.capacity.prefill_tokens_per_s for replica in ready),
-        sum([replica.queued * (expected_prompt_tokens + replica.expected_output_tokens) for replica in ready]),
-        math.fsum(tokens_per_s),
-        deadline_s,
-    )
-    if retry_s > ADMIT:
-        passage.retry_s = retry_s
-        passage.reason = too_late(deadline_s, retry_s)
-        return None
-    chosen = least_loaded([replica.backlog_tokens for replica in candidates], tokens_per_s)
-    if chosen == NOBODY:
-        passage.reason = NOT_IN_SERVICE
-        return None
-    return candidates[chosen]

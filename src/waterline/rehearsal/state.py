@@ -1,21 +1,22 @@
 """The memory of the compiled rehearsal: rows of whole numbers in flat arrays, and how they are laid out.
 
-An event touches one replica, one request of its, and a path in two trees. Each of them lies in a row of its own, so
-that a large fleet costs a few cache misses an event. Field names are offsets within a row.
+An event touches one replica, one request of its, and what the desk knows of both. Each of them lies in a row of its
+own, so that a large fleet costs a few cache misses an event. Field names are offsets within a row.
 
 The arrays are flat, and `Memory` may as well hold memoryviews of them: then the same code runs without numba.
 """
 
-import math
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from waterline.cost.step import StepCost
-from waterline.rehearsal.oracle import Capacity
+from waterline.policy import dispatch
+from waterline.policy.dispatch import Desk
+from waterline.policy.jit import compiled
+from waterline.rehearsal.capacity import Capacity, Terms
 
 Integers = NDArray[np.int64]
 Reals = NDArray[np.float64]
@@ -23,6 +24,7 @@ Reals = NDArray[np.float64]
 NONE = -1  # no slot, no replica
 NEVER_PS = 2**63 - 1
 LATEST_PS = 100 * 86_400 * 10**12  # times are kept in 64 bits, which hold 106 days
+TICK_PS = 10**12  # between two ticks of the desk
 
 # A replica. Between two events it is idle, in one step that reads prompts, or in several alike that only decode.
 (
@@ -40,41 +42,50 @@ LATEST_PS = 100 * 86_400 * 10**12  # times are kept in 64 bits, which hold 106 d
     HEAD,  # slot of the first request that waits …
     TAIL,  # … and of the last
     READER,  # slot of the first request whose prompt is being read
-    ACCEPTED,  # requests that have not ended
-    BACKLOG,  # tokens, as the router counts them
-) = range(16)
+    ACCEPTED,  # requests that have not left it
+) = range(15)
 REPLICA = 16
 
-# What seldom changes about a replica, or is seldom needed.
+# What seldom changes about a replica.
 (
     KIND,  # where the row of its steps begins
     MAX_BATCH,
-    CLASS,  # of the replicas that hold as long a request
-    LEAF,  # in the router's tree
     FINISHES,  # where its heap of finishing steps begins
-    READY,  # 1 when it gets requests
-    UNREAD_HERE,  # prompt tokens of those without a first token, but for what is cached
+    MODEL,
+    GPUS,
     SENDS,  # 1 when requests leave it with their first token
+    TRANSFER_PS,  # for each token of them
+    ALIVE,  # 1 from when it is ready until it fails
 ) = range(8)
 FIXED = 8
 
-# A request that has been accepted: one line of the cache.
+# A request that has been taken in: one line of the cache.
 (
-    REQUEST,  # its row in the results
+    REQUEST,  # its row in the results; NONE or less of a free slot
     PROMPT,
     OUTPUT,
     BUSY_PS,  # its share of the steps so far; while it decodes, less the replica's TOKEN_PS when it began to
-    FIRST_TOKEN,  # when it came; before, NONE less the tokens of its prompt that are cached
+    UNREAD,  # tokens that the desk counts as unread; NONE once they have been read
     NEXT,  # slot behind it: of those that wait, read, or are free; while it decodes, a number that grows with admission
     PRODUCED,  # tokens; while it decodes, when it began to
-    READ,  # tokens since it was admitted; while it waits, those it brings, or below 0 those that are cached here
+    READ,  # tokens since it was admitted; while it waits, those it brings, or below 0 those that are cached there
 ) = range(8)
 SLOT = 8
 
 # What became of a request.
-FIRST_TOKEN_AT, FINISH_AT, SHARE, SERVED_BY, PREEMPTED = range(5)
-RESULT = 5
-TOO_LONG, TOO_LATE, NOT_SERVED = -1, -2, -3  # instead of a replica
+(
+    FIRST_TOKEN_AT,  # NONE when none came
+    FINISH_AT,
+    SHARE,
+    SERVED_BY,  # or minus the rule by which it was refused, or gave up
+    PREEMPTED,
+    STARTED_AT,  # when it was first given to a replica; before, NONE, or -2 less the time at which it gives up
+    CLIENT,
+) = range(7)
+RESULT = 8
+RETRY_S, COST_GPU_S = range(2)  # when to come back; what it was charged when it started
+READ_BY, READ_SHARE, LOST_GPU_PS, RESTARTS = range(4)  # a split's reader; what failed replicas had spent on it
+EXTRA = 4
 
 # Steps of one kind of replica; tables are offsets into `Memory.tables`.
 (
@@ -99,40 +110,58 @@ KIND_FIELDS = 16
 WINDOW_TOKENS, WINDOW_SLOPE_TABLE, WINDOW_PS_PER_PAIR = range(3)
 WINDOW = 4
 
-# Replicas that hold as long a request.
-LONGEST, UNREAD, QUEUED, TREE, LEAVES, MEMBERS = range(6)  # QUEUED: expected tokens of requests beyond the slots
-CLASS_FIELDS = 8
+# Of a model.
+EXPECTED_OUTPUT, TELLS_CACHED = range(2)  # TELLS_CACHED: 1 when the desk is told what is cached of a prompt
+MODEL_FIELDS = 2
 
-# Of all replicas together.
-FREE_SLOT, ADMISSIONS, OUT_OF_TIME, CLASSES, EXPECTED_PROMPT, EXPECTED_OUTPUT = range(6)
-COUNTERS = 8
+# Of all together.
+(
+    FREE_SLOT,
+    ADMISSIONS,
+    OUT_OF_TIME,
+    NEXT_TICK_PS,
+    SECONDS,  # ticks so far
+    STILL,  # ticks in a row at which no replica had anything to do
+    UNDER_WAY,  # requests taken in that have not ended
+    COMING,  # caches on their way
+    TIMERS,
+    SEQUENCE,  # caches and timers so far
+    FIRST_DICE,
+    SECOND_DICE,
+) = range(12)
+COUNTERS = 16
 
-STEP_BITS = 37  # a finish is one number: its step, and below it the slot
+STEP_BITS = 37  # a finish is one number: its step, and below it the slot; so are caches and timers
 SLOT_BITS = 63 - STEP_BITS
+SLOT_MASK = (1 << SLOT_BITS) - 1
 
 
 class Memory(NamedTuple):
     """Everything the event loop reads and writes."""
 
+    desk: Desk
     replicas: Any  # [replica x REPLICA]
     fixed: Any  # [replica x FIXED]
     slots: Any  # [slot x SLOT]
     finishes: Any  # [all heaps] steps in which requests finish
     due_ps: Any  # [replica] a heap: when something happens to …
-    due_replica: Any  # [replica] … that one
+    due_replica: Any  # [replica] … that one; see `heaps.ENDS`
     due_place: Any  # [replica] where in the heap it is
-    waits_s: Any  # [nodes of all trees] the shortest wait below
-    members: Any  # [leaf] replicas by class
-    tokens_per_s: Any  # [replica]
+    coming: Any  # [slot x 2] a heap: when a cache arrives, and its number and slot
+    timers: Any  # [timer x 2] a heap: when a request gives up, and its number and slot
+    line_heads: Any  # [line] slot of the first that waits at the desk …
+    line_tails: Any  # [line] … and of the last
     kinds: Any  # [kind x KIND_FIELDS]
     windows: Any  # [window x WINDOW]
     tables: Any
-    classes: Any  # [class x CLASS_FIELDS] longest first
-    prefill_rates: Any  # [class] of it and all before it
-    rates: Any  # likewise
+    models: Any  # [model x MODEL_FIELDS]
+    ttft_s: Any  # [model]
     counters: Any
     results: Any  # [request x RESULT]
-    retries_s: Any  # [request]
+    reals: Any  # [request x 2]
+    extras: Any  # [request x EXTRA]
+    blocks: Any  # [all blocks] keys of prompts …
+    first_block: Any  # [request and one more] … and where each one's begin
 
 
 def aligned(count: int, fill: int = 0) -> Integers:
@@ -142,55 +171,51 @@ def aligned(count: int, fill: int = 0) -> Integers:
     return raw[start : start + count]
 
 
-def make_memory(
-    capacities: Sequence[Capacity],
-    longest_tokens: Sequence[int],
-    expected_prompt_tokens: int,
-    expected_output_tokens: int,
-    slots: int,
-) -> Memory:
-    """Return the memory of idle replicas, none of them ready; see `make_ready`."""
-    count = len(capacities)
-    replicas, fixed = aligned(count * REPLICA), aligned(count * FIXED)
-    kinds, windows, tables, kind_of = _steps(capacities)
-    classes, members, class_of, leaf_of, nodes = _classes(longest_tokens)
-    heap_sizes = [one.slots for one in capacities]
-    heaps = [0, *accumulate(heap_sizes)]
-    for index, one in enumerate(capacities):
-        row, at = index * REPLICA, index * FIXED
-        replicas[row + FREE] = one.cache_tokens
-        replicas[[row + HEAD, row + TAIL, row + READER]] = NONE
-        fixed[at + KIND] = kind_of[index]
-        fixed[at + MAX_BATCH] = one.max_batch
-        fixed[at + CLASS] = class_of[index] * CLASS_FIELDS
-        fixed[at + LEAF] = leaf_of[index]
-        fixed[at + FINISHES] = heaps[index]
-        fixed[at + SENDS] = one.role == "prefill"
+def make_memory(terms: Terms, slots: int) -> Memory:
+    """Return the memory of a fleet without replicas; see `with_replicas`."""
+    models, lines = len(terms.ttft_s), len(terms.ttft_s) * len(terms.tenant_of_client)
+    desk = dispatch.new_desk(
+        terms.guarantee,
+        terms.deserved,
+        terms.limit,
+        terms.tenant_of_client,
+        models=models,
+        rows=0,
+        gpus=terms.gpus,
+        block_tokens=terms.block_tokens,
+        prefix_places=terms.prefix_places,
+    )
     counters = aligned(COUNTERS)
     counters[FREE_SLOT] = NONE
-    counters[EXPECTED_PROMPT] = expected_prompt_tokens
-    counters[EXPECTED_OUTPUT] = expected_output_tokens
-    counters[CLASSES] = len(classes) // CLASS_FIELDS
+    counters[NEXT_TICK_PS] = TICK_PS
+    counters[FIRST_DICE], counters[SECOND_DICE] = terms.dice
+    of_models = aligned(models * MODEL_FIELDS)
+    of_models[EXPECTED_OUTPUT::MODEL_FIELDS] = terms.output_tokens
+    of_models[TELLS_CACHED::MODEL_FIELDS] = 1
     memory = Memory(
-        replicas=replicas,
-        fixed=fixed,
+        desk=desk,
+        replicas=aligned(0),
+        fixed=aligned(0),
         slots=aligned(0),
-        finishes=aligned(heaps[-1]),
-        due_ps=aligned(count, NEVER_PS),
-        due_replica=np.arange(count, dtype=np.int64),
-        due_place=np.arange(count, dtype=np.int64),
-        waits_s=nodes,
-        members=members,
-        tokens_per_s=np.array([one.tokens_per_s for one in capacities], np.float64),
-        kinds=kinds,
-        windows=windows,
-        tables=tables,
-        classes=classes,
-        prefill_rates=np.zeros(len(classes) // CLASS_FIELDS),
-        rates=np.zeros(len(classes) // CLASS_FIELDS),
+        finishes=aligned(0),
+        due_ps=aligned(0),
+        due_replica=aligned(0),
+        due_place=aligned(0),
+        coming=aligned(0),
+        timers=aligned(2 * slots, NEVER_PS),
+        line_heads=aligned(lines, NONE),
+        line_tails=aligned(lines, NONE),
+        kinds=aligned(0),
+        windows=aligned(0),
+        tables=aligned(0),
+        models=of_models,
+        ttft_s=np.array(terms.ttft_s, np.float64),
         counters=counters,
         results=aligned(0),
-        retries_s=np.zeros(0),
+        reals=np.zeros(0),
+        extras=aligned(0),
+        blocks=aligned(0),
+        first_block=aligned(1),
     )
     return with_slots(memory, slots)
 
@@ -198,117 +223,138 @@ def make_memory(
 def with_slots(memory: Memory, slots: int) -> Memory:
     """Return the memory with room for more requests, which must have been full."""
     before = len(memory.slots) // SLOT
-    grown = aligned(slots * SLOT, NONE)
-    grown[: len(memory.slots)] = memory.slots
+    grown = longer(memory.slots, slots * SLOT, NONE)
     grown[before * SLOT + NEXT :: SLOT][: slots - before] = [*range(before + 1, slots), NONE]
     memory.counters[FREE_SLOT] = before
-    return memory._replace(slots=grown)
+    return memory._replace(slots=grown, coming=longer(memory.coming, 2 * slots, NEVER_PS))
 
 
-def _steps(capacities: Sequence[Capacity]) -> tuple[Integers, Integers, Integers, list[int]]:
-    """Return kinds, windows and tables of the steps, and where the kind of each replica begins."""
-    most_decodes: dict[tuple[int, bool], int] = {}
-    steps: dict[tuple[int, bool], StepCost] = {}
-    keys = [(id(one.step), one.reads_cached) for one in capacities]
-    for key, one in zip(keys, capacities, strict=True):
-        steps[key] = one.step
-        most_decodes[key] = max(one.slots, most_decodes.get(key, 0))
-    kinds: list[int] = []
+def longer(array: Integers, count: int, fill: int = 0) -> Integers:
+    """Return an array with more at its end."""
+    grown = aligned(count, fill)
+    grown[: len(array)] = array
+    return grown
+
+
+def with_replicas(memory: Memory, capacities: Sequence[Capacity], known: "dict[tuple[int, bool, int], Kind]") -> Memory:
+    """Return the memory with more replicas, idle and out of service.
+
+    Args:
+        memory: before.
+        capacities: of those who come.
+        known: the kinds of steps there are; is written.
+    """
+    before, count = len(memory.due_ps), len(memory.due_ps) + len(capacities)
+    for one in capacities:
+        memory = _with_kind(memory, one, known)
+    memory = memory._replace(
+        desk=dispatch.with_rows(memory.desk, count),
+        replicas=longer(memory.replicas, count * REPLICA),
+        fixed=longer(memory.fixed, count * FIXED),
+        finishes=longer(memory.finishes, len(memory.finishes) + sum(one.slots for one in capacities)),
+        due_ps=longer(memory.due_ps, count, NEVER_PS),
+        due_replica=longer(memory.due_replica, count),
+        due_place=longer(memory.due_place, count),
+    )
+    heap = len(memory.finishes) - sum(one.slots for one in capacities)
+    for index, one in enumerate(capacities, before):
+        row, at = index * REPLICA, index * FIXED
+        memory.replicas[row + FREE] = one.cache_tokens
+        memory.replicas[[row + HEAD, row + TAIL, row + READER]] = NONE
+        memory.fixed[at + KIND] = known[kind_key(one)].at
+        memory.fixed[at + MAX_BATCH] = one.max_batch
+        memory.fixed[at + FINISHES] = heap
+        memory.fixed[at + MODEL] = one.model
+        memory.fixed[at + GPUS] = one.gpus
+        memory.fixed[at + SENDS] = one.role == "prefill"
+        memory.fixed[at + TRANSFER_PS] = one.transfer_ps_per_token
+        memory.due_replica[index] = memory.due_place[index] = index
+        if one.reads_cached:
+            memory.models[one.model * MODEL_FIELDS + TELLS_CACHED] = 0
+        heap += one.slots
+        put(memory.desk, index, one)
+    for model in {one.model for one in capacities}:
+        compiled(dispatch.recount)(memory.desk.models, memory.desk.replicas, memory.desk.accounts, model)
+    return memory
+
+
+def put(desk: Desk, row: int, capacity: Capacity) -> None:
+    """Tell the desk who is in a row."""
+    dispatch.put(
+        desk,
+        row,
+        capacity.model,
+        role=ROLES[capacity.role],
+        gpus=float(capacity.gpus),
+        slots=capacity.max_batch,
+        longest_tokens=capacity.longest_tokens,
+        tokens_per_s=capacity.tokens_per_s,
+        prefill_tokens_per_s=capacity.prefill_tokens_per_s,
+    )
+
+
+ROLES = {"both": dispatch.BOTH, "prefill": dispatch.READS, "decode": dispatch.WRITES}
+
+
+class Kind(NamedTuple):
+    """Replicas whose steps take alike."""
+
+    step: StepCost
+    at: int  # where its row begins
+
+
+def kind_key(capacity: Capacity) -> tuple[int, bool, int]:
+    return id(capacity.step), capacity.reads_cached, capacity.slots
+
+
+def _with_kind(memory: Memory, capacity: Capacity, known: dict[tuple[int, bool, int], Kind]) -> Memory:
+    """Return the memory with the tables of a replica's steps, if they are new."""
+    if kind_key(capacity) in known:
+        return memory
+    step = capacity.step
+    known[kind_key(capacity)] = Kind(step, len(memory.kinds))
     windows: list[int] = []
-    tables: list[Integers] = []
-    where: dict[tuple[int, bool], int] = {}
+    tables: list[Integers] = [memory.tables]
 
     def table(values: Sequence[int] | Integers) -> int:
         at = sum(len(table) for table in tables)
         tables.append(np.array(values, np.int64))
         return at
 
-    for key, step in steps.items():
-        where[key] = len(kinds)
-        whole = [layers for layers in step.attention if not layers.window_tokens]
-        parts = [layers for layers in step.attention if layers.window_tokens]
-        per_rank = -(-np.arange(most_decodes[key] + 1) // step.ranks)
-        by_decodes = [_entries(layers.decode_ps, per_rank) for layers in step.attention]
-        attention = np.sum(by_decodes, axis=0, dtype=np.int64) * (per_rank > 0) + 0 * per_rank
-        tokens = np.array([step.step_ps(0, 0, int(decodes), 0) for decodes in range(len(per_rank))], np.int64)
-        slope = np.sum([_entries(layers.decode_ps_per_token, per_rank) for layers in whole], axis=0, dtype=np.int64)
-        row = [0] * KIND_FIELDS
-        row[TOKENS_TABLE] = table(step.tokens_ps)
-        row[TOKENS_LAST] = len(step.tokens_ps) - 1
-        row[MORE_PS_PER_TOKEN] = step.more_ps_per_token
-        row[HEAD_TABLE] = table(step.head_ps)
-        row[HEAD_LAST] = len(step.head_ps) - 1
-        row[RANKS] = step.ranks
-        row[PLAIN_TABLE] = table(tokens)
-        row[ATTENTION_TABLE] = table(attention)
-        row[SLOPE_TABLE] = table(slope + 0 * per_rank)
-        row[READ_PS] = sum(layers.prefill_ps for layers in step.attention)
-        row[READ_PS_PER_TOKEN] = sum(layers.prefill_ps_per_token for layers in step.attention)
-        row[READ_PS_PER_PAIR] = sum(layers.prefill_ps_per_pair for layers in whole)
-        row[WINDOWS] = len(windows)
-        row[WINDOW_COUNT] = len(parts)
-        row[STEP_TOKENS] = step.step_tokens
-        row[READS_CACHED] = key[1]
-        for layers in parts:
-            slopes = table(_entries(layers.decode_ps_per_token, per_rank))
-            windows += [layers.window_tokens, slopes, layers.prefill_ps_per_pair, 0]
-        kinds += row
-    flat = np.concatenate(tables) if tables else aligned(0)
-    return np.array(kinds, np.int64), np.array(windows, np.int64), flat, [where[key] for key in keys]
+    whole = [layers for layers in step.attention if not layers.window_tokens]
+    parts = [layers for layers in step.attention if layers.window_tokens]
+    per_rank = -(-np.arange(capacity.slots + 1) // step.ranks)
+    by_decodes = [_entries(layers.decode_ps, per_rank) for layers in step.attention]
+    attention = np.sum(by_decodes, axis=0, dtype=np.int64) * (per_rank > 0) + 0 * per_rank
+    tokens = np.array([step.step_ps(0, 0, int(decodes), 0) for decodes in range(len(per_rank))], np.int64)
+    slope = np.sum([_entries(layers.decode_ps_per_token, per_rank) for layers in whole], axis=0, dtype=np.int64)
+    row = [0] * KIND_FIELDS
+    row[TOKENS_TABLE] = table(step.tokens_ps)
+    row[TOKENS_LAST] = len(step.tokens_ps) - 1
+    row[MORE_PS_PER_TOKEN] = step.more_ps_per_token
+    row[HEAD_TABLE] = table(step.head_ps)
+    row[HEAD_LAST] = len(step.head_ps) - 1
+    row[RANKS] = step.ranks
+    row[PLAIN_TABLE] = table(tokens)
+    row[ATTENTION_TABLE] = table(attention)
+    row[SLOPE_TABLE] = table(slope + 0 * per_rank)
+    row[READ_PS] = sum(layers.prefill_ps for layers in step.attention)
+    row[READ_PS_PER_TOKEN] = sum(layers.prefill_ps_per_token for layers in step.attention)
+    row[READ_PS_PER_PAIR] = sum(layers.prefill_ps_per_pair for layers in whole)
+    row[WINDOWS] = len(memory.windows)
+    row[WINDOW_COUNT] = len(parts)
+    row[STEP_TOKENS] = step.step_tokens
+    row[READS_CACHED] = capacity.reads_cached
+    for layers in parts:
+        slopes = table(_entries(layers.decode_ps_per_token, per_rank))
+        windows += [layers.window_tokens, slopes, layers.prefill_ps_per_pair, 0]
+    return memory._replace(
+        kinds=np.concatenate([memory.kinds, np.array(row, np.int64)]),
+        windows=np.concatenate([memory.windows, np.array(windows, np.int64)]),
+        tables=np.concatenate(tables),
+    )
 
 
 def _entries(values: Sequence[int], rows: Integers) -> Integers:
     """Look up; the last entry stands for all beyond."""
     return np.array(values, np.int64)[np.minimum(rows, len(values) - 1)]
-
-
-def _classes(longest_tokens: Sequence[int]) -> tuple[Integers, Integers, list[int], list[int], Reals]:
-    """Return the classes, their members, class and leaf of each replica, and the trees of waits.
-
-    A class has a complete binary tree, in the order of its replicas; the parent of node n is n // 2, the root 1.
-    """
-    longest = sorted(set(longest_tokens), reverse=True)
-    rows: list[int] = []
-    members: list[int] = []
-    trees: list[Reals] = []
-    class_of, leaf_of = [0] * len(longest_tokens), [0] * len(longest_tokens)
-    for number, tokens in enumerate(longest):
-        own = [index for index, held in enumerate(longest_tokens) if held == tokens]
-        leaves = 1 << (len(own) - 1).bit_length()
-        tree = np.full(2 * leaves, math.inf)
-        for place, index in enumerate(own):
-            class_of[index], leaf_of[index] = number, leaves + place
-        rows += [tokens, 0, 0, sum(len(tree) for tree in trees), leaves, len(members), 0, 0]
-        members += own
-        trees.append(tree)
-    waits_s = np.concatenate(trees) if trees else np.zeros(0)
-    return np.array(rows, np.int64), np.array(members, np.int64), class_of, leaf_of, waits_s
-
-
-def make_ready(memory: Memory, capacities: Sequence[Capacity], hour: int) -> None:
-    """Write down who gets requests at this hour, and what the router sees of them."""
-    ready = [index for index, one in enumerate(capacities) if one.serves(hour)]
-    memory.fixed[READY::FIXED] = 0
-    memory.fixed[np.array(ready, np.int64) * FIXED + READY] = 1
-    memory.classes[UNREAD::CLASS_FIELDS] = 0
-    memory.classes[QUEUED::CLASS_FIELDS] = 0
-    memory.waits_s[:] = math.inf
-    members: list[list[Capacity]] = [[] for _ in memory.rates]
-    for index in ready:
-        of_class, row = int(memory.fixed[index * FIXED + CLASS]), memory.replicas[index * REPLICA :]
-        members[of_class // CLASS_FIELDS].append(capacities[index])
-        memory.classes[of_class + UNREAD] += memory.fixed[index * FIXED + UNREAD_HERE]
-        queued = max(0, int(row[ACCEPTED]) - capacities[index].max_batch)
-        output = 1 if capacities[index].role == "prefill" else memory.counters[EXPECTED_OUTPUT]
-        memory.classes[of_class + QUEUED] += queued * (memory.counters[EXPECTED_PROMPT] + output)
-        leaf = memory.classes[of_class + TREE] + memory.fixed[index * FIXED + LEAF]
-        memory.waits_s[leaf] = int(row[BACKLOG]) / capacities[index].tokens_per_s
-    for number in range(len(members)):
-        known = [one for own in members[: number + 1] for one in own]
-        memory.prefill_rates[number] = math.fsum(one.prefill_tokens_per_s for one in known)
-        memory.rates[number] = math.fsum(one.tokens_per_s for one in known)
-        tree, leaves = (int(memory.classes[number * CLASS_FIELDS + name]) for name in (TREE, LEAVES))
-        while leaves > 1:
-            below = memory.waits_s[tree + leaves : tree + 2 * leaves]
-            leaves //= 2
-            memory.waits_s[tree + leaves : tree + 2 * leaves] = below.reshape(-1, 2).min(axis=1)

@@ -1,67 +1,83 @@
-"""The replicas of one model behind their router, served by the compiled event loop; traffic comes in pieces.
+"""The replicas of a fleet behind their desk, served by the compiled event loop; traffic comes in pieces.
 
 What becomes of requests is handed out in the order of their arrival, as soon as all before them have ended. So a day
 needs no more memory than the requests that are under way at one time.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import groupby
 from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from waterline.errors import InputError
-from waterline.fleet import HOURS
+from waterline.policy import dispatch
+from waterline.policy.decisions import NOT_SERVED
+from waterline.rehearsal.capacity import Capacity, Change, Terms
 from waterline.rehearsal.jit import seen
-from waterline.rehearsal.kernel import advance, run
-from waterline.rehearsal.oracle import PICOSECONDS_PER_HOUR, Capacity, accepted_tokens
+from waterline.rehearsal.kernel import run
 from waterline.rehearsal.state import (
+    ACCEPTED,
+    ALIVE,
+    CLIENT,
+    EXTRA,
     FINISH_AT,
     FIRST_TOKEN_AT,
+    FIXED,
     FREE_SLOT,
     LATEST_PS,
+    LOST_GPU_PS,
     NEVER_PS,
+    NEXT_TICK_PS,
     NONE,
-    NOT_SERVED,
     OUT_OF_TIME,
     PREEMPTED,
+    READ_BY,
+    READ_SHARE,
+    REPLICA,
     REQUEST,
+    RESTARTS,
     RESULT,
     SERVED_BY,
     SHARE,
     SLOT,
     SLOT_BITS,
-    TOO_LATE,
-    TOO_LONG,
+    STARTED_AT,
+    TICK_PS,
+    TIMERS,
     Integers,
+    Kind,
     Memory,
     Reals,
-    aligned,
+    longer,
     make_memory,
-    make_ready,
+    with_replicas,
     with_slots,
 )
 
 FIRST_SLOTS = 1024
 UNFINISHED = -2  # a finish that is no time yet
-SENT, WRITTEN = 1, 2  # what is known of a request that a prefill replica has read
+NOBODY = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passages:
-    """What became of requests to one model; arrays by request, in the order of arrival."""
+    """What became of requests; arrays by request, in the order of arrival."""
 
-    first_token_ps: Integers  # NEVER where none came
+    client: Integers
+    started_ps: Integers  # when the desk gave it to a replica for the first time; NONE when it never did
+    first_token_ps: Integers  # NONE where none came
     finish_ps: Integers  # of those who were refused, their arrival
     busy_ps: Integers  # their shares of the replica's steps
-    replica: Integers  # its index, or TOO_LONG, TOO_LATE or NOT_SERVED of `state`
+    replica: Integers  # its index, or minus the rule by which it was refused or gave up, see `policy.decisions`
     preemptions: Integers
-    retry_s: Reals  # after which those who were TOO_LATE were told to come back
+    retry_s: Reals  # after which those who were refused were told to come back
     read_by: Integers  # the prefill replica, where reading and writing are apart, or NONE
     read_busy_ps: Integers  # share of its steps; `busy_ps` is that of the other
+    lost_gpu_ps: Integers  # GPU time that it had had on replicas that failed
+    restarts: Integers  # how many of them
 
     def __len__(self) -> int:
         return len(self.finish_ps)
@@ -69,45 +85,72 @@ class Passages:
 
 def warm_up() -> None:
     """Let the event loop be compiled, or loaded."""
-    nobody = Station([], deadline_s=0.0, expected_prompt_tokens=1, expected_output_tokens=1)
+    nobody = Station(Terms(ttft_s=(1.0,), output_tokens=(1,)))
     nobody.offer(*[np.ones(1, np.int64)] * 3)
-    nobody.drain()
+    nobody.finish()
 
 
 class Station:
     """Serves requests as `oracle.serve` does, to the picosecond."""
 
-    def __init__(
-        self,
-        capacities: Sequence[Capacity],
-        *,
-        deadline_s: float,
-        expected_prompt_tokens: int,
-        expected_output_tokens: int,
-        first_hour: int = 0,
-    ) -> None:
-        """Prepare idle replicas; see `oracle.serve` for the arguments."""
-        readers, writers = ([one for one in capacities if (one.role == "decode") == writes] for writes in (False, True))
-        stage = partial(
-            Stage,
-            expected_prompt_tokens=expected_prompt_tokens,
-            expected_output_tokens=expected_output_tokens,
-            first_hour=first_hour,
+    def __init__(self, terms: Terms) -> None:
+        """Prepare a fleet without replicas."""
+        self.capacities: list[Capacity] = []  # of all replicas that ever came
+        self.memory = make_memory(terms, FIRST_SLOTS)
+        self.models = len(terms.ttft_s)
+        self.rows = 0  # of the results, in use
+        self._kinds: dict[tuple[int, bool, int], Kind] = {}
+        self._changes: list[Change] = []  # to come, in the order of time
+
+    # --- Replicas that come and go ------------------------------------------------------------------------------------
+
+    def start(self, capacity: Capacity, ready_ps: int) -> int:
+        """Add a replica that gets requests from a time on, which has not passed; return its index."""
+        return self.start_all([capacity], ready_ps)[0]
+
+    def start_all(self, capacities: Sequence[Capacity], ready_ps: int) -> range:
+        """Add replicas that get requests from a time on; return their indices."""
+        rows = range(len(self.capacities), len(self.capacities) + len(capacities))
+        self.capacities += capacities
+        self.memory = with_replicas(self.memory, capacities, self._kinds)
+        self._plan([Change(at_ps=ready_ps, kind="ready", replica=row) for row in rows])
+        return rows
+
+    def drain(self, row: int, at_ps: int) -> None:
+        """Let a replica get nothing more from a time on; what it has it serves to the end."""
+        self._forget_changes(row, at_ps)
+        self._plan([Change(at_ps=at_ps, kind="drain", replica=row)])
+
+    def fail(self, row: int, at_ps: int) -> None:
+        """Let a replica lose all it has at a time; its requests begin again elsewhere, with the tokens they have."""
+        self._forget_changes(row, at_ps)
+        self._plan([Change(at_ps=at_ps, kind="fail", replica=row)])
+
+    def idle(self, row: int) -> bool:
+        """Whether a replica has no requests."""
+        return bool(self.memory.replicas[row * REPLICA + ACCEPTED] == 0)
+
+    def _forget_changes(self, row: int, at_ps: int) -> None:
+        """Who drains or fails while it loads does not become ready after that."""
+        self._changes = [one for one in self._changes if one.replica != row or one.at_ps < at_ps or one.kind == "fail"]
+
+    def _plan(self, changes: Sequence[Change]) -> None:
+        self._changes = sorted([*self._changes, *changes], key=lambda change: change.at_ps)
+
+    # --- Requests -----------------------------------------------------------------------------------------------------
+
+    def meet(self, tenants: Sequence[int]) -> None:
+        """Let the desk know more clients, of these tenants; they are numbered on."""
+        if not tenants:
+            return
+        memory = self.memory
+        desk = dispatch.with_clients(memory.desk, [*memory.desk.queue.tenant[:: self.models].tolist(), *tenants])
+        lines = len(desk.queue.tenant)
+        self.memory = memory._replace(
+            desk=desk,
+            line_heads=longer(memory.line_heads, lines, NONE),
+            line_tails=longer(memory.line_tails, lines, NONE),
         )
-        held = [one.longest_tokens for one in writers]
-        self.reading = stage(readers, accepted_tokens(capacities), deadline_s=deadline_s)
-        self.writing = stage(writers, held, deadline_s=math.inf, read=True) if writers else None
-        index = {one.replica: number for number, one in enumerate(capacities)}
-        self.readers = np.array([*(index[one.replica] for one in readers), NOT_SERVED, TOO_LATE, TOO_LONG])
-        self.writers = np.array([index[one.replica] for one in writers], np.int64)
-        self.sends = np.array([*(one.role == "prefill" for one in readers), False, False, False])
-        self.transfer_ps = np.array([*(one.transfer_ps_per_token for one in readers), 0, 0, 0])
-        none = np.zeros(0, np.int64)
-        self.asked = np.zeros((0, 2), np.int64)  # [row of the results] prompt and output tokens
-        self.known = none  # [row] 1 when it has been sent on, 2 when it has ended there
-        self.written = np.zeros((0, RESULT), np.int64)  # [row] what came of it there
-        self.coming = np.zeros((0, 2), np.int64)  # [request under way] when its cache arrives, and its row
-        self.there = none  # [row of the second results] row of the first
 
     def offer(
         self,
@@ -115,190 +158,176 @@ class Station:
         prompt_tokens: NDArray[np.integer],
         output_tokens: NDArray[np.integer],
         cached_tokens: NDArray[np.integer] | None = None,
+        *,
+        model: NDArray[np.integer] | None = None,
+        client: NDArray[np.integer] | None = None,
+        patience_ps: NDArray[np.integer] | None = None,
+        blocks: NDArray[np.integer] | None = None,
+        block_counts: NDArray[np.integer] | None = None,
     ) -> None:
-        """Serve requests, in the order of their arrival, up to the last one's; nothing is cached unless told.
+        """Serve requests, in the order of their arrival, up to the last one's.
+
+        Of what is left out nothing is cached, model and client are the first, and patience is endless. `blocks` are the
+        keys of the blocks of all prompts, `block_counts` how many are of each.
 
         Raises InputError when that is too far from the start of the trace for 64 bits of picoseconds.
         """
-        arrivals_ps, prompts, outputs = (
-            np.asarray(one, np.int64) for one in (arrival_ps, prompt_tokens, output_tokens)
-        )
-        cached = np.zeros_like(prompts) if cached_tokens is None else np.asarray(cached_tokens, np.int64)
-        self.reading.offer(arrivals_ps, prompts, outputs, cached)
-        if self.writing and len(arrival_ps):
-            self.asked = np.concatenate([self.asked, np.stack([prompts, outputs], axis=1)])
-            self.known = np.concatenate([self.known, np.zeros(len(arrival_ps), np.int64)])
-            self.written = np.concatenate([self.written, np.zeros((len(arrival_ps), RESULT), np.int64)])
-            self._send_on(int(arrival_ps[-1]))
+        count = len(arrival_ps)
+        if count and arrival_ps[-1] > LATEST_PS:
+            _refuse_time()
+        zeros = np.zeros(count, np.int64)
+        never = np.full(count, NEVER_PS) if patience_ps is None else patience_ps
+        columns = [
+            np.ascontiguousarray(zeros if one is None else one, np.int64)
+            for one in (arrival_ps, prompt_tokens, output_tokens, cached_tokens, model, client, never)
+        ]
+        self._make_rows(columns[5], blocks, zeros if block_counts is None else block_counts)
+        first = self.rows
+        self.rows += count
+        done = 0
+        while done < count:
+            at_ps = self._changes[0].at_ps if self._changes else NEVER_PS
+            until = int(np.searchsorted(columns[0], at_ps))  # changes come before arrivals
+            if until > done:
+                self._run(columns, done, until, first, int(columns[0][until - 1]))
+                done = until
+            if done < count:
+                self.advance(at_ps)
 
-    def drain(self) -> None:
-        """Serve until the last request is done."""
-        self.reading.drain()
-        if self.writing:
-            self._send_on(NEVER_PS)
-            self.writing.drain()
-            self._settle_written()
+    def advance(self, until_ps: int) -> None:
+        """Let everything happen up to and including a time, but for steps that begin then."""
+        while self._changes and self._changes[0].at_ps <= until_ps:
+            self._change()
+        self._nothing_comes(until_ps)
+
+    def finish(self) -> None:
+        """Serve until the last request is done; those whom nobody will ever serve are told so."""
+        while self._changes:
+            self._change()
+        self._nothing_comes(NEVER_PS - 1, draining=1)
+        waiting = np.flatnonzero(self.results[:, FINISH_AT] == UNFINISHED)
+        self.results[waiting, FINISH_AT] = self.memory.counters[NEXT_TICK_PS] - TICK_PS
+        self.results[waiting, SERVED_BY] = -NOT_SERVED
 
     def collect(self) -> Passages:
         """Hand out what is settled: all requests up to the first one that has not ended."""
-        unfinished = self.reading.results[:, FINISH_AT] == UNFINISHED
-        if self.writing:
-            unfinished |= self.known == SENT
+        unfinished = self.results[:, FINISH_AT] == UNFINISHED
         count = int(unfinished.argmax()) if unfinished.any() else len(unfinished)
-        read, retries_s = self.reading.take(count)
-        passages = Passages(
-            first_token_ps=read[:, FIRST_TOKEN_AT],
-            finish_ps=read[:, FINISH_AT],
-            busy_ps=read[:, SHARE],
-            replica=self.readers[read[:, SERVED_BY]],
-            preemptions=read[:, PREEMPTED],
-            retry_s=retries_s,
-            read_by=np.full(count, NONE),
-            read_busy_ps=np.zeros(count, np.int64),
+        results = self.results[:count].copy()
+        extras = self.memory.extras[: count * EXTRA].reshape(-1, EXTRA).copy()
+        reals = self.memory.reals[: 2 * count].reshape(-1, 2).copy()
+        self._forget(count)
+        return Passages(
+            client=results[:, CLIENT],
+            started_ps=np.maximum(results[:, STARTED_AT], NONE),
+            first_token_ps=results[:, FIRST_TOKEN_AT],
+            finish_ps=results[:, FINISH_AT],
+            busy_ps=results[:, SHARE],
+            replica=results[:, SERVED_BY],
+            preemptions=results[:, PREEMPTED],
+            retry_s=np.where(results[:, SERVED_BY] < 0, reals[:, 0], 0.0),
+            read_by=extras[:, READ_BY],
+            read_busy_ps=extras[:, READ_SHARE],
+            lost_gpu_ps=extras[:, LOST_GPU_PS],
+            restarts=extras[:, RESTARTS],
         )
-        if self.writing:
-            self._add_written(passages, self.known[:count] == WRITTEN, self.written[:count])
-            self.asked, self.known, self.written = self.asked[count:], self.known[count:], self.written[count:]
-            self.coming[:, 1] -= count
-            self.there = self.there - count
-        return passages
-
-    def _send_on(self, until_ps: int) -> None:
-        """Let the decode replicas serve what has arrived there: what is sent later arrives after `until_ps`."""
-        results = self.reading.results
-        sent = self.sends[results[:, SERVED_BY]] & (results[:, FINISH_AT] != UNFINISHED)
-        rows = np.flatnonzero(sent & (self.asked[:, 1] > 1) & (self.known == 0))
-        takes_ps = self.asked[rows, 0] * self.transfer_ps[results[rows, SERVED_BY]]
-        self.known[rows] = SENT
-        coming = np.concatenate([self.coming, np.stack([results[rows, FINISH_AT] + takes_ps, rows], axis=1)])
-        coming = coming[np.lexsort((coming[:, 1], coming[:, 0]))]
-        count = int(np.searchsorted(coming[:, 0], until_ps, side="right"))
-        self.coming = coming[count:]
-        due_ps, rows = coming[:count, 0], coming[:count, 1]
-        self.there = np.concatenate([self.there, rows])
-        assert self.writing is not None  # noqa: S101 - asked by every caller
-        self.writing.offer(due_ps, self.asked[rows, 0], self.asked[rows, 1], np.zeros(count, np.int64))
-        self._settle_written()
-
-    def _settle_written(self) -> None:
-        assert self.writing is not None  # noqa: S101 - asked by every caller
-        ended = self.writing.results[:, FINISH_AT] != UNFINISHED
-        fresh = ended & (self.there >= 0)  # others have been handed out
-        rows = self.there[fresh]
-        self.written[rows] = self.writing.results[fresh]
-        self.known[rows] = WRITTEN
-        count = len(ended) if ended.all() else int((~ended).argmax())
-        self.writing.take(count)
-        self.there = self.there[count:]
-
-    def _add_written(self, passages: Passages, which: NDArray[np.bool_], written: Integers) -> None:
-        """Write down what came of the requests that were sent on."""
-        passages.read_by[which] = passages.replica[which]
-        passages.read_busy_ps[which] = passages.busy_ps[which]
-        passages.replica[which] = self.writers[written[which, SERVED_BY]]
-        passages.finish_ps[which] = written[which, FINISH_AT]
-        passages.busy_ps[which] = written[which, SHARE]
-        passages.preemptions[which] += written[which, PREEMPTED]
-
-
-class Stage:
-    """Replicas behind one router: all of a model's, or those that read, or those that write."""
-
-    def __init__(
-        self,
-        capacities: Sequence[Capacity],
-        longest_tokens: Sequence[int],
-        *,
-        deadline_s: float,
-        expected_prompt_tokens: int,
-        expected_output_tokens: int,
-        first_hour: int,
-        read: bool = False,
-    ) -> None:
-        """Prepare idle replicas, which accept no longer requests than these; `read`: by others, before they come."""
-        self.capacities = capacities
-        self.deadline_s = deadline_s
-        self.first_hour = first_hour
-        self.read = int(read)
-        self.hour = 0  # since the start
-        self.memory = make_memory(
-            capacities, longest_tokens, expected_prompt_tokens, expected_output_tokens, FIRST_SLOTS
-        )
-        make_ready(self.memory, capacities, first_hour)
-        self.rows = 0  # of the results, in use
-
-    def offer(
-        self, arrival_ps: Integers, prompt_tokens: Integers, output_tokens: Integers, cached_tokens: Integers
-    ) -> None:
-        """Serve requests, in the order of their arrival, up to the last one's."""
-        if len(arrival_ps) and arrival_ps[-1] > LATEST_PS:
-            _refuse_time()
-        self._make_rows(len(arrival_ps))
-        hours = arrival_ps // PICOSECONDS_PER_HOUR
-        for hour in np.unique(hours).tolist():
-            self._turn_to(hour)
-            own = slice(*np.searchsorted(hours, [hour, hour + 1]).tolist())
-            asked = arrival_ps, prompt_tokens, output_tokens, cached_tokens
-            self._run(*(np.ascontiguousarray(one[own], np.int64) for one in asked))
-
-    def drain(self) -> None:
-        """Serve until the last request is done."""
-        advance(self._seen(), NEVER_PS - 1)
-        self._check()
 
     @property
     def results(self) -> Integers:
-        """What is known of the requests that have not been taken, a row each."""
+        """What is known of the requests that have not been handed out, a row each."""
         results: Integers = self.memory.results[: self.rows * RESULT].reshape(-1, RESULT)
         return results
 
-    def take(self, count: int) -> tuple[Integers, Reals]:
-        """Return the first results and times to come back, and forget them."""
-        taken, retries_s = self.results[:count].copy(), self.memory.retries_s[:count].copy()
-        left = self.rows - count
-        self.memory.results[: left * RESULT] = self.memory.results[count * RESULT : self.rows * RESULT].copy()
-        self.memory.retries_s[:left] = self.memory.retries_s[count : self.rows].copy()
-        self.memory.slots[REQUEST::SLOT] -= count
-        self.rows = left
-        return taken, retries_s
+    # --- The event loop -----------------------------------------------------------------------------------------------
 
-    def _run(
-        self, arrival_ps: Integers, prompt_tokens: Integers, output_tokens: Integers, cached_tokens: Integers
-    ) -> None:
-        done = 0
-        while done < len(arrival_ps):
-            asked = seen(arrival_ps), seen(prompt_tokens), seen(output_tokens), seen(cached_tokens)
-            done = run(self._seen(), *asked, done, self.rows, self.deadline_s, self.read)
+    def _run(self, columns: list[Integers], start: int, until: int, row: int, last_ps: int) -> None:
+        arrivals, prompts, outputs, cached, models, clients, patience = (seen(column[:until]) for column in columns)
+        asked = arrivals, prompts, outputs, cached, models, clients, patience
+        done = start
+        while done < until:
+            done = run(self._seen(), *asked, done, row, last_ps, 0, NONE, 0)
             self._check()
-            if self.memory.counters[FREE_SLOT] == NONE and done < len(arrival_ps):
-                self._make_slots()
-        self.rows += len(arrival_ps)
+            if done < until:
+                self._make_room()
 
-    def _turn_to(self, hour: int) -> None:
-        """Let who serves at an hour get requests, and nobody else. What is under way then does not matter."""
-        before, after = ((self.first_hour + one) % HOURS for one in (self.hour, hour))
-        self.hour = hour
-        if any(one.serves(before) != one.serves(after) for one in self.capacities):
-            make_ready(self.memory, self.capacities, after)
+    def _nothing_comes(self, until_ps: int, *, changed: int = 0, failed: int = NONE, draining: int = 0) -> None:
+        none = seen(NOBODY)
+        run(self._seen(), none, none, none, none, none, none, none, 0, 0, until_ps, changed, failed, draining)
+        self._check()
+
+    def _change(self) -> None:
+        """Let the first of the changes to come happen, and all that happen with it."""
+        at_ps = self._changes[0].at_ps
+        due = [change for change in self._changes if change.at_ps == at_ps]
+        self._changes = self._changes[len(due) :]
+        self._nothing_comes(at_ps)
+        for kind, group in groupby(due, key=lambda change: change.kind):
+            rows = [change.replica for change in group]
+            dispatch.set_in_service(self.memory.desk, rows, serves=kind == "ready")
+            if kind == "ready":
+                self.memory.fixed[np.array(rows) * FIXED + ALIVE] = 1
+                self._nothing_comes(at_ps, changed=1)
+            if kind == "fail":
+                self.memory.fixed[np.array(rows) * FIXED + ALIVE] = 0
+                for row in rows:
+                    self._nothing_comes(at_ps, changed=1, failed=row)
 
     def _seen(self) -> Memory:
-        return Memory(*[seen(array) for array in self.memory])
+        return shown(self.memory)
 
-    def _make_rows(self, more: int) -> None:
-        needed = self.rows + more
-        if needed * RESULT > len(self.memory.results):
+    def _check(self) -> None:
+        if self.memory.counters[OUT_OF_TIME]:
+            _refuse_time()
+
+    # --- Room ---------------------------------------------------------------------------------------------------------
+
+    def _make_rows(self, clients: Integers, blocks: NDArray[np.integer] | None, counts: NDArray[np.integer]) -> None:
+        needed = self.rows + len(clients)
+        memory = self.memory
+        if needed * RESULT > len(memory.results):
             room = max(needed, 2 * self.rows)
-            results, retries_s = aligned(room * RESULT), np.zeros(room)
-            results[: self.rows * RESULT] = self.memory.results[: self.rows * RESULT]
-            retries_s[: self.rows] = self.memory.retries_s[: self.rows]
-            self.memory = self.memory._replace(results=results, retries_s=retries_s)
-        self.memory.results[self.rows * RESULT + FINISH_AT : needed * RESULT : RESULT] = UNFINISHED
-        self.memory.results[self.rows * RESULT + SERVED_BY : needed * RESULT : RESULT] = NONE
-        self.memory.results[self.rows * RESULT + PREEMPTED : needed * RESULT : RESULT] = 0
-        self.memory.retries_s[self.rows : needed] = 0.0
+            reals = np.zeros(2 * room)
+            reals[: 2 * self.rows] = memory.reals[: 2 * self.rows]
+            memory = memory._replace(
+                results=longer(memory.results[: self.rows * RESULT], room * RESULT),
+                extras=longer(memory.extras[: self.rows * EXTRA], room * EXTRA),
+                reals=reals,
+                first_block=longer(memory.first_block[: self.rows + 1], room + 1),
+            )
+        fresh = memory.results[self.rows * RESULT : needed * RESULT].reshape(-1, RESULT)
+        fresh[:] = 0
+        fresh[:, [FIRST_TOKEN_AT, SERVED_BY, STARTED_AT]] = NONE
+        fresh[:, FINISH_AT] = UNFINISHED
+        fresh[:, CLIENT] = clients
+        extras = memory.extras[self.rows * EXTRA : needed * EXTRA].reshape(-1, EXTRA)
+        extras[:] = 0
+        extras[:, READ_BY] = NONE
+        memory.reals[2 * self.rows : 2 * needed] = 0.0
+        before = memory.first_block[self.rows]
+        memory.first_block[self.rows + 1 : needed + 1] = before + np.cumsum(counts)
+        if blocks is not None:
+            memory = memory._replace(blocks=np.concatenate([memory.blocks[:before], np.asarray(blocks, np.int64)]))
+        self.memory = memory
 
-    def _make_slots(self) -> None:
-        slots = 2 * len(self.memory.slots) // SLOT
+    def _forget(self, count: int) -> None:
+        """Move what is known of requests to the front, over those that have been handed out."""
+        memory, left = self.memory, self.rows - count
+        for array, width in ((memory.results, RESULT), (memory.extras, EXTRA), (memory.reals, 2)):
+            array[: left * width] = array[count * width : self.rows * width].copy()
+        gone = memory.first_block[count]
+        memory.first_block[: left + 1] = memory.first_block[count : self.rows + 1] - gone
+        if gone:
+            self.memory = memory._replace(blocks=memory.blocks[gone:].copy())
+        memory.slots[REQUEST::SLOT] -= count
+        self.rows = left
+
+    def _make_room(self) -> None:
+        memory = self.memory
+        if 2 * memory.counters[TIMERS] >= len(memory.timers):
+            self.memory = memory._replace(timers=longer(memory.timers, 2 * len(memory.timers), NEVER_PS))
+        if memory.counters[FREE_SLOT] != NONE:
+            return
+        slots = 2 * len(memory.slots) // SLOT
         if slots > 1 << SLOT_BITS:
             raise InputError(
                 f"more than {slots // 2:,} requests are under way at once. The replicas fall behind what is asked: "
@@ -306,9 +335,12 @@ class Stage:
             )
         self.memory = with_slots(self.memory, slots)
 
-    def _check(self) -> None:
-        if self.memory.counters[OUT_OF_TIME]:
-            _refuse_time()
+
+def shown(memory: Memory) -> Memory:
+    """Return the memory as the event loop wants it, compiled or not."""
+    if seen(NOBODY) is NOBODY:
+        return memory
+    return Memory(dispatch.plain(memory.desk), *[seen(array) for array in memory[1:]])
 
 
 def _refuse_time() -> NoReturn:

@@ -1,0 +1,318 @@
+"""The fleet of a plan in rehearsal: its replicas at the speed of the cost model, its tenants, and its desk."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from waterline.catalog import find_gpu
+from waterline.cost import StepCost, replica_step_cost
+from waterline.cost.layers import NETWORK_BYTES_PER_S
+from waterline.cost.memory import sequence_cache_bytes
+from waterline.fleet import HOURS, Demand
+from waterline.outcome import CANCELLED, NOWHERE, OK, REFUSED, STATUSES, Completion
+from waterline.plan import Plan, Replica
+from waterline.policy.decisions import GAVE_UP, NOT_SERVED, OVER_LIMIT, QUEUE_FULL, RULES, TOO_LATE, TOO_LONG
+from waterline.rehearsal.arrivals import Piece, joined
+from waterline.rehearsal.capacity import NEVER, Capacity, Terms
+from waterline.rehearsal.recorder import Recorder
+from waterline.rehearsal.state import Integers, Reals
+from waterline.rehearsal.station import Passages, Station
+from waterline.units import HOUR_S, PICOSECONDS_PER_S
+from waterline.workload.stream import UNSAID, Names
+
+PICOSECONDS_PER_HOUR = HOUR_S * PICOSECONDS_PER_S
+
+
+class House:
+    """Serves the requests to all models of a plan."""
+
+    def __init__(self, plan: Plan, rows: Sequence[Demand], clients: Names, first_hour: int) -> None:
+        """Prepare a fleet without replicas; see `start` and `keep_hours`.
+
+        Args:
+            plan: whose replicas may come.
+            rows: who asks. What names no client is of one for each row.
+            clients: names, as they are met.
+            first_hour: of the day, which begins with the traffic.
+        """
+        self.plan, self.rows, self.names = plan, tuple(rows), clients
+        self.models = [model.model for model in plan.models]
+        self.tenants = [tenant.name for tenant in plan.fleet.tenants] or list(dict.fromkeys(row.tenant for row in rows))
+        self.replicas: list[Replica] = []  # that ever came, as the station numbers them
+        self.ttft_s = [plan.fleet.slos[model].ttft_s for model in self.models]
+        self.longest_tokens = dict.fromkeys(self.models, 0)  # that any replica held
+        self.station = Station(self._terms())
+        self.first_hour = first_hour
+        self._hours = 0  # that have been kept so far
+        self._serving: dict[str, int] = {}  # replicas of the plan, by id, and their numbers
+        self._steps: dict[tuple[object, ...], StepCost] = {}
+        self._model_of_row = np.array([self.models.index(row.model) for row in rows], np.int64)
+        self._tenant_of_row = np.array([self.tenants.index(row.tenant) for row in rows], np.int64)
+        self._client_of: dict[tuple[int, int], int] = {}  # tenant and name: number at the desk
+        self._unsettled: list[tuple[Piece, Integers]] = []
+        self._requests = 0
+
+    def _terms(self) -> Terms:
+        tenants = self.plan.fleet.tenants
+        return Terms(
+            ttft_s=tuple(self.ttft_s),
+            output_tokens=tuple(model.output_tokens for model in self.plan.models),
+            guarantee=tuple(float(one.guarantee) for one in tenants) or (0.0,) * len(self.tenants),
+            deserved=tuple(float(one.deserved or 0.0) for one in tenants) or (1.0,) * len(self.tenants),
+            limit=tuple(float(one.limit) for one in tenants) or (1.0,) * len(self.tenants),
+            tenant_of_client=tuple(self.tenants.index(row.tenant) for row in self.rows),
+            gpus=float(self.plan.fleet.gpus),
+        )
+
+    # --- Replicas -----------------------------------------------------------------------------------------------------
+
+    def start(self, replica: Replica, ready_ps: int) -> int:
+        """Let a replica serve from a time on, which has not passed; return its number."""
+        return self.start_all([replica], ready_ps)[0]
+
+    def start_all(self, replicas: Sequence[Replica], ready_ps: int) -> range:
+        """Let replicas serve from a time on; return their numbers."""
+        capacities = [self.capacity(replica) for replica in replicas]
+        self.replicas += replicas
+        for replica, one in zip(replicas, capacities, strict=True):
+            self.longest_tokens[replica.model] = max(self.longest_tokens[replica.model], one.longest_tokens)
+        return self.station.start_all(capacities, ready_ps)
+
+    def drain(self, row: int, at_ps: int) -> None:
+        """Give a replica nothing new from a time on."""
+        self.station.drain(row, at_ps)
+
+    def fail(self, row: int, at_ps: int) -> None:
+        """Let a replica be gone from a time on; what ran on it goes on elsewhere."""
+        self.station.fail(row, at_ps)
+
+    def idle(self, row: int) -> bool:
+        """Whether nothing runs on a replica."""
+        return self.station.idle(row)
+
+    def keep_hours(self, until_ps: int) -> None:
+        """Start and drain the replicas of the plan as their hours say, up to a time."""
+        while self._hours * PICOSECONDS_PER_HOUR <= until_ps:
+            at_ps, hour = self._hours * PICOSECONDS_PER_HOUR, (self.first_hour + self._hours) % HOURS
+            for replica in self.plan.replicas:
+                if replica.id in self._serving and hour not in replica.hours:
+                    self.station.drain(self._serving.pop(replica.id), at_ps)
+            come = [one for one in self.plan.replicas if hour in one.hours and one.id not in self._serving]
+            come = [one for one in come if one.tokens_per_s > 0 and one.prefill_tokens_per_s > 0]
+            self._serving |= dict(zip([one.id for one in come], self.start_all(come, at_ps), strict=True))
+            self._hours += 1
+
+    def capacity(self, replica: Replica) -> Capacity:
+        """Return what a replica can do."""
+        key = replica.pool, replica.layout, replica.precision, replica.engine, replica.model
+        if key not in self._steps:
+            self._steps[key] = replica_step_cost(self.plan.fleet, replica)
+        gpu = find_gpu(self.plan.fleet.pool(replica.pool).gpu).id
+        measured = gpu in {one.gpu for one in self.plan.fleet.model(replica.model).measured}
+        unread_share = 1.0 if measured else _unread_share(self.plan, replica.model)
+        return Capacity(
+            replica=replica.id,
+            gpus=replica.layout.gpus,
+            step=self._steps[key],
+            max_batch=replica.max_batch,
+            cache_tokens=replica.cache_tokens,
+            max_context_tokens=replica.max_context_tokens,
+            prefill_tokens_per_s=replica.prefill_tokens_per_s * unread_share,
+            tokens_per_s=replica.prefill_tokens_per_s if replica.role == "prefill" else replica.tokens_per_s,
+            role=replica.role,
+            transfer_ps_per_token=_transfer_ps_per_token(self.plan, replica),
+            reads_cached=measured,
+            model=self.models.index(replica.model),
+        )
+
+    # --- Requests -----------------------------------------------------------------------------------------------------
+
+    def advance(self, until_ps: int) -> None:
+        """Serve up to a time."""
+        self.station.advance(until_ps)
+
+    def offer(self, asked: Piece) -> None:
+        """Serve requests, in the order of their arrival, up to the last one's."""
+        self.station.offer(
+            asked.arrival_ps,
+            asked.prompt_tokens,
+            asked.output_tokens,
+            asked.cached_tokens,
+            model=self._model_of_row[asked.row],
+            client=self._clients(asked),
+        )
+        self._unsettled.append((asked, np.arange(self._requests, self._requests + len(asked))))
+        self._requests += len(asked)
+
+    def finish(self) -> None:
+        """Serve until the last request is done."""
+        self.station.finish()
+
+    def _clients(self, asked: Piece) -> Integers:
+        """Return who asks as the desk knows them."""
+        clients = asked.row.copy()
+        named = asked.client != UNSAID
+        if named.any():
+            tenants = self._tenant_of_row[asked.row[named]]
+            keys, places = np.unique(tenants << 32 | asked.client[named], return_inverse=True)
+            pairs = [(key >> 32, key & 0xFFFFFFFF) for key in keys.tolist()]
+            fresh = [pair for pair in pairs if pair not in self._client_of]
+            known = len(self.rows) + len(self._client_of)
+            self._client_of |= {pair: known + number for number, pair in enumerate(fresh)}
+            self.station.meet([tenant for tenant, _ in fresh])
+            clients[named] = np.array([self._client_of[pair] for pair in pairs], np.int64)[places]
+        return clients
+
+    def settle(self) -> "Settled":
+        """Return what has been settled since the last time: all requests up to the first that has not ended.
+
+        Puts what became of them beside what they asked, and adds what the client sees on top of the steps.
+        """
+        passages = self.station.collect()
+        asked = joined([piece for piece, _ in self._unsettled])
+        numbers = np.concatenate([np.zeros(0, np.int64), *(numbers for _, numbers in self._unsettled)])
+        count = len(passages)
+        self._unsettled = [(asked[count:], numbers[count:])]
+        first = np.where(passages.read_by == NEVER, passages.replica, passages.read_by)
+        later_ps = np.array([one.step.first_token_ps for one in self.station.capacities] + [0])[
+            np.maximum(first, NEVER)
+        ]
+        first_token_ps = np.where(passages.first_token_ps == NEVER, NEVER, passages.first_token_ps + later_ps)
+        finish_ps = np.where(passages.replica >= 0, passages.finish_ps + later_ps, passages.finish_ps)
+        passages = replace(passages, first_token_ps=first_token_ps, finish_ps=finish_ps)
+        return Settled(self, asked[:count], numbers[:count], passages)
+
+
+def _unread_share(plan: Plan, model: str) -> float:
+    """Return how much of a prompt has to be read, as planned: the plan's rates of reading count whole prompts."""
+    rows = [row for row in plan.fleet.demand if row.model == model]
+    weights = [sum(row.hourly_requests_per_s) * row.prompt_tokens for row in rows]
+    if not any(weights):
+        weights = [1.0] * len(rows)
+    cached = sum(weight * row.prefix_hit for weight, row in zip(weights, rows, strict=True))
+    return 1.0 - cached / sum(weights) if rows else 1.0
+
+
+def _transfer_ps_per_token(plan: Plan, replica: Replica) -> int:
+    """Return how long the cache of a prompt token is on its way to the decode replicas, at the mean prompt.
+
+    Each GPU sends its part through its own port; the slowest port of both sides counts.
+    """
+    if replica.role != "prefill":
+        return 0
+    prompt_tokens = next(model.prompt_tokens for model in plan.models if model.model == replica.model)
+    writers = [one for one in plan.replicas_of(replica.model) if one.role == "decode"]
+    gpus = [find_gpu(plan.fleet.pool(one.pool).gpu) for one in (replica, *writers)]
+    ports = [gpu.pcie_bytes_per_s or NETWORK_BYTES_PER_S for gpu in gpus]
+    llm = plan.fleet.llm_of(plan.fleet.model(replica.model))
+    sent_bytes = sequence_cache_bytes(llm, prompt_tokens, replica.layout)
+    return round(sent_bytes / min(NETWORK_BYTES_PER_S, *ports) * PICOSECONDS_PER_S / prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Requests in the order of their arrival, of which is known what became of them."""
+
+    house: House
+    asked: Piece
+    numbers: Integers  # among all requests
+    passages: Passages
+
+    @property
+    def status(self) -> Integers:
+        """Return indices of STATUSES."""
+        replica = self.passages.replica
+        return np.where(replica >= 0, OK, np.where(replica == -GAVE_UP, CANCELLED, REFUSED))
+
+    def note(self, recorder: Recorder, row_of: Integers) -> None:
+        """Write them down; `row_of`: what the recorder calls each replica that ever came."""
+        passages, asked, house = self.passages, self.asked, self.house
+        tenants = np.array([recorder.tenants.index(row.tenant) for row in house.rows])
+        models = np.array([recorder.models.index(row.model) for row in house.rows])
+        known = np.append(row_of, NOWHERE)
+        recorder.add(
+            tenant=tenants[asked.row],
+            model=models[asked.row],
+            arrival_ps=asked.arrival_ps,
+            prompt_tokens=asked.prompt_tokens,
+            output_tokens=asked.output_tokens,
+            first_token_ps=passages.first_token_ps,
+            finish_ps=passages.finish_ps,
+            replica=known[np.maximum(passages.replica, NOWHERE)],
+            busy_ps=passages.busy_ps,
+            preemptions=passages.preemptions,
+            retry_s=passages.retry_s,
+            read_by=known[passages.read_by],
+            read_busy_ps=passages.read_busy_ps,
+            status=self.status,
+            clients=list(house.names),
+            client=asked.client.astype(np.int64),
+        )
+
+    def completions(self) -> Iterator[Completion]:
+        """Return them one by one."""
+        passages, asked = self.passages, self.asked
+        columns: Iterable[np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = (
+            asked.arrival_ps,
+            asked.prompt_tokens,
+            asked.output_tokens,
+            asked.row,
+            asked.client,
+            passages.first_token_ps,
+            passages.finish_ps,
+            passages.replica,
+            passages.preemptions,
+            passages.retry_s,
+            self._gpu_ps(),
+            self.status,
+        )
+        for (
+            arrival_ps,
+            prompt,
+            output,
+            row,
+            client,
+            first_ps,
+            finish_ps,
+            replica,
+            preempted,
+            retry_s,
+            gpu_ps,
+            status,
+        ) in zip(*(column.tolist() for column in columns), strict=True):
+            yield Completion(
+                tenant=self.house.rows[row].tenant,
+                model=self.house.rows[row].model,
+                replica=self.house.replicas[replica].id if replica >= 0 else "",
+                status=STATUSES[status],
+                arrival_s=arrival_ps / PICOSECONDS_PER_S,
+                first_token_s=first_ps / PICOSECONDS_PER_S if first_ps != NEVER else float("nan"),
+                finish_s=finish_ps / PICOSECONDS_PER_S,
+                prompt_tokens=prompt,
+                output_tokens=output if replica >= 0 else 0,
+                gpu_s=gpu_ps / PICOSECONDS_PER_S,
+                preemptions=preempted,
+                reason="" if replica >= 0 else self._reason(-replica, row, prompt + output, retry_s),
+                client=self.house.names[client],
+            )
+
+    def _gpu_ps(self) -> Reals:
+        """Return the GPU time of each request, where it was read and where it was written, and where that failed."""
+        gpus = np.array([*(one.gpus for one in self.house.station.capacities), 0], np.float64)
+        passages = self.passages
+        busy_ps = passages.busy_ps * gpus[np.maximum(passages.replica, NEVER)]
+        gpu_ps: Reals = busy_ps + passages.read_busy_ps * gpus[passages.read_by] + passages.lost_gpu_ps
+        return gpu_ps
+
+    def _reason(self, rule: int, row: int, tokens: int, retry_s: float) -> str:
+        model = self.house.rows[row].model
+        if rule == TOO_LONG:
+            longest_tokens = self.house.longest_tokens[model]
+            return f"{tokens} tokens, of which no replica of the model holds more than {longest_tokens}"
+        if rule == TOO_LATE:
+            ttft_s = self.house.ttft_s[self.house.models.index(model)]
+            return f"would not start within {ttft_s:g} s; retry after {retry_s:.3g} s"
+        if rule == NOT_SERVED:
+            return "no replica of the model is in service"
+        return f"{RULES[rule][0]}; retry after {retry_s:.3g} s" if rule in {QUEUE_FULL, OVER_LIMIT} else RULES[rule][0]
