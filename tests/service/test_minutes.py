@@ -1,9 +1,13 @@
 """The minutes clock, live: GPUs go where the load is and come back, and the record replayed decides the same again."""
 
 import asyncio
+import os
+import random
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,12 @@ from waterline.policy.tide import signal_line
 from waterline.rehearsal.arrivals import Piece
 from waterline.rehearsal.minutes import Minutes as Rehearsed
 from waterline.roster import Roster
+from waterline.service.jobs import OVER
 from waterline.service.minutes import decision_lines, lends, replay_record, startable
+from waterline.service.processes import marked
+from waterline.service.shore import gpus_of
 
-SPEED = 100.0  # a step of 10 s takes 0.1 s, and what is spare for 300 s is handed back after 3 s
+SPEED = 200.0  # a step of 10 s takes 50 ms, and what is spare for 300 s is handed back after 1.5 s
 WORKER = """
 import os, pathlib, signal, sys, time
 checkpoint = pathlib.Path(os.environ["WATERLINE_CHECKPOINT"])
@@ -58,8 +65,8 @@ def lending_plan(folder: Path, *, steps: int = 10**6, gpus: int = 4) -> Plan:
         plan.fleet,
         pools=(replace(plan.fleet.pools[0], gpus_per_node=gpus),),
         tenants=(
-            Tenant(name="public", deserved=0.5, priority=1, grace_s=50.0, min_runtime_s=0.0, anonymous=True),
-            Tenant(name="research", deserved=0.5, grace_s=100.0, min_runtime_s=0.0),
+            Tenant(name="public", deserved=0.5, priority=1, grace_s=100.0, min_runtime_s=0.0, anonymous=True),
+            Tenant(name="research", deserved=0.5, grace_s=200.0, min_runtime_s=0.0),
         ),
         demand=(replace(plan.fleet.demand[0], tenant="public", prompt_tokens=10, output_tokens=10),),
         jobs=(job,),
@@ -69,15 +76,15 @@ def lending_plan(folder: Path, *, steps: int = 10**6, gpus: int = 4) -> Plan:
     return replace(plan, fleet=fleet, tenants=tenants, replicas=(chat,), shapes=(Shape(**figures),))
 
 
-async def surge(service: Served, requests_per_s: float, lasts_s: float) -> None:
-    """Ask so many short questions a second."""
+async def surge(service: Served, requests_per_s: float, lasts_s: float, *, sure: bool = True) -> None:
+    """Ask so many short questions a second; `sure`: all are answered."""
     loop = asyncio.get_running_loop()
     begun_s, asking = loop.time(), []
     while loop.time() < begun_s + lasts_s:
         chat = service.openai.chat.completions
         asking.append(asyncio.create_task(chat.create(model="chat", messages=QUESTION, max_tokens=10)))
         await asyncio.sleep(1 / requests_per_s)
-    await asyncio.gather(*asking)
+    await asyncio.gather(*asking, return_exceptions=not sure)
 
 
 def counts(service: Served) -> Counter[str]:
@@ -95,7 +102,7 @@ def test_a_surge_gets_the_gpus_of_research_and_hands_them_back_and_the_record_re
         async with served(plan) as service:
             service.keeper.lend(SPEED)
             await until(lambda: counts(service) == {"chat": 1, "train": 3}, within_s=10)
-            surging = asyncio.create_task(surge(service, 14.0, 4.0))
+            surging = asyncio.create_task(surge(service, 14.0, 2.5))
             await until(lambda: counts(service) == {"chat": 2, "train": 2}, within_s=20)
             await surging
             assert {one.status for one in service.completions} <= {"ok", "refused"}
@@ -172,6 +179,53 @@ def test_a_job_that_is_done_is_not_started_again(tmp_path: Path) -> None:
     assert asyncio.run(case()) == {1: 4}
 
 
+def gpus_in_use(service: Served) -> list[tuple[str, int, int]]:
+    """Return the GPUs of all replicas and runs, as often as they are used."""
+    runs = [run for run in service.jobs.states.values() if run.status not in OVER]
+    of_runs = [gpu for run in runs for gpu in gpus_of(run.pool, [run.place])]
+    return [*service.shore.taken, *of_runs]
+
+
+def test_whatever_dies_no_gpu_is_used_twice_and_the_record_still_replays(tmp_path: Path) -> None:
+    plan = lending_plan(tmp_path)
+    dice = random.Random(5)
+
+    async def kill(service: Served) -> int:
+        """Kill one process of ours after the other, whatever it is; return how many."""
+        killed = 0
+        for _ in range(20):
+            await asyncio.sleep(0.1)
+            if ours := marked(service.state.mark):
+                with suppress(ProcessLookupError):
+                    os.kill(dice.choice(ours).pid, signal.SIGKILL)
+                    killed += 1
+        return killed
+
+    async def look(service: Served) -> None:
+        while True:
+            used = gpus_in_use(service)
+            assert len(used) == len(set(used)) <= 4, used
+            await asyncio.sleep(0.01)
+
+    async def case() -> tuple[int, Path]:
+        async with served(plan) as service:
+            service.keeper.lend(SPEED)
+            looking = asyncio.create_task(look(service))
+            surging = asyncio.create_task(surge(service, 14.0, 2.0, sure=False))
+            killed = await kill(service)
+            await surging
+            await until(lambda: counts(service)["chat"] >= 1 and counts(service)["train"] >= 2, within_s=20)
+            free = service.keeper.minutes.roster.tide.free_gpus.sum() if service.keeper.minutes else None
+            print(f"{killed} killed, {free} GPUs free at the end, {counts(service)}")
+            assert not looking.done(), looking.result()
+            looking.cancel()
+            return killed, service.state.path
+
+    killed, folder = asyncio.run(case())
+    assert killed > 8
+    assert replay_record(folder) == (folder / "decisions.jsonl").read_bytes()
+
+
 def test_a_new_plan_during_a_surge_keeps_the_replicas_that_were_started_for_it(tmp_path: Path) -> None:
     plan = lending_plan(tmp_path)
     longer = replace(plan, fleet=replace(plan.fleet, jobs=(replace(plan.fleet.jobs[0], copies=1),)))
@@ -180,7 +234,7 @@ def test_a_new_plan_during_a_surge_keeps_the_replicas_that_were_started_for_it(t
         async with served(plan) as service:
             service.keeper.lend(SPEED)
             await until(lambda: counts(service) == {"chat": 1, "train": 3}, within_s=10)
-            surging = asyncio.create_task(surge(service, 14.0, 4.0))
+            surging = asyncio.create_task(surge(service, 14.0, 2.5))
             await until(lambda: [state.status for state in service.supervisor.states.values()] == ["ready"] * 2, 20)
             pids = [state.pid for state in service.supervisor.states.values()]
             await service.keeper.move_to(longer)
