@@ -1,5 +1,7 @@
 """What the tests of the ledger ask of it: requests and their ends, with few words."""
 
+import secrets
+
 from sqlalchemy import text
 
 from waterline.ledger import Key, Ledger, Outcome, Reservation, Settlement, new_request_id, utc_us
@@ -67,3 +69,12 @@ def sums_agree(ledger: Ledger) -> bool:
     (of_rows,) = rows(ledger, f"SELECT {names} FROM completions")
     (kept,) = rows(ledger, f"SELECT {names.replace('count(*)', 'sum(requests)')} FROM usage")
     return [int(value or 0) for value in of_rows] == [int(value or 0) for value in kept]  # type: ignore[call-overload]
+
+
+def new_database(server: str) -> str:
+    import psycopg  # noqa: PLC0415 - an extra
+
+    name = f"ledger_{secrets.token_hex(4)}"
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{server}/{name}"

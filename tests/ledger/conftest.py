@@ -77,13 +77,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Return where a ledger of its own is for each test, in each database."""
     if request.param == "sqlite":
         return str(tmp_path / "ledger.db")
+    from asking import new_database  # noqa: PLC0415 - beside this file, which makes it importable
+
     return new_database(request.getfixturevalue("postgres"))
-
-
-def new_database(server: str) -> str:
-    import psycopg  # noqa: PLC0415 - an extra
-
-    name = f"ledger_{secrets.token_hex(4)}"
-    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return f"{server}/{name}"
