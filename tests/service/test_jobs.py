@@ -249,14 +249,22 @@ def test_who_is_left_by_a_killed_service_is_found_by_the_next_and_two_services_d
 
 SERVICE = """
 import asyncio, sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from test_jobs import RANKS, job, python, running, start
-async def case():
-    async with running(grace_s=30.0) as service:
-        start(service, job(*python(RANKS, "deaf"), checkpoint=Path(sys.argv[2])))
-        await asyncio.sleep(60)
-asyncio.run(case())
+from waterline.fleet import Fleet, Job, Model, Pool, Tenant
+from waterline.plan import Place
+from waterline.service.jobs import Jobs
+from waterline.service.state import claim_state
+fleet = Fleet(
+    name="box",
+    pools=(Pool(name="box", gpu="cpu", nodes=1, gpus_per_node=1, usd_per_gpu_hour=1.0),),
+    models=(Model(name="chat", weights="waterline/abacus"),),
+    tenants=(Tenant(name="research"),),
+)
+job = Job(name="pretrain", tenant="research", command=tuple(sys.argv[2:]), gpus=1, checkpoint=sys.argv[1])
+async def case(state):
+    Jobs(fleet, state, lambda *_: None).start(job, 0, "box", Place(node=0, gpus=(0,)))
+    await asyncio.sleep(60)
+with claim_state("box") as state:
+    asyncio.run(case(state))
 """
 
 
@@ -264,11 +272,10 @@ def test_a_job_that_outlives_its_service_is_told_to_save_and_is_ended_by_the_nex
     async def case() -> tuple[int, float]:
         with claim_state("box") as state:
             mark = state.mark
-        here = str(Path(__file__).parent)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", SERVICE, here, str(tmp_path), stdout=asyncio.subprocess.DEVNULL
+            *(sys.executable, "-c", SERVICE, str(tmp_path), *python(RANKS, "deaf")), stdout=asyncio.subprocess.DEVNULL
         )
-        await until(lambda: len(ranks(tmp_path)) == 4, within_s=10)
+        await until(lambda: len(ranks(tmp_path)) == 4, within_s=30)
         process.kill()
         await process.wait()
         await until(lambda: len(list(tmp_path.glob("saved.*"))) == 4)

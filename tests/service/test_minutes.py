@@ -8,10 +8,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import orjson
 from msgspec.structs import replace
 from serving import QUESTION, Served, fake_plan, served, until
@@ -126,16 +125,14 @@ def test_a_surge_gets_the_gpus_of_research_and_hands_them_back_and_the_record_re
     assert replay_record(folder) == decisions
 
 
-class Scripted:
-    """A station of a rehearsal that serves nothing: all that matters is how much is asked, step by step."""
+class Idle:
+    """A station of a rehearsal that has replicas and no requests."""
 
-    def __init__(self, loads: Iterator[float]) -> None:
-        self._loads = loads
-        self._rows = 0
+    rows = 0
 
-    def start(self, _replica: Replica, _at_ps: int, _ready_ps: int) -> int:
-        self._rows += 1
-        return self._rows
+    def start(self, _replica: Replica, _ready_ps: int) -> int:
+        self.rows += 1
+        return self.rows
 
     def drain(self, _row: int, _at_ps: int) -> None: ...
 
@@ -148,8 +145,15 @@ class Scripted:
     def idle(self, _row: int) -> bool:
         return True
 
-    def loads(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.array([[next(self._loads)], [0.0]])
+
+@dataclass
+class Scripted:
+    """A meter of a rehearsal that reads what the script says, step by step."""
+
+    asked: Iterator[float]
+
+    def loads(self) -> dict[int, float]:
+        return {0: next(self.asked), 1: 0.0}
 
 
 def test_the_signals_of_a_rehearsal_make_the_live_service_decide_as_the_rehearsal_did(tmp_path: Path) -> None:
@@ -157,7 +161,8 @@ def test_the_signals_of_a_rehearsal_make_the_live_service_decide_as_the_rehearsa
     write_plan(plan, tmp_path / "plan.json")
     roster = Roster(plan, plan.replicas, hour=9)
     asked = (10.0 * (20.0 if 30 <= step < 90 else 1.0) for step in range(400))  # in a step of 10 s
-    rehearsed = Rehearsed(plan, roster, Scripted(asked), first_hour=9, length_s=3000.0)
+    rehearsed = Rehearsed(plan, roster, Idle(), rows=plan.fleet.demand, first_hour=9, length_s=3000.0)
+    rehearsed.meter = Scripted(asked)  # type: ignore[assignment]
     rehearsed.signals = []
     rehearsed.advance(3000.0)
     record = [{"at_s": 9 * 3600.0, "signal": "begun"}, *rehearsed.signals]
