@@ -52,6 +52,7 @@ engine = "fake"
 [[tenants]]
 name = "public"
 deserved = 0.75
+anonymous = true
 priority = 1
 grace_s = 60
 min_runtime_s = 30
