@@ -54,6 +54,8 @@ def _hold(first: int, line: "Line") -> int:
             return CANNOT_START if code is None else code
         if time.monotonic() >= kill_s:
             _signal(_descendants(), signal.SIGKILL)
+            if sys.platform != "linux" and code is None:  # without /proc its group is all we know
+                _signal_group(first, signal.SIGKILL)
         within_s = line.wait(LISTEN_S if kill_s == NEVER_S else LOOK_EVERY_S)
         if within_s is not None:
             if kill_s == NEVER_S:

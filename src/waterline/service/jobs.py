@@ -205,6 +205,7 @@ class Run:
         self.saved_s = 0.0  # when it saved its work last, since it started; 0: it has not
         self._process: Process | None = None
         self._stopping = asyncio.Event()
+        self._within_s = grace_s
         self._keeper: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
@@ -213,6 +214,7 @@ class Run:
     async def stop(self, within_s: float) -> None:
         assert self._keeper is not None  # noqa: S101 - whoever stops it has begun it
         self._stopping.set()
+        self._within_s = within_s
         if self._process and self.state.status not in {*OVER, "stuck"}:
             self._change("stopping")
             self.hurry(within_s)
@@ -271,7 +273,7 @@ class Run:
         self.state = replace(self.state, pid=self._process.pid, starts=starts)
         self._change("loading")
         if self._stopping.is_set():
-            self.hurry(self.grace_s)
+            self.hurry(self._within_s)
         loaded = asyncio.get_running_loop().call_later(self._job.load_s, self._loaded, starts)
         try:
             code = await self._process.wait()

@@ -91,7 +91,7 @@ def claim_state(fleet: str) -> Iterator[State]:
 def _lock(path: Path) -> TextIO | None:
     """Return the lock on a directory, None where another service has it; the kernel opens it when its holder dies."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)  # what jobs write may be nobody else's business
         file = (path / "lock").open("a+")
     except OSError as error:
         raise InputError(
