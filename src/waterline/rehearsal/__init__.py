@@ -4,21 +4,24 @@
 many steps at a time. A day's rehearsal is a matter of arithmetic: no clock, no network.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from waterline.errors import UnknownNameError, nearest
+from waterline.errors import InputError, UnknownNameError, nearest
 from waterline.fleet import Demand
 from waterline.outcome import Completion
 from waterline.plan import Plan
 from waterline.policy.decisions import FIELDS
+from waterline.rehearsal.acting import Actor, Planned, Tidal, in_order, request_rows
 from waterline.rehearsal.arrivals import traffic
 from waterline.rehearsal.dealing import deal
-from waterline.rehearsal.house import House, Settled
+from waterline.rehearsal.failures import Failure
+from waterline.rehearsal.house import Settled
 from waterline.rehearsal.jit import COMPILED
+from waterline.rehearsal.policies import POLICIES, Policy
 from waterline.rehearsal.record import JobRecord, Move
 from waterline.rehearsal.recorder import Recorder, Report
 from waterline.rehearsal.station import warm_up
@@ -27,10 +30,7 @@ from waterline.workload import Trace
 from waterline.workload.operators import Surge
 from waterline.workload.stream import Stream
 
-__all__ = ["COMPILED", "POLICIES", "Progress", "Rehearsal", "prepare", "rehearse"]
-
-
-POLICIES = ("static",)  # who may decide, the usual one first
+__all__ = ["COMPILED", "POLICIES", "Failure", "Progress", "Rehearsal", "prepare", "rehearse"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,7 @@ class Rehearsal(Report):
     moves: tuple[Move, ...] = ()  # what was started and stopped, lent and handed back
     jobs: tuple[JobRecord, ...] = ()
     decisions: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, len(FIELDS)), np.int64))  # [n, field]
+    digest: str = ""  # SHA-256 of the bytes of the decisions about replicas
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of the fields of a decision, for people
 
     @property
@@ -69,10 +70,12 @@ def prepare() -> None:
     warm_up()
 
 
-def check_policy(policy: str) -> None:
-    """Raise UnknownNameError when there is no such policy."""
-    if policy not in POLICIES:
-        raise UnknownNameError(f"no policy is called '{policy}'. {nearest(policy, POLICIES)}")
+def check_policy(policy: str) -> Policy:
+    """Return a policy by its name. Raises UnknownNameError when there is no such policy."""
+    for known in POLICIES:
+        if policy == known:
+            return known
+    raise UnknownNameError(f"no policy is called '{policy}'. {nearest(policy, POLICIES)}")
 
 
 def rehearse(
@@ -82,9 +85,10 @@ def rehearse(
     seed: int = 0,
     duration_s: float | None = None,
     surges: Sequence[Surge] = (),
+    failures: Sequence[Failure] = (),
     keep: bool = True,
     policy: str = POLICIES[0],
-    decisions: bool = False,  # noqa: ARG001 - a plan that stays as it is decides nothing
+    decisions: bool = False,
     watch: Callable[[Progress], bool] = lambda _: True,
 ) -> Rehearsal:
     """Replay traffic against a plan until the last request is done. Same input, same bytes.
@@ -95,50 +99,60 @@ def rehearse(
         seed: of drawn arrivals.
         duration_s: how much of the traffic; None: all of a trace, 15 minutes of the busiest hour without one.
         surges: windows of the day in which a tenant, or all, ask more.
+        failures: of nodes.
         keep: every request as well, for `Rehearsal.completions`; that takes some 100 bytes each.
-        policy: who decides, one of `POLICIES`: "static" leaves every replica as planned.
+        policy: who decides which replicas there are and whose turn it is, one of `POLICIES`; see `policies`.
         decisions: keep those about requests as well; those about replicas are kept anyhow.
         watch: called every now and then. Once it returns False, no more requests arrive, and the rehearsal tells of
             those whose end is known, up to the first whose end is not.
 
     Raises:
-        UnknownNameError: there is no such policy.
+        UnknownNameError: there is no such policy, or no such pool in a failure.
         TraceError: a trace of the demand cannot be read.
-        InputError: nothing is asked in that time, or it takes more than 100 days.
+        InputError: nothing is asked in that time, or it takes more than 100 days; a failure is of no node, or the plan
+            is to go on where nodes fail.
     """
-    check_policy(policy)
+    chosen = check_policy(policy)
     asked = traffic(plan, trace, seed=seed, duration_s=duration_s, surges=surges)
-    house = House(plan, asked.rows, asked.clients, asked.first_hour)
     recorder = Recorder(plan, asked.length_s)
-    in_plan = {replica.id: recorder.add_replica(replica) for replica in plan.replicas}
-    stopped = ""
+    actor: Actor
+    if chosen == "plan":
+        if failures:
+            raise InputError("a plan does not say what to do when a node fails. Rehearse that under another policy.")
+        actor = Planned(plan, asked, recorder)
+    else:
+        actor = Tidal(chosen, plan, asked, recorder, failures)
     kept: list[Settled] = []
+    rows = [np.zeros((0, len(FIELDS)), np.int64)]
 
-    def settle() -> Iterator[Settled]:
-        nonlocal stopped
-        requests = 0
-        for piece in asked.pieces():
-            house.keep_hours(int(piece.arrival_ps[-1]))
-            house.offer(piece)
-            yield house.settle()
-            requests += len(piece)
-            at_s = int(piece.arrival_ps[-1]) / PICOSECONDS_PER_S
-            if not watch(Progress(requests=requests, at_s=at_s, of_s=asked.length_s)):
-                stopped = f"stopped after {requests:,} requests; those under way then are not counted"
-                return
-        house.finish()
-        yield house.settle()
-
-    for settled in settle():
+    def note(settled: Settled) -> None:
         if len(settled.numbers):
-            settled.note(recorder, np.array([in_plan[replica.id] for replica in house.replicas], np.int64))
+            settled.note(recorder, np.array(actor.in_report, np.int64))
             if keep:
                 kept.append(settled)
-    recorder.run_as_planned(asked.first_hour)
+            if decisions:
+                rows.append(request_rows(settled, recorder.tenants))
+
+    stopped, requests = "", 0
+    for piece in asked.pieces():
+        note(actor.serve(piece))
+        requests += len(piece)
+        at_s = int(piece.arrival_ps[-1]) / PICOSECONDS_PER_S
+        if not watch(Progress(requests=requests, at_s=at_s, of_s=asked.length_s)):
+            stopped = f"stopped after {requests:,} requests; those under way then are not counted"
+            break
+    else:
+        note(actor.finish())
+    actor.close()
     report = recorder.report()
     return Rehearsal(
         **{one.name: getattr(report, one.name) for one in fields(Report)},
         notes=(*asked.notes, stopped) if stopped else asked.notes,
         rows=asked.rows,
         kept=tuple(kept),
+        moves=actor.moves,
+        jobs=actor.jobs,
+        decisions=in_order(np.concatenate([actor.decisions, *rows])),
+        digest=actor.digest,
+        names=actor.names,
     )

@@ -1,0 +1,225 @@
+"""Who acts in a rehearsal: the plan by its hours, or the minutes clock by its decisions."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from waterline.plan import Plan, Replica
+from waterline.policy.decisions import FIELDS, NONE, SLOT_FREE, WAITS_FOR_SLOT
+from waterline.rehearsal.arrivals import Piece, Traffic
+from waterline.rehearsal.capacity import NEVER, PICOSECONDS_PER_NS, Terms
+from waterline.rehearsal.failures import Failure
+from waterline.rehearsal.house import House, Settled
+from waterline.rehearsal.minutes import Minutes
+from waterline.rehearsal.policies import Policy, Setting, setting
+from waterline.rehearsal.record import JobRecord, Move
+from waterline.rehearsal.recorder import Recorder
+from waterline.roster import Run
+from waterline.units import GIGA, HOUR_S, PICOSECONDS_PER_S
+
+Integers = NDArray[np.int64]
+PICOSECONDS_PER_MS = PICOSECONDS_PER_S // 1000
+
+
+class Actor(Protocol):
+    """Serves traffic on replicas that come and go by its rules."""
+
+    @property
+    def in_report(self) -> Sequence[int]:
+        """Return what the recorder calls each replica of the house."""
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """Return what was decided about replicas."""
+
+    @property
+    def jobs(self) -> tuple[JobRecord, ...]:
+        """Return what jobs came to."""
+
+    @property
+    def decisions(self) -> Integers:
+        """Return moves as rows of the decision log."""
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of that log; "" where nothing is decided."""
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """Return the names of tenants, claimants, victims and places in that log."""
+
+    def serve(self, piece: Piece) -> Settled:
+        """Serve requests; return what has been settled."""
+
+    def finish(self) -> Settled:
+        """Serve the rest; nothing is decided any more."""
+
+    def close(self) -> None:
+        """Write down who was there."""
+
+
+class Planned:
+    """Replicas come and go at the hours of the plan."""
+
+    moves: tuple[Move, ...] = ()
+    jobs: tuple[JobRecord, ...] = ()
+    digest = ""
+
+    def __init__(self, plan: Plan, asked: Traffic, recorder: Recorder) -> None:
+        """Begin without replicas."""
+        self.house = House(plan, asked.rows, asked.clients, asked.first_hour)
+        self.recorder, self.first_hour = recorder, asked.first_hour
+        self.known = {replica.id: recorder.add_replica(replica) for replica in plan.replicas}
+        self.decisions: Integers = np.zeros((0, len(FIELDS)), np.int64)
+        self.names: dict[str, list[str]] = {}
+
+    @property
+    def in_report(self) -> Sequence[int]:
+        return [self.known[replica.id] for replica in self.house.replicas]
+
+    def serve(self, piece: Piece) -> Settled:
+        self.house.keep_hours(int(piece.arrival_ps[-1]))
+        self.house.offer(piece)
+        return self.house.settle()
+
+    def finish(self) -> Settled:
+        self.house.finish()
+        return self.house.settle()
+
+    def close(self) -> None:
+        self.recorder.run_as_planned(self.first_hour)
+
+
+class Tidal:
+    """The minutes clock decides."""
+
+    def __init__(
+        self, policy: Policy, plan: Plan, asked: Traffic, recorder: Recorder, failures: Sequence[Failure]
+    ) -> None:
+        """Begin with the replicas of the first hour."""
+        self.recorder = recorder
+        self.setting = setting(policy, plan, asked.rows, asked.first_hour)
+        self.house = Moving(self.setting, asked, recorder)
+        self.minutes = Minutes(
+            self.setting.plan,
+            self.setting.roster,
+            self.house,
+            rows=self.setting.rows,
+            first_hour=asked.first_hour,
+            length_s=asked.length_s,
+            failures=failures,
+            warm=self.setting.warm,
+        )
+        self.house.rows = asked.rows  # from here on by the names that people know
+
+    @property
+    def in_report(self) -> Sequence[int]:
+        return self.house.in_report
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        names = self.setting.names
+        return tuple(replace(move, target=names.get(move.target, move.target)) for move in self.minutes.moves)
+
+    @property
+    def jobs(self) -> tuple[JobRecord, ...]:
+        return self.minutes.books.records()
+
+    @property
+    def decisions(self) -> Integers:
+        return np.array(self.minutes.log.rows, np.int64).reshape(-1, len(FIELDS))
+
+    @property
+    def digest(self) -> str:
+        return self.minutes.log.digest
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        roster, names = self.setting.roster, self.setting.names
+        return {
+            "tenant": roster.tenants,
+            "claimant": [f"{one.tenant}'s {names.get(one.target, one.target)}" for one in roster.services],
+            "place": [f"{berth.pool} {berth.nodes[0]}" for berth in roster.berths],
+        }
+
+    def serve(self, piece: Piece) -> Settled:
+        self.minutes.serve(piece)
+        return self.house.settle()
+
+    def finish(self) -> Settled:
+        self.house.finish()
+        return self.house.settle()
+
+    def close(self) -> None:
+        self.minutes.finish(max(self.minutes.now_s, self.recorder.last_ps / PICOSECONDS_PER_S))
+        tenants = {name: number for number, name in enumerate(self.recorder.tenants)}
+        for stay in self.minutes.stays:
+            times_s = stay.began_s, stay.ready_s, stay.ended_s
+            begin_ps, ready_ps, end_ps = (round(time_s * PICOSECONDS_PER_S) for time_s in times_s)
+            if isinstance(stay.what, Run):
+                self.recorder.works(tenants[stay.tenant], stay.what.pool, stay.what.gpus, begin_ps, end_ps)
+            else:
+                self.recorder.runs(self.house.known[stay.what.id], begin_ps, ready_ps, end_ps)
+
+
+class Moving(House):
+    """A house whose replicas come and go, each known to the recorder from then on."""
+
+    def __init__(self, setting: Setting, asked: Traffic, recorder: Recorder) -> None:
+        """Begin without replicas."""
+        self.setting, self.recorder = setting, recorder
+        self.in_report: list[int] = []
+        self.known: dict[str, int] = {}  # by id of the replica
+        super().__init__(setting.plan, setting.rows, asked.clients, asked.first_hour)
+
+    def start_all(self, replicas: Sequence[Replica], ready_ps: int) -> range:
+        for replica in replicas:
+            if replica.id not in self.known:
+                self.known[replica.id] = self.recorder.add_replica(self.setting.shown(replica))
+            self.in_report.append(self.known[replica.id])
+        return super().start_all(replicas, ready_ps)
+
+    def _terms(self) -> Terms:
+        terms, shares = super()._terms(), self.setting.shares
+        if shares is None:
+            return terms
+        guarantee, deserved, limit = (tuple(column) for column in zip(*shares, strict=True))
+        return replace(terms, guarantee=guarantee, deserved=deserved, limit=limit)
+
+    def _clients(self, asked: Piece) -> Integers:
+        return np.zeros(len(asked), np.int64) if self.setting.one_queue else super()._clients(asked)
+
+
+# --- The log of decisions about requests ------------------------------------------------------------------------------
+
+
+def request_rows(settled: Settled, tenants: Sequence[str]) -> Integers:
+    """Return a row for each request: when it was given to a replica and what it had waited, or why it never was.
+
+    On the clock of the minutes, on which a day begins at 0.
+    """
+    passages, asked, house = settled.passages, settled.asked, settled.house
+    begun = passages.started_ps != NEVER
+    waited_ps = np.where(begun, passages.started_ps - asked.arrival_ps, 0)
+    rows: Integers = np.full((len(asked), len(FIELDS)), NONE, np.int64)
+    first_ns = house.first_hour * HOUR_S * GIGA
+    rows[:, FIELDS.index("at_ns")] = (asked.arrival_ps + waited_ps) // PICOSECONDS_PER_NS + first_ns
+    accepted = np.where(waited_ps > 0, WAITS_FOR_SLOT, SLOT_FREE)
+    rows[:, FIELDS.index("rule")] = np.where(passages.replica >= 0, accepted, -passages.replica)
+    rows[:, FIELDS.index("tenant")] = np.array([tenants.index(row.tenant) for row in house.rows])[asked.row]
+    rows[:, FIELDS.index("claimant")] = passages.client
+    rows[:, FIELDS.index("place")] = np.maximum(passages.replica, NONE)
+    rows[:, FIELDS.index("amount")] = asked.prompt_tokens + asked.output_tokens
+    rows[:, FIELDS.index("cost_ms")] = waited_ps // PICOSECONDS_PER_MS
+    back_ns = first_ns + asked.arrival_ps // PICOSECONDS_PER_NS + np.round(passages.retry_s * GIGA).astype(np.int64)
+    rows[:, FIELDS.index("deadline_ns")] = np.where(passages.retry_s > 0, back_ns, NONE)
+    return rows
+
+
+def in_order(rows: Integers) -> Integers:
+    """Return rows in the order of time; those of one instant stay as they are."""
+    ordered: Integers = rows[np.argsort(rows[:, FIELDS.index("at_ns")], kind="stable")]
+    return ordered
