@@ -223,12 +223,13 @@ def _first_closed(tally: Tally) -> int:
 
 @jit
 def _has_surplus(services: Services, tally: Tally, service: int) -> bool:
-    """Whether another service of the same tenant can spare something, or has something and less priority."""
+    """Whether another service of the same tenant and priority can spare something, or one of less has anything."""
     for other in range(len(services.tenant)):
         if other == service or services.tenant[other] != services.tenant[service]:
             continue
-        below = services.priority[other] < services.priority[service] and tally.supply[other] > 0.0
-        if below or tally.spare[other] > 0.0:
+        if services.priority[other] < services.priority[service] and tally.supply[other] > 0.0:
+            return True
+        if services.priority[other] == services.priority[service] and tally.spare[other] > 0.0:
             return True
     return False
 
@@ -248,8 +249,9 @@ def _legal(
     giver = replicas.service[replica]
     tenant, gpus = services.tenant[giver], replicas.gpus[replica]
     if tenant == services.tenant[service]:
-        below = services.priority[giver] < services.priority[service]
-        return bool(giver != service and (below or tally.left_spare[giver] >= replicas.rate[replica]))
+        if services.priority[giver] != services.priority[service]:
+            return bool(services.priority[giver] < services.priority[service])
+        return bool(giver != service and tally.left_spare[giver] >= replicas.rate[replica])
     if rule == OWN_SURPLUS or (only != NOBODY and only != tenant):  # noqa: PLR1714 - numba has no mixed tuples
         return False
     deserved, guarantee = tenants.deserved_gpus[tenant], tenants.guarantee_gpus[tenant]
