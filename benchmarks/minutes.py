@@ -225,8 +225,11 @@ def random_loads(dice: np.random.Generator, plan: Plan, steps: int) -> np.ndarra
     return np.repeat(dice.exponential(2.0, size) * (dice.random(size) < 0.6), HALF_A_WAVE, axis=0)
 
 
-def random_life(seed: int, steps: int = STEPS) -> Checked:
-    """Let a random fleet live for some steps, every one of them checked. Raises BrokenPromiseError."""
+def random_life(seed: int, steps: int = STEPS, *, keep: bool = False) -> Checked:
+    """Let a random fleet live for some steps, every one of them checked; `keep` its signals.
+
+    Raises BrokenPromiseError.
+    """
     dice = np.random.default_rng(seed)
     plan = random_plan(dice)
     roster = Roster(plan, (), hour=0)
@@ -246,6 +249,7 @@ def random_life(seed: int, steps: int = STEPS) -> Checked:
     minutes = Checked(plan, roster, Fluid(dice), rows=(), first_hour=0, length_s=0.0, failures=failures)
     minutes.meter = Given(loads, roster.step_s)  # type: ignore[assignment]
     minutes.decide = compiled(tides.decide)
+    minutes.signals = [] if keep else None
     minutes.advance(steps * roster.step_s)
     minutes.finish(steps * roster.step_s)
     minutes.check_end()

@@ -2,17 +2,18 @@
 
     .venv/bin/python benchmarks/spring_festival.py [--surges N] [--hours H] [--factor F]
 
-`examples/spring-festival.toml`: 1,024 GPUs, an ordinary evening at which the public takes a twentieth of them, and
-F = 10 times the public's requests from 20:00 for H = 2 hours. How much DeepSeek was asked for at the Spring Festival of
+`examples/spring-festival.toml`: 1,024 GPUs, an ordinary evening at which the public takes a twentieth of them, and F
+= 10 times the public's requests from 20:00 for H = 2 hours. How much DeepSeek was asked for at the Spring Festival of
 2025 was never published; daily users had doubled within a week when it stopped answering everybody, so ten is an
-assumption, well beyond what was reported. Rehearsed from 19:00 until an hour after the surge under each policy:
+assumption, well beyond what was reported.
+Rehearsed from 19:00 until an hour after the surge under each policy:
 
 - waterline: lending, with the forecast;
 - static: each tenant has what it deserves, for good;
 - fcfs: one queue, no shares, reactive;
 - priority: enterprise before public before research, reactive.
 
-Goodput counts requests that met their SLO. Research counts in requests within their SLO and in GPU-hours of its training
+Goodput counts requests that met their SLO. Research counts in requests within their SLO and in GPU-hours of training
 that were kept, each against what it has under static.
 
 Then N surges are drawn (seeds 1 to N): factor 2 to 20, 10 to 60 minutes, at any time of the day, and rehearsed from a

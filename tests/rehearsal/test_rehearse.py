@@ -171,7 +171,7 @@ def test_a_replica_gets_requests_and_costs_at_its_hours_only() -> None:
     plan = patient(small_plan())
     part = replace(plan.replicas[0], id="chat/1", hours=(1,), load_s=600.0)
     plan = replace(plan, replicas=(replace(plan.replicas[0], usd_per_hour=6.0), replace(part, usd_per_hour=36.0)))
-    rehearsal = rehearse(plan, duration_s=3 * 3600.0)
+    rehearsal = rehearse(plan, duration_s=3 * 3600.0, policy="plan")
     by_hour = Counter((completion.replica, int(completion.arrival_s // 3600)) for completion in rehearsal.completions)
     assert by_hour["chat/1", 1] > 500
     assert (by_hour["chat/1", 0], by_hour["chat/1", 2]) == (0, 0)

@@ -156,9 +156,10 @@ class Tidal:
     def close(self) -> None:
         self.minutes.finish(max(self.minutes.now_s, self.recorder.last_ps / PICOSECONDS_PER_S))
         tenants = {name: number for number, name in enumerate(self.recorder.tenants)}
+        first_ps, last_ps = self.recorder.first_ps or 0, self.recorder.last_ps  # nobody pays for other times
         for stay in self.minutes.stays:
-            times_s = stay.began_s, stay.ready_s, stay.ended_s
-            begin_ps, ready_ps, end_ps = (round(time_s * PICOSECONDS_PER_S) for time_s in times_s)
+            times_ps = (round(time_s * PICOSECONDS_PER_S) for time_s in (stay.began_s, stay.ready_s, stay.ended_s))
+            begin_ps, ready_ps, end_ps = (min(max(time_ps, first_ps), last_ps) for time_ps in times_ps)
             if isinstance(stay.what, Run):
                 self.recorder.works(tenants[stay.tenant], stay.what.pool, stay.what.gpus, begin_ps, end_ps)
             else:
