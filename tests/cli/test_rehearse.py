@@ -196,3 +196,65 @@ def test_a_mistake_in_the_traffic_is_answered_with_what_to_write(
     result = run(plan_file, *arguments)
     assert isinstance(result.exception, InputError)
     assert complaint in str(result.exception)
+
+
+HEADER = "arrival_s,prompt_tokens,output_tokens\n"
+
+
+@pytest.mark.parametrize(
+    ("trace", "complaint"),
+    [
+        ("", "log.csv: it is empty. Expected a first line"),
+        (HEADER, "log.csv: it holds no requests, only the header"),
+        (f"{HEADER}-1,100,10\n", "log.csv, line 2: "),
+        (f"{HEADER}0,0,10\n", "log.csv, line 2: "),
+        (f"{HEADER}0,100,0\n", "log.csv, line 2: "),
+        (f"{HEADER}0,100,nan\n", "log.csv, line 2: "),
+        (f"{HEADER}0,5000,10\n", "log.csv, line 2: 5,000 + 10 tokens are more than the 4,096 that a model of the fleet may hold"),
+        ("arrival_s,prompt_tokens,output_tokens,tenant\n0,100,10,nobody\n", "no [[demand]] is of tenant 'nobody'; there are public/chat"),
+    ],
+)  # fmt: skip
+def test_a_trace_with_a_mistake_is_answered_with_its_line(
+    plan_file: Path, tmp_path: Path, trace: str, complaint: str
+) -> None:
+    (tmp_path / "log.csv").write_text(trace)
+    result = run(plan_file, "--trace", tmp_path / "log.csv")
+    assert isinstance(result.exception, InputError)
+    assert complaint in str(result.exception)
+
+
+def test_rows_out_of_order_are_put_in_order(plan_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text(f"{HEADER}9,100,10\n0,100,10\n3,100,10\n")
+    said = json.loads(run(plan_file, "--trace", tmp_path / "log.csv", "--json").output)
+    assert said["requests"] == 3
+    assert said["timeline"]["tenants"]["public"]["asked_per_s"][:4] == [1, 0, 0, 1]
+
+
+def test_a_page_is_written_or_the_place_is_refused(plan_file: Path, tmp_path: Path) -> None:
+    result = run(plan_file, "--duration", "60s", "--html", tmp_path / "page.html")
+    assert result.exception is None
+    assert "Open it in a browser." in result.output
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    refusal = run(plan_file, "--duration", "60s", "--html", tmp_path / "nowhere" / "page.html")
+    assert isinstance(refusal.exception, InputError)
+    assert "Choose another place with --html" in str(refusal.exception)
+
+
+def test_a_client_that_comes_back_when_told_is_counted(plan_file: Path, tmp_path: Path) -> None:
+    rows = [f"{at / 10},3000,1000,{'ann' if at % 2 else 'bob'}" for at in range(2000)]
+    (tmp_path / "log.csv").write_text("arrival_s,prompt_tokens,output_tokens,client\n" + "\n".join(rows) + "\n")
+    result = run(plan_file, "--trace", tmp_path / "log.csv")
+    assert re.search(
+        r"Of [\d,]+ refused and told when to come back, [\d,]+ did within an hour of that time", result.output
+    )
+    said = json.loads(run(plan_file, "--trace", tmp_path / "log.csv", "--json").output)["total"]
+    assert 0 <= said["honoured"] <= said["returned"] <= said["told"] <= said["refused"]
+    assert said["returned"] > 0
+
+
+def test_decisions_are_lines_with_a_digest(plan_file: Path, tmp_path: Path) -> None:
+    result = run(plan_file, "--duration", "60s", "--decisions", tmp_path / "log.jsonl")
+    assert result.exception is None
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["rule"] for line in lines)
+    assert re.search(rf"{len(lines):,} decisions written to .*, sha256 [0-9a-f]{{64}}", " ".join(result.output.split()))
