@@ -64,7 +64,7 @@ def test_both_are_one_page(plans: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_plans_that_are_asked_different_things_are_refused_by_name(plans: tuple[Path, Path], tmp_path: Path) -> None:
     plan = small_plan()
-    tenants = (*plan.fleet.tenants, replace(plan.fleet.tenants[0], name="research", deserved=0.0))
+    tenants = (*plan.fleet.tenants, replace(plan.fleet.tenants[0], name="research", deserved=0.0, anonymous=False))
     more = replace(plan, fleet=replace(plan.fleet, tenants=tenants))
     row = plan.fleet.demand[0]
     write_plan(asking(more, row, replace(row, tenant="research")), tmp_path / "more.json")
