@@ -120,6 +120,10 @@ class Books:
         self._take_back = _Statement(engine, delete(completions).where(completions.c.id == bindparam("request_id")))
         self._balance = _Statement(engine, _adding(insert(balances), [column.name for column in balances.c][2:]))
         self._use = _Statement(engine, _adding(insert(usage), SUMS))
+        some_keys = keys.c.id.in_(bindparam("ids", expanding=True))
+        self._hold = select(keys.c.id).where(some_keys).order_by(keys.c.id).with_for_update()
+        names: Any = bindparam("names", expanding=True)
+        self._spent = select(balances).where(tuple_(balances.c.key_id, balances.c.period).in_(names))
 
     def write(self, batch: Batch) -> Written:
         """Write all of a batch.
@@ -195,13 +199,10 @@ class Books:
         asking = {(one.key.id, period) for one in reserves if one.key for period in one.periods}
         if not asking:
             return
-        ids = sorted({key_id for key_id, _ in asking})
-        connection.execute(select(keys.c.id).where(keys.c.id.in_(ids)).order_by(keys.c.id).with_for_update())
-        rows = connection.execute(
-            select(balances).where(tuple_(balances.c.key_id, balances.c.period).in_(sorted(asking)))
-        )
+        if self.engine.dialect.name == "postgresql":  # SQLite has one writer at a time
+            connection.execute(self._hold, {"ids": sorted({key_id for key_id, _ in asking})})
         written.balances = {one: Balance() for one in asking}
-        for row in rows:
+        for row in connection.execute(self._spent, {"names": sorted(asking)}):
             written.balances[row.key_id, row.period] = Balance(
                 tokens=row.tokens,
                 nano_usd=row.nano_usd,
