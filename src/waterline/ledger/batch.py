@@ -79,6 +79,15 @@ class Batch:
     def rows(self) -> int:
         return len(self.reserves) + len(self.endings)
 
+    def absorb(self, later: "Batch") -> None:
+        """Take in what gathered behind this one."""
+        self.reserves |= later.reserves
+        self.endings = later.endings | self.endings  # what was said first stands
+        self.notes |= later.notes
+        self.careful |= later.careful
+        self.reserving |= later.reserving
+        self.ending += later.ending
+
 
 @dataclass(slots=True, kw_only=True)
 class Written:

@@ -246,10 +246,14 @@ class Ledger:
 
     # --- What the writer's thread calls -----------------------------------------------------------------------------
 
-    def _take(self) -> Batch:
+    def _take(self, stuck: Batch | None = None) -> Batch:
+        """Return what has gathered, added to what could not be written yet."""
         with self._lock:
-            batch = self._in_flight = self._batch
-            self._batch = Batch()
+            batch, self._batch = self._batch, Batch()
+            if stuck:
+                stuck.absorb(batch)
+                batch = stuck
+            self._in_flight = batch
             if self._notes and time.monotonic() - self._noted_s > NOTES_S:
                 self._noted_s = time.monotonic()
                 batch.notes, self._notes = self._notes, {}

@@ -22,7 +22,7 @@ class Writer:
     """Writes batches, one after the other, until it is closed.
 
     Args:
-        take: returns what has gathered.
+        take: returns what has gathered, together with a batch that could not be written.
         write: writes it, or raises LedgerError.
         written: told what came of a batch.
         gave_up: told whose reservations could not be made in `PATIENCE_S`.
@@ -33,7 +33,7 @@ class Writer:
     def __init__(
         self,
         *,
-        take: Callable[[], Batch],
+        take: Callable[[Batch | None], Batch],
         write: Callable[[Batch], Written],
         written: Callable[[Batch, Written], None],
         gave_up: Callable[[Batch, LedgerError], None],
@@ -67,7 +67,7 @@ class Writer:
             self._wake.clear()
             begun_s = time.monotonic()
             closing = self._closing.is_set()  # asked before what is left is taken, so that nothing comes after it
-            batch = self._take()
+            batch = self._take(None)
             if batch:
                 self._write_down(batch)
             if closing:
@@ -108,4 +108,5 @@ class Writer:
                 self._written(batch, written)
                 return
             time.sleep(RETRY_S[min(tries, len(RETRY_S) - 1)])
+            batch = self._take(batch)  # nobody is to wait behind it without end
             tries += 1
