@@ -12,12 +12,17 @@ from waterline.cli.ledger import ledger_option
 if TYPE_CHECKING:
     from waterline.ledger import Usage
 
-GROUPS = ("tenant", "client", "model", "day", "key")
 DAY = "YYYY-MM-DD"
 
 
 @click.command()
-@click.option("--by", default="tenant", show_default=True, metavar="|".join(GROUPS), help="Or several: day,model")
+@click.option(
+    "--by",
+    default="tenant",
+    show_default=True,
+    metavar="GROUPS",
+    help="Of tenant, client, model, day and key, with commas.",
+)
 @click.option("--since", default="", metavar=DAY, help="The first day, in UTC.")
 @click.option("--until", default="", metavar=DAY, help="The last day, included.")
 @ledger_option
@@ -31,6 +36,7 @@ def usage(by: str, since: str, until: str, ledger: str, *, as_csv: bool, as_json
     waterline usage --by day,tenant --since 2026-11-01 --csv
     """  # noqa: D301 - click wants the character, not its name
     from waterline.ledger import connect, read_usage
+    from waterline.ledger.usage import GROUPS, columns_of
 
     if as_csv and as_json:
         raise click.UsageError("--csv and --json exclude each other.")
@@ -41,7 +47,7 @@ def usage(by: str, since: str, until: str, ledger: str, *, as_csv: bool, as_json
     if first and last and first > last:
         raise click.BadParameter(f"{since} comes after --until {until}.", param_hint="--since")
     rows = read_usage(connect(ledger, create=False), groups, first, last)
-    names = [name for name in ("day", "tenant", "client", "key_id", "model") if any(getattr(row, name) for row in rows)]
+    names = columns_of(groups)
     if as_json:
         import msgspec
 

@@ -42,15 +42,16 @@ class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.nano_usd / GIGA
 
 
-def read_usage(engine: Engine, by: Sequence[str], since: str = "", until: str = "") -> list[Usage]:
-    """Sum what arrived from one day to another, both included, by some of `GROUPS`, sorted by them.
+def columns_of(by: Sequence[str]) -> list[str]:
+    """Return the columns that tell groups apart: clients are those of a tenant, keys those of a client."""
+    named = {"client": {"tenant", "client"}, "key": {"tenant", "client", "key_id"}}
+    wanted = {column for name in by for column in named.get(name, {name})}
+    return [name for name in GROUP if name in wanted]
 
-    Clients are those of a tenant: a group by client or key names the tenant too.
-    """
-    wanted = {"key_id" if name == "key" else name for name in by}
-    if wanted & {"client", "key_id"}:
-        wanted |= {"tenant", "client"} if "key_id" in wanted else {"tenant"}
-    columns = [usage.c[name] for name in GROUP if name in wanted]
+
+def read_usage(engine: Engine, by: Sequence[str], since: str = "", until: str = "") -> list[Usage]:
+    """Sum what arrived from one day to another, both included, by some of `GROUPS`, sorted by `columns_of` them."""
+    columns = [usage.c[name] for name in columns_of(by)]
     question = select(*columns, *(func.sum(usage.c[name]).label(name) for name in SUMS))
     if since:
         question = question.where(usage.c.day >= since)
