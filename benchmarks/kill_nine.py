@@ -28,7 +28,7 @@ import select
 import signal
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from typing import Any
 from sqlalchemy import Engine, Row, text
 
 from waterline.errors import QuotaError
-from waterline.ledger import Key, Ledger, Quotas, Settlement, create_key, new_request_id, read_keys, store, utc_us
+from waterline.ledger import Key, Ledger, Quotas, Settlement, create_key, new_request_id, read_keys, utc_us
 
 AT_ONCE = 24
 LONGEST_S = 0.25  # a child's life once it writes
@@ -98,7 +98,6 @@ async def make_requests(ledger: Ledger, key: Key | None, dice: random.Random) ->
 
 
 def child(url: str, seed: int) -> None:
-    store.NOTES_S = 0.02  # so that notes are on the disk within a short life
     dice = random.Random(seed)
 
     async def all_of_them(ledger: Ledger) -> None:
@@ -171,8 +170,15 @@ def live_and_die(url: str, seed: int, said: Said, dice: random.Random) -> None:
         raise SystemExit(f"the child with seed {seed} ended by itself")
 
 
-def problems(engine: Engine, said: Said, limits: dict[str, int]) -> list[str]:
+def problems(engine: Engine, said: Said, limits: Mapping[str, int]) -> list[str]:
     """Return every way in which the ledger does not tell what was said."""
+    rows, found = books(engine, limits)
+    by_id = {row.id: row for row in rows}
+    return found + [wrong for one in said.settled | said.reserved if (wrong := wrong_row(one, by_id, said))]
+
+
+def books(engine: Engine, limits: Mapping[str, int]) -> tuple[Sequence[Row[Any]], list[str]]:
+    """Return the rows of the ledger, and every way in which it contradicts itself; `limits` are tokens, by key."""
     with engine.connect() as connection:
         rows = connection.execute(text("SELECT * FROM completions")).all()
         (still_open,) = connection.execute(text("SELECT count(*) FROM reservations")).one()
@@ -180,15 +186,12 @@ def problems(engine: Engine, said: Said, limits: dict[str, int]) -> list[str]:
             text("SELECT sum(requests), sum(prompt_tokens), sum(output_tokens), sum(nano_usd) FROM usage")
         ).one()
         balances = connection.execute(text("SELECT key_id, tokens, nano_usd, reserved_tokens FROM balances")).all()
-    by_id = {row.id: row for row in rows}
-    found = [f"{len(rows) - len(by_id)} rows are of requests that have one"] if len(rows) != len(by_id) else []
+    ids = len({row.id for row in rows})
+    found = [f"{len(rows) - ids} rows are of requests that have one"] if len(rows) != ids else []
     if still_open:
         found.append(f"{still_open} reservations stand open")
-    found += [wrong for request_id in said.settled | said.reserved if (wrong := wrong_row(request_id, by_id, said))]
-    sums = (
-        len(rows),
-        *(sum(getattr(row, name) for row in rows) for name in ("prompt_tokens", "output_tokens", "nano_usd")),
-    )
+    amounts = ("prompt_tokens", "output_tokens", "nano_usd")
+    sums = (len(rows), *(sum(getattr(row, name) for row in rows) for name in amounts))
     if sums != tuple(int(value or 0) for value in kept):
         found.append(f"the rows sum to {sums}, kept is {kept}")
     for key_id, tokens, nano_usd, reserved in balances:
@@ -198,7 +201,7 @@ def problems(engine: Engine, said: Said, limits: dict[str, int]) -> list[str]:
             found.append(f"key {key_id} has spent {spent} tokens, its balance says {tokens} and {reserved} reserved")
         if tokens > limits[key_id]:
             found.append(f"key {key_id} has spent {tokens} of {limits[key_id]} tokens")
-    return found
+    return rows, found
 
 
 def wrong_row(request_id: str, rows: Mapping[str, Row[Any]], said: Said) -> str:

@@ -30,7 +30,6 @@ from waterline.ledger.records import Key, Settlement, utc_us
 from waterline.ledger.tables import keys, reservations
 from waterline.ledger.writer import Writer
 
-NOTES_S = 1.0  # how old what is kept of a request under way may be
 PRESENCE_S = 10.0  # between looks for gateways that have died
 CACHED = 100_000  # balances in memory; beyond that they are read again
 
@@ -82,7 +81,7 @@ class Ledger:
         self._pending: Balances = {}  # reserved since
         self._keys: dict[str, Key] = {}  # by the hash of their secrets
         self._keys_counted = (-1, -1)
-        self._noted_s = self._looked_s = time.monotonic()
+        self._looked_s = time.monotonic()
         with in_words(engine):
             self._presence.hold()
         self._read_keys()
@@ -178,14 +177,22 @@ class Ledger:
         return reservation
 
     def note(self, reservation: Reservation, *, prompt_tokens: int, output_tokens: int, nano_usd: int) -> None:
-        """Say how far a request has come. It is written within a second, and charged should this process be killed."""
-        self._notes[reservation.request_id] = Note(
+        """Say how far a request has come, now and then: that is charged should this process be killed.
+
+        All notes that come between two commits are written with the next.
+        """
+        note = Note(
             request_id=reservation.request_id,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             nano_usd=nano_usd,
             noted_us=utc_us(),
         )
+        with self._lock:
+            first = not self._notes
+            self._notes[reservation.request_id] = note
+        if first:
+            self._writer.wake()
 
     def settle(self, settlement: Settlement) -> "Future[None]":
         """Write down what became of a request, once: what is told again is left as it is.
@@ -254,9 +261,8 @@ class Ledger:
                 stuck.absorb(batch)
                 batch = stuck
             self._in_flight = batch
-            if self._notes and time.monotonic() - self._noted_s > NOTES_S:
-                self._noted_s = time.monotonic()
-                batch.notes, self._notes = self._notes, {}
+            batch.notes |= self._notes
+            self._notes = {}
         return batch
 
     def _on_written(self, batch: Batch, written: Written) -> None:
