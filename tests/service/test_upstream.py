@@ -12,7 +12,7 @@ from serving import QUESTION, Answer, engine_that, fake_plan, served
 
 from waterline.service.engines.llamacpp import FAULTS
 from waterline.service.engines.openai import Attached
-from waterline.service.events import BadEventError, Events
+from waterline.service.events import Events
 from waterline.service.supervisor import ReplicaState
 from waterline.service.upstream import Progress
 
@@ -23,20 +23,14 @@ DONE = b"data: [DONE]\n\n"
 
 def read_in_pieces(stream: bytes, size: int) -> tuple[list[bytes], Progress]:
     """Return what comes out of a stream that arrives in pieces of that size, and the progress it makes."""
-    pieces = iter([stream[start : start + size] for start in range(0, len(stream), size)])
-
-    async def read() -> bytes:
-        return next(pieces, b"")
-
-    async def case() -> tuple[list[bytes], Progress]:
-        events, progress, out = Events(read, bytes.decode), Progress(), list[bytes]()
-        while data := await events.next():
+    events, progress, out = Events(bytes.decode), Progress(), list[bytes]()
+    for start in range(0, len(stream) + size, size):
+        if data := events.feed(stream[start : start + size]):
             out.append(data)
             progress.saw(data, len(events.latest))
-        progress.done = events.done
-        return out, progress
-
-    return asyncio.run(case())
+    assert not events.problem
+    progress.done = events.done
+    return out, progress
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 100_000])
@@ -85,20 +79,11 @@ def test_comments_other_fields_and_other_ends_of_lines_are_understood() -> None:
     ],
 )
 def test_what_comes_before_a_wrong_event_is_kept_and_the_event_is_not(wrong: bytes, why: str) -> None:
-    got = b""
-
-    async def read() -> bytes:
-        return pieces.pop(0) if pieces else b""
-
-    async def case() -> None:
-        nonlocal got
-        events = Events(read, bytes.decode)
-        while data := await events.next():
-            got += data
-
-    pieces = [EVENT * 3 + wrong]
-    with pytest.raises(BadEventError, match=why):
-        asyncio.run(case())
+    events = Events(bytes.decode)
+    got = events.feed(EVENT * 3 + wrong)
+    if not events.problem:
+        got += events.feed(b"")
+    assert why in events.problem
     assert got == EVENT * 3
 
 

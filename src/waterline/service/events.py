@@ -3,7 +3,7 @@
 Of an event we know what tells how far an answer has got; the rest of it passes unread, and its bytes pass as they came.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -13,6 +13,7 @@ from waterline.errors import EngineError
 
 LONGEST_EVENT_BYTES = 16 * 2**20
 LOST = ("abort", "error")  # reasons to finish that are none: the engine gave up
+UNREADABLE = "The engine sent an event that nobody can read."
 DONE = b"data: [DONE]\n\n"
 
 
@@ -76,41 +77,35 @@ UNKNOWN: Final = Event()  # stands for an event in a form that we do not know
 _ANYTHING: Final = msgspec.json.Decoder(_Anything)
 _EVENT: Final = msgspec.json.Decoder(Event)
 _EVENTS: Final = msgspec.json.Decoder(list[Event])
-_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_ERRORS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Events:
-    """A stream, taken apart.
+    """A stream, taken apart; no socket: `feed` it.
 
     Args:
-        read: returns the next bytes, b"" at their end.
         explain: says what an event means that tells of an error.
     """
 
-    def __init__(self, read: Callable[[], Awaitable[bytes]], explain: Callable[[bytes], str]) -> None:
-        self._read = read
+    def __init__(self, explain: Callable[[bytes], str]) -> None:
         self._explain = explain
         self._rest = b""  # of an event that is not whole yet
-        self._problem = ""  # with what follows the events that were returned last
+        self._begun = False
         self.done = False  # [DONE] has come
+        self.problem = ""  # with what follows the events that were returned last: the stream cannot go on
         self.latest: list[Event] = []  # those that were returned last
-        self.begun = False
 
-    async def next(self) -> bytes:
-        """Return the next whole events, b"" once all is done. Raises BadEventError where they cannot go on."""
-        while not (self.done or self._problem):
-            chunk = await self._read()
-            if chunk:
-                data = self._cut(self._rest + chunk if self._rest else chunk)
-            else:
-                data = self._cut_slowly(self._rest + b"\n\n")
-                self._problem = "The engine broke off." if self.begun or data else "The engine sent an empty answer."
-            if data:
-                self.begun = True
-                return data
-        if self._problem and not self.done:
-            raise BadEventError(self._problem)
-        return b""
+    def feed(self, chunk: bytes) -> bytes:
+        """Take the next bytes, b"" at their end, and return the events that are whole now."""
+        if chunk:
+            data = self._cut(self._rest + chunk if self._rest else chunk)
+        else:
+            data = self._cut_slowly(self._rest + b"\n\n")
+            if not self.done and self.problem in {"", UNREADABLE}:
+                self.problem = "The engine broke off." if self._begun or data else "The engine sent an empty answer."
+        if data:
+            self._begun = True
+        return data
 
     def _cut(self, data: bytes) -> bytes:
         """Return the whole events up to the first that is wrong."""
@@ -118,20 +113,16 @@ class Events:
         if end == 1 and b"\r\n\r\n" not in data:
             self._rest = data
             if len(data) > LONGEST_EVENT_BYTES:
-                self._problem = "The engine sent an event without end."
+                self.problem = "The engine sent an event without end."
             return b""
         whole = data[:end] if end < len(data) else data
         done = whole.endswith(DONE)
         if done:
             whole = whole[: -len(DONE)]
-        if whole.startswith(b"data: {"):
-            try:  # a line feed never stands inside JSON, so this parts nothing that belongs together
-                events = _EVENTS.decode(b"[%s]" % whole[6:-2].replace(b"\n\ndata: ", b","))
-            except _UNREADABLE:
-                events = []
-            if events and not any(map(_failed, events)):
-                self._rest, self.done, self.latest = data[end:], done, events
-                return whole
+        if whole.startswith(b"data: {") and (events := _read(whole)) and not any(map(_failed, events)):
+            self._rest = data[end:] if end < len(data) else b""
+            self.done, self.latest = done, events
+            return whole
         return self._cut_slowly(data)
 
     def _cut_slowly(self, data: bytes) -> bytes:
@@ -149,10 +140,10 @@ class Events:
                 continue
             event = _decoded(said)
             if event is None:
-                self._problem = "The engine sent an event that nobody can read."
+                self.problem = UNREADABLE
                 break
             if _failed(event):
-                self._problem = f"The engine gave up: {self._explain(said)[:200]}"
+                self.problem = f"The engine gave up: {self._explain(said)[:200]}"
                 break
             self.latest.append(event)
             good.append(b"\n".join(lines) + b"\n\n")
@@ -161,10 +152,20 @@ class Events:
 
 def read_events(data: bytes) -> list[Event]:
     """Return what whole events of ours say. Raises BadEventError."""
+    if events := _read(data):
+        return events
+    raise BadEventError(UNREADABLE)
+
+
+def _read(data: bytes) -> list[Event]:
+    """Return what whole events say, each one line that begins with its data; none where one of them is not so."""
     try:
-        return _EVENTS.decode(b"[%s]" % data[6:-2].replace(b"\n\ndata: ", b","))
-    except _UNREADABLE as error:
-        raise BadEventError("The engine sent an event that nobody can read.") from error
+        said = data[6:-2]
+        if b"\n\n" in said:  # a line feed never stands inside JSON, so this parts nothing that belongs together
+            return _EVENTS.decode(b"[%s]" % said.replace(b"\n\ndata: ", b","))
+        return [_EVENT.decode(said)]
+    except _ERRORS:
+        return []
 
 
 def _decoded(said: bytes) -> Event | None:
@@ -173,11 +174,11 @@ def _decoded(said: bytes) -> Event | None:
         return _EVENT.decode(said)
     except msgspec.ValidationError:
         pass
-    except _UNREADABLE:
+    except _ERRORS:
         return None
     try:
         anything = _ANYTHING.decode(said)
-    except _UNREADABLE:
+    except _ERRORS:
         return None
     failed = anything.error is not None or anything.object == "error"
     return Event(error=True) if failed else UNKNOWN
@@ -186,4 +187,7 @@ def _decoded(said: bytes) -> Event | None:
 def _failed(event: Event) -> bool:
     if event.error is not None or event.object == "error":
         return True
-    return any(choice.finish_reason in LOST for choice in event.choices or ())
+    for choice in event.choices or ():  # noqa: SIM110 - twice as fast as `any`, and done for every token
+        if choice.finish_reason in LOST:
+            return True
+    return False

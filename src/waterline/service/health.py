@@ -88,15 +88,16 @@ class Watch:
     patience: float  # times what is usual
     within: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
     whole_tokens: int = 0  # at most, of an answer that comes whole
-    since_s: float = math.inf  # when the silence began; inf while we do not listen
+    since_s: float = math.inf  # when the silence began; inf before we listen, and when it was ended
     heard: bool = False
+    writing: bool = False  # what has come, to a client: we do not listen
     silent: bool = False  # too long
     response: aiohttp.ClientResponse | None = None  # once there is one
 
     @property
     def lost(self) -> bool:
         """Whether we listen to a connection that is closed: of some ends (a chunk without length) nobody is told."""
-        if self.response is None or self.response.connection is None or self.since_s == math.inf:
+        if self.response is None or self.response.connection is None or self.writing:
             return False
         protocol = self.response.connection.protocol
         return protocol is None or not protocol.is_connected()

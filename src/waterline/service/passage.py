@@ -243,10 +243,7 @@ class Passages:
         )
         try:
             stream = Stream(response, passage.said, passage.progress, reply, weave=weave, wished=wished)
-            while await stream.read(watch):
-                if not watch.heard:
-                    self._heard(passage, watch)
-                await stream.pass_on()
+            await stream.relay(watch, lambda: self._heard(passage, watch))
             await stream.end()
             watch.vitals.took(*stream.pace(begun_s))
         except BaseException:
@@ -340,6 +337,8 @@ class Passages:
                 continue
             others = self._has_others(next(iter(watches)).vitals.replica)
             for watch in watches:
+                if watch.writing or watch.since_s == math.inf:
+                    continue
                 watch.silent = others and now_s - watch.since_s > watch.allowed_s(now_s)
                 if watch.silent or watch.lost:
                     watch.since_s = math.inf

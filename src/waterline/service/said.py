@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from waterline.service.events import UNKNOWN, Choice, Event
+from waterline.service.events import UNKNOWN, Choice, Delta, Event
 
 THINKING = ("reasoning_content", "reasoning")  # what engines call it
 PIECES = 1024  # are joined, so that a long answer is few objects
@@ -42,12 +42,13 @@ class Said:
                 self.unknown = True
             if event.prompt_token_ids:
                 self.prompt_ids = event.prompt_token_ids
-            if event.usage and not event.choices:
-                self.usage = True
+            if not event.choices:
+                self.usage = self.usage or event.usage is not None
             for choice in event.choices or ():
                 self._add(choice)
 
     def _add(self, choice: Choice) -> None:
+        """Note what one choice says; done for every token."""
         spoken = False
         for name, text in parts(choice):
             if text:
@@ -100,12 +101,16 @@ class Said:
 
 
 def parts(choice: Choice) -> Iterable[tuple[str, str | None]]:
-    """Yield what an event says, part by part."""
-    if choice.text is not None:
-        yield "text", choice.text
+    """Return what an event says, part by part."""
     delta = choice.delta
     if delta is None:
-        return
+        return (("text", choice.text),)
+    if delta.content and not (delta.reasoning_content or delta.reasoning or delta.refusal or delta.tool_calls):
+        return (("content", delta.content),)  # nearly all are such
+    return _parts(delta)
+
+
+def _parts(delta: Delta) -> Iterable[tuple[str, str | None]]:
     if delta.content:
         yield "content", delta.content
     if delta.reasoning_content:

@@ -3,14 +3,14 @@
 import asyncio
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 import aiohttp
 
 from waterline.service.asgi import Reply
-from waterline.service.events import DONE, Events, read_events
+from waterline.service.events import DONE, BadEventError, Event, Events, read_events
 from waterline.service.health import Watch
 from waterline.service.said import Said
 from waterline.service.upstream import Progress, UnansweredError, engine_words, passed_back
@@ -18,6 +18,7 @@ from waterline.service.weave import Weave
 
 LAST_BYTES_WITHIN_S = 0.2  # of a stream that is done
 # It never stands inside a text, where each quote has a backslash before it.
+ONE = b',"token_ids":['
 IDS = re.compile(rb',\s*"(?:prompt_)?token_ids"\s*:\s*(?:\[[\d,\s]*\]|null)')
 
 
@@ -49,41 +50,37 @@ class Stream:
         self._reply = reply
         self._weave = weave
         self._ids = "return_token_ids" in wished
-        self._events = Events(self._read, lambda data: engine_words(data)[0])
+        self._events = Events(lambda data: engine_words(data)[0])
         self._time = asyncio.get_running_loop().time
-        self._watch: Watch
-        self._data = b""
         self._first_s = math.nan
         self._pieces = said.pieces
 
-    async def read(self, watch: Watch) -> bool:
-        """Wait for the next events; False when the stream is done. Raises BadEventError, UnansweredError."""
-        self._watch = watch
-        self._data = await self._events.next()
-        return bool(self._data)
+    async def relay(self, watch: Watch, on_first: Callable[[], None]) -> None:
+        """Pass the answer on as it comes. Raises BadEventError or UnansweredError where it cannot go on."""
+        content, events = self._response.content, self._events
+        while not events.done:
+            try:
+                chunk = await content.readany()
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                raise UnansweredError("The engine broke off.") from error
+            watch.since_s = watch.vitals.heard_s = self._time()
+            if data := events.feed(chunk):
+                if not watch.heard:
+                    self._first_s = watch.since_s
+                    on_first()
+                watch.writing = True  # if the client does not read, it is not the engine that is silent
+                await self._pass_on(data, events.latest)
+                watch.writing = False
+            if events.problem and not events.done:
+                raise BadEventError(events.problem)
 
-    async def _read(self) -> bytes:
-        watch = self._watch
-        watch.since_s = self._time()
-        try:
-            chunk = await self._response.content.readany()
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise UnansweredError("The engine broke off.") from error
-        watch.since_s = math.inf
-        watch.vitals.heard_s = self._time()
-        return chunk
-
-    async def pass_on(self) -> None:
-        """Send what was read to the client."""
-        data, events = self._data, self._events.latest
+    async def _pass_on(self, data: bytes, events: list[Event]) -> None:
         if self._weave:
             data = self._weave.events(data)
             events = read_events(data) if data else []
-        if self._first_s != self._first_s:
-            self._first_s = self._time()
         self._said.add(events)
-        if self._ids and b'token_ids"' in data:
-            data = IDS.sub(b"", data)
+        if self._ids:
+            data = _without_ids(data, events)
         if not data:
             return
         self._progress.saw(data, len(events))
@@ -102,6 +99,16 @@ class Stream:
         """Return the time to the first token and per token after it; NaN where there was none."""
         tokens = self._said.pieces - self._pieces
         return self._first_s - begun_s, (self._time() - self._first_s) / (tokens - 1) if tokens > 1 else math.nan
+
+
+def _without_ids(data: bytes, events: list[Event]) -> bytes:
+    """Take the ids of tokens out of events: they were asked for, but not by the client."""
+    if len(events) == 1 and events[0].prompt_token_ids is None:  # the usual event has one list of them
+        begin = data.find(ONE)
+        if begin > 0:
+            rest = data[data.find(b"]", begin) + 1 :]
+            return data[:begin] + rest if b'token_ids"' not in rest else IDS.sub(b"", data)
+    return IDS.sub(b"", data) if b'token_ids"' in data else data
 
 
 async def read_to_the_end(response: aiohttp.ClientResponse) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 
-from waterline.service.events import BadEventError
+from waterline.service.events import UNREADABLE, BadEventError
 from waterline.service.said import THINKING, Channel, Said
 
 END_OF_THINKING = "</think>"  # of the models that think aloud, in text that nobody has parsed
@@ -53,7 +53,7 @@ class Weave:
             try:
                 event = orjson.loads(b"\n".join(lines))
             except orjson.JSONDecodeError as error:
-                raise BadEventError("The engine sent an event that nobody can read.") from error
+                raise BadEventError(UNREADABLE) from error
             if self._turned(event):
                 woven.append(b"data: " + orjson.dumps(event) + b"\n\n")
         return b"".join(woven)
