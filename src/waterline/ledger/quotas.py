@@ -44,6 +44,31 @@ def periods(key: Key | None, arrival_us: int) -> tuple[str, ...]:
     return tuple(period for period, limits in limited.items() if limits != (None, None))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a quota of tokens still allows."""
+
+    limit_tokens: int
+    left_tokens: int
+    anew_s: float | None  # until the next day or month begins; None: it never does
+
+
+def tightest(key: Key, balances: Mapping[tuple[str, str], Balance], clock_us: int) -> Room | None:
+    """Return the quota of tokens that has least left; None when the key has none."""
+    quotas, day, rooms = key.quotas, day_of(clock_us), []
+    for period, limit in (
+        (day, quotas.tokens_per_day),
+        (day[:7], quotas.tokens_per_month),
+        (TOTAL, quotas.tokens_total),
+    ):
+        if limit is not None:
+            balance = balances.get((key.id, period)) or Balance()
+            left = max(0, limit - balance.tokens - balance.reserved_tokens)
+            anew_s = None if period == TOTAL else _seconds_until_next(period, clock_us)
+            rooms.append(Room(limit_tokens=limit, left_tokens=left, anew_s=anew_s))
+    return min(rooms, key=lambda room: room.left_tokens, default=None)
+
+
 def fits(key: Key, balances: Mapping[tuple[str, str], Balance], tokens: int, nano_usd: int, arrival_us: int) -> bool:
     """Return whether every quota has room for so much more."""
     return next(_exceeded(key, balances, tokens, nano_usd, arrival_us), None) is None

@@ -25,7 +25,7 @@ from waterline.ledger.batch import Batch, Books, Ending, Note, Reserve, Written,
 from waterline.ledger.database import connect, in_words, reading
 from waterline.ledger.keys import hash_of
 from waterline.ledger.presence import left_behind, presence
-from waterline.ledger.quotas import Balance, Balances, fits, periods
+from waterline.ledger.quotas import Balance, Balances, Room, fits, periods, tightest
 from waterline.ledger.records import Key, Settlement, utc_us
 from waterline.ledger.tables import keys, reservations
 from waterline.ledger.writer import Writer
@@ -175,6 +175,11 @@ class Ledger:
         if not room:
             await reservation.durable()
         return reservation
+
+    def room(self, key: Key) -> Room | None:
+        """Return the quota of tokens of a key that has least left, as far as memory knows; None: it has none."""
+        with self._lock:
+            return tightest(key, self._balances, utc_us())
 
     def note(self, reservation: Reservation, *, prompt_tokens: int, output_tokens: int, nano_usd: int) -> None:
         """Say how far a request has come, now and then: that is charged should this process be killed.

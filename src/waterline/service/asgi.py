@@ -52,6 +52,7 @@ class Reply:
         self.headers = headers or []
         self.edit: Edit | None = None
         self.before: Callable[[], Awaitable[None]] | None = None  # awaited before the first byte of an answer
+        self.after: Callable[[], Awaitable[None]] | None = None  # awaited before its last one, when it is whole
         self.begun = False
         self._within_event = False
 
@@ -71,11 +72,15 @@ class Reply:
 
     async def end(self, data: bytes = b"") -> None:
         """End a stream."""
+        if self.after:
+            await self.after()
         await self._finish(self.edit.last(data) if self.edit else data)
 
     async def whole(self, status: int, data: bytes, headers: Headers) -> None:
         if self.edit and status == 200:
             data = self.edit.whole(data)
+        if self.after and status == 200:
+            await self.after()
         await self.begin(status, [*headers, (b"content-length", b"%d" % len(data))])
         await self._finish(data)
 

@@ -12,6 +12,7 @@ from math import isnan
 from waterline.errors import QuotaError
 from waterline.ledger import Key, Ledger, Reservation, Settlement, utc_us
 from waterline.outcome import Completion
+from waterline.service.asgi import Headers
 from waterline.service.errors import RejectedError, retry_after
 from waterline.units import GIGA, MEGA
 
@@ -57,6 +58,19 @@ class Books:
                 )
             except QuotaError as error:
                 raise over_quota(error) from error
+
+    def limits(self, key: Key | None) -> Headers:
+        """Return what a key may still use, in the headers that clients of OpenAI know."""
+        room = self._ledger.room(key) if self._ledger and key else None
+        if not room:
+            return []
+        headers = [
+            (b"x-ratelimit-limit-tokens", b"%d" % room.limit_tokens),
+            (b"x-ratelimit-remaining-tokens", b"%d" % room.left_tokens),
+        ]
+        if room.anew_s is not None:
+            headers.append((b"x-ratelimit-reset-tokens", b"%ds" % room.anew_s))
+        return headers
 
     async def durable(self, entry: Entry) -> None:
         """Wait until it is on the disk that a request is under way. Raises RejectedError as `reserve` does."""

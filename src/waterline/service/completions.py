@@ -29,6 +29,7 @@ from waterline.service.supervisor import ReplicaState
 from waterline.service.upstream import Progress
 from waterline.service.usage import WithoutUsage
 
+WRITTEN_WITHIN_S = 2.0  # what an answer waits for the ledger; it is written all the same, and the lag is shown
 LAST_WORD_S = 0.2  # for the last event of a stream that is cut
 FLEX_S = 600.0  # a request with service_tier "flex" would rather wait than be refused
 INVALID = "invalid request"  # the client's own doing: it counts neither for nor against the SLO
@@ -111,6 +112,8 @@ class Visit:
     arrival_s: float
     ticket: Ticket | None = None  # once it was taken in
     progress: Progress = field(default_factory=Progress)
+    is_over: bool = False
+    settled: Future[None] | None = None  # done when it stands in the ledger
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -179,6 +182,7 @@ class Completions:
         self._open[task] = visit
         status: Status = "failed"
         reason = "a bug in the gateway"
+        reply.headers += self._books.limits(request.caller.key)
         try:
             self._take_in(visit)
             await self._carry(visit, reply)
@@ -200,8 +204,8 @@ class Completions:
                     await reply.error(stopping())
         finally:
             del self._open[task]
-            settled = self._see_off(visit, status, reason)
-        return settled
+            self._see_off(visit, status, reason)
+        return visit.settled
 
     def note(self) -> None:
         """Tell the ledger how far every request has come; once a second."""
@@ -294,6 +298,7 @@ class Completions:
         await self._books.reserve(entry, asked.prompt_tokens + output_tokens, cost_gpu_s)
         if entry.reservation:
             reply.before = lambda: self._books.durable(entry)
+            reply.after = lambda: self._settled(visit)
         if asked.stream and not asked.include_usage and not reply.edit:
             reply.edit = WithoutUsage()
         passage = Passage(
@@ -306,8 +311,17 @@ class Completions:
         )
         await self._passages.carry(passage, reply)
 
-    def _see_off(self, visit: Visit, status: Status, reason: str) -> "Future[None] | None":
-        """Give its place to the next, and write down what became of it."""
+    async def _settled(self, visit: Visit) -> None:
+        """See off who has its whole answer, and wait until that stands in the ledger; not for ever, if it cannot."""
+        self._see_off(visit, "ok", "")
+        if visit.settled:
+            await asyncio.wait((visit.settled,), timeout=WRITTEN_WITHIN_S)
+
+    def _see_off(self, visit: Visit, status: Status, reason: str) -> None:
+        """Give its place to the next, and write down what became of it, once."""
+        if visit.is_over:
+            return
+        visit.is_over = True
         asked, progress, ticket, tokens = visit.asked, visit.progress, visit.ticket, visit.tokens
         if ticket:
             self._dispatcher.leave(ticket, self._now_s(), *tokens)
@@ -328,7 +342,7 @@ class Completions:
         self._metrics.count(completion)
         self._on_completion(completion)
         cost_gpu_s = visit.service.cost_gpu_s(*tokens)
-        return self._books.settle(
+        visit.settled = self._books.settle(
             visit.entry, completion, visit.turn.replicas, cost_gpu_s, final=status == "ok" or not visit.request.again
         )
 

@@ -7,7 +7,7 @@ import orjson
 
 from waterline.errors import WaterlineError
 
-LONGEST_BODY_BYTES = 4 * 2**20
+LONGEST_BODY_BYTES = 16 * 2**20  # a prompt of a million tokens, or some pictures
 LONGEST_NAME = 60  # characters of what somebody sent that are said back
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

@@ -18,6 +18,7 @@ LONGEST_HEAD_BYTES = 65_536
 MOST_HEADERS = 100
 MOST_AHEAD = 16  # requests sent ahead on one connection before the first was answered
 MOST_UNREAD_BYTES = 2**24  # of a body whose request was answered before its end
+LINGERS_S = 1.0  # a connection that was refused, for its client to read why
 FILES_KEPT = 128  # descriptors that are not for clients: engines' pipes, the ledger, the log
 FILES_PER_REQUEST = 2  # its client's connection, and one to an engine
 MOST_FILES = 2**20
@@ -46,6 +47,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._unread_bytes = 0  # of a body whose request has been answered before its end
         self._problem: RejectedError | None = None
+        self._refused = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._read_timer: asyncio.TimerHandle | None = None
 
@@ -64,14 +66,14 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             return
         if self._in_head:
             self._head_bytes += len(data)
             if not self._head_timer:
                 self._head_timer = self.loop.call_later(self.head_within_s, self._head_is_late)
         super().data_received(data)
-        if self._in_head and self._head_bytes > LONGEST_HEAD_BYTES and not self.transport.is_closing():
+        if self._in_head and self._head_bytes > LONGEST_HEAD_BYTES and not self._refused:
             self._refuse(_head_too_large(f"more than {LONGEST_HEAD_BYTES} bytes"))
 
     def on_message_begin(self) -> None:
@@ -144,8 +146,13 @@ class GuardedProtocol(HttpToolsProtocol):
             f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(data)}\r\nconnection: close\r\n\r\n"
         )
+        self._refused = True
         self.transport.write(head.encode() + data)
-        self.transport.close()
+        if self.transport.can_write_eof():  # to close at once would reset the connection, and the answer might be lost
+            self.transport.write_eof()
+            self.loop.call_later(LINGERS_S, self.transport.close)
+        else:
+            self.transport.close()
 
 
 def was_slow(scope: MutableMapping[str, Any]) -> bool:
