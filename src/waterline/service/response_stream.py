@@ -1,5 +1,6 @@
 """The events of a streamed response, made of those of a streamed chat completion, one as it comes."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ import orjson
 from waterline.errors import WaterlineError
 from waterline.service.errors import error_json
 from waterline.service.responses import Answer, Json, text_part
+from waterline.service.upstream import UnansweredError
 
 TEXT = {"text": "output_text.delta", "refusal": "refusal.delta", "thoughts": "reasoning_text.delta"}
 
@@ -44,12 +46,19 @@ class ResponseStream:
         self._begun = self._ended = False
 
     def whole(self, data: bytes) -> bytes:
-        return orjson.dumps(self._answer.of_chat(orjson.loads(data)))
+        """Return a response. Raises UnansweredError for what is no chat completion: another engine may know better."""
+        try:
+            return orjson.dumps(self._answer.of_chat(orjson.loads(data)))
+        except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, IndexError) as error:
+            raise UnansweredError("The engine's answer is no chat completion.") from error
 
     def chunk(self, data: bytes) -> bytes:
         for line in data.splitlines():
             if line.startswith(b"data:") and (event := _loaded(line[5:])):
-                self._take(event)
+                with suppress(
+                    AttributeError, TypeError
+                ):  # an event in a form that is new to us has nothing to say here
+                    self._take(event)
         return self._taken()
 
     def last(self, data: bytes) -> bytes:
