@@ -100,7 +100,7 @@ def test_compose_starts_what_it_names() -> None:
     compose = yaml("compose.yaml")
     services = compose["services"]
     assert set(services) == {"waterline", "ledger", "front", "prometheus"}
-    assert options_of(services["waterline"]["command"]) <= OPTIONS | {"--ledger"}
+    assert options_of(services["waterline"]["command"]) <= OPTIONS
     assert "@ledger/" in " ".join(services["waterline"]["command"])
     assert (DEPLOY / services["waterline"]["build"]["context"] / services["waterline"]["build"]["dockerfile"]).is_file()
     for name, service in services.items():

@@ -188,8 +188,8 @@ class Script:
     async def revoke(self, key: str) -> None:
         self.asked.append(f"revoke {key}")
 
-    async def usage(self, since_s: float, until_s: float | None) -> Any:
-        return [{"tenant": "public", "since": since_s, "until": until_s}]
+    async def usage(self, since: str, until: str) -> Any:
+        return [{"tenant": "public", "since": since, "until": until}]
 
 
 @asynccontextmanager

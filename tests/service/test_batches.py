@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,9 +20,8 @@ from sqlalchemy import text
 from waterline.ledger import Ledger, files
 from waterline.ledger.files import Client
 from waterline.plan import Plan
-from waterline.service import batch_routes, batches
-from waterline.service.batch_routes import offering_batches
-from waterline.service.batches import Runner, request_id
+from waterline.service import batch_routes
+from waterline.service.batches import request_id
 
 CHAT = "/v1/chat/completions"
 
@@ -35,13 +36,10 @@ def jsonl(*lines: Any) -> bytes:
 
 
 @asynccontextmanager
-async def offered(plan: Plan, folder: Path, **options: Any) -> AsyncIterator[tuple[Served, Ledger, Runner]]:
+async def offered(plan: Plan, folder: Path, **options: Any) -> AsyncIterator[tuple[Served, Ledger]]:
     with Ledger.open(str(folder / "ledger.db")) as ledger:
-        async with (
-            served(plan, ledger=ledger, **options) as service,
-            offering_batches(service.gateway, ledger) as runner,
-        ):
-            yield service, ledger, runner
+        async with served(plan, ledger=ledger, **options) as service:
+            yield service, ledger
 
 
 async def begin(service: Served, content: bytes, **options: Any) -> Batch:
@@ -84,7 +82,7 @@ def charged(ledger: Ledger) -> list[tuple[str, str, int]]:
 
 def test_a_batch_answers_each_line_once_in_the_order_of_its_input_and_charges_it(tmp_path: Path) -> None:
     async def case() -> None:
-        async with offered(fake_plan({"chat": 2}), tmp_path) as (service, ledger, _):
+        async with offered(fake_plan({"chat": 2}), tmp_path) as (service, ledger):
             wrong = request(3, model="nobody")
             begun = await begin(
                 service, jsonl(*(request(number) for number in range(3)), wrong, *(request(n) for n in range(4, 40))),
@@ -113,7 +111,7 @@ def test_a_batch_answers_each_line_once_in_the_order_of_its_input_and_charges_it
 
 def test_files_are_kept_listed_sent_back_and_deleted(tmp_path: Path) -> None:
     async def case() -> None:
-        async with offered(fake_plan(), tmp_path) as (service, _, _):
+        async with offered(fake_plan(), tmp_path) as (service, _):
             api = service.openai.files
             content = jsonl(*(request(number) for number in range(5000)))
             kept = [await api.create(file=(f'{n} ä"\r\n.jsonl', content), purpose="batch") for n in range(3)]
@@ -133,7 +131,7 @@ def test_files_are_kept_listed_sent_back_and_deleted(tmp_path: Path) -> None:
 
 def test_what_cannot_be_a_batch_is_told_line_by_line(tmp_path: Path) -> None:
     async def case() -> None:
-        async with offered(fake_plan(), tmp_path) as (service, ledger, _):
+        async with offered(fake_plan(), tmp_path) as (service, ledger):
             content = b"{\n" + jsonl(
                 request(1),
                 request(1),
@@ -173,7 +171,7 @@ def test_wrong_requests_are_refused_in_openais_words(tmp_path: Path, monkeypatch
     monkeypatch.setattr(batch_routes, "MOST_KEPT_BYTES", 1500)
 
     async def case() -> None:
-        async with offered(fake_plan(), tmp_path) as (service, _, _):
+        async with offered(fake_plan(), tmp_path) as (service, _):
             files_, batches_ = service.openai.files, service.openai.batches
             with pytest.raises(openai.BadRequestError, match="'purpose' of a file must be 'batch'"):
                 await files_.create(file=("a", b"{}"), purpose="fine-tune")
@@ -198,8 +196,8 @@ def test_wrong_requests_are_refused_in_openais_words(tmp_path: Path, monkeypatch
 
 def test_who_has_no_key_gets_none_of_it_where_others_can_come(tmp_path: Path) -> None:
     async def case() -> None:
-        async with offered(fake_plan(), tmp_path) as (service, ledger, runner):
-            api = batch_routes.BatchApi(ledger.engine, service.gateway.access, runner.wake, nameless=False)
+        async with offered(fake_plan(), tmp_path) as (service, ledger):
+            api = batch_routes.BatchApi(ledger.engine, service.gateway.access, lambda: None, nameless=False)
             service.gateway.mount("/v1/files", api.app)
             with pytest.raises(openai.AuthenticationError, match="need a key"):
                 await service.openai.files.list()
@@ -226,7 +224,7 @@ def test_a_client_does_not_see_what_another_has(tmp_path: Path) -> None:
 
 def test_a_cancelled_batch_keeps_what_it_has_and_says_so_of_the_rest(tmp_path: Path) -> None:
     async def case() -> None:
-        async with offered(fake_plan({"chat": 1}, max_batch=2, output_tokens=30), tmp_path) as (service, _, _):
+        async with offered(fake_plan({"chat": 1}, max_batch=2, output_tokens=30), tmp_path) as (service, _):
             begun = await begin(service, jsonl(*(request(number, max_tokens=30) for number in range(60))))
             with pytest.raises(openai.ConflictError, match="still reads this file"):
                 await service.openai.files.delete(begun.input_file_id)
@@ -248,7 +246,7 @@ def test_what_is_not_answered_within_its_window_expires(tmp_path: Path, monkeypa
     monkeypatch.setattr(batch_routes, "WINDOW_S", 1.0)
 
     async def case() -> None:
-        async with offered(fake_plan({"chat": 1}, max_batch=1, output_tokens=300), tmp_path) as (service, _, _):
+        async with offered(fake_plan({"chat": 1}, max_batch=1, output_tokens=300), tmp_path) as (service, _):
             begun = await begin(service, jsonl(*(request(number, max_tokens=300) for number in range(20))))
             done = await ended(service, begun.id)
             assert done.status == "expired"
@@ -261,7 +259,7 @@ def test_what_is_not_answered_within_its_window_expires(tmp_path: Path, monkeypa
 
 def test_a_batch_waits_for_a_model_that_is_not_ready(tmp_path: Path) -> None:
     async def case() -> None:
-        async with offered(fake_plan(), tmp_path, start=False) as (service, ledger, _):
+        async with offered(fake_plan(), tmp_path, start=False) as (service, ledger):
             begun = await begin(service, jsonl(*(request(number) for number in range(5))))
             await asyncio.sleep(0.5)
             assert (await service.openai.batches.retrieve(begun.id)).status == "in_progress"
@@ -277,7 +275,7 @@ def test_a_batch_waits_for_a_model_that_is_not_ready(tmp_path: Path) -> None:
 def test_people_do_not_wait_for_a_batch(tmp_path: Path) -> None:
     async def case() -> None:
         plan = fake_plan({"chat": 1}, max_batch=10, output_tokens=60)
-        async with offered(plan, tmp_path) as (service, _, _):
+        async with offered(plan, tmp_path) as (service, _):
             begun = await begin(service, jsonl(*(request(number, max_tokens=60) for number in range(200))))
             model = service.gateway.dispatcher.services["chat"]
             await until(lambda: model.running >= 9)
@@ -296,41 +294,78 @@ def test_people_do_not_wait_for_a_batch(tmp_path: Path) -> None:
     asyncio.run(case())
 
 
-def test_a_batch_goes_on_where_another_gateway_left_it_and_nothing_is_charged_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first gateway vanishes as if it were killed: nothing of it is settled, released or written any more."""
-    monkeypatch.setattr(batches, "LEASE_S", 0.5)
-    monkeypatch.setattr(batches, "LOOK_S", 0.1)
-    plan = fake_plan({"chat": 1}, max_batch=8, output_tokens=20)
+FLEET = """
+name = "batches-{mark}"
 
-    async def first() -> str:
-        async with offered(plan, tmp_path) as (service, ledger, runner):
-            begun = await begin(service, jsonl(*(request(number, max_tokens=20) for number in range(60))))
-            await has_ended(service, begun.id, 10)
-            for one, task in runner._runs.values():
-                one._ending.clear()
-                task.cancel()
-            monkeypatch.setattr(runner, "_look", never)
-            monkeypatch.setattr(files, "release_batches", lambda *_: None)
-            del ledger
-            return begun.id
+[[pools]]
+name = "box"
+gpu = "cpu"
 
-    async def never() -> None:
-        await asyncio.sleep(3600)
+[[models]]
+name = "chat"
+weights = "waterline/abacus"
+engine = "fake"
 
-    async def second(batch_id: str) -> None:
-        async with offered(plan, tmp_path) as (service, ledger, _):
-            done = await ended(service, batch_id)
-            good = await lines_of(service, done.output_file_id)
-            assert done.status == "completed"
-            assert Counter(line["custom_id"] for line in good) == Counter(f"mine-{n}" for n in range(60))
-            assert charged(ledger) == [(request_id(batch_id, number), "ok", 20) for number in range(60)]
+[[demand]]
+requests_per_s = 0.5
+prompt_tokens = 10
+output_tokens = 40
+"""
 
-    batch_id = asyncio.run(first())
-    monkeypatch.undo()
-    monkeypatch.setattr(batches, "LOOK_S", 0.1)
-    asyncio.run(second(batch_id))
+
+def test_a_killed_service_goes_on_with_its_batches_and_charges_nothing_twice(tmp_path: Path) -> None:
+    fleet, ledger = tmp_path / "fleet.toml", tmp_path / "ledger.db"
+    fleet.write_text(FLEET.format(mark=tmp_path.name))
+    count, tokens = 80, 40
+
+    async def case() -> None:
+        batch_id, before = "", 0
+        for end in (10, count):
+            async with up(fleet, ledger) as (process, client):
+                if not batch_id:
+                    content = jsonl(*(request(number, max_tokens=tokens) for number in range(count)))
+                    file = await client.files.create(file=("in.jsonl", content), purpose="batch")
+                    batch = await client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+                    batch_id = batch.id
+                async with asyncio.timeout(60):
+                    while (done := await client.batches.retrieve(batch_id)).status != "completed":
+                        assert done.request_counts
+                        assert done.request_counts.completed >= before, "what it has it keeps"
+                        if end < count and done.request_counts.completed >= end:
+                            before = done.request_counts.completed
+                            break
+                        await asyncio.sleep(0.01)
+                if end < count:
+                    process.kill()
+                    process.wait(10)
+                    continue
+                assert done.output_file_id
+                lines = (await client.files.content(done.output_file_id)).read().splitlines()
+                assert [json.loads(line)["custom_id"] for line in lines] == [
+                    f"mine-{number}" for number in range(count)
+                ]
+
+        with Ledger.open(str(ledger)) as opened:
+            assert charged(opened) == [(request_id(batch_id, number), "ok", tokens) for number in range(count)]
+
+    asyncio.run(case())
+
+
+@asynccontextmanager
+async def up(fleet: Path, ledger: Path) -> AsyncIterator[tuple["subprocess.Popen[str]", openai.AsyncOpenAI]]:
+    """Run `waterline up` for the block; at its end it is killed."""
+    command = [sys.executable, "-m", "waterline", "up", str(fleet), "--port", "0", "--json", "--ledger", str(ledger)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # noqa: ASYNC220 - it takes no time
+    try:
+        assert process.stdout
+        said = json.loads(await asyncio.to_thread(process.stdout.readline) or '{"url": "it did not start"}')
+        async with openai.AsyncOpenAI(base_url=said["url"], api_key="none", max_retries=0) as client:
+            yield process, client
+    finally:
+        process.kill()
+        process.wait(10)
+        assert process.stdout
+        process.stdout.close()
 
 
 def test_an_engine_that_fails_is_asked_again_and_then_told_of(tmp_path: Path) -> None:
@@ -350,7 +385,7 @@ def test_an_engine_that_fails_is_asked_again_and_then_told_of(tmp_path: Path) ->
     async def case() -> None:
         async with (
             engine_that(answer) as url,
-            offered(fake_plan(engine="openai", urls=(url,)), tmp_path) as (service, ledger, _),
+            offered(fake_plan(engine="openai", urls=(url,)), tmp_path) as (service, ledger),
         ):
             begun = await begin(service, jsonl(*(request(number) for number in range(4))))
             done = await ended(service, begun.id, 30)

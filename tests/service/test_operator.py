@@ -1,12 +1,14 @@
 """What an operator may do to a running service, and that requests come to no harm by it."""
 
 import asyncio
+from pathlib import Path
 
 import aiohttp
 import pytest
 from serving import QUESTION, Served, fake_plan, served, until
 
 from waterline.errors import UnknownNameError
+from waterline.ledger import Ledger, create_key
 from waterline.service.engines import prepare_engines
 from waterline.service.operator import NotOfferedError
 from waterline.service.server import AdminListener, listen, running
@@ -92,3 +94,53 @@ def test_the_admin_listener_ends_with_the_service_though_somebody_watches() -> N
             return asyncio.get_running_loop().time() - begun_s
 
     assert asyncio.run(case()) < 5.0
+
+
+def test_keys_and_usage_are_those_of_the_ledger(tmp_path: Path) -> None:
+    async def case() -> None:
+        with Ledger.open(str(tmp_path / "ledger.db")) as ledger:
+            key, _ = create_key(ledger.engine, tenant="enterprise", client="alice")
+            async with served(fake_plan(), ledger=ledger) as service:
+                await ask(service)
+                now = service.operator.snapshot()
+                assert now.ledger
+                assert now.ledger.problem == ""
+                assert [one.id for one in await service.operator.keys()] == [key.id]
+                await service.operator.revoke(key.id)
+                (revoked,) = await service.operator.keys()
+                assert revoked.revoked_us
+                with pytest.raises(UnknownNameError, match="No key has the id"):
+                    await service.operator.revoke("nobody")
+                async with asyncio.timeout(5):
+                    while not (used := await service.operator.usage("", "")):  # noqa: ASYNC110 - a thread writes it
+                        await asyncio.sleep(0.02)
+                assert [(one.tenant, one.model, one.requests, one.output_tokens) for one in used] == [
+                    ("enterprise", "chat", 1, 3)
+                ]
+                assert await service.operator.usage("2100-01-01", "") == []
+
+    asyncio.run(case())
+
+
+def test_without_a_ledger_there_are_no_keys_and_that_is_said() -> None:
+    async def case() -> None:
+        async with served(fake_plan(), start=False) as service:
+            with pytest.raises(NotOfferedError, match="keeps no ledger"):
+                await service.operator.keys()
+
+    asyncio.run(case())
+
+
+def test_an_ejected_replica_is_told_of() -> None:
+    async def case() -> None:
+        async with served(fake_plan({"chat": 2})) as service:
+            service.gateway._doubt("chat/0", True)
+            now = service.operator.snapshot()
+            assert [one.state for one in now.replicas] == ["ejected", "ready"]
+            assert now.ejections[0].replica == "chat/0"
+            assert any("'chat/0' is ejected" in problem for problem in now.problems)
+            assert 'waterline_ejections_total{model="chat"} 1.0' in service.operator.metrics().decode()
+            service.gateway._doubt("chat/0", False)
+            assert {one.state for one in service.operator.snapshot().replicas} == {"ready"}
+
+    asyncio.run(case())

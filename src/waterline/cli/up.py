@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from waterline.cli.ledger import ledger_option
+
 if TYPE_CHECKING:
     from waterline.outcome import Completion, Summary
     from waterline.plan import Plan
@@ -31,9 +33,18 @@ STANDARD_ERROR = 2  # the last of the three
 @click.option("--admin-host", default="127.0.0.1", show_default=True, help="Where operators look: the page, metrics.")
 @click.option("--admin-port", type=click.IntRange(0, 65535), help="Its port; the one after --port unless you say.")
 @click.option("--engine", default="", metavar="NAME", help="Use this engine for every replica, for example: fake.")
+@ledger_option
 @click.option("--json", "as_json", is_flag=True, help="Print what runs, and at the end the summary, as lines of JSON.")
 def up(
-    fleet: Path | None, host: str, port: int, admin_host: str, admin_port: int | None, engine: str, *, as_json: bool
+    fleet: Path | None,
+    host: str,
+    port: int,
+    admin_host: str,
+    admin_port: int | None,
+    engine: str,
+    ledger: str,
+    *,
+    as_json: bool,
 ) -> None:
     """Start the engines of FLEET and serve an OpenAI-compatible API until Ctrl-C.
 
@@ -46,7 +57,7 @@ def up(
     """  # noqa: D301 - click wants the character, not its name
     try:
         _fill_standard_streams()
-        _up(fleet, host, port, admin_host, admin_port, engine, as_json=as_json)
+        _up(fleet, host, port, admin_host, admin_port, engine, ledger, as_json=as_json)
     except KeyboardInterrupt:  # before the service listens to signals
         sys.exit(128 + signal.SIGINT)
 
@@ -59,9 +70,18 @@ def _fill_standard_streams() -> None:
 
 
 def _up(
-    fleet: Path | None, host: str, port: int, admin_host: str, admin_port: int | None, engine: str, *, as_json: bool
+    fleet: Path | None,
+    host: str,
+    port: int,
+    admin_host: str,
+    admin_port: int | None,
+    engine: str,
+    ledger: str,
+    *,
+    as_json: bool,
 ) -> None:
     from waterline.cli.admin import open_admin
+    from waterline.ledger import Ledger, note_fleet
     from waterline.service.engines import prepare_engines
     from waterline.service.logs import log_to
     from waterline.service.server import Outlet, Source, listen, serve
@@ -85,8 +105,9 @@ def _up(
     if not as_json:
         say(_what_runs(plan, engine))
     if not host.startswith(OF_THIS_MACHINE):
-        Outlet(sys.stderr).say(f"There is no key: whoever reaches this machine at {host} can use its models.")
-    with listening, admin.listening:
+        Outlet(sys.stderr).say(_who_may(plan, host))
+    with listening, admin.listening, Ledger.open(ledger) as books:
+        note_fleet(books.engine, [one.name for one in plan.fleet.tenants], [one.name for one in plan.fleet.models])
         serve(
             plan,
             engines,
@@ -96,6 +117,7 @@ def _up(
             prepare=partial(prepare_engines, instead=engine, fleet=str(fleet or "FLEET")),
             source=Source(path=fleet, read=partial(_plan, fleet)) if fleet and fleet.is_file() else None,
             admin=admin,
+            ledger=books,
         )
     if completions:
         say(_goodbye(plan, completions, monotonic() - begun_s, as_json=as_json))
@@ -124,6 +146,15 @@ def _reachable(host: str) -> str:
     """Return what a URL on this machine calls that address."""
     host = EVERYWHERE.get(host, host)
     return f"[{host}]" if ":" in host else host
+
+
+def _who_may(plan: "Plan", host: str) -> str:
+    """Say who can use what others than this machine can reach."""
+    from waterline.service.access import anonymous_tenant
+
+    if tenant := anonymous_tenant(plan.fleet, loopback=False):
+        return f"Requests without a key are those of '{tenant}': whoever reaches this machine at {host} can send some."
+    return "Requests need a key. Make one: waterline keys create --tenant NAME --client NAME"
 
 
 def _what_runs(plan: "Plan", engine: str) -> str:

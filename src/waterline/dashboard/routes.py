@@ -10,7 +10,7 @@
     POST   /admin/reload                  the fleet file or plan is read again
     GET    /admin/keys                    of clients, without their secrets
     DELETE /admin/keys/ID                 revoked at once
-    GET    /admin/usage                   by tenant, client and model; ?since= and ?until= are Unix times
+    GET    /admin/usage                   by day, tenant, client, key and model; ?since= and ?until= are days, in UTC
 
 Who may do what is in `access`. Nothing here knows the service but by `Operations`.
 """
@@ -21,6 +21,7 @@ import re
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
+from datetime import date
 from importlib import resources
 from time import monotonic
 from typing import Any, Protocol
@@ -72,8 +73,8 @@ class Operations(Protocol):
 
     async def revoke(self, key: str) -> None: ...
 
-    async def usage(self, since_s: float, until_s: float | None) -> Any:
-        """Return what was used between two Unix times, as JSON can hold it."""
+    async def usage(self, since: str, until: str) -> Any:
+        """Return what was used from one day (in UTC, "" for any) to another, both included, as JSON can hold it."""
 
 
 def make_app(operations: Operations, access: Access, *, version: str) -> Starlette:
@@ -168,8 +169,8 @@ class Dashboard:
         return _json({"key": request.path_params["key"], "revoked": True})
 
     async def _usage(self, request: Request) -> Response:
-        since_s = _unix_time(request.query_params, "since")
-        return _json({"usage": await self._operations.usage(since_s or 0.0, _unix_time(request.query_params, "until"))})
+        since, until = (_day(request.query_params, name) for name in ("since", "until"))
+        return _json({"usage": await self._operations.usage(since, until)})
 
 
 class TooManyError(WaterlineError):
@@ -193,13 +194,12 @@ def _json(value: Any) -> Response:
     return Response(msgspec.json.encode(value), media_type=JSON)
 
 
-def _unix_time(parameters: Mapping[str, str], name: str) -> float | None:
-    if name not in parameters:
-        return None
+def _day(parameters: Mapping[str, str], name: str) -> str:
+    said = parameters.get(name, "")
     try:
-        return float(parameters[name])
+        return date.fromisoformat(said).isoformat() if said else ""
     except ValueError:
-        raise InputError(f"{name}={parameters[name][:60]} is not a Unix time in seconds, like 1800000000.") from None
+        raise InputError(f"{name}={said[:60]} is no day. Write it like 2026-11-26.") from None
 
 
 async def _answer_error(_request: Request, error: Exception) -> Response:

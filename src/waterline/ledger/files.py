@@ -10,10 +10,11 @@ from typing import Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct
-from sqlalchemy import Connection, Engine, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Engine, delete, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from waterline.ledger.database import reading, writing
+from waterline.ledger.database import in_words, reading, writing
+from waterline.ledger.presence import presence
 from waterline.ledger.records import utc_us
 from waterline.ledger.tables import batch_lines, batches, file_parts, files
 from waterline.units import MEGA
@@ -210,7 +211,6 @@ def add_batch(
         "metadata": msgspec.json.encode(metadata).decode(),
         "errors": "[]",
         "owner": "",
-        "lease_us": 0,
     }
     with writing(engine) as connection:
         connection.execute(insert(batches).values({name: row[name] for name in row if name in batches.c}))
@@ -244,23 +244,25 @@ def cancel_batch(engine: Engine, whose: Client, batch_id: str) -> Batch | None:
     return find_batch(engine, batch_id, whose)
 
 
-def claim_batches(engine: Engine, owner: str, for_s: float) -> list[Batch]:
-    """Return the batches under way that this gateway runs from now on: its own, and those whose gateway is gone."""
-    now_us = utc_us()
-    until_us = now_us + round(for_s * MEGA)
-    free = or_(batches.c.owner == owner, batches.c.lease_us < now_us)
-    with writing(engine) as connection:
-        connection.execute(
-            update(batches).where(batches.c.status.in_(UNDER_WAY), free).values(owner=owner, lease_us=until_us)
-        )
-        mine = select(batches).where(batches.c.status.in_(UNDER_WAY), batches.c.owner == owner)
-        return [_batch(row) for row in connection.execute(mine.order_by(batches.c.id)).all()]
+def claim_batches(engine: Engine, owner: str) -> list[Batch]:
+    """Return the batches under way that a gateway runs from now on: its own, and those that nobody runs any more."""
+    under_way = batches.c.status.in_(UNDER_WAY)
+    with reading(engine) as connection:
+        others = set(connection.scalars(select(batches.c.owner).where(under_way).distinct())) - {owner}
+    if free := [other for other in sorted(others) if not other or _is_dead(engine, other)]:
+        with writing(engine) as connection:
+            connection.execute(update(batches).where(under_way, batches.c.owner.in_(free)).values(owner=owner))
+    asked = select(batches).where(under_way, batches.c.owner == owner).order_by(batches.c.id)
+    with reading(engine) as connection:
+        return [_batch(row) for row in connection.execute(asked)]
 
 
-def release_batches(engine: Engine, owner: str) -> None:
-    """Let others run what this gateway ran: it ends."""
-    with writing(engine) as connection:
-        connection.execute(update(batches).where(batches.c.owner == owner).values(lease_us=0))
+def _is_dead(engine: Engine, owner: str) -> bool:
+    lock = presence(engine, owner)
+    with in_words(engine):
+        dead = lock.hold()
+        lock.leave()
+    return dead
 
 
 def begin_batch(engine: Engine, batch_id: str, requests: int) -> None:
@@ -313,7 +315,7 @@ def finish_batch(engine: Engine, batch_id: str, status: BatchStatus) -> None:
                 lines = _lines(connection, batch_id, ok)
                 made[f"{name}_file_id"] = file_id = new_id("file-")
                 _add_file(connection, batch.whose, "batch_output", f"{batch_id}_{name}.jsonl", lines, file_id)
-        ended = {"status": status, f"{status}_us": now_us, "owner": "", "lease_us": 0}
+        ended = {"status": status, f"{status}_us": now_us, "owner": ""}
         connection.execute(update(batches).where(batches.c.id == batch_id).values({**ended, **made}))
         connection.execute(delete(batch_lines).where(batch_lines.c.batch_id == batch_id))
 

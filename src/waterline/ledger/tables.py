@@ -152,7 +152,6 @@ batches = Table(
     _text("output_file_id"),
     _text("error_file_id"),
     _text("owner"),  # the gateway that runs it
-    _count("lease_us"),  # until when it is sure to do so
     Index("batches_client", "tenant", "client", "created_us"),
     Index("batches_status", "status"),
 )

@@ -8,11 +8,10 @@ Each line is charged once and answered once. Its request has one id for all atte
 an id: an attempt that does not end well is settled as interrupted, and gives way to the next. The line is written when
 that row is on the disk; was the gateway killed in between, the request is asked once more, and not charged again.
 
-Several gateways may share a database: each batch is run by the one that holds its lease.
+Several gateways may share a database: each batch is run by one of them, and by another when that one is dead.
 """
 
 import asyncio
-import secrets
 from asyncio import Future, Task
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -39,7 +38,6 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/r
 AT_ONCE = 256  # requests of a batch under way, at most
 KEPT_FREE = 0.1  # of a model's slots, for requests of people
 LOOK_S = 2.0  # between looks for batches to run
-LEASE_S = 20.0
 LOOK_FOR_ROOM_S = 0.2
 READ_TOGETHER = 200  # lines
 ATTEMPTS = 3  # at a request that engines fail
@@ -60,10 +58,9 @@ class Runner:
     """
 
     def __init__(self, ledger: Ledger, submit: Submit, room: Callable[[str], int]) -> None:
-        self._engine = ledger.engine
+        self._engine, self._owner = ledger.engine, ledger.owner
         self._submit = submit
         self._room = room
-        self._owner = secrets.token_hex(8)
         self._news = asyncio.Event()
         self._runs: dict[str, tuple[_Run, Task[None]]] = {}
 
@@ -84,17 +81,17 @@ class Runner:
                         await self._news.wait()
                 self._news.clear()
         finally:
-            await self._leave()
+            tasks = [task for _, task in self._runs.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _look(self) -> None:
-        mine = {
-            batch.id: batch
-            for batch in await asyncio.to_thread(files.claim_batches, self._engine, self._owner, LEASE_S)
-        }
+        claimed = await asyncio.to_thread(files.claim_batches, self._engine, self._owner)
+        mine = {batch.id: batch for batch in claimed}
         keys = {key.id: key for key in await asyncio.to_thread(read_keys, self._engine)} if mine else {}
         for batch_id, (_, task) in list(self._runs.items()):
-            if task.done() or batch_id not in mine:  # lost: the database could not be reached for long
-                task.cancel()
+            if task.done():
                 del self._runs[batch_id]
         for batch_id, batch in mine.items():
             key = keys.get(batch.key_id)
@@ -102,14 +99,6 @@ class Runner:
                 one = _Run(self._engine, batch, self._submit, self._room)
                 self._runs[batch_id] = one, asyncio.create_task(one.run())
             self._runs[batch_id][0].update(batch, key)
-
-    async def _leave(self) -> None:
-        tasks = [task for _, task in self._runs.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        with suppress(LedgerError):
-            await asyncio.to_thread(files.release_batches, self._engine, self._owner)
 
 
 class _Run:

@@ -22,13 +22,14 @@ from waterline.service.completions import Completions
 from waterline.service.dispatcher import Dispatcher
 from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError, shortened
+from waterline.service.logs import about_request
 from waterline.service.metrics import Metrics
 from waterline.service.passage import Passages
 from waterline.service.responses import RESPONSES
-from waterline.service.snapshot import take_snapshot
+from waterline.service.snapshot import EJECTED, take_snapshot
 from waterline.service.supervisor import ReplicaState
 from waterline.service.upstream import Connections
-from waterline.snapshot import JobNow, Snapshot
+from waterline.snapshot import EjectionNow, JobNow, Snapshot
 
 A_MODEL = "/v1/models/"  # and its name
 REQUEST_ID = b"x-request-id"
@@ -81,6 +82,7 @@ class Gateway:
         self.engines = engines
         self.states = states
         self.loopback = loopback
+        self._ledger = ledger
         self.access = Access(plan.fleet, ledger, loopback=loopback)
         self.dispatcher = Dispatcher(plan)
         self.jobs_now: Callable[[], tuple[JobNow, ...]] = tuple  # whoever keeps jobs says how they are
@@ -127,6 +129,7 @@ class Gateway:
             await app(scope, receive, send)
             return
         scope[ID] = new_request_id()
+        about_request(scope[ID])
         reply = Reply(send, [(REQUEST_ID, _request_id(scope))])
         try:
             await self._route(scope)(scope, receive, reply)
@@ -150,6 +153,7 @@ class Gateway:
             self.states,
             self.metrics.recent,
             jobs=self.jobs_now(),
+            ledger=self._ledger,
             now_s=self.now_s(),
             stopping=self.completions.stopping,
         )
@@ -177,6 +181,9 @@ class Gateway:
         """Send no new work to a replica that fails requests, though it says that it is well; or do so again."""
         if replica_id in self.dispatcher.lanes:
             self.dispatcher.doubt(replica_id, doubted=doubted, now_s=self.now_s())
+            if doubted:
+                model = self.dispatcher.lanes[replica_id].replica.model
+                self.metrics.ejected(model, EjectionNow(at_s=time.time(), replica=replica_id, reason=EJECTED))
 
     def admit(self, replica: Replica) -> None:
         """A replica has come into being; it gets work as soon as it is ready."""

@@ -9,9 +9,12 @@ import structlog
 from msgspec.structs import replace
 
 from waterline.errors import UnknownNameError, WaterlineError, nearest
+from waterline.ledger import Ledger, read_keys, read_usage, revoke_key
 from waterline.service.gateway import Gateway
 from waterline.service.supervisor import ReplicaState
 from waterline.snapshot import ReplicaNow, Snapshot
+
+BY = ("day", "tenant", "client", "key", "model")  # usage is summed
 
 log = structlog.get_logger()
 
@@ -28,13 +31,15 @@ class Operator:
     Args:
         gateway: whose requests they are.
         states: of the replicas by id; somebody else keeps them up to date and calls `replica_changed`.
+        ledger: of keys and usage, if there is one.
     """
 
-    def __init__(self, gateway: Gateway, states: Mapping[str, ReplicaState]) -> None:
+    def __init__(self, gateway: Gateway, states: Mapping[str, ReplicaState], ledger: Ledger | None = None) -> None:
         self.stopping = asyncio.Event()
         self.hangup: asyncio.Event | None = None  # has the plan file read again; None: there is none
         self._gateway = gateway
         self._states = states
+        self._ledger = ledger
         self._drained: set[str] = set()
 
     def replica_changed(self, replica: str, state: ReplicaState) -> None:
@@ -73,13 +78,19 @@ class Operator:
         return "The file is read again; the log says what changes, or what is wrong with it."
 
     async def keys(self) -> Any:
-        raise NotOfferedError("This service keeps no keys.")
+        return await asyncio.to_thread(read_keys, self._books().engine)
 
     async def revoke(self, key: str) -> None:
-        raise NotOfferedError(f"This service keeps no keys, and none called '{key[:60]}'.")
+        await asyncio.to_thread(revoke_key, self._books().engine, key)
+        log.info("an operator revokes a key", id=key)
 
-    async def usage(self, since_s: float, until_s: float | None) -> Any:  # noqa: ARG002 - there is no ledger to ask
-        raise NotOfferedError("This service keeps no ledger.")
+    async def usage(self, since: str, until: str) -> Any:
+        return await asyncio.to_thread(read_usage, self._books().engine, BY, since, until)
+
+    def _books(self) -> Ledger:
+        if not self._ledger:
+            raise NotOfferedError("This service keeps no ledger, and so no keys and no usage.")
+        return self._ledger
 
     def _check(self, replica: str) -> None:
         if replica not in self._states:

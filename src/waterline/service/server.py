@@ -20,6 +20,7 @@ from waterline.ledger import Ledger
 from waterline.outcome import Completion
 from waterline.plan import Plan
 from waterline.service.asgi import App, HttpServer
+from waterline.service.batch_routes import offering_batches
 from waterline.service.engines import Engine, all_pretend, prepare_engines
 from waterline.service.gateway import Gateway
 from waterline.service.jobs import Jobs, RunState
@@ -210,7 +211,9 @@ async def running(
             loopback=is_loopback(listening.getsockname()[0]),
         )
         gateway.jobs_now = jobs.now
-        operator = Operator(gateway, supervisor.states)
+        operator = Operator(gateway, supervisor.states, ledger)
+        if ledger:
+            await stack.enter_async_context(offering_batches(gateway, ledger))
         shore = Shore(plan, supervisor, gateway, prepare)
         keeper = Keeper(shore, jobs, gateway, state, everywhere=all_pretend(engines))
         doors = [(HttpServer(gateway), listening)]

@@ -5,20 +5,23 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 
+from waterline.ledger import Lag, Ledger
 from waterline.plan import Plan
 from waterline.service.dispatcher import Dispatcher, Lane, Service
 from waterline.service.recent import Recent
 from waterline.service.supervisor import ReplicaState
-from waterline.snapshot import Health, JobNow, Kind, ModelNow, QueueNow, ReplicaNow, Snapshot, TenantNow, Use
+from waterline.snapshot import Health, JobNow, Kind, LedgerNow, ModelNow, QueueNow, ReplicaNow, Snapshot, TenantNow, Use
 from waterline.workload import Slo
 
 KINDS: Mapping[str, Kind] = {  # of GPUs, by the state of the replica on them; without it they are idle
     "ready": "serving",
     "suspect": "serving",
+    "ejected": "serving",
     "starting": "starting",
     "backing off": "starting",
     "draining": "draining",
 }
+EJECTED = "It failed requests. It is tried again after a pause."
 
 
 def take_snapshot(
@@ -28,6 +31,7 @@ def take_snapshot(
     recent: Recent,
     *,
     jobs: tuple[JobNow, ...] = (),
+    ledger: Ledger | None = None,
     now_s: float,
     stopping: bool = False,
 ) -> Snapshot:
@@ -39,6 +43,7 @@ def take_snapshot(
         states: of the replicas by id.
         recent: what ended lately.
         jobs: how their runs are.
+        ledger: what is written down, if anything is.
         now_s: on the clock of the service, which began at 0.
         stopping: whether it has begun to end.
     """
@@ -47,6 +52,7 @@ def take_snapshot(
     replicas = tuple(_replica(lane, states[lane.replica.id]) for lane in dispatcher.lanes.values())
     models = tuple(_model(service, plan.fleet.slos[model], states) for model, service in services.items())
     uses = _uses(plan, replicas, shares, jobs)
+    written = _ledger(ledger.lag()) if ledger else None
     return Snapshot(
         at_s=time.time(),
         uptime_s=now_s,
@@ -73,7 +79,8 @@ def take_snapshot(
         jobs=jobs,
         moves=tuple(recent.moves),
         ejections=tuple(recent.ejections),
-        problems=tuple(_problems(models, replicas)),
+        ledger=written,
+        problems=tuple(_problems(models, replicas, written)),
     )
 
 
@@ -99,7 +106,7 @@ def _expected(plan: Plan, model: str) -> str:
 
 
 def _replica(lane: Lane, state: ReplicaState) -> ReplicaNow:
-    replica = lane.replica
+    replica, ejected = lane.replica, lane.doubted and state.status == "ready"
     return ReplicaNow(
         id=replica.id,
         model=replica.model,
@@ -107,8 +114,8 @@ def _replica(lane: Lane, state: ReplicaState) -> ReplicaNow:
         pool=replica.pool,
         node=replica.places[0].node,
         gpus=replica.layout.gpus,
-        state=state.status,
-        reason=state.reason,
+        state="ejected" if ejected else state.status,
+        reason=EJECTED if ejected else state.reason,
         running=lane.running,
         slots=replica.max_batch,
         backlog_tokens=lane.backlog_tokens,
@@ -168,10 +175,16 @@ def _tenants(plan: Plan, uses: Iterable[Use], dispatcher: Dispatcher) -> Iterato
         )
 
 
-def _problems(models: Iterable[ModelNow], replicas: Iterable[ReplicaNow]) -> Iterator[str]:
+def _ledger(lag: Lag) -> LedgerNow:
+    return LedgerNow(waiting_rows=lag.waiting_rows, lag_s=lag.lag_s, problem=lag.problem)
+
+
+def _problems(models: Iterable[ModelNow], replicas: Iterable[ReplicaNow], ledger: LedgerNow | None) -> Iterator[str]:
+    if ledger and ledger.problem:
+        yield f"The ledger cannot be written: {ledger.problem}"
     for model in models:
         if not model.ready:
             yield f"No replica of '{model.model}' is ready."
     for replica in replicas:
-        if replica.state in {"suspect", "backing off"}:
+        if replica.state in {"suspect", "ejected", "backing off"}:
             yield f"Replica '{replica.id}' is {replica.state}: {replica.reason}"

@@ -33,7 +33,6 @@ def upgrade() -> None:
             for moment in ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
         ),
         *_texts("errors", "output_file_id", "error_file_id", "owner"),
-        *_counts("lease_us"),
     )
     op.create_index("batches_client", "batches", ["tenant", "client", "created_us"])
     op.create_index("batches_status", "batches", ["status"])
