@@ -282,18 +282,20 @@ def fail_batch(engine: Engine, batch_id: str, errors: Sequence[dict[str, Any]]) 
 
 
 def add_lines(engine: Engine, batch_id: str, lines: Sequence[Line]) -> None:
-    """Keep lines that have ended; one that is there already stays as it is, and is counted once."""
+    """Keep some hundred lines that have ended; one that is there already stays as it is, and is counted once."""
     dialect: Any = postgresql if engine.dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(batch_lines).on_conflict_do_nothing()
     with writing(engine) as connection:
-        for column, ok in ((batches.c.ok, True), (batches.c.not_ok, False)):
-            new = 0
-            for line in lines:
-                if line.ok == ok:
-                    row = {"batch_id": batch_id, "number": line.number, "ok": int(ok), "line": line.line}
-                    new += connection.execute(statement, row).rowcount
-            if new:
-                connection.execute(update(batches).where(batches.c.id == batch_id).values({column: column + new}))
+        for column, ok in ((batches.c.ok, 1), (batches.c.not_ok, 0)):
+            rows = [
+                {"batch_id": batch_id, "number": line.number, "ok": ok, "line": line.line}
+                for line in lines
+                if line.ok == bool(ok)
+            ]
+            if not rows:
+                continue
+            statement = dialect.insert(batch_lines).values(rows).on_conflict_do_nothing()
+            new = len(connection.execute(statement.returning(batch_lines.c.number)).all())
+            connection.execute(update(batches).where(batches.c.id == batch_id).values({column: column + new}))
 
 
 def ended_lines(engine: Engine, batch_id: str) -> set[int]:

@@ -1,0 +1,116 @@
+"""Files and batches in both databases: kept whole, seen by their owner alone, run by one gateway at a time."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from waterline.ledger import Ledger, connect, files
+from waterline.ledger.files import PART_BYTES, Client, Line
+
+ALICE, BOB = Client(tenant="public", client="alice"), Client(tenant="public", client="bob")
+ENDPOINT = "/v1/chat/completions"
+
+
+def new_batch(ledger: Ledger, content: bytes = b"{}\n") -> files.Batch:
+    file = files.add_file(ledger.engine, ALICE, "batch", "in.jsonl", [content])
+    return files.add_batch(
+        ledger.engine, ALICE, key_id="", endpoint=ENDPOINT, input_file_id=file.id, metadata={"ä": "ß"}, for_s=60.0
+    )
+
+
+def test_a_file_comes_back_byte_for_byte_in_parts(url: str) -> None:
+    engine = connect(url)
+    content = bytes(range(256)) * 3000
+    pieces = [content[:10], content[10:PART_BYTES], content[PART_BYTES:]]
+    file = files.add_file(engine, ALICE, "batch", "odd", pieces)
+    assert file.bytes == len(content)
+    parts = []
+    while (part := files.read_part(engine, file.id, len(parts))) is not None:
+        parts.append(part)
+    assert b"".join(parts) == content
+    assert [len(part) for part in parts[:-1]] == [PART_BYTES] * (len(parts) - 1)
+    assert files.file_bytes(engine, ALICE) == len(content)
+    assert files.file_bytes(engine, BOB) == 0
+    engine.dispose()
+
+
+def test_a_file_that_breaks_off_is_not_there(url: str) -> None:
+    engine = connect(url)
+
+    def pieces() -> object:
+        yield b"x" * PART_BYTES * 2
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        files.add_file(engine, ALICE, "batch", "half", pieces())  # type: ignore[arg-type]
+    assert files.list_files(engine, ALICE, "", "", 10, newest_first=True) == []
+    assert files.file_bytes(engine, ALICE) == 0
+    engine.dispose()
+
+
+def test_lines_are_read_across_parts_and_blank_ones_left_out(url: str) -> None:
+    engine = connect(url)
+    lines = [b"%d:" % number + b"x" * (number % 977) for number in range(1500)]
+    file = files.add_file(engine, ALICE, "batch", "lines", [b"\n\n".join(lines), b"\n  \nlast"])
+    assert list(files.read_lines(engine, file.id)) == [*lines, b"last"]
+    engine.dispose()
+
+
+def test_a_batch_is_run_by_one_gateway_until_that_is_gone(url: str) -> None:
+    with Ledger.open(url) as first:
+        batch = new_batch(first)
+        with Ledger.open(url) as second:
+            assert [one.id for one in files.claim_batches(first.engine, first.owner)] == [batch.id]
+            assert files.claim_batches(second.engine, second.owner) == []
+            assert [one.id for one in files.claim_batches(first.engine, first.owner)] == [batch.id]
+            first.close()
+            assert [one.id for one in files.claim_batches(second.engine, second.owner)] == [batch.id]
+
+
+def test_of_gateways_that_look_at_once_one_gets_a_batch(url: str) -> None:
+    with Ledger.open(url) as first, Ledger.open(url) as second, ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            batch = new_batch(first)
+            claims = [pool.submit(files.claim_batches, one.engine, one.owner) for one in (first, second)]
+            claimed = [one.id for claim in claims for one in claim.result()]
+            assert claimed.count(batch.id) == 1
+
+
+def test_a_line_is_kept_and_counted_once_and_files_are_made_of_them_in_order(url: str) -> None:
+    with Ledger.open(url) as ledger:
+        engine, batch = ledger.engine, new_batch(ledger)
+        files.claim_batches(engine, ledger.owner)
+        files.begin_batch(engine, batch.id, 200)
+        for numbers in (range(199, 99, -1), range(150), range(100)):
+            files.add_lines(engine, batch.id, [Line(number=n, ok=n % 3 > 0, line=b"line %d" % n) for n in numbers])
+        assert files.ended_lines(engine, batch.id) == set(range(200))
+        now = files.find_batch(engine, batch.id)
+        assert now
+        assert (now.status, now.ok, now.not_ok, now.metadata) == ("in_progress", 133, 67, {"ä": "ß"})
+        files.finish_batch(engine, batch.id, "completed")
+        files.finish_batch(engine, batch.id, "completed")
+        done = files.find_batch(engine, batch.id, ALICE)
+        assert done
+        assert (done.status, done.ok, done.not_ok) == ("completed", 133, 67)
+        good, bad = (list(files.read_lines(engine, id_)) for id_ in (done.output_file_id, done.error_file_id))
+        assert good == [b"line %d" % n for n in range(200) if n % 3]
+        assert bad == [b"line %d" % n for n in range(0, 200, 3)]
+        assert len(files.list_files(engine, ALICE, "batch_output", "", 10, newest_first=True)) == 2
+        assert files.claim_batches(engine, ledger.owner) == []
+        cancelled = files.cancel_batch(engine, ALICE, batch.id)
+        assert cancelled
+        assert cancelled.status == "completed", "it has ended"
+
+
+def test_lists_go_on_behind_the_last_one_seen(url: str) -> None:
+    engine = connect(url)
+    made = [files.add_file(engine, ALICE, "batch", f"{number}", [b"x"]).id for number in range(5)]
+    files.add_file(engine, BOB, "batch", "other", [b"x"])
+    newest = files.list_files(engine, ALICE, "batch", "", 2, newest_first=True)
+    assert [file.id for file in newest] == [made[4], made[3]]
+    rest = files.list_files(engine, ALICE, "batch", newest[-1].id, 9, newest_first=True)
+    assert [file.id for file in rest] == made[2::-1]
+    oldest = files.list_files(engine, ALICE, "", made[1], 9, newest_first=False)
+    assert [file.id for file in oldest] == made[2:]
+    assert files.list_files(engine, ALICE, "other", "", 9, newest_first=True) == []
+    engine.dispose()
