@@ -5,6 +5,7 @@ what is shown: a line ``...`` stands for any lines, a ``…`` for anything withi
 Blocks that speak to 127.0.0.1:8000 find a real `waterline up` there, on another port so that yours is left alone.
 """
 
+import atexit
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +25,14 @@ from sybil.parsers.markdown import CodeBlockParser
 ROOT = Path(__file__).parent
 COMMAND = re.compile(r"^\$ (.+(?:\n> .+)*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
 ADDRESS = "127.0.0.1:8000"
-ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NO_COLOR": "1"}
+STATE = tempfile.mkdtemp(prefix="waterline-docs-")  # what services keep does not go to the person who tests
+atexit.register(shutil.rmtree, STATE, ignore_errors=True)
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "NO_COLOR": "1",
+    "XDG_STATE_HOME": STATE,
+}
 
 
 def run_console(example: Example) -> None:

@@ -456,3 +456,12 @@ async def health(service: Up) -> int:
                 return reply.status
         except aiohttp.ClientConnectorError:
             return 0
+
+
+def test_the_last_words_know_replicas_that_came_and_went() -> None:
+    plan = make_plan(load_fleet(LAPTOP))
+    lent = Completion(
+        tenant="public", model="abacus", replica="abacus/7", status="ok", arrival_s=0.0, first_token_s=0.1, finish_s=1.0,
+        prompt_tokens=5, output_tokens=9, gpu_s=0.5,
+    )  # fmt: skip
+    assert "1 completed" in _goodbye(plan, deque([lent]), 10.0, as_json=False)

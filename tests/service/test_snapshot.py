@@ -125,3 +125,23 @@ def test_the_public_view_names_no_client_and_keeps_the_replicas_that_need_attent
     assert len(msgspec.json.encode(view)) < 60_000
     assert b"alice" not in msgspec.json.encode(view)
     assert msgspec.json.decode(msgspec.json.encode(whole), type=Snapshot) == whole
+
+
+def test_who_misses_its_slo_is_named_with_the_numbers() -> None:
+    async def case() -> None:
+        async with served(fake_plan()) as service:
+            now_s = service.gateway.now_s()
+            for number in range(30):
+                status = "refused" if number < 12 else "ok"
+                service.gateway.metrics.count(
+                    ended(
+                        tenant="public", status=status, arrival_s=now_s, first_token_s=now_s + 0.1, finish_s=now_s + 0.2
+                    )
+                )
+            (problem,) = service.gateway.snapshot().problems
+            assert (
+                problem
+                == "60% of public's last 30 requests to 'chat' were within their SLO; 12 were refused or failed."
+            )
+
+    asyncio.run(case())

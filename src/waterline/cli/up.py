@@ -200,7 +200,8 @@ def _goodbye(plan: "Plan", completions: "deque[Completion]", lasted_s: float, *,
 
     from waterline.outcome import summarize
 
-    summaries = summarize(completions, plan.fleet.slos, lasted_s, plan.replica_usd_per_hour)
+    lent = dict.fromkeys((one.replica for one in completions if one.replica), 0.0)  # the ledger has what these cost
+    summaries = summarize(completions, plan.fleet.slos, lasted_s, lent | plan.replica_usd_per_hour)
     if as_json:
         return msgspec.json.encode({"summaries": summaries}).decode()
     return "\n" + "\n".join(_line(summary) for summary in summaries[1:])

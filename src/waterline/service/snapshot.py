@@ -10,7 +10,19 @@ from waterline.plan import Plan
 from waterline.service.dispatcher import Dispatcher, Lane, Service
 from waterline.service.recent import Recent
 from waterline.service.supervisor import ReplicaState
-from waterline.snapshot import Health, JobNow, Kind, LedgerNow, ModelNow, QueueNow, ReplicaNow, Snapshot, TenantNow, Use
+from waterline.snapshot import (
+    Health,
+    JobNow,
+    Kind,
+    LatencyNow,
+    LedgerNow,
+    ModelNow,
+    QueueNow,
+    ReplicaNow,
+    Snapshot,
+    TenantNow,
+    Use,
+)
 from waterline.workload import Slo
 
 KINDS: Mapping[str, Kind] = {  # of GPUs, by the state of the replica on them; without it they are idle
@@ -21,6 +33,7 @@ KINDS: Mapping[str, Kind] = {  # of GPUs, by the state of the replica on them; w
     "backing off": "starting",
     "draining": "draining",
 }
+FEW = 20  # requests, of which nothing is concluded
 EJECTED = "It failed requests. It is tried again after a pause."
 
 
@@ -52,6 +65,7 @@ def take_snapshot(
     replicas = tuple(_replica(lane, states[lane.replica.id]) for lane in dispatcher.lanes.values())
     models = tuple(_model(service, plan.fleet.slos[model], states) for model, service in services.items())
     uses = _uses(plan, replicas, shares, jobs)
+    latencies = recent.latencies(now_s)
     written = _ledger(ledger.lag()) if ledger else None
     return Snapshot(
         at_s=time.time(),
@@ -62,7 +76,7 @@ def take_snapshot(
         uses=uses,
         tenants=tuple(_tenants(plan, uses, dispatcher)),
         models=models,
-        latencies=recent.latencies(now_s),
+        latencies=latencies,
         queues=tuple(
             QueueNow(
                 model=model,
@@ -80,7 +94,7 @@ def take_snapshot(
         moves=tuple(recent.moves),
         ejections=tuple(recent.ejections),
         ledger=written,
-        problems=tuple(_problems(models, replicas, written)),
+        problems=(*_problems(models, replicas, written), *_missed(plan, latencies)),
     )
 
 
@@ -173,6 +187,16 @@ def _tenants(plan: Plan, uses: Iterable[Use], dispatcher: Dispatcher) -> Iterato
             running=dispatcher.under_way(tenant.name) - waiting[tenant.name],
             waiting=waiting[tenant.name],
         )
+
+
+def _missed(plan: Plan, latencies: Iterable[LatencyNow]) -> Iterator[str]:
+    for one in latencies:
+        part = one.within_slo / one.requests
+        if one.requests >= FEW and part < plan.fleet.slos[one.model].fraction:
+            yield (
+                f"{part:.0%} of {one.tenant}'s last {one.requests} requests to '{one.model}' were within their SLO; "
+                f"{one.requests - one.ok} were refused or failed."
+            )
 
 
 def _ledger(lag: Lag) -> LedgerNow:
