@@ -83,7 +83,8 @@ BODIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ODD: tuple[Any, ...] = (
-    None, True, 0, -1, 2**31, 2**63, 2**64 - 1, 1e308, -0.5, "", "x" * 5000, "\0", "\ud7ff", "m", [], {}, [[]], [{}], [None],
+    None, True, 0, -1, 2**31, 2**63, 2**64 - 1, 1e308, -0.5, "", "x" * 5000, "\0", "\ud7ff", "m", [], {}, [[]], [{}],
+    [None],
     {"": None}, {"type": "text"}, [1, "a"], list(range(300)),
 )  # fmt: skip
 TOKENS = (

@@ -15,6 +15,7 @@ from waterline.policy.admission import (
     enter,
     expected_gpu_s,
     half_to_the,
+    keep_pace,
     leave,
     new_accounts,
     new_queue,
@@ -26,6 +27,7 @@ from waterline.policy.admission import (
     start_within_s,
     take,
     until_below_limit_s,
+    until_turn_s,
     work_ahead_gpu_s,
 )
 from waterline.policy.decisions import (
@@ -165,9 +167,31 @@ def test_tenants_that_go_first_are_ahead_and_those_that_borrow_are_not() -> None
     for client in range(3):
         for _ in range(10):
             enter(queue, client, 0, 1.0)
-    assert work_ahead_gpu_s(books, queue, 0, 0, 1.0) == 10
-    assert work_ahead_gpu_s(books, queue, 1, 0, 1.0) == 20
-    assert work_ahead_gpu_s(books, queue, 2, 0, 1.0) == 30
+    assert work_ahead_gpu_s(books, queue, 0, 1.0) == (0, 10)
+    assert work_ahead_gpu_s(books, queue, 1, 1.0) == (10, 10)
+    assert work_ahead_gpu_s(books, queue, 2, 1.0) == (20, 10)
+
+
+def test_the_wait_follows_the_pace_at_which_work_was_begun_and_what_goes_first_leaves_of_it() -> None:
+    """Ten GPUs that begin 8 GPU-seconds a second, 6 of them of a tenant that goes first."""
+    books, queue = accounts((0.5, 0.5, 1.0), (0.0, 0.1, 1.0)), new_queue(2, [0, 1])
+    books.used_gpu_s[:] = np.array([0.1, 0.5]) * 10 * MEMORY_S
+    for _ in range(100):
+        enter(queue, 1, 0, 1.0)
+    assert until_turn_s(books, queue, 1, 0, 1.0, 10.0) == 10.0, "as long as nothing is known"
+    keep_pace(queue, 1.0)
+    for _ in range(120):
+        for _ in range(6):
+            enter(queue, 0, 0, 1.0)
+            take(books, queue, 0, 0, 1.0)
+        for _ in range(2):
+            take(books, queue, 1, 0, 1.0)
+            enter(queue, 1, 0, 1.0)
+        books.used_gpu_s[:] = np.array([0.1, 0.5]) * 10 * MEMORY_S
+        keep_pace(queue, 1.0)
+    assert until_turn_s(books, queue, 1, 0, 1.0, 10.0) == pytest.approx(100 / 2, rel=0.3)
+    enter(queue, 0, 0, 1.0)
+    assert until_turn_s(books, queue, 0, 0, 1.0, 10.0) == pytest.approx(1 / 8, rel=0.05)
 
 
 # --- Whose turn ------------------------------------------------------------------------------------------------------

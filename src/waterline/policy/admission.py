@@ -14,7 +14,7 @@ client therefore delay another client's first request by about one request.
 **A request is charged what it is expected to cost when it starts, and what it did cost when it ends** (`take`,
 `settle`). It is taken in when the work ahead of it leaves time to start before its deadline; who is refused is told
 when that work will have shrunk enough. Work ahead is the work of those whose turn comes first, so a greedy client is
-refused while a quiet one is taken in.
+refused while a quiet one is taken in. How soon it is done is seen from how soon work like it was begun lately.
 
 The caller keeps one `Accounts` for the fleet and one `FairQueue` for all models, and the requests of each client to
 each model, its *line*, in the order they came. It tells `enter` when one begins to wait, `take` when one starts,
@@ -43,6 +43,8 @@ from waterline.policy.jit import jit, swift
 ADMIT = 0.0
 NOBODY = -1
 HALF_LIFE_S = 60.0
+PACE_S = 15.0  # half of the pace at which work began is forgotten
+UNKNOWN_S = 2.0  # of waiting, after which what was seen counts for more than what is expected
 MEMORY_S = HALF_LIFE_S * 1.4426950408889634  # what a GPU that never idles has on its account in the end: half-life/ln 2
 
 
@@ -77,6 +79,9 @@ class FairQueue(NamedTuple):
     group_gpu_s: NDArray[np.float64]  # [group] their expected work
     floor_gpu_s: NDArray[np.float64]  # [group] highest counter with which a line was served
     model_waiting: NDArray[np.int64]  # [model] requests
+    started_gpu_s: NDArray[np.float64]  # [group] work begun while somebody waited; half is forgotten every PACE_S …
+    queued_s: NDArray[np.float64]  # [model] … and for how long somebody did, likewise
+    was_waiting: NDArray[np.int64]  # [model] 1 if somebody waited when `keep_pace` was called last
 
 
 def new_accounts(
@@ -116,6 +121,9 @@ def new_queue(tenants: int, tenant_of_client: Sequence[int] | NDArray[np.int64],
         group_gpu_s=np.zeros(groups),
         floor_gpu_s=np.zeros(groups),
         model_waiting=np.zeros(models, np.int64),
+        started_gpu_s=np.zeros(groups),
+        queued_s=np.zeros(models),
+        was_waiting=np.zeros(models, np.int64),
     )
 
 
@@ -126,7 +134,16 @@ def with_clients(queue: FairQueue, tenant_of_client: Sequence[int] | NDArray[np.
     known = len(queue.tenant)
     for name in ("counter_gpu_s", "waiting", "waiting_gpu_s", "place"):
         getattr(more, name)[:known] = getattr(queue, name)
-    for name in ("lines", "group_waiting", "group_gpu_s", "floor_gpu_s", "model_waiting"):
+    for name in (
+        "lines",
+        "group_waiting",
+        "group_gpu_s",
+        "floor_gpu_s",
+        "model_waiting",
+        "started_gpu_s",
+        "queued_s",
+        "was_waiting",
+    ):
         getattr(more, name)[:] = getattr(queue, name)
     for group, count in enumerate(queue.lines):
         before, now = int(queue.first[group]), int(more.first[group])
@@ -176,7 +193,7 @@ def admit(
     if at_once:
         wait_s = unread_s
     else:
-        wait_s = max(blocked_s, unread_s + work_ahead_gpu_s(accounts, queue, line, model, request_gpu_s) / gpus)
+        wait_s = max(blocked_s, unread_s + until_turn_s(accounts, queue, line, model, request_gpu_s, gpus))
     if wait_s > deadline_s:
         return TOO_LATE, wait_s - deadline_s
     if at_once:
@@ -238,20 +255,47 @@ def expected_gpu_s(
 
 
 @swift
-def work_ahead_gpu_s(accounts: Accounts, queue: FairQueue, line: int, model: int, request_gpu_s: float) -> float:
-    """Return the work that would be started before a newcomer, in GPU-seconds.
+def until_turn_s(
+    accounts: Accounts, queue: FairQueue, line: int, model: int, request_gpu_s: float, gpus: float
+) -> float:
+    """Return how long the work ahead of a newcomer will take to be begun.
 
-    Of its own tenant: what it has waiting itself, and of every other client about as much again, at most all of it. Of
-    tenants that go first: everything. Of tenants of equal standing: as much as their deserved shares are worth
-    against its own. Of tenants that borrow while it does not: nothing.
+    It is begun at the pace at which it was lately, while somebody waited: that knows how much requests take indeed, and
+    what is left to a tenant by those that go first. What tenants begin that come after the newcomer's counts as its
+    own, because it would take their turns. Until there is such a pace, all `gpus` work on what waits.
     """
     if queue.model_waiting[model] == 0:
         return 0.0
+    first_gpu_s, with_it_gpu_s = work_ahead_gpu_s(accounts, queue, line, request_gpu_s)
+    tenants = len(accounts.used_gpu_s)
+    standing, _ = _standing(accounts, queue.tenant[line])
+    begun_gpu_s = goes_first_gpu_s = 0.0
+    for other in range(tenants):
+        started_gpu_s = queue.started_gpu_s[model * tenants + other]
+        begun_gpu_s += started_gpu_s
+        if started_gpu_s > 0.0:
+            others_standing, _ = _standing(accounts, other)
+            if others_standing < standing:
+                goes_first_gpu_s += started_gpu_s
+    known_s = queue.queued_s[model] + UNKNOWN_S
+    pace = (begun_gpu_s + gpus * UNKNOWN_S) / known_s
+    own_pace = (begun_gpu_s - goes_first_gpu_s + gpus * UNKNOWN_S) / known_s
+    return float(first_gpu_s / pace + with_it_gpu_s / own_pace)
+
+
+@swift
+def work_ahead_gpu_s(accounts: Accounts, queue: FairQueue, line: int, request_gpu_s: float) -> tuple[float, float]:
+    """Return the work that would be started before a newcomer, in GPU-seconds: of tenants that go first, and the rest.
+
+    Of tenants that go first: everything. Of its own tenant: what it has waiting itself, and of every other client about
+    as much again, at most all of it. Of tenants of equal standing: as much as their deserved shares are worth against
+    its own. Of tenants that borrow while it does not: nothing.
+    """
     tenant, group = queue.tenant[line], queue.group[line]
     own_gpu_s = queue.waiting_gpu_s[line]
     others = queue.lines[group] - (1 if queue.waiting[line] > 0 else 0)
     inside_gpu_s = own_gpu_s + min(queue.group_gpu_s[group] - own_gpu_s, others * (own_gpu_s + request_gpu_s))
-    ahead_gpu_s = inside_gpu_s
+    first_gpu_s, with_it_gpu_s = 0.0, inside_gpu_s
     standing, _ = _standing(accounts, tenant)
     for other in range(len(accounts.used_gpu_s)):
         others_group = group - tenant + other
@@ -259,11 +303,11 @@ def work_ahead_gpu_s(accounts: Accounts, queue: FairQueue, line: int, model: int
             continue
         others_standing, _ = _standing(accounts, other)
         if others_standing < standing:
-            ahead_gpu_s += queue.group_gpu_s[others_group]
+            first_gpu_s += queue.group_gpu_s[others_group]
         elif others_standing == standing:
             worth = accounts.deserved[other] / max(accounts.deserved[tenant], LEAST_SHARE)
-            ahead_gpu_s += min(queue.group_gpu_s[others_group], worth * (inside_gpu_s + request_gpu_s))
-    return float(ahead_gpu_s)
+            with_it_gpu_s += min(queue.group_gpu_s[others_group], worth * (inside_gpu_s + request_gpu_s))
+    return float(first_gpu_s), float(with_it_gpu_s)
 
 
 # --- Whose turn -------------------------------------------------------------------------------------------------------
@@ -311,6 +355,8 @@ def take(accounts: Accounts, queue: FairQueue, line: int, model: int, request_gp
     """A waiting request starts, and is charged what it should cost; `request_gpu_s` as at `enter`."""
     group = queue.group[line]
     queue.floor_gpu_s[group] = max(queue.floor_gpu_s[group], queue.counter_gpu_s[line])
+    if queue.was_waiting[model]:
+        queue.started_gpu_s[group] += request_gpu_s
     leave(queue, line, model, request_gpu_s)
     settle(accounts, queue, line, request_gpu_s)
 
@@ -375,6 +421,22 @@ def age(accounts: Accounts, now_s: float) -> None:
     for tenant in range(len(accounts.used_gpu_s)):
         accounts.used_gpu_s[tenant] *= kept
     accounts.aged_s[0] = now_s
+
+
+@swift
+def keep_pace(queue: FairQueue, passed_s: float) -> None:
+    """Note for how long somebody waited, and let the pace at which work began forget what lies back.
+
+    What began counts when somebody waited at the last call already, and so does the time until this one.
+    """
+    kept = half_to_the(passed_s / PACE_S)
+    for model in range(len(queue.queued_s)):
+        queue.queued_s[model] *= kept
+        if queue.was_waiting[model]:
+            queue.queued_s[model] += passed_s
+        queue.was_waiting[model] = 1 if queue.model_waiting[model] > 0 else 0
+    for group in range(len(queue.started_gpu_s)):
+        queue.started_gpu_s[group] *= kept
 
 
 @swift

@@ -33,6 +33,7 @@ from waterline.policy.jit import compiled, swift
 from waterline.policy.routing import NOBODY, Prefixes, Ready, Replicas
 
 BOTH, READS, WRITES = 0, 1, 2  # what a replica does
+CAUTION = 0.7  # of the time a request may wait, it should be expected to: waits scatter, and most must be in time
 PLACES = 1 << 16  # of the queue to each model
 SLOTS_TO_WRITE = 1 << 40  # of a replica that takes over: it is never full
 PREFIX_PLACES = 1 << 18
@@ -320,7 +321,8 @@ def arrive(
         PLACES,
         desk.models.gpus[model],
         desk.models.unread_tokens[model] / desk.models.prefill_tokens_per_s[model],
-        admission.start_within_s(ttft_s, prompt_tokens - cached_tokens, desk.models.reader_tokens_per_s[model]),
+        CAUTION
+        * admission.start_within_s(ttft_s, prompt_tokens - cached_tokens, desk.models.reader_tokens_per_s[model]),
     )
     if rule == SLOT_FREE:
         replica, kept_tokens, _ = _route(desk, model, prompt_tokens, tokens, blocks, draw)
@@ -435,7 +437,10 @@ def come_back(desk: Desk, model: int, client: int, gpu_s: float) -> None:
 @swift
 def tick(desk: Desk, now_s: float) -> None:
     """Let the accounts forget. Call it once a second, and then see who may start: a limit may have been left."""
-    admission.age(desk.accounts, now_s)
+    passed_s = now_s - desk.accounts.aged_s[0]
+    if passed_s > 0.0:
+        admission.age(desk.accounts, now_s)
+        admission.keep_pace(desk.queue, passed_s)
 
 
 @swift
