@@ -3,10 +3,11 @@
     .venv/bin/python benchmarks/rehearsal.py [REQUESTS]
 
 Llama-3.1-8B on A100 cards by vLLM, priced by the cost model. Arrivals are Poisson; lengths are lognormal with the means
-of the Azure conversation trace, 1,155 prompt and 211 output tokens; nobody is refused. The event loop is compiled
-before the clock runs. Time is CPU time of this process, in the event loop and in drawing up what became of the
-requests; the best of three runs, for other work on the machine only ever adds. The oracle takes every step, in plain
-Python, on the first requests of the same traffic, and its figures are compared to the picosecond on the way.
+of the Azure conversation trace, 1,155 prompt and 211 output tokens. Three tenants ask through four clients each: one has
+a guarantee, one deserves a share, one has neither. Who cannot have a first token within 5 s is refused. The event loop
+is compiled before the clock runs. Time is CPU time of this process, in the event loop and in drawing up what became of
+the requests; the best of three runs, for other work on the machine only ever adds. The oracle takes every step, in
+plain Python, on the first requests of the same traffic, and its figures are compared to the picosecond on the way.
 
 Peers: the whole process on the 19,366 requests of the Azure conversation trace (splitwise-sim: its first 2,000),
 measured on the 2-core machine on which Waterline was begun. They ran other models and schedulers: compare orders of
@@ -26,14 +27,22 @@ from waterline import catalog
 from waterline.catalog.engines import find_engine
 from waterline.cost import step_cost
 from waterline.plan import Layout
-from waterline.rehearsal.oracle import Capacity, Step, serve
+from waterline.rehearsal.capacity import Ask, Capacity, Terms
+from waterline.rehearsal.oracle import Step, serve
 from waterline.rehearsal.station import Station, warm_up
-from waterline.workload import Request
 
 RUNS = 3
 PIECE = 1 << 16
 STEPPED = 1500  # requests for the oracle
-MEANS = {"expected_prompt_tokens": 1155, "expected_output_tokens": 211}
+PROMPT, OUTPUT = 1155, 211
+TERMS = Terms(
+    ttft_s=(5.0,),
+    output_tokens=(OUTPUT,),
+    guarantee=(0.2, 0.0, 0.0),
+    deserved=(0.5, 0.3, 0.0),
+    limit=(1.0, 1.0, 1.0),
+    tenant_of_client=(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2),
+)
 CASES = ((1, 3.0), (64, 3.0), (64, 0.5), (1000, 3.0), (1000, 0.5), (7500, 3.0), (7500, 0.15))
 GOALS = {1: 3e6, 64: 1e6, 7500: 5e5}
 PEERS = (  # name and version, replicas, requests per CPU second
@@ -70,18 +79,20 @@ def drawn(requests: int, requests_per_s: float) -> np.ndarray:
     """Return arrivals in ps, prompt tokens and output tokens, a row each."""
     generator = np.random.Generator(np.random.PCG64(7))
     arrivals_ns = np.cumsum(generator.exponential(1e9 / requests_per_s, requests)).astype(np.int64)
-    lengths = [np.rint(generator.lognormal(np.log(mean) - 0.5, 1.0, requests)) for mean in MEANS.values()]
+    lengths = [np.rint(generator.lognormal(np.log(mean) - 0.5, 1.0, requests)) for mean in (PROMPT, OUTPUT)]
     return np.stack([arrivals_ns * 1000, *(np.clip(length, 1, 8000).astype(np.int64) for length in lengths)])
 
 
 def by_events(replicas: list[Capacity], asked: np.ndarray) -> tuple[list[int], float]:
     """Return when each request was done, and the CPU seconds it took."""
-    station = Station(replicas, deadline_s=1e9, **MEANS)
+    station = Station(TERMS)
+    station.start_all(replicas, 0)
     began_s, finished = time.process_time(), []
     for begin in range(0, asked.shape[1], PIECE):
-        station.offer(*asked[:, begin : begin + PIECE])
+        piece = asked[:, begin : begin + PIECE]
+        station.offer(*piece, client=np.arange(begin, begin + piece.shape[1]) % len(TERMS.tenant_of_client))
         finished.append(station.collect().finish_ps)
-    station.drain()
+    station.finish()
     finished.append(station.collect().finish_ps)
     took_s = time.process_time() - began_s
     return np.concatenate(finished).tolist(), took_s
@@ -90,16 +101,21 @@ def by_events(replicas: list[Capacity], asked: np.ndarray) -> tuple[list[int], f
 def by_steps(replicas: list[Capacity], asked: np.ndarray) -> tuple[float, float]:
     """Return requests per CPU second and steps per request, having compared every finish."""
     requests = [
-        Request(arrival_s=arrival_ps / 1e12, prompt_tokens=prompt, output_tokens=output)
-        for arrival_ps, prompt, output in asked[:, :STEPPED].T.tolist()
+        Ask(
+            arrival_ps=arrival_ps,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            client=number % len(TERMS.tenant_of_client),
+        )
+        for number, (arrival_ps, prompt, output) in enumerate(asked[:, :STEPPED].T.tolist())
     ]
     began_s = time.process_time()
-    passages = serve(replicas, requests, deadline_s=1e9, **MEANS)
+    passages = serve(replicas, requests, TERMS)
     took_s = time.process_time() - began_s
     finished, _ = by_events(replicas, asked[:, :STEPPED])
     assert finished == [passage.finish_ps for passage in passages]
     steps: list[Step] = []
-    serve(replicas, requests, deadline_s=1e9, **MEANS, steps=steps)
+    serve(replicas, requests, TERMS, steps=steps)
     return len(requests) / took_s, len(steps) / len(requests)
 
 
