@@ -83,8 +83,8 @@ BODIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ODD: tuple[Any, ...] = (
-    None, True, 0, -1, 2**31, 2**63, 2**64 - 1, 1e308, -0.5, "", "x" * 5000, "\0", "\ud7ff", "m", [], {}, [[]], [{}],
-    [None],
+    None, True, 0, -1, 2**31, 2**63, 2**64 - 1, 1e308, -0.5, "", "x" * 5000, "\0", "\ud7ff", "m", [], {},
+    [[]], [{}], [None],
     {"": None}, {"type": "text"}, [1, "a"], list(range(300)),
 )  # fmt: skip
 TOKENS = (
@@ -205,7 +205,11 @@ class Engine(asyncio.Protocol):
             head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(models)
             self.transport.write(head + models)
             return
-        answer = answer_of(stream=bool(orjson.loads(body).get("stream")))
+        try:
+            answer = answer_of(stream=bool(orjson.loads(body).get("stream")))
+        except orjson.JSONDecodeError:
+            print(f"!the engine got what is no JSON: {body[:300]!r}")
+            answer = answer_of(stream=False)
         if self.dice:
             self.transport.write(mutated_bytes(self.dice, answer))
             self.transport.close()
@@ -336,7 +340,9 @@ async def run(port: int, size: int, seed: int, *, engine_is_bad: bool) -> Counte
             answer = await exchange(port, request, WITHIN_S if must_answer else QUIET_S)
             said = verdict(answer, must_answer=must_answer, engine_is_bad=engine_is_bad)
             if "!" in said:
-                print(f"{said}: seed {seed}, number {number}: {request[:300]!r} -> {answer[:300]!r}")
+                print(
+                    f"{said}: seed {seed}, number {number}: {request[:300]!r} -> {answer[:300]!r} … {answer[-200:]!r}"
+                )
             counts[said.partition(": ")[0]] += 1
 
     await asyncio.gather(*(one_after_the_other() for _ in range(AT_ONCE)))

@@ -111,8 +111,9 @@ class Upstream(asyncio.Protocol):
             asyncio.get_running_loop().call_later(PACE_MS / 1000, self.next_token, number)
 
     def next_token(self, number: int) -> None:
-        self.transport.write(as_chunk(EVENT))
-        self.token(number + 1)
+        if not self.transport.is_closing():
+            self.transport.write(as_chunk(EVENT))
+            self.token(number + 1)
 
 
 async def upstream() -> None:

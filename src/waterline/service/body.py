@@ -90,6 +90,8 @@ class Asked:
 def read_asked(endpoint: str, body: bytes) -> Asked:
     """Read the body of a request to CHAT, COMPLETIONS or EMBEDDINGS. Raises RejectedError naming what is wrong."""
     try:
+        if not body.isascii():
+            body.decode()  # the decoder skips over what it does not know, letters and all
         if endpoint == CHAT:
             return _read_chat(_CHAT.decode(body), body)
         if endpoint == EMBEDDINGS:
