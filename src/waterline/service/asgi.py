@@ -9,7 +9,7 @@ import uvicorn
 
 from waterline.errors import WaterlineError
 from waterline.service.errors import LONGEST_BODY_BYTES, RejectedError, error_headers, error_json, http_status
-from waterline.service.limits import GuardedProtocol
+from waterline.service.limits import ON_GONE, GuardedProtocol
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -143,8 +143,10 @@ def _too_long(longest_bytes: int) -> RejectedError:
     )
 
 
-async def unless_disconnected(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
+async def unless_disconnected(work: Coroutine[Any, Any, Result], scope: Scope, receive: Receive) -> Result:
     """Do the work; when the client goes away first, cancel it and raise ClientGoneError. The body has been read."""
+    if when_gone := scope.get(ON_GONE):
+        return await _unless_told(work, when_gone)
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(receive))
     try:
@@ -157,6 +159,30 @@ async def unless_disconnected(work: Coroutine[Any, Any, Result], receive: Receiv
         if not working.done():
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
+
+
+async def _unless_told(
+    work: Coroutine[Any, Any, Result], when_gone: Callable[[Callable[[], object] | None], None]
+) -> Result:
+    """Do the same without a task that waits for the client: our own server tells."""
+    task, is_gone = asyncio.current_task(), False
+    assert task is not None  # noqa: S101 - a coroutine runs in a task
+
+    def leave() -> None:
+        nonlocal is_gone
+        is_gone = True
+        task.cancel()
+
+    when_gone(leave)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not is_gone:
+            raise
+        task.uncancel()
+        raise ClientGoneError from None
+    finally:
+        when_gone(None)
 
 
 async def _disconnected(receive: Receive) -> None:

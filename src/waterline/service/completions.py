@@ -167,7 +167,7 @@ class Completions:
         request = Request(
             endpoint=endpoint, body=body, caller=caller, headers=scope["headers"], id=scope["waterline.id"], scope=scope
         )
-        await unless_disconnected(self.submit(request, reply), receive)
+        await unless_disconnected(self.submit(request, reply), scope, receive)
 
     async def submit(self, request: Request, reply: Reply) -> "Future[None] | None":
         """Answer one request, wherever it comes from; cancel this when nobody wants the answer any more.

@@ -5,7 +5,7 @@ uvicorn parses HTTP; this keeps whoever sends it within bounds, at no cost for a
 
 import asyncio
 import resource
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from functools import cache
 from http import HTTPStatus
 from typing import Any, ClassVar, cast
@@ -22,7 +22,7 @@ LINGERS_S = 1.0  # a connection that was refused, for its client to read why
 FILES_KEPT = 128  # descriptors that are not for clients: engines' pipes, the ledger, the log
 FILES_PER_REQUEST = 2  # its client's connection, and one to an engine
 MOST_FILES = 2**20
-SLOW = "waterline.slow"  # a key of the scope
+SLOW, ON_GONE = "waterline.slow", "waterline.on_gone"  # keys of the scope
 
 
 @cache
@@ -48,6 +48,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unread_bytes = 0  # of a body whose request has been answered before its end
         self._problem: RejectedError | None = None
         self._refused = False
+        self._on_gone: Callable[[], object] | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._read_timer: asyncio.TimerHandle | None = None
 
@@ -64,6 +65,8 @@ class GuardedProtocol(HttpToolsProtocol):
             if timer:
                 timer.cancel()
         super().connection_lost(exc)
+        if self._on_gone:
+            self._on_gone()
 
     def data_received(self, data: bytes) -> None:
         if self._refused or self.transport.is_closing():
@@ -93,7 +96,14 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._head_timer:
             self._head_timer.cancel()
             self._head_timer = None
+        cast("dict[str, Any]", self.scope)[ON_GONE] = self.when_gone
         super().on_headers_complete()
+
+    def when_gone(self, tell: Callable[[], object] | None) -> None:
+        """Call this when the client goes away; one request is answered at a time, and the last one who asks is told."""
+        self._on_gone = tell
+        if tell and self.transport.is_closing():
+            self.loop.call_soon(tell)
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)

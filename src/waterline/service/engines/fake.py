@@ -189,7 +189,7 @@ class FakeApp:
                 await reply.whole(200, orjson.dumps(models), [JSON])
             elif path in {f"/v1{CHAT}", f"/v1{COMPLETIONS}"}:
                 asked = read_asked(path.removeprefix("/v1"), await read_body(scope, receive))
-                await unless_disconnected(self._answer(asked, path == f"/v1{CHAT}", reply), receive)
+                await unless_disconnected(self._answer(asked, path == f"/v1{CHAT}", reply), scope, receive)
             else:
                 raise RejectedError(f"There is nothing at {path}.", status=404)
         except WaterlineError as error:
