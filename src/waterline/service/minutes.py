@@ -213,11 +213,11 @@ class Minutes:
 
     async def _tell(self, signal: dict[str, Any]) -> None:
         """Let the tide learn of a signal, keep it, and do what is decided."""
-        self._write(self._signals, signal_line(signal))
-        if signal["signal"] == "load":  # many, and each is nothing
-            feed(self.roster.tide, signal)
-            return
-        moves, rows = await asyncio.to_thread(feed, self.roster.tide, signal)
+        if signal["signal"] == "tick":
+            moves, rows = await asyncio.to_thread(feed, self.roster.tide, signal)
+        else:
+            moves, rows = feed(self.roster.tide, signal)
+        self._write(self._signals, signal_line(signal))  # with what follows from it, or not at all
         if moves is None:
             return
         self._write(self._decisions, decision_lines(rows, self.roster))
