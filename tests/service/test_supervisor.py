@@ -200,33 +200,43 @@ def test_a_process_that_ignores_sigterm_is_killed_after_its_grace() -> None:
     assert 0.9 <= asyncio.run(case()) <= 3.0
 
 
-def test_a_killed_engine_is_restarted_and_serves_again() -> None:
+def test_a_killed_engine_is_restarted_and_requests_wait_for_it() -> None:
     async def case() -> None:
-        async with served(fake_plan()) as service:
+        async with served(fake_plan(ttft_s=60.0)) as service:
             states = service.supervisor.states
             old = states["chat/0"].pid
             assert old
             os.kill(old, signal.SIGKILL)
-            with pytest.raises(openai.InternalServerError) as caught:  # whether the death has been noticed or not
-                await service.openai.chat.completions.create(model="chat", messages=QUESTION)
-            assert caught.value.status_code == 503
-            assert int(caught.value.response.headers["retry-after"]) >= 1
+            chat = service.openai.chat.completions
+            caught = asyncio.create_task(chat.create(model="chat", messages=QUESTION))
             await until(lambda: states["chat/0"].status == "backing off")
             assert "SIGKILL" in states["chat/0"].reason
-            async with aiohttp.ClientSession() as session:
-                async with session.get(f"{service.url}/health") as health:
-                    assert (health.status, (await health.json())["status"]) == (503, "not ready")
-                body = {"model": "chat", "messages": QUESTION}
-                async with session.post(f"{service.url}/v1/chat/completions", json=body) as reply:
-                    assert reply.status == 503
-                    assert int(reply.headers["retry-after"]) >= 1
-                    assert (await reply.json())["error"]["code"] == "model_not_ready"
-            await until(lambda: states["chat/0"].status == "ready", within_s=20)
+            async with aiohttp.ClientSession() as session, session.get(f"{service.url}/health") as health:
+                assert (health.status, (await health.json())["status"]) == (503, "not ready")
+            await until(lambda: states["chat/0"].status == "ready")
             assert states["chat/0"].restarts == 1
             assert states["chat/0"].pid != old
-            await service.openai.chat.completions.create(model="chat", messages=QUESTION)
+            await caught
+            assert [one.status for one in service.completions] == ["ok"]
 
     asyncio.run(case())
+
+
+def test_who_cannot_wait_until_a_killed_engine_is_back_is_told_when_to_come_back() -> None:
+    async def case() -> openai.APIStatusError:
+        async with served(fake_plan(ttft_s=0.1)) as service:
+            pid = service.supervisor.states["chat/0"].pid
+            assert pid
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: service.supervisor.states["chat/0"].status == "backing off")
+            with pytest.raises(openai.APIStatusError) as caught:
+                await service.openai.chat.completions.create(model="chat", messages=QUESTION)
+            return caught.value
+
+    refused = asyncio.run(case())
+    assert refused.status_code == 503
+    assert int(refused.response.headers["retry-after"]) >= 1
+    assert refused.code == "model_not_ready"
 
 
 def test_while_one_of_two_replicas_is_down_the_other_serves() -> None:
