@@ -53,7 +53,7 @@ def resume(asked: Asked, path: str, said: Said, dialect: Dialect, max_context_to
     fields = asked.fields
     said.forget_unspoken()
     if path not in {CHAT, COMPLETIONS} or said.unknown:
-        raise RefusedError("nobody here knows the form of this answer")
+        raise RefusedError("the form of this answer is not known here.")
     if not said.texts:
         return _once_more(fields, path, said, dialect)
     if ended(asked, said):
@@ -67,7 +67,7 @@ def resume(asked: Asked, path: str, said: Said, dialect: Dialect, max_context_to
         return Resume(path=path, fields=body | _wishes(path, dialect), weave=weave)
     if fields.get("temperature") == 0 or fields.get("seed") is not None or fields.get("top_k") == 1:
         return _once_more(fields, path, said, dialect)
-    raise RefusedError(obstacle or "its engine cannot be handed what was said before")
+    raise RefusedError(f"{obstacle or 'its engine cannot be handed what was said before'}.")
 
 
 def ended(asked: Asked, said: Said) -> bool:

@@ -170,8 +170,10 @@ class Passages:
                 if reply.begun and await _end_alone(passage, reply):
                     break
                 passage.place.move(frozenset(failures.avoid))
-            except RefusedError as why:
-                raise BrokenStreamError(f"The engine broke off, and nobody can go on: {why}.") from why
+            except (RefusedError, RejectedError) as why:
+                if not reply.begun:
+                    raise
+                raise BrokenStreamError(f"The engine broke off, and nobody can go on: {why}") from why
             else:
                 self.health.served(replica)
                 break

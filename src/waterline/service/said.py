@@ -14,7 +14,7 @@ import orjson
 from waterline.service.events import UNKNOWN, Choice, Delta, Event
 
 THINKING = ("reasoning_content", "reasoning")  # what engines call it
-PIECES = 1024  # are joined, so that a long answer is few objects
+PIECES = 256  # are joined, so that a long answer is few objects
 STAMP = ("id", "created", "model", "object", "system_fingerprint")  # what every event of a stream repeats
 
 Channel = tuple[int, str]  # the answer, by its index, and the part of it
