@@ -169,12 +169,12 @@ def test_a_sweep_is_of_a_fleet_file_and_of_no_page(fleet: Path, tmp_path: Path) 
 
 
 def points(fleet: Path) -> list[Point]:
-    asked = Question(trace=None, columns="", traffic="", surges=(), duration_s=20.0, seed=3)
+    asked = Question(trace=None, columns="", traffic="", surges=(), failures=(), duration_s=20.0, seed=3)
     changed = []
     for nodes in (1, 2):
         data = read_fleet_file(fleet)
         set_key(data, "pools.a.100.nodes", nodes, fleet)
-        changed.append(Point(data, fleet, "static", asked))
+        changed.append(Point(data, fleet, "waterline", asked))
     return changed
 
 

@@ -44,6 +44,7 @@ class Question:
     columns: str
     traffic: str
     surges: tuple[str, ...]
+    failures: tuple[str, ...]
     duration_s: float | None
     seed: int
 
@@ -57,6 +58,7 @@ class Question:
         watch: "Callable[[Progress], bool]" = lambda _: True,
     ) -> "Rehearsal":
         from waterline import rehearsal
+        from waterline.rehearsal.failures import parse_failure
         from waterline.workload.files import open_trace
         from waterline.workload.grammar import parse_surge, parse_traffic
 
@@ -71,6 +73,7 @@ class Question:
             seed=self.seed,
             duration_s=self.duration_s,
             surges=surges,
+            failures=[parse_failure(failure) for failure in self.failures],
             keep=keep,
             policy=policy,
             decisions=decisions,
@@ -103,6 +106,7 @@ def file_option(name: str, text: str, *more: str) -> Callable[[Any], Any]:
 @click.option("--columns", metavar="MAP", default="", help="Of the trace: arrival=ts,prompt=in,output=out,tenant=team.")
 @click.option("--traffic", metavar="CHANGES", default="", help="Change the trace: 'x2, repeat 7 every 24h'.")
 @click.option("--surge", "surges", metavar="SURGE", multiple=True, help="public:10x@20:00+2h; may be given again.")
+@click.option("--fail", "failures", metavar="NODE", multiple=True, help="A node goes down: h800:3@20:30+2h; again.")
 @click.option("--duration", type=Duration(), metavar="TIME", help="Only so much of the traffic: 90s, 15m, 2h.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of drawn arrivals.")
 @click.option(
@@ -120,6 +124,7 @@ def rehearse(
     columns: str,
     traffic: str,
     surges: tuple[str, ...],
+    failures: tuple[str, ...],
     duration: float | None,
     seed: int,
     policy: str,
@@ -147,7 +152,9 @@ def rehearse(
     for option, file in (("--output", output), ("--html", html), ("--decisions", decisions)):
         if file == Path("-"):
             raise InputError(f"{option} names a file, and '-' is none. To print there: {option} /dev/stdout")
-    question = Question(trace=trace, columns=columns, traffic=traffic, surges=surges, duration_s=duration, seed=seed)
+    question = Question(
+        trace=trace, columns=columns, traffic=traffic, surges=surges, failures=failures, duration_s=duration, seed=seed
+    )
     if sweeps or ray:
         if len(fleet_or_plan) > 1 or html or decisions or not sweeps:
             raise InputError(
@@ -175,19 +182,21 @@ def tell(found: Rehearsed, *, output: Path | None, html: Path | None, decisions:
 
     if output:
         rehearse_files.write_completions(found.happened.completions, output)
-    digest = rehearse_files.write_decisions(found.happened, decisions) if decisions else ""
+    if decisions:
+        rehearse_files.write_decisions(found.happened, decisions)
     if html:
         from waterline.cli.rehearse_page import write_page
 
         write_page([found], html)
     if as_json:
-        click.echo(rehearse_files.to_json(rehearse_files.as_data(found, digest)))
+        click.echo(rehearse_files.to_json(rehearse_files.as_data(found)))
         return
     from waterline.cli.rehearse_table import show
 
     show(found)
-    if digest:
-        click.echo(f"{len(found.happened.decisions):,} decisions written to {decisions}, sha256 {digest}")
+    if decisions:
+        click.echo(f"{len(found.happened.decisions):,} decisions written to {decisions}.")
+        click.echo(f"sha256 of those about replicas: {found.happened.digest}")
     if html:
         click.echo(f"Written to {html}. Open it in a browser.")
 

@@ -1,7 +1,6 @@
 """What a rehearsal leaves for programs: one object of JSON, every request as CSV, every decision as a line."""
 
 import csv
-import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
@@ -14,7 +13,7 @@ import numpy as np
 from waterline.cli.day import PUBLIC
 from waterline.errors import InputError
 from waterline.outcome import Completion, Summary
-from waterline.policy.decisions import as_json, canonical_bytes
+from waterline.policy.decisions import as_json
 from waterline.workload import write_whole
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def to_json(data: Any) -> str:
     return msgspec.json.format(msgspec.json.encode(data), indent=2).decode()
 
 
-def as_data(found: "Rehearsed", digest: str = "") -> dict[str, Any]:
+def as_data(found: "Rehearsed") -> dict[str, Any]:
     """Return all there is to say of a rehearsal; the same input gives the same, but for the speed."""
     happened, plan = found.happened, found.plan
     total, *parts = happened.summaries
@@ -53,7 +52,7 @@ def as_data(found: "Rehearsed", digest: str = "") -> dict[str, Any]:
         "lent": happened.lent,
         "jobs": happened.jobs,
         "moves": [_without_nan(asdict(move)) for move in happened.moves],
-        "decisions_sha256": digest or None,
+        "decisions_sha256": happened.digest,
         "timeline": timeline_data(happened, plan.fleet.gpus),
     }
 
@@ -119,11 +118,10 @@ def write_rows(names: Sequence[str], rows: Iterable[dict[str, Any]], path: Path)
     _write(path, file.getvalue().encode(), "--output")
 
 
-def write_decisions(happened: "Rehearsal", path: Path) -> str:
-    """Write a line for every decision; return the digest of their rows, the same wherever the same was decided."""
-    rows = happened.decisions
-    _write(path, b"".join(as_json(row, dict(happened.names)) for row in rows), "--decisions")
-    return hashlib.sha256(canonical_bytes(rows)).hexdigest()
+def write_decisions(happened: "Rehearsal", path: Path) -> None:
+    """Write a line for every decision, about replicas and about requests, in the order of time."""
+    names = dict(happened.names)
+    _write(path, b"".join(as_json(row, names) for row in happened.decisions), "--decisions")
 
 
 def _write(path: Path, data: bytes, option: str) -> None:

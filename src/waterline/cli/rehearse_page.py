@@ -207,7 +207,7 @@ def _heat(one: "Rehearsed", axis: Axis, *, several: bool) -> str:
     line = one.happened.timeline
     groups = heat_rows([(where.model, where.pool) for where in one.happened.replicas], MOST_ROWS)
     present, busy = (
-        fewer(np.array([values[own].mean(axis=0) for _, own in groups]).reshape(len(groups), -1), MOST_COLUMNS // 2)
+        fewer(np.array([values[own].mean(axis=0) for _, own in groups] or line.busy), MOST_COLUMNS // 2)
         for values in (line.present, line.busy)
     )
     step_s = line.step_s * -(-line.steps // (MOST_COLUMNS // 2))
