@@ -103,10 +103,10 @@ def stacked(
 
 
 def lines(
-    title: str, said: str, axis: Axis, step_s: float, rows: Mapping[str, Reals], colours: Mapping[str, str]
+    title: str, said: str, axis: Axis, step_s: float, rows: Mapping[str, Reals], top: float, colours: Mapping[str, str]
 ) -> str:
-    top = nice(max((float(values.max(initial=0.0)) for values in rows.values()), default=0.0))
-    drawn = [_grid(top, lambda value: f"{value:,.3g}")]
+    """Draw a line each, up to `top`."""
+    drawn = [_grid(top, lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")]
     for who, values in rows.items():
         corners = points(_steps(axis, step_s, values, top))
         drawn.append(f'<polyline class="line" points="{corners}" style="stroke: var({colours[who]})"/>')

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from waterline.cli.rehearse_table import kwh_text, per_million_text, percentiles_text
+from waterline.cli.rehearse_table import hours_text, kwh_text, per_million_text, percentiles_text
 from waterline.cli.tables import console, draw
 from waterline.errors import InputError
 from waterline.units import usd_text
@@ -136,9 +136,9 @@ def _of_fleet(found: "Sequence[Rehearsed]") -> list[Line]:
     happened = [one.happened for one in found]
     for tenant in dict.fromkeys(name for one in happened for name in one.timeline.tenants):
         hours = [one.timeline.gpu_hours_of(tenant) if tenant in one.timeline.tenants else None for one in happened]
-        add(f"GPU-h of {tenant}", hours, lambda value: f"{value:,.3g}")
-    add("GPU-h lent", [sum(lent.gpu_hours for lent in one.lent) for one in happened], lambda value: f"{value:,.3g}")
-    add("job GPU-h kept", [sum(job.gpu_hours for job in one.jobs) for one in happened], lambda value: f"{value:,.3g}")
+        add(f"GPU-h of {tenant}", hours, hours_text)
+    add("GPU-h lent", [sum(lent.gpu_hours for lent in one.lent) for one in happened], hours_text)
+    add("job GPU-h kept", [sum(job.gpu_hours for job in one.jobs) for one in happened], hours_text)
     add(
         "job GPU-h lost",
         [sum(job.lost_gpu_hours for job in one.jobs) for one in happened],

@@ -19,6 +19,7 @@ from waterline.cli.day import IDLE, PUBLIC, SPARE, gpus_text
 from waterline.cli.markup import fill, for_script, legend, table, write
 from waterline.cli.rehearse_table import (
     energy_said,
+    hours_text,
     kwh_text,
     moves_said,
     per_million_text,
@@ -50,10 +51,10 @@ def page(found: "Sequence[Rehearsed]") -> str:
     colours = _colours(found)
     steps = _readings(found, axis)
     first = found[0]
-    name = first.plan.fleet.name if len(found) == 1 else ", ".join(one.name for one in found)
+    names = f": {', '.join(one.name for one in found)}" if len(found) > 1 else ""
     return fill(
         "rehearse.html",
-        name=escape(name),
+        name=escape(f"{first.plan.fleet.name}{names}"),
         version=escape(waterline.__version__),
         lead=escape(_lead(found)),
         top=_figures(first) if len(found) == 1 else _comparison(found),
@@ -93,7 +94,7 @@ def _figures(one: "Rehearsed") -> str:
         figures.append(("energy", kwh_text(total.kwh), f"{kwh_text(happened.idle_kwh or 0.0)} more idle"))
     if happened.jobs:
         kept, lost = (sum(getattr(job, name) for job in happened.jobs) for name in ("gpu_hours", "lost_gpu_hours"))
-        figures.append(("work of jobs kept", f"{kept:,.3g} GPU-h", f"{lost:,.3g} GPU-h lost to stops"))
+        figures.append(("work of jobs kept", f"{hours_text(kept)} GPU-h", f"{hours_text(lost)} GPU-h lost to stops"))
     drawn = "\n".join(
         f"<div><dt>{escape(what)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>"
         for what, value, more in figures
@@ -151,19 +152,11 @@ def _charts(found: "Sequence[Rehearsed]", axis: Axis, colours: dict[str, str]) -
             ),
         )
     asking = [name for name in tenants if any(_asks(one, name) for one in found)]
-    yield '<h2>Requests waiting</h2><p class="soft">Taken, and without a first token yet.</p>'
-    yield legend(asking, colours, SAID)
-    for one in found:
-        line = one.happened.timeline
-        rows = {
-            name: fewer(line.waiting[line.tenants.index(name)], MOST_COLUMNS) for name in asking if _asks(one, name)
-        }
-        most = ", ".join(f"{name} {values.max():,.1f}" for name, values in rows.items())
-        said = f"At most, in the mean over a step: {most or 'none'}."
-        yield _titled(
-            one.name if several else "", charts.lines("Requests waiting", said, axis, _step_s(one), rows, colours)
-        )
-    yield from _refused(found, axis, colours, asking)
+    yield from _lines(
+        found, axis, colours, asking, "waiting", "Requests waiting", "Taken, and without a first token yet."
+    )
+    if any(one.happened.summaries[0].refused for one in found):
+        yield from _lines(found, axis, colours, asking, "refused_per_s", "Requests refused", "Each second.")
     for heading, name in (("Time to first token", "ttft"), ("Time to last token", "latency")):
         yield from _shares(found, heading, name, colours)
     yield (
@@ -174,18 +167,28 @@ def _charts(found: "Sequence[Rehearsed]", axis: Axis, colours: dict[str, str]) -
         yield _heat(one, axis, several=several)
 
 
-def _refused(
-    found: "Sequence[Rehearsed]", axis: Axis, colours: dict[str, str], tenants: Sequence[str]
+def _lines(
+    found: "Sequence[Rehearsed]",
+    axis: Axis,
+    colours: dict[str, str],
+    tenants: Sequence[str],
+    name: str,
+    heading: str,
+    note: str,
 ) -> Iterable[str]:
-    if not any(one.happened.summaries[0].refused for one in found):
-        return
-    yield '<h2>Requests refused</h2><p class="soft">Each second.</p>'
-    yield legend(tenants, colours, SAID)
+    """Draw what of a timeline `name` says, a line for each tenant; the same scale for all rehearsals."""
+    drawn = []
     for one in found:
         line = one.happened.timeline
-        rows = {name: fewer(line.refused_per_s[line.tenants.index(name)], MOST_COLUMNS) for name in tenants}
-        said = ", ".join(f"{summary.tenant} {summary.refused:,} in all" for summary in one.happened.by_tenant)
-        chart = charts.lines("Requests refused each second", f"{said}.", axis, _step_s(one), rows, colours)
+        rows = zip(line.tenants, getattr(line, name), strict=True)
+        drawn.append({tenant: fewer(values, MOST_COLUMNS) for tenant, values in rows if tenant in tenants})
+    top = charts.nice(max((float(values.max()) for rows in drawn for values in rows.values()), default=0.0))
+    yield f'<h2>{heading}</h2><p class="soft">{note}</p>'
+    yield legend(tenants, colours, SAID)
+    for one, of_tenants in zip(found, drawn, strict=True):
+        most = ", ".join(f"{tenant} {values.max():,.1f}" for tenant, values in of_tenants.items())
+        said = f"At most, in the mean over a step: {most or 'none'}."
+        chart = charts.lines(heading, said, axis, _step_s(one), of_tenants, top, colours)
         yield _titled(one.name if len(found) > 1 else "", chart)
 
 
@@ -310,12 +313,12 @@ def _tables(one: "Rehearsed", *, several: bool) -> Iterable[str]:
         yield _summaries(caption, ["client", "tenant"], most)
     if happened.lent:
         rows = [
-            [one.lender or "(nobody deserves them)", one.borrower, f"{one.gpu_hours:,.3g}"] for one in happened.lent
+            [one.lender or "(nobody deserves them)", one.borrower, hours_text(one.gpu_hours)] for one in happened.lent
         ]
         yield f"<h2>Lent{after}</h2>" + table("GPU-hours", ["lender", "borrower", "GPU-h"], rows, text_columns=2)
     if happened.jobs:
         rows = [
-            [job.job, job.tenant, f"{job.gpu_hours:,.3g}", f"{job.lost_gpu_hours:,.3g}", f"{job.stops:,}"]
+            [job.job, job.tenant, hours_text(job.gpu_hours), hours_text(job.lost_gpu_hours), f"{job.stops:,}"]
             for job in happened.jobs
         ]
         heads = ["job", "tenant", "GPU-h kept", "GPU-h lost", "stops"]
@@ -337,7 +340,7 @@ def _summaries(caption: str, names: Sequence[str], summaries: "Sequence[Summary]
             *(percentiles_text(times_s) for times_s in (one.ttft_s, one.tpot_s, one.latency_s)),
             f"{one.slo_fraction:.2%}",
             f"{one.goodput_per_s:,.3g}",
-            f"{one.gpu_hours:,.3g}",
+            hours_text(one.gpu_hours),
             usd_text(one.usd),
             per_million_text(one),
         ]
@@ -357,7 +360,7 @@ def _moves(moves: "Sequence[Move]") -> str:
             f"{move.victim} of {move.victim_tenant}" if move.victim else "-",
             f"{move.pool} {move.node}" if move.node >= 0 else move.pool,
             f"{move.gpus:,}",
-            f"{move.cost_gpu_s / 3600:,.3g}" if move.cost_gpu_s else "-",
+            hours_text(move.cost_gpu_s / 3600),
             *("-" if time_s != time_s else elapsed(time_s) for time_s in (move.deadline_s, move.done_s)),  # noqa: PLR0124 - NaN
         ]
         for move in moves[:MOST_MOVES]

@@ -124,9 +124,9 @@ def _draw_gpus(screen: "Console", found: "Rehearsed") -> None:
                 gpus_text(line.gpu_hours_of(tenant) * 3600 / max(1e-9, line.end_s)),
                 gpus_text(float(gpus.max())),
                 over_time(gpus, LINE),
-                _hours_text(line.gpu_hours_of(tenant)),
-                _hours_text(borrowed),
-                _hours_text(given),
+                hours_text(line.gpu_hours_of(tenant)),
+                hours_text(borrowed),
+                hours_text(given),
                 f"{most:,.0f}" if (most := float(line.waiting[index].max())) >= 10 else f"{most:.1f}",
             )
         )
@@ -139,7 +139,7 @@ def _draw_gpus(screen: "Console", found: "Rehearsed") -> None:
 
 def _draw_jobs(screen: "Console", happened: "Rehearsal") -> None:
     rows = [
-        (one.job, one.tenant, _hours_text(one.gpu_hours), _hours_text(one.lost_gpu_hours), f"{one.stops:,}")
+        (one.job, one.tenant, hours_text(one.gpu_hours), hours_text(one.lost_gpu_hours), f"{one.stops:,}")
         for one in happened.jobs
     ]
     if rows:
@@ -206,5 +206,5 @@ def percentiles_text(times_s: "Percentiles | None") -> str:
     return "/".join(f"{value:.{places}f}" for value, places in zip(values, digits, strict=True)) + f" {unit}"
 
 
-def _hours_text(gpu_hours: float) -> str:
+def hours_text(gpu_hours: float) -> str:
     return "-" if gpu_hours < 0.0005 else f"{gpu_hours:,.0f}" if gpu_hours >= 100 else f"{gpu_hours:.3g}"
