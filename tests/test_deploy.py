@@ -14,7 +14,18 @@ import pytest
 from waterline.cli.up import up
 from waterline.outcome import Completion
 from waterline.service.metrics import Metrics
-from waterline.snapshot import EjectionNow, JobNow, LedgerNow, ModelNow, MoveNow, ReplicaNow, Snapshot, TenantNow, Use
+from waterline.snapshot import (
+    BatchNow,
+    EjectionNow,
+    JobNow,
+    LedgerNow,
+    ModelNow,
+    MoveNow,
+    ReplicaNow,
+    Snapshot,
+    TenantNow,
+    Use,
+)
 from waterline.workload import Slo
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +52,7 @@ def told() -> set[str]:
         replicas=(ReplicaNow(id="m/0", model="m", tenant="", pool="a", node=0, gpus=1, state="ready"),),
         replica_states={},
         jobs=(JobNow(job="j", tenant="public", state="running"),),
+        batches=(BatchNow(id="b", tenant="public", client="", status="in_progress", requests=9, ended=4, left_s=1.0),),
         ledger=LedgerNow(waiting_rows=0, lag_s=0.0),
     )
     metrics = Metrics({"m": Slo(ttft_s=1.0, tpot_s=1.0)}, lambda: now)

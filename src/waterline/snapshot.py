@@ -14,6 +14,7 @@ from waterline.outcome import Percentiles
 PUBLIC = "public"  # the tenant whose GPUs are the waterline
 KEY_VARIABLE = "WATERLINE_ADMIN_KEY"  # of the environment: what a service asks of operators, and what they show
 MOST_REPLICAS = 200  # that `public_view` names one by one
+MOST_BATCHES = 20  # likewise
 
 Health = Literal["ok", "not ready", "stopping"]  # not ready: a model has no replica that is
 HEALTHS: tuple[Health, ...] = get_args(Health)
@@ -112,6 +113,18 @@ class JobNow(Struct, frozen=True, kw_only=True):
     stops: int = 0  # how often it had to yield
 
 
+class BatchNow(Struct, frozen=True, kw_only=True):
+    """One batch that this gateway runs."""
+
+    id: str
+    tenant: str
+    client: str  # "": somebody's
+    status: str  # "validating", "in_progress", "finalizing", "cancelling"
+    requests: int  # 0 until they have been counted
+    ended: int  # of them
+    left_s: float  # of its window
+
+
 class MoveNow(Struct, frozen=True, kw_only=True):
     """GPUs that went, or are about to go, from one use to another, and why."""
 
@@ -160,6 +173,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     replicas: tuple[ReplicaNow, ...]
     replica_states: dict[str, int]  # how many replicas are in each state
     jobs: tuple[JobNow, ...] = ()
+    batches: tuple[BatchNow, ...] = ()
     moves: tuple[MoveNow, ...] = ()  # the latest, newest first
     ejections: tuple[EjectionNow, ...] = ()  # likewise
     ledger: LedgerNow | None = None  # None: nothing is written
@@ -178,7 +192,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     def public_view(self) -> "Snapshot":
         """Return what anybody may see: nothing of single clients, and of many replicas those that need attention."""
         shown = sorted(self.replicas, key=lambda replica: (replica.state == "ready", not replica.reason))
-        return replace(self, queues=_over_clients(self.queues), replicas=tuple(shown[:MOST_REPLICAS]))
+        batches = tuple(replace(batch, client="") for batch in self.batches[:MOST_BATCHES])
+        return replace(self, queues=_over_clients(self.queues), replicas=tuple(shown[:MOST_REPLICAS]), batches=batches)
 
 
 def _over_clients(queues: Iterable[QueueNow]) -> tuple[QueueNow, ...]:

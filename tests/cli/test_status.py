@@ -54,7 +54,7 @@ NOW = Snapshot(
             tpot_s=Percentiles(mean=0.02, p50=0.02, p90=0.03, p99=0.04),
         ),
     ),
-    queues=(QueueNow(model="chat", tenant="public", client="", waiting=3, oldest_s=2.5),),
+    queues=(QueueNow(model="chat", tenant="public", client="alice", waiting=3, oldest_s=2.5),),
     replicas=(
         ReplicaNow(id="chat/0", model="chat", tenant="", pool="a", node=0, gpus=4, state="ready"),
         ReplicaNow(
@@ -115,6 +115,7 @@ def test_once_says_everything_without_colour() -> None:
     assert "1.7 s !" in text, "beyond the SLO, told without colour"
     assert "1 of 2" in text
     assert "2.5 s" in text
+    assert "public/alice 3" in text
     assert "start: chat of public, 4 GPUs of a (borrow idle)" in text
     assert "Replicas: 1 ready, 1 suspect" in text
 

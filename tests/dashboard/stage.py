@@ -14,6 +14,7 @@ from waterline.errors import UnknownNameError
 from waterline.outcome import Percentiles
 from waterline.service.asgi import HttpServer
 from waterline.snapshot import (
+    BatchNow,
     EjectionNow,
     JobNow,
     LatencyNow,
@@ -111,6 +112,11 @@ def quiet() -> Snapshot:
             ),
         ),
         ejections=(EjectionNow(at_s=AT_S - 300, replica="small/9", reason="5 failures in a row: connection reset"),),
+        batches=(
+            BatchNow(
+                id="batch_1", tenant="public", client="alice", status="in_progress", requests=5000, ended=1250, left_s=70_000.0
+            ),
+        ),
         ledger=LedgerNow(waiting_rows=3, lag_s=0.004),
         problems=("Replica 'small/9' is backing off: The engine of replica 'small/9' failed: CUDA out of memory.",),
     )  # fmt: skip

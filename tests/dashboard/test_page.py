@@ -69,6 +69,8 @@ def test_everything_that_matters_is_said_in_words(address: str) -> None:
                 "public makes room for small: 2 GPUs of mi300; ablation of research ends within 30 s",
                 "reclaim: The claimant stays within what it deserves",
                 "5 failures in a row",
+                "batch_1",
+                "25 %",
                 "15 ready, 1 backing off",
             ):
                 assert words in text

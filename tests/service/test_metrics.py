@@ -9,6 +9,7 @@ from serving import QUESTION, fake_plan, served
 from waterline.outcome import Completion
 from waterline.service.metrics import Metrics
 from waterline.snapshot import (
+    BatchNow,
     EjectionNow,
     JobNow,
     LedgerNow,
@@ -56,6 +57,7 @@ def snapshot(clients: int = 1, replicas: int = 1) -> Snapshot:
         ),
         replica_states={"ready": replicas},
         jobs=(JobNow(job="pretrain", tenant="research", state="running", gpus=8),),
+        batches=(BatchNow(id="b", tenant="public", client="c", status="in_progress", requests=9, ended=4, left_s=1.0),),
         ledger=LedgerNow(waiting_rows=5, lag_s=0.25),
     )
 
@@ -114,6 +116,8 @@ def test_how_things_are_is_read_from_the_snapshot() -> None:
     assert told["waterline_replicas", (("model", "chat"), ("pool", "a"), ("state", "ready"))] == 1
     assert told["waterline_jobs", (("job", "pretrain"), ("state", "running"), ("tenant", "research"))] == 1
     assert told["waterline_ledger_lag_seconds", ()] == 0.25
+    assert told["waterline_batches", (("status", "in_progress"), ("tenant", "public"))] == 1
+    assert told["waterline_batch_requests_left", (("tenant", "public"),)] == 5
 
 
 def test_more_clients_and_replicas_make_no_more_series() -> None:

@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from waterline.snapshot import LatencyNow, ModelNow, MoveNow, Snapshot, TenantNow
+    from waterline.snapshot import LatencyNow, ModelNow, MoveNow, QueueNow, Snapshot, TenantNow
 
 URL = "http://127.0.0.1:8001"  # of what `waterline up` starts by itself
 EVERY_S = 1.0
@@ -19,6 +19,7 @@ ANSWER_S = 5.0
 BAR = 24  # characters, for all GPUs of the fleet
 MOST_MOVES = 5
 MOST_REPLICAS = 12
+MOST_QUEUES = 5
 HEALTH = {"ok": "serving", "not ready": "NOT READY", "stopping": "STOPPING"}
 
 
@@ -29,7 +30,7 @@ HEALTH = {"ok": "serving", "not ready": "NOT READY", "stopping": "STOPPING"}
 def status(url: str, *, once: bool, as_json: bool) -> None:
     """Show how a running service is, until Ctrl-C: GPUs above and below the water, queues, latencies, moves.
 
-    Elsewhere than on its own machine a service wants its admin key, in WATERLINE_ADMIN_KEY.
+    With the admin key in WATERLINE_ADMIN_KEY it names clients too; from elsewhere the key is needed for all of it.
 
     \b
     waterline status
@@ -87,7 +88,8 @@ def fetch_snapshot(url: str) -> "Snapshot":
     if not url.startswith(("http://", "https://")):
         raise InputError(f"--url {url} is no address. Write it like {URL}")
     key = os.environ.get(KEY_VARIABLE, "")
-    asked = Request(url.rstrip("/") + "/snapshot", headers={"authorization": f"Bearer {key}"} if key else {})  # noqa: S310 - see above
+    path = "/admin/snapshot" if key else "/snapshot"
+    asked = Request(url.rstrip("/") + path, headers={"authorization": f"Bearer {key}"} if key else {})  # noqa: S310 - see above
     try:
         with build_opener(ProxyHandler({})).open(asked, timeout=ANSWER_S) as answer:
             return msgspec.json.decode(answer.read(), type=Snapshot)
@@ -127,6 +129,9 @@ def view(now: "Snapshot") -> "Iterator[RenderableType]":
     if now.jobs:
         yield ""
         yield _jobs(now)
+    if now.batches:
+        left = sum(batch.requests - batch.ended for batch in now.batches)
+        yield f"\nBatches: {len(now.batches)} under way, {left:,} requests left"
     if now.moves:
         yield "\n".join(["", "Moves", *(_move(move) for move in now.moves[:MOST_MOVES])])
     yield ""
@@ -169,7 +174,7 @@ def _models(now: "Snapshot") -> "RenderableType":
     from waterline.units import seconds_text
 
     def row(model: "ModelNow") -> tuple[str, ...]:
-        queues = [queue for queue in now.queues if queue.model == model.model]
+        queues = sorted((queue for queue in now.queues if queue.model == model.model), key=lambda one: -one.waiting)
         oldest_s = max((queue.oldest_s for queue in queues), default=0.0)
         return (
             model.model,
@@ -177,11 +182,15 @@ def _models(now: "Snapshot") -> "RenderableType":
             f"{model.running} of {model.slots}",
             str(model.waiting),
             seconds_text(oldest_s) if oldest_s else "-",
-            ", ".join(f"{queue.tenant} {queue.waiting}" for queue in queues) or "-",
+            ", ".join(f"{_who(queue)} {queue.waiting}" for queue in queues[:MOST_QUEUES]) or "-",
         )
 
     columns = ("model", "replicas ready", "slots taken", "waiting", "longest wait", "who waits")
     return _table("Requests now", columns, [row(model) for model in now.models], text=(0, 5))
+
+
+def _who(queue: "QueueNow") -> str:
+    return f"{queue.tenant}/{queue.client}" if queue.client else queue.tenant
 
 
 def _latencies(now: "Snapshot") -> "RenderableType":

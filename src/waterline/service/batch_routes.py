@@ -59,6 +59,7 @@ async def offering_batches(gateway: Gateway, ledger: Ledger) -> AsyncIterator[Ru
     api = BatchApi(ledger.engine, gateway.access, runner.wake, nameless=gateway.loopback)
     for prefix in ("/v1/files", "/v1/batches"):
         gateway.mount(prefix, api.app)
+    gateway.batches_now = runner.now
     running = asyncio.create_task(runner.run())
     try:
         yield runner

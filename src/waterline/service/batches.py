@@ -29,6 +29,7 @@ from waterline.service.asgi import Message, Reply
 from waterline.service.completions import Request
 from waterline.service.dispatcher import Dispatcher
 from waterline.service.errors import RejectedError, error_json, http_status
+from waterline.snapshot import BatchNow
 from waterline.units import DAY_S, MEGA
 
 WINDOW_S = float(DAY_S)
@@ -68,6 +69,23 @@ class Runner:
         """Say that there is a new batch, or one to cancel."""
         self._news.set()
 
+    def now(self) -> tuple[BatchNow, ...]:
+        """Return what it runs, as it was at the last look."""
+        now_us = utc_us()
+        batches = [run.batch for run, task in self._runs.values() if not task.done()]
+        return tuple(
+            BatchNow(
+                id=batch.id,
+                tenant=batch.tenant,
+                client=batch.client,
+                status=batch.status,
+                requests=batch.requests,
+                ended=batch.ok + batch.not_ok,
+                left_s=max(0.0, (batch.expires_us - now_us) / MEGA),
+            )
+            for batch in batches
+        )
+
     async def run(self) -> None:
         """Run batches until this is cancelled; what is under way then is left to who comes next."""
         try:
@@ -106,7 +124,7 @@ class _Run:
 
     def __init__(self, engine: Any, batch: Batch, submit: Submit, room: Callable[[str], int]) -> None:
         self._engine = engine
-        self._batch = batch
+        self.batch = batch
         self._submit = submit
         self._room = room
         self._key: Key | None = None
@@ -114,7 +132,7 @@ class _Run:
 
     def update(self, batch: Batch, key: Key | None) -> None:
         """Take notice of what may have changed: it is cancelled, or its key revoked."""
-        self._batch, self._key = batch, key
+        self.batch, self._key = batch, key
         if batch.status == "cancelling" or utc_us() > batch.expires_us:
             self._ending.set()
 
@@ -122,14 +140,14 @@ class _Run:
         try:
             await self._through()
         except LedgerError as error:  # the next look begins again
-            log.warning("batch", id=self._batch.id, error=str(error))
+            log.warning("batch", id=self.batch.id, error=str(error))
         except Exception:
-            log.exception("a bug in a batch", id=self._batch.id)
+            log.exception("a bug in a batch", id=self.batch.id)
             await asyncio.sleep(LONGEST_PAUSE_S)
 
     async def _through(self) -> None:
         """Take the batch from where it is to its end."""
-        batch = self._batch
+        batch = self.batch
         if batch.status == "validating":
             requests, errors = await asyncio.to_thread(check_input, self._engine, batch)
             if errors:
@@ -140,7 +158,7 @@ class _Run:
             await self._ask_all()
         ended: BatchStatus = "completed"
         if self._ending.is_set():
-            ended = "cancelled" if self._batch.status == "cancelling" else "expired"
+            ended = "cancelled" if self.batch.status == "cancelling" else "expired"
             await self._give_up(ended)
         else:
             await asyncio.to_thread(files.finalize_batch, self._engine, batch.id)
@@ -149,7 +167,7 @@ class _Run:
 
     async def _ask_all(self) -> None:
         """Ask for every line that has not ended, as fast as there is room, until all have or the batch is to end."""
-        done = await asyncio.to_thread(files.ended_lines, self._engine, self._batch.id)
+        done = await asyncio.to_thread(files.ended_lines, self._engine, self.batch.id)
         asking: set[Task[Line]] = set()
         try:
             async for number, text in self._lines():
@@ -174,7 +192,7 @@ class _Run:
 
     async def _gather(self, asking: set[Task[Line]], within_s: float) -> set[Task[Line]]:
         """Wait for requests to end, and keep their lines; return those that go on."""
-        if utc_us() > self._batch.expires_us:
+        if utc_us() > self.batch.expires_us:
             self._ending.set()
         ending = asyncio.create_task(self._ending.wait())
         await asyncio.wait({*asking, ending}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
@@ -182,7 +200,7 @@ class _Run:
         ending.cancel()
         lines = [task.result() for task in ended]
         if lines:
-            await asyncio.to_thread(files.add_lines, self._engine, self._batch.id, lines)
+            await asyncio.to_thread(files.add_lines, self._engine, self.batch.id, lines)
         return asking - ended
 
     async def _give_up(self, why: BatchStatus) -> None:
@@ -192,19 +210,19 @@ class _Run:
             "expired": ("batch_expired", "This request was not answered before the completion window expired."),
         }[why]
         error = orjson.dumps({"code": said[0], "message": said[1]})
-        done = await asyncio.to_thread(files.ended_lines, self._engine, self._batch.id)
+        done = await asyncio.to_thread(files.ended_lines, self._engine, self.batch.id)
         lines: list[Line] = []
         async for number, text in self._lines():
             if number not in done:
                 lines.append(self._line(number, orjson.loads(text), ok=False, error=error))
             if len(lines) >= READ_TOGETHER:
-                await asyncio.to_thread(files.add_lines, self._engine, self._batch.id, lines)
+                await asyncio.to_thread(files.add_lines, self._engine, self.batch.id, lines)
                 lines = []
-        await asyncio.to_thread(files.add_lines, self._engine, self._batch.id, lines)
+        await asyncio.to_thread(files.add_lines, self._engine, self.batch.id, lines)
 
     async def _lines(self) -> AsyncIterator[tuple[int, bytes]]:
         """Yield the lines of the input with their numbers, read some at a time."""
-        reading = enumerate(files.read_lines(self._engine, self._batch.input_file_id))
+        reading = enumerate(files.read_lines(self._engine, self.batch.input_file_id))
         while some := await asyncio.to_thread(lambda: list(islice(reading, READ_TOGETHER))):
             for numbered in some:
                 yield numbered
@@ -240,7 +258,7 @@ class _Run:
 
     def _request(self, number: int, item: dict[str, Any]) -> Request:
         """Return a request. Raises RejectedError when its key is no longer good."""
-        batch, key = self._batch, self._key
+        batch, key = self.batch, self._key
         if batch.key_id and (not key or key.revoked_us is not None):
             raise RejectedError("The key of this batch has been revoked.", status=401, code="invalid_api_key")
         return Request(
@@ -257,11 +275,11 @@ class _Run:
     ) -> Line:
         """Return a line of the output or the error file."""
         said = {
-            "id": f"batch_req_{request_id(self._batch.id, number).removeprefix('batch_')}",
+            "id": f"batch_req_{request_id(self.batch.id, number).removeprefix('batch_')}",
             "custom_id": item["custom_id"],
             "response": {
                 "status_code": status,
-                "request_id": request_id(self._batch.id, number),
+                "request_id": request_id(self.batch.id, number),
                 "body": orjson.loads(body),
             }
             if body

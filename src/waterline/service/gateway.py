@@ -29,7 +29,7 @@ from waterline.service.responses import RESPONSES
 from waterline.service.snapshot import EJECTED, take_snapshot
 from waterline.service.supervisor import ReplicaState
 from waterline.service.upstream import Connections
-from waterline.snapshot import EjectionNow, JobNow, Snapshot
+from waterline.snapshot import BatchNow, EjectionNow, JobNow, Snapshot
 
 A_MODEL = "/v1/models/"  # and its name
 REQUEST_ID = b"x-request-id"
@@ -86,6 +86,7 @@ class Gateway:
         self.access = Access(plan.fleet, ledger, loopback=loopback)
         self.dispatcher = Dispatcher(plan)
         self.jobs_now: Callable[[], tuple[JobNow, ...]] = tuple  # whoever keeps jobs says how they are
+        self.batches_now: Callable[[], tuple[BatchNow, ...]] = tuple  # whoever runs batches, likewise
         self._slos = dict(plan.fleet.slos)
         self.metrics = Metrics(self._slos, self.snapshot)
         self._clock = clock
@@ -153,6 +154,7 @@ class Gateway:
             self.states,
             self.metrics.recent,
             jobs=self.jobs_now(),
+            batches=self.batches_now(),
             ledger=self._ledger,
             now_s=self.now_s(),
             stopping=self.completions.stopping,

@@ -219,6 +219,12 @@ def _of_replicas(now: Snapshot) -> Iterator[Metric]:
 def _of_the_rest(now: Snapshot) -> Iterator[Metric]:
     jobs = Counts((job.job, job.tenant, job.state) for job in now.jobs)
     yield _gauge("waterline_jobs", "Runs of research jobs by state.", ("job", "tenant", "state"), jobs.items())
+    batches = Counts((batch.tenant, batch.status) for batch in now.batches)
+    yield _gauge("waterline_batches", "Batches that are run here.", ("tenant", "status"), batches.items())
+    left = dict.fromkeys(((tenant.tenant,) for tenant in now.tenants), 0)
+    for batch in now.batches:
+        left[batch.tenant,] = left.get((batch.tenant,), 0) + batch.requests - batch.ended
+    yield _gauge("waterline_batch_requests_left", "Their requests without an answer.", ("tenant",), left.items())
     if now.ledger:
         lag = [((), now.ledger.lag_s)]
         yield _gauge("waterline_ledger_lag_seconds", "Age of the oldest row that is not written yet.", (), lag)

@@ -11,6 +11,7 @@ from waterline.service.dispatcher import Dispatcher, Lane, Service
 from waterline.service.recent import Recent
 from waterline.service.supervisor import ReplicaState
 from waterline.snapshot import (
+    BatchNow,
     Health,
     JobNow,
     Kind,
@@ -44,6 +45,7 @@ def take_snapshot(
     recent: Recent,
     *,
     jobs: tuple[JobNow, ...] = (),
+    batches: tuple[BatchNow, ...] = (),
     ledger: Ledger | None = None,
     now_s: float,
     stopping: bool = False,
@@ -56,6 +58,7 @@ def take_snapshot(
         states: of the replicas by id.
         recent: what ended lately.
         jobs: how their runs are.
+        batches: that are run here.
         ledger: what is written down, if anything is.
         now_s: on the clock of the service, which began at 0.
         stopping: whether it has begun to end.
@@ -91,6 +94,7 @@ def take_snapshot(
         replicas=replicas,
         replica_states=dict(Counter(replica.state for replica in replicas)),
         jobs=jobs,
+        batches=batches,
         moves=tuple(recent.moves),
         ejections=tuple(recent.ejections),
         ledger=written,
