@@ -111,7 +111,7 @@ def test_a_batch_answers_each_line_once_in_the_order_of_its_input_and_charges_it
 
 def test_files_are_kept_listed_sent_back_and_deleted(tmp_path: Path) -> None:
     async def case() -> None:
-        async with offered(fake_plan(), tmp_path) as (service, _):
+        async with offered(fake_plan(), tmp_path, start=False) as (service, _):
             api = service.openai.files
             content = jsonl(*(request(number) for number in range(5000)))
             kept = [await api.create(file=(f'{n} ä"\r\n.jsonl', content), purpose="batch") for n in range(3)]
@@ -131,7 +131,7 @@ def test_files_are_kept_listed_sent_back_and_deleted(tmp_path: Path) -> None:
 
 def test_what_cannot_be_a_batch_is_told_line_by_line(tmp_path: Path) -> None:
     async def case() -> None:
-        async with offered(fake_plan(), tmp_path) as (service, ledger):
+        async with offered(fake_plan(), tmp_path, start=False) as (service, ledger):
             content = b"{\n" + jsonl(
                 request(1),
                 request(1),
@@ -171,7 +171,7 @@ def test_wrong_requests_are_refused_in_openais_words(tmp_path: Path, monkeypatch
     monkeypatch.setattr(batch_routes, "MOST_KEPT_BYTES", 1500)
 
     async def case() -> None:
-        async with offered(fake_plan(), tmp_path) as (service, _):
+        async with offered(fake_plan(), tmp_path, start=False) as (service, _):
             files_, batches_ = service.openai.files, service.openai.batches
             with pytest.raises(openai.BadRequestError, match="'purpose' of a file must be 'batch'"):
                 await files_.create(file=("a", b"{}"), purpose="fine-tune")
@@ -196,7 +196,7 @@ def test_wrong_requests_are_refused_in_openais_words(tmp_path: Path, monkeypatch
 
 def test_who_has_no_key_gets_none_of_it_where_others_can_come(tmp_path: Path) -> None:
     async def case() -> None:
-        async with offered(fake_plan(), tmp_path) as (service, ledger):
+        async with offered(fake_plan(), tmp_path, start=False) as (service, ledger):
             api = batch_routes.BatchApi(ledger.engine, service.gateway.access, lambda: None, nameless=False)
             service.gateway.mount("/v1/files", api.app)
             with pytest.raises(openai.AuthenticationError, match="need a key"):

@@ -29,6 +29,7 @@ from waterline.service.asgi import Message, Reply
 from waterline.service.completions import Request
 from waterline.service.dispatcher import Dispatcher
 from waterline.service.errors import RejectedError, error_json, http_status
+from waterline.service.logs import about_request
 from waterline.snapshot import BatchNow
 from waterline.units import DAY_S, MEGA
 
@@ -231,6 +232,7 @@ class _Run:
 
     async def _ask(self, number: int, item: dict[str, Any]) -> Line:
         """Ask until there is an answer, good or bad, however long a model has to load or others go first."""
+        about_request(request_id(self.batch.id, number))
         attempt, pause_s = 0, 1.0
         while True:
             answer = _Answer()
