@@ -3,9 +3,13 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from asking import rows
+from sqlalchemy import insert
 
-from waterline.ledger import Ledger, connect, files
+from waterline.ledger import Ledger, connect, files, utc_us
+from waterline.ledger.database import writing
 from waterline.ledger.files import PART_BYTES, Client, Line
+from waterline.ledger.tables import file_parts
 
 ALICE, BOB = Client(tenant="public", client="alice"), Client(tenant="public", client="bob")
 ENDPOINT = "/v1/chat/completions"
@@ -100,6 +104,39 @@ def test_a_line_is_kept_and_counted_once_and_files_are_made_of_them_in_order(url
         cancelled = files.cancel_batch(engine, ALICE, batch.id)
         assert cancelled
         assert cancelled.status == "completed", "it has ended"
+
+
+def test_what_kills_leave_behind_is_swept_away_and_nothing_else(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ledger.open(url) as ledger:
+        engine, batch = ledger.engine, new_batch(ledger)
+        files.claim_batches(engine, ledger.owner)
+        files.begin_batch(engine, batch.id, 3)
+        files.add_lines(engine, batch.id, [Line(number=n, ok=True, line=b"x") for n in range(3)])
+        with monkeypatch.context() as killed:
+            killed.setattr(files, "_advance", killed_here)
+            with pytest.raises(KeyboardInterrupt):
+                files.finish_batch(engine, batch.id, "completed")
+        with monkeypatch.context() as killed:
+            killed.setattr(files, "_delete_lines", killed_here)
+            with pytest.raises(KeyboardInterrupt):
+                files.finish_batch(engine, batch.id, "completed")
+        with writing(engine) as connection:
+            for age_s, name in ((2 * 86_400, "old"), (60, "young")):
+                file_id = f"file-{utc_us() - age_s * 1_000_000:014x}{name}"
+                connection.execute(insert(file_parts), {"file_id": file_id, "number": 0, "data": b"x"})
+        files.sweep(engine)
+        done = files.find_batch(engine, batch.id)
+        assert done
+        assert (done.status, done.ok) == ("completed", 3)
+        assert list(files.read_lines(engine, done.output_file_id)) == [b"x"] * 3
+        assert files.ended_lines(engine, batch.id) == set()
+        parts = [row[0] for row in rows(ledger, "SELECT DISTINCT file_id FROM file_parts")]
+        assert {batch.input_file_id, done.output_file_id} < set(parts)
+        assert [str(one)[-5:] for one in parts if "o" in str(one)[-5:] and one != done.output_file_id] == ["young"]
+
+
+def killed_here(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_lists_go_on_behind_the_last_one_seen(url: str) -> None:

@@ -123,7 +123,7 @@ class Dashboard:
     async def _events(self, _request: Request) -> Response:
         if self._viewers >= MOST_VIEWERS:
             raise TooManyError(f"{MOST_VIEWERS} watch already. Use /snapshot, or come back later.")
-        return StreamingResponse(self._stream(), media_type="text/event-stream")
+        return StreamingResponse(self._stream(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
     async def _stream(self) -> AsyncIterator[bytes]:
         self._viewers += 1

@@ -1,26 +1,33 @@
 """Files of clients and batches of requests, kept where the ledger is: one backup has all of it.
 
-A client sees what clients of its tenant with its own name have made. Everything here is one transaction each, and
-nothing waits longer than that: call it in a thread.
+A client sees what clients of its tenant with its own name have made. All of it waits for the database: call it in a
+thread. Every transaction is short, however large a file is: the ledger's own wait for them. So a file is written part by
+part, and is there when its row is; what a kill leaves without one is swept away.
 """
 
+import itertools
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
 from typing import Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct
-from sqlalchemy import Connection, Engine, delete, func, insert, select, update
+from sqlalchemy import Engine, delete, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
+from waterline.errors import LedgerError
 from waterline.ledger.database import in_words, reading, writing
 from waterline.ledger.presence import presence
 from waterline.ledger.records import utc_us
 from waterline.ledger.tables import batch_lines, batches, file_parts, files
-from waterline.units import MEGA
+from waterline.units import DAY_S, MEGA
 
 PART_BYTES = 2**18
-GATHERED = 64  # lines in a part that is being filled, at most
+PARTS_TOGETHER = 16  # in one transaction
+LINES_TOGETHER = 500  # likewise
+OLD_US = DAY_S * MEGA  # no file takes so long to come
 
 BatchStatus = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
@@ -99,18 +106,19 @@ def new_id(kind: str) -> str:
 def add_file(
     engine: Engine, whose: Client, purpose: str, filename: str, pieces: Iterable[bytes], *, file_id: str = ""
 ) -> File:
-    """Keep a file, whole or not at all."""
-    with writing(engine) as connection:
-        return _add_file(connection, whose, purpose, filename, pieces, file_id or new_id("file-"))
-
-
-def _add_file(
-    connection: Connection, whose: Client, purpose: str, filename: str, pieces: Iterable[bytes], file_id: str
-) -> File:
-    size = 0
-    for number, part in enumerate(_parts(pieces)):
-        connection.execute(insert(file_parts).values(file_id=file_id, number=number, data=part))
-        size += len(part)
+    """Keep a file; it is there when this returns, whole, or not at all."""
+    file_id, number, size = file_id or new_id("file-"), 0, 0
+    parts = _parts(pieces)
+    try:
+        while some := list(islice(parts, PARTS_TOGETHER)):
+            rows = [{"file_id": file_id, "number": number + i, "data": part} for i, part in enumerate(some)]
+            with writing(engine) as connection:
+                connection.execute(insert(file_parts), rows)
+            number, size = number + len(some), size + sum(map(len, some))
+    except BaseException:
+        with suppress(LedgerError):
+            _delete_parts(engine, file_id)
+        raise
     file = File(
         id=file_id,
         tenant=whose.tenant,
@@ -120,8 +128,34 @@ def _add_file(
         bytes=size,
         created_us=utc_us(),
     )
-    connection.execute(insert(files).values(msgspec.structs.asdict(file)))
+    with writing(engine) as connection:
+        connection.execute(insert(files).values(msgspec.structs.asdict(file)))
     return file
+
+
+def _delete_parts(engine: Engine, file_id: str) -> None:
+    for number in itertools.count(0, PARTS_TOGETHER):
+        within = file_parts.c.number.between(number, number + PARTS_TOGETHER - 1)
+        with writing(engine) as connection:
+            gone = connection.execute(delete(file_parts).where(file_parts.c.file_id == file_id, within)).rowcount
+        if not gone:
+            return
+
+
+def sweep(engine: Engine) -> None:
+    """Delete what kills have left behind: parts of files that never came to be, lines of batches that have ended."""
+    old = f"file-{utc_us() - OLD_US:014x}"
+    with reading(engine) as connection:
+        kept, parts = select(files.c.id), file_parts.c.file_id
+        orphans = connection.scalars(select(parts).where(parts < old, parts.not_in(kept)).distinct()).all()
+        ended = select(batches.c.id).where(batches.c.status.not_in(UNDER_WAY))
+        over = connection.scalars(
+            select(batch_lines.c.batch_id).where(batch_lines.c.batch_id.in_(ended)).distinct()
+        ).all()
+    for file_id in orphans:
+        _delete_parts(engine, file_id)
+    for batch_id in over:
+        _delete_lines(engine, batch_id)
 
 
 def find_file(engine: Engine, whose: Client, file_id: str) -> File | None:
@@ -155,8 +189,8 @@ def is_in_use(engine: Engine, file_id: str) -> bool:
 def delete_file(engine: Engine, whose: Client, file_id: str) -> bool:
     with writing(engine) as connection:
         gone = connection.execute(delete(files).where(files.c.id == file_id, *_of(files, whose))).rowcount
-        if gone:
-            connection.execute(delete(file_parts).where(file_parts.c.file_id == file_id))
+    if gone:
+        _delete_parts(engine, file_id)
     return bool(gone)
 
 
@@ -305,38 +339,45 @@ def ended_lines(engine: Engine, batch_id: str) -> set[int]:
 
 
 def finish_batch(engine: Engine, batch_id: str, status: BatchStatus) -> None:
-    """Make a batch's files of its lines, and end it, all or nothing."""
-    now_us = utc_us()
-    with writing(engine) as connection:
-        batch = _batch(connection.execute(select(batches).where(batches.c.id == batch_id)).one())
-        if batch.status not in UNDER_WAY:
-            return
-        made = {}
-        for name, ok, count in (("output", 1, batch.ok), ("error", 0, batch.not_ok)):
-            if count:
-                lines = _lines(connection, batch_id, ok)
-                made[f"{name}_file_id"] = file_id = new_id("file-")
-                _add_file(connection, batch.whose, "batch_output", f"{batch_id}_{name}.jsonl", lines, file_id)
-        ended = {"status": status, f"{status}_us": now_us, "owner": ""}
-        connection.execute(update(batches).where(batches.c.id == batch_id).values({**ended, **made}))
-        connection.execute(delete(batch_lines).where(batch_lines.c.batch_id == batch_id))
+    """Make a batch's files of its lines, and end it; after a kill, do so again."""
+    batch = find_batch(engine, batch_id)
+    if not batch or batch.status not in UNDER_WAY:
+        return
+    made = {}
+    for name, ok, count in (("output", 1, batch.ok), ("error", 0, batch.not_ok)):
+        if count:
+            made[f"{name}_file_id"] = file_id = f"file-{batch_id.removeprefix('batch_')}-{name}"
+            if not find_file(engine, batch.whose, file_id):
+                _delete_parts(engine, file_id)  # of the time before
+                lines = _lines(engine, batch_id, ok)
+                add_file(engine, batch.whose, "batch_output", f"{batch_id}_{name}.jsonl", lines, file_id=file_id)
+    _advance(engine, batch_id, UNDER_WAY, **{"status": status, f"{status}_us": utc_us(), "owner": "", **made})
+    _delete_lines(engine, batch_id)
 
 
-def _lines(connection: Connection, batch_id: str, ok: int) -> Iterator[bytes]:
-    asked = select(batch_lines.c.line).where(batch_lines.c.batch_id == batch_id, batch_lines.c.ok == ok)
+def _lines(engine: Engine, batch_id: str, ok: int) -> Iterator[bytes]:
+    asked = select(batch_lines.c.line, batch_lines.c.number).where(
+        batch_lines.c.batch_id == batch_id, batch_lines.c.ok == ok
+    )
     after = -1
     while True:
-        some = connection.execute(
-            asked.add_columns(batch_lines.c.number)
-            .where(batch_lines.c.number > after)
-            .order_by(batch_lines.c.number)
-            .limit(GATHERED)
-        ).all()
-        for line, number in some:
-            after = number
-            yield bytes(line) + b"\n"
-        if not some:
+        some = asked.where(batch_lines.c.number > after).order_by(batch_lines.c.number).limit(LINES_TOGETHER)
+        with reading(engine) as connection:
+            rows = connection.execute(some).all()
+        if not rows:
             return
+        after = rows[-1].number
+        yield b"".join(bytes(row.line) + b"\n" for row in rows)
+
+
+def _delete_lines(engine: Engine, batch_id: str) -> None:
+    of_batch = batch_lines.c.batch_id == batch_id
+    with reading(engine) as connection:
+        last = connection.scalar(select(func.max(batch_lines.c.number)).where(of_batch))
+    for number in range(0, -1 if last is None else last + 1, LINES_TOGETHER):
+        within = batch_lines.c.number.between(number, number + LINES_TOGETHER - 1)
+        with writing(engine) as connection:
+            connection.execute(delete(batch_lines).where(of_batch, within))
 
 
 def _advance(engine: Engine, batch_id: str, before: Sequence[BatchStatus], **values: Any) -> None:

@@ -90,6 +90,8 @@ class Runner:
     async def run(self) -> None:
         """Run batches until this is cancelled; what is under way then is left to who comes next."""
         try:
+            with suppress(LedgerError):
+                await asyncio.to_thread(files.sweep, self._engine)
             while True:
                 try:
                     await self._look()
