@@ -1,8 +1,8 @@
 """Files of clients and batches of requests, kept where the ledger is: one backup has all of it.
 
 A client sees what clients of its tenant with its own name have made. All of it waits for the database: call it in a
-thread. Every transaction is short, however large a file is: the ledger's own wait for them. So a file is written part by
-part, and is there when its row is; what a kill leaves without one is swept away.
+thread. Every transaction is short, however large a file is: the ledger's own wait for them. So a file is written part
+by part, and is there when its row is; what a kill leaves without one is swept away.
 """
 
 import itertools
