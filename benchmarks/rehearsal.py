@@ -4,10 +4,11 @@
 
 Llama-3.1-8B on A100 cards by vLLM, priced by the cost model. Arrivals are Poisson; lengths are lognormal with the means
 of the Azure conversation trace, 1,155 prompt and 211 output tokens. Three tenants ask through four clients each: one
-has a guarantee, one deserves a share, one has neither. Who cannot have a first token within 5 s is refused. The event loop
-is compiled before the clock runs. Time is CPU time of this process, in the event loop and in drawing up what became of
-the requests; the best of three runs, for other work on the machine only ever adds. The oracle takes every step, in
-plain Python, on the first requests of the same traffic, and its figures are compared to the picosecond on the way.
+has a guarantee, one deserves a share, one has neither. Who cannot have a first token within 5 s is refused. The event
+loop is compiled before the clock runs. Time is CPU time of this process, in the event loop and in drawing up what
+became of the requests; the best of three runs, for other work on the machine only ever adds. The oracle takes every
+step, in plain Python, on the first requests of the same traffic, and its figures are compared to the picosecond on the
+way.
 
 Peers: the whole process on the 19,366 requests of the Azure conversation trace (splitwise-sim: its first 2,000),
 measured on the 2-core machine on which Waterline was begun. They ran other models and schedulers: compare orders of
