@@ -121,7 +121,7 @@ def test_what_kills_leave_behind_is_swept_away_and_nothing_else(url: str, monkey
             with pytest.raises(KeyboardInterrupt):
                 files.finish_batch(engine, batch.id, "completed")
         with writing(engine) as connection:
-            for age_s, name in ((2 * 86_400, "old"), (60, "young")):
+            for age_s, name in ((4 * 86_400, "old"), (60, "young")):
                 file_id = f"file-{utc_us() - age_s * 1_000_000:014x}{name}"
                 connection.execute(insert(file_parts), {"file_id": file_id, "number": 0, "data": b"x"})
         files.sweep(engine)

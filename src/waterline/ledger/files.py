@@ -1,8 +1,8 @@
 """Files of clients and batches of requests, kept where the ledger is: one backup has all of it.
 
 A client sees what clients of its tenant with its own name have made. All of it waits for the database: call it in a
-thread. Every transaction is short, however large a file is: the ledger's own wait for them. So a file is written part
-by part, and is there when its row is; what a kill leaves without one is swept away.
+thread. Every transaction is short, however large a file is, because the ledger's own wait for them. So a file is
+written part by part, and is there when its row is; what a kill leaves without one is swept away.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from waterline.units import DAY_S, MEGA
 PART_BYTES = 2**18
 PARTS_TOGETHER = 16  # in one transaction
 LINES_TOGETHER = 500  # likewise
-OLD_US = DAY_S * MEGA  # no file takes so long to come
+OLD_US = 3 * DAY_S * MEGA  # no file takes so long to come, and no batch to end
 
 BatchStatus = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
@@ -149,9 +149,8 @@ def sweep(engine: Engine) -> None:
         kept, parts = select(files.c.id), file_parts.c.file_id
         orphans = connection.scalars(select(parts).where(parts < old, parts.not_in(kept)).distinct()).all()
         ended = select(batches.c.id).where(batches.c.status.not_in(UNDER_WAY))
-        over = connection.scalars(
-            select(batch_lines.c.batch_id).where(batch_lines.c.batch_id.in_(ended)).distinct()
-        ).all()
+        of_batch = batch_lines.c.batch_id
+        over = connection.scalars(select(of_batch).where(of_batch.in_(ended)).distinct()).all()
     for file_id in orphans:
         _delete_parts(engine, file_id)
     for batch_id in over:
