@@ -28,7 +28,10 @@ def test_a_drained_replica_ends_what_it_has_and_gets_nothing_more() -> None:
             service.operator.drain("chat/0")
             replica = next(one for one in service.operator.snapshot().replicas if one.id == "chat/0")
             assert (replica.state, replica.running) == ("draining", 2)
-            assert "2 under way" in replica.reason
+            assert replica.reason == "An operator drains it."
+            now = service.operator.snapshot()
+            assert now.replica_states == {"draining": 1, "ready": 1}
+            assert (now.models[0].ready, now.models[0].replicas, now.health) == (1, 2, "ok")
             await asyncio.gather(*asking)
             assert {one.status for one in service.completions} == {"ok"}, "what was under way was not cut"
             service.completions.clear()

@@ -270,10 +270,10 @@ class Gateway:
         return {"id": model, "object": "model", "created": self._created, "owned_by": "waterline"}
 
     async def _health(self, _scope: Scope, _receive: Receive, reply: Reply) -> None:
-        """Say 200 when each model has a replica that is ready, else 503."""
+        """Say 200 when each model has a replica that takes requests, else 503."""
         models = {
             model: {
-                "ready": sum(self.states[lane.replica.id].status == "ready" for lane in service.lanes),
+                "ready": sum(lane.ready for lane in service.lanes),
                 "total": len(service.lanes),
             }
             for model, service in self.dispatcher.services.items()

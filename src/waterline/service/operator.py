@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import structlog
-from msgspec.structs import replace
 
 from waterline.errors import UnknownNameError, WaterlineError, nearest
 from waterline.ledger import Ledger, read_keys, read_usage, revoke_key
 from waterline.service.gateway import Gateway
 from waterline.service.supervisor import ReplicaState
-from waterline.snapshot import ReplicaNow, Snapshot
+from waterline.snapshot import Snapshot
 
 BY = ("day", "tenant", "client", "key", "model")  # usage is summed
 
@@ -49,10 +48,7 @@ class Operator:
         self._gateway.replica_changed(replica, state)
 
     def snapshot(self) -> Snapshot:
-        now = self._gateway.snapshot()
-        if not self._drained:
-            return now
-        return replace(now, replicas=tuple(map(self._marked, now.replicas)))
+        return self._gateway.snapshot()
 
     def metrics(self) -> bytes:
         return self._gateway.metrics.text()
@@ -95,8 +91,3 @@ class Operator:
     def _check(self, replica: str) -> None:
         if replica not in self._states:
             raise UnknownNameError(f"no replica is called '{replica[:60]}'. {nearest(replica[:60], self._states)}")
-
-    def _marked(self, replica: ReplicaNow) -> ReplicaNow:
-        if replica.id not in self._drained or replica.state != "ready":
-            return replica
-        return replace(replica, state="draining", reason=f"an operator drains it; {replica.running} under way")

@@ -35,6 +35,7 @@ KINDS: Mapping[str, Kind] = {  # of GPUs, by the state of the replica on them; w
     "draining": "draining",
 }
 FEW = 20  # requests, of which nothing is concluded
+DRAINED = "An operator drains it."
 EJECTED = "It failed requests. It is tried again after a pause."
 
 
@@ -66,7 +67,7 @@ def take_snapshot(
     services = dispatcher.services
     shares = {model: _shares(plan, model, recent, now_s) for model in services}
     replicas = tuple(_replica(lane, states[lane.replica.id]) for lane in dispatcher.lanes.values())
-    models = tuple(_model(service, plan.fleet.slos[model], states) for model, service in services.items())
+    models = tuple(_model(service, plan.fleet.slos[model]) for model, service in services.items())
     uses = _uses(plan, replicas, shares, jobs)
     latencies = recent.latencies(now_s)
     written = _ledger(ledger.lag()) if ledger else None
@@ -124,7 +125,11 @@ def _expected(plan: Plan, model: str) -> str:
 
 
 def _replica(lane: Lane, state: ReplicaState) -> ReplicaNow:
-    replica, ejected = lane.replica, lane.doubted and state.status == "ready"
+    replica, said, reason = lane.replica, str(state.status), state.reason
+    if state.status == "ready" and lane.held:
+        said, reason = "draining", DRAINED
+    elif state.status == "ready" and lane.doubted:
+        said, reason = "ejected", EJECTED
     return ReplicaNow(
         id=replica.id,
         model=replica.model,
@@ -132,8 +137,8 @@ def _replica(lane: Lane, state: ReplicaState) -> ReplicaNow:
         pool=replica.pool,
         node=replica.places[0].node,
         gpus=replica.layout.gpus,
-        state="ejected" if ejected else state.status,
-        reason=EJECTED if ejected else state.reason,
+        state=said,
+        reason=reason,
         running=lane.running,
         slots=replica.max_batch,
         backlog_tokens=lane.backlog_tokens,
@@ -141,8 +146,8 @@ def _replica(lane: Lane, state: ReplicaState) -> ReplicaNow:
     )
 
 
-def _model(service: Service, slo: Slo, states: Mapping[str, ReplicaState]) -> ModelNow:
-    ready = [lane for lane in service.lanes if states[lane.replica.id].status == "ready"]
+def _model(service: Service, slo: Slo) -> ModelNow:
+    ready = [lane for lane in service.lanes if lane.ready]
     return ModelNow(
         model=service.planned.model,
         ready=len(ready),
