@@ -23,11 +23,13 @@ def test_a_drained_replica_ends_what_it_has_and_gets_nothing_more() -> None:
     async def case() -> None:
         async with served(fake_plan({"chat": 2}, output_tokens=300)) as service:
             asking = [asyncio.ensure_future(ask(service, 300)) for _ in range(4)]
-            await until(lambda: all(one.running for one in service.operator.snapshot().replicas))
+            await until(lambda: sum(one.running for one in service.operator.snapshot().replicas) == 4)
+            running = [one.running for one in service.operator.snapshot().replicas]
+            assert all(running)
             service.operator.drain("chat/0")
             service.operator.drain("chat/0")
             replica = next(one for one in service.operator.snapshot().replicas if one.id == "chat/0")
-            assert (replica.state, replica.running) == ("draining", 2)
+            assert (replica.state, replica.running) == ("draining", running[0])
             assert replica.reason == "An operator drains it."
             now = service.operator.snapshot()
             assert now.replica_states == {"draining": 1, "ready": 1}
