@@ -27,8 +27,11 @@ class StillbornError(EngineError):
     """It ended by itself before it said where it listens: started again, it would do the same."""
 
 
+ENGINES = "engines"  # what the marks of all replicas begin with
+
+
 def run_of(replica: str) -> str:
-    return f"engines/{quote(replica, safe='')}"
+    return f"{ENGINES}/{quote(replica, safe='')}"
 
 
 def mark_of(state: State, replica: str) -> str:
@@ -104,8 +107,11 @@ class Child:
         lines = self._errors.decode(errors="replace").strip().splitlines()[-LAST_LINES:]
         return f"{how}. Its last words:\n" + "\n".join(f"  {line}" for line in lines) if lines else f"{how}."
 
-    async def stop(self) -> None:
-        """End the process and all it has started: politely, then not. Returns when it is gone."""
+    async def stop(self, *, verify: bool = True) -> None:
+        """End the process and all it has started: politely, then not. Returns when it is gone.
+
+        `verify`: look for those who have left its group; else the caller does, for many at once.
+        """
         self.signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(GRACE_S):
@@ -117,7 +123,7 @@ class Child:
             await self._process.wait()
             for reader in self._readers:
                 reader.cancel()
-            if self._mark and (left := await end_marked(self._mark)):
+            if verify and self._mark and (left := await end_marked(self._mark)):
                 log.error("hang in the kernel: their GPUs are not free", pids=[process.pid for process in left])
 
     def signal(self, number: int) -> None:

@@ -10,9 +10,9 @@ import aiohttp
 import structlog
 
 from waterline.errors import EngineError
-from waterline.service.child import ENDED_WITHIN_S, Child, StillbornError, mark_of
+from waterline.service.child import ENDED_WITHIN_S, ENGINES, Child, StillbornError, mark_of
 from waterline.service.engines import Engine, NotReadyError
-from waterline.service.processes import marked
+from waterline.service.processes import end_marked, marked
 from waterline.service.state import State
 
 FIRST_DELAY_S = 0.5
@@ -87,6 +87,7 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._draining: set[str] = set()
+        self._stopping = False
 
     async def start(self) -> None:
         """Start all engines; return when each of ours has been ready once and each attached server has been asked.
@@ -138,10 +139,13 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Stop all engines at once; return when every process is gone."""
+        self._stopping = True
         keepers = list(self._keepers.values())
         for keeper in keepers:
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
+        if self._state:
+            await end_marked(f"{self._state.mark}/{ENGINES}")
         for replica in self.states:
             self._change(replica, ReplicaState(status="stopped"))
 
@@ -172,7 +176,7 @@ class Supervisor:
 
     async def _end(self, replica: str) -> None:
         if child := self._children.get(replica):
-            await child.stop()
+            await child.stop(verify=not self._stopping)
             del self._children[replica]
 
     async def _run(self, replica: str, restarts: int, first: asyncio.Future[None]) -> tuple[float, EngineError]:
