@@ -177,6 +177,7 @@ async def engine_that(answer: Answer, model: str = "chat") -> AsyncIterator[str]
     app.router.add_get("/v1/models", models)
     app.router.add_post("/v1/chat/completions", answer)
     app.router.add_post("/v1/completions", answer)
+    app.router.add_post("/v1/embeddings", answer)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -11,13 +11,14 @@ import aiohttp
 import openai
 import orjson
 import pytest
+from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from serving import QUESTION, Served, fake_plan, laptop_plan, served, until
+from serving import QUESTION, Served, engine_that, fake_plan, laptop_plan, served, until
 
-from waterline.service.asgi import read_body
+from waterline.service.asgi import Receive, Reply, Scope, Send, read_body
 from waterline.service.errors import LONGEST_BODY_BYTES, RejectedError
 
 CHAT = "/v1/chat/completions"
@@ -158,6 +159,60 @@ def test_models_health_and_metrics() -> None:
             assert 'waterline_replicas{model="code",pool="box",state="ready"} 2.0' in text
             assert 'waterline_requests_queued{model="chat",tenant="enterprise"} 0.0' in text
             assert 'waterline_ttft_seconds_count{model="chat",tenant="enterprise"} 1.0' in text
+
+    asyncio.run(case())
+
+
+def test_embeddings_pass_and_their_tokens_are_counted() -> None:
+    async def embeds(request: web.Request) -> web.Response:
+        asked = await request.json()
+        data = [{"object": "embedding", "index": n, "embedding": [0.5, n]} for n, _ in enumerate(asked["input"])]
+        usage = {"prompt_tokens": 7, "total_tokens": 7}
+        return web.json_response({"object": "list", "model": "chat", "data": data, "usage": usage})
+
+    async def case() -> None:
+        async with engine_that(embeds) as url, served(fake_plan(engine="openai", urls=(url,))) as service:
+            asked = service.openai.embeddings
+            reply = await asked.create(model="chat", input=["a", "b"], encoding_format="float")
+            assert [one.embedding for one in reply.data] == [[0.5, 0.0], [0.5, 1.0]]
+            [one] = service.completions
+            assert (one.status, one.prompt_tokens, one.output_tokens) == ("ok", 7, 0)
+            with pytest.raises(openai.BadRequestError, match="'input' is an empty list"):
+                await asked.create(model="chat", input=[])
+
+    asyncio.run(case())
+
+
+def test_fields_that_nobody_here_knows_reach_the_engine_as_they_were_sent() -> None:
+    seen: list[dict[str, Any]] = []
+
+    async def keeps(request: web.Request) -> web.Response:
+        seen.append(await request.json())
+        return web.json_response({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
+
+    sent = {
+        "model": "chat", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}],
+        "service_tier": "priority", "tools": [{"type": "function", "function": {"name": "look"}}], "logprobs": True,
+        "response_format": {"type": "json_object"}, "seed": 7, "stop": ["x"], "guided_regex": "a+", "new": {"x": [1.5, None]},
+    }  # fmt: skip
+
+    async def case() -> None:
+        async with engine_that(keeps) as url, served(fake_plan(engine="openai", urls=(url,))) as service:
+            await post(service, CHAT, orjson.dumps(sent))
+
+    asyncio.run(case())
+    assert seen == [sent]
+
+
+def test_other_applications_have_paths_of_their_own() -> None:
+    async def hello(scope: Scope, _receive: Receive, send: Send) -> None:
+        await Reply(send).whole(200, scope["path"].encode(), [])
+
+    async def case() -> None:
+        async with served(fake_plan(), start=False) as service:
+            service.gateway.mount("/v1/audio", hello)
+            assert await get(service, "/v1/audio/speech") == (200, "/v1/audio/speech")
+            assert (await get(service, "/v1/audiobooks"))[0] == 404
 
     asyncio.run(case())
 

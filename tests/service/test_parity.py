@@ -1,145 +1,109 @@
-"""The gateway decides as the rehearsal does: shown the same events, it takes in the same requests, to the same replicas.
+"""The gateway decides as the rehearsal does: shown the same events, it takes in the same requests, to the same replicas."""
 
-Here the live dispatcher, in Python, is held against the compiled desk that the rehearsal's kernel calls.
-"""
-
-import heapq
 import random
-from collections import defaultdict, deque
-from dataclasses import dataclass
 
 import msgspec
-import numpy as np
 import pytest
 from serving import fake_plan
 
+from waterline.cost import replica_step_cost
 from waterline.fleet import Tenant
 from waterline.plan import Plan
-from waterline.policy import dispatch
-from waterline.policy.decisions import SLOT_FREE, WAITS_FOR_SLOT
-from waterline.policy.jit import compiled
-from waterline.policy.routing import MOST_DRAWN, NOBODY
-from waterline.service.dispatcher import Dispatcher, Ticket
-
-pytest.importorskip("numba", reason="the compiled desk needs numba")
+from waterline.policy.decisions import QUEUE_FULL, TOO_LATE
+from waterline.rehearsal.capacity import Ask, Capacity, Terms
+from waterline.rehearsal.oracle import NEVER, Dice, Passage, serve
+from waterline.service.dispatcher import Dispatcher, Refusal, Ticket
+from waterline.units import PICOSECONDS_PER_S
 
 TENANTS = (Tenant(name="enterprise", guarantee=0.4, deserved=0.6), Tenant(name="public", deserved=0.4, limit=0.9))
 CLIENTS = (("enterprise", "a"), ("enterprise", "b"), ("public", "c"), ("public", "d"))
 TTFT_S, OUTPUT_TOKENS = 0.6, 40
-NO_BLOCKS = np.zeros(0, np.int64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    at_s: float
-    client: int
-    prompt_tokens: int
-    output_tokens: int
+END, FIRST_TOKEN, TICK, ARRIVAL = range(4)  # of one instant, in the order in which the rehearsal takes them
 
 
 def plan_of(replicas: int) -> Plan:
-    plan = fake_plan({"chat": replicas}, max_batch=4, tokens_per_s=600.0, ttft_s=TTFT_S, output_tokens=OUTPUT_TOKENS)
-    return msgspec.structs.replace(plan, fleet=msgspec.structs.replace(plan.fleet, tenants=TENANTS))
+    rates = {"max_batch": 4, "tokens_per_s": 600.0, "ttft_s": TTFT_S, "output_tokens": OUTPUT_TOKENS}
+    plan = fake_plan({"chat": replicas}, **rates)  # type: ignore[arg-type]
+    pools = (msgspec.structs.replace(plan.fleet.pools[0], gpus_per_node=replicas),)
+    return msgspec.structs.replace(plan, fleet=msgspec.structs.replace(plan.fleet, tenants=TENANTS, pools=pools))
 
 
-class Compiled:
-    """The desk as the kernel uses it: arrays, compiled calls, and lines of requests by client."""
-
-    def __init__(self, plan: Plan, draw: random.Random) -> None:
-        shares = zip(*((one.guarantee, one.deserved, one.limit) for one in TENANTS), strict=True)
-        tenant_of = [[one.name for one in TENANTS].index(tenant) for tenant, _ in CLIENTS]
-        self.desk = dispatch.new_desk(*shares, tenant_of, models=1, rows=len(plan.replicas))
-        for row, replica in enumerate(plan.replicas):
-            rates = {name: getattr(replica, name) for name in ("tokens_per_s", "prefill_tokens_per_s")}
-            dispatch.put(self.desk, row, 0, gpus=1, slots=replica.max_batch, longest_tokens=512, **rates)
-        dispatch.set_in_service(self.desk, range(len(plan.replicas)), serves=True)
-        self.lines: dict[int, deque[int]] = defaultdict(deque)
-        self.draw, self.gpu_s, self.rows = draw, dict[int, float](), dict[int, int]()
-
-    def arrive(self, number: int, asked: Asked) -> int:
-        answer = compiled(dispatch.arrive)(
-            self.desk, 0, asked.client, asked.prompt_tokens, 0, OUTPUT_TOKENS,
-            min(asked.prompt_tokens + OUTPUT_TOKENS, 512), TTFT_S, NO_BLOCKS, self.draw.randrange(MOST_DRAWN),
-        )  # fmt: skip
-        self.gpu_s[number] = answer.gpu_s
-        if answer.rule == SLOT_FREE:
-            self.rows[number] = answer.replica
-        elif answer.rule == WAITS_FOR_SLOT:
-            self.lines[asked.client].append(number)
-        return int(answer.rule)
-
-    def end(self, number: int, asked: Asked) -> None:
-        difference_gpu_s = (asked.prompt_tokens + asked.output_tokens) / 600.0 - self.gpu_s[number]
-        row = self.rows[number]
-        compiled(dispatch.ended)(self.desk, 0, row, asked.client, OUTPUT_TOKENS, difference_gpu_s)
-
-    def start(self, requests: list[Asked]) -> None:
-        while (client := compiled(dispatch.next_turn)(self.desk, 0)[0]) != NOBODY:
-            number = self.lines[client][0]
-            asked = requests[number]
-            row, _, _ = compiled(dispatch.start)(
-                self.desk, 0, client, asked.prompt_tokens, 0, OUTPUT_TOKENS,
-                min(asked.prompt_tokens + OUTPUT_TOKENS, 512), self.gpu_s[number], NO_BLOCKS,
-                self.draw.randrange(MOST_DRAWN),
-            )  # fmt: skip
-            if row == NOBODY:
-                return
-            self.rows[self.lines[client].popleft()] = row
+def rehearsed(plan: Plan, asked: list[Ask]) -> list[Passage]:
+    capacities = [
+        Capacity(
+            replica=replica.id,
+            gpus=1,
+            step=replica_step_cost(plan.fleet, replica),
+            max_batch=replica.max_batch,
+            cache_tokens=replica.cache_tokens,
+            max_context_tokens=replica.max_context_tokens,
+            prefill_tokens_per_s=replica.prefill_tokens_per_s,
+            tokens_per_s=replica.tokens_per_s,
+        )
+        for replica in plan.replicas
+    ]
+    terms = Terms(
+        ttft_s=(TTFT_S,),
+        output_tokens=(OUTPUT_TOKENS,),
+        guarantee=tuple(tenant.guarantee for tenant in TENANTS),
+        deserved=tuple(tenant.deserved or 0.0 for tenant in TENANTS),
+        limit=tuple(tenant.limit for tenant in TENANTS),
+        tenant_of_client=tuple([tenant.name for tenant in TENANTS].index(tenant) for tenant, _ in CLIENTS),
+        gpus=float(plan.fleet.gpus),
+    )
+    return serve(capacities, asked, terms)
 
 
 @pytest.mark.parametrize("replicas", [3, 12])
-def test_a_trace_is_dealt_alike_by_the_gateway_and_by_the_compiled_desk(replicas: int) -> None:
+def test_a_trace_is_dealt_alike_by_the_gateway_and_by_the_rehearsal(replicas: int) -> None:
     dice, plan = random.Random(7), plan_of(replicas)
-    requests, at_s = [], 0.0
-    for _ in range(600):
-        at_s += dice.expovariate(20 * replicas)
-        requests.append(
-            Asked(
-                at_s=at_s,
-                client=dice.choice([0, 1, 2, 3, 3, 3, 3]),
+    asked, now_s = [], 0.0
+    for _ in range(300):
+        now_s += dice.expovariate(100 * replicas)
+        asked.append(
+            Ask(
+                arrival_ps=round(now_s * 1e9) * 1000,
                 prompt_tokens=dice.randint(1, 200),
                 output_tokens=dice.randint(1, 120),
+                client=dice.choice([0, 1, 2, 3, 3, 3, 3]),
             )
         )
-    draws = random.Random(3), random.Random(3)
-    live = Dispatcher(plan, lambda: draws[0].randrange(MOST_DRAWN))
-    desk = Compiled(plan, draws[1])
+    passages = rehearsed(plan, asked)
+    events = [
+        (second * PICOSECONDS_PER_S, TICK, 0) for second in range(1, asked[-1].arrival_ps // PICOSECONDS_PER_S + 100)
+    ]
+    for number, passage in enumerate(passages):
+        events.append((passage.ask.arrival_ps, ARRIVAL, number))
+        if passage.first_token_ps != NEVER:
+            events += [(passage.first_token_ps, FIRST_TOKEN, number), (passage.finish_ps, END, number)]
+
+    roll = Dice(Terms(ttft_s=(), output_tokens=()).dice).roll
+    desk = Dispatcher(plan, roll)
     for replica in plan.replicas:
-        live.set_ready(replica.id, ready=True, now_s=0.0)
-    tickets: dict[int, Ticket] = {}
-    begun: list[tuple[int, int]] = []
-    events = [(asked.at_s, "arrive", number) for number, asked in enumerate(requests)]
-    heapq.heapify(events)
-    while events:
-        now_s, event, number = heapq.heappop(events)
-        asked = requests[number]
-        before = len(begun)
-        if event == "arrive":
-            tenant, line = CLIENTS[asked.client]
-            entered = live.enter(
-                "chat", asked.prompt_tokens, None, lambda _go, one=number: begun.append((one, -1)), now_s,
-                tenant=tenant, line=line,
-            )  # fmt: skip
-            rule = desk.arrive(number, asked)
-            assert isinstance(entered, Ticket) == (rule in {SLOT_FREE, WAITS_FOR_SLOT})
-            if isinstance(entered, Ticket):
-                tickets[number] = entered
-                if rule == WAITS_FOR_SLOT:
-                    desk.start(requests)
-        elif event == "first token":
-            live.first_token(tickets[number])
-            compiled(dispatch.first_token)(desk.desk, 0, desk.rows[number], asked.prompt_tokens, asked.prompt_tokens)
+        desk.set_ready(replica.id, ready=True, now_s=0.0)
+    decided: dict[int, Ticket | Refusal] = {}
+    for time_ps, event, number in sorted(events):
+        at_s = time_ps / 1e12
+        if event == TICK:
+            desk.tick(float(time_ps // PICOSECONDS_PER_S))
+            continue
+        passage = passages[number]
+        if event == ARRIVAL:
+            tenant, line = CLIENTS[passage.ask.client]
+            decided[number] = desk.enter(
+                "chat", passage.ask.prompt_tokens, None, lambda _go: None, at_s, tenant=tenant, line=line
+            )
+            continue
+        ticket = decided[number]
+        assert isinstance(ticket, Ticket), number
+        if event == FIRST_TOKEN:
+            desk.first_token(ticket)
         else:
-            live.leave(tickets[number], now_s, asked.prompt_tokens, asked.output_tokens)
-            desk.end(number, asked)
-            desk.start(requests)
-        for one, _ in begun[before:]:
-            lane = tickets[one].lane
-            assert lane
-            assert lane.row == desk.rows[one], (one, now_s)
-            first_s = now_s + requests[one].prompt_tokens / 3000
-            heapq.heappush(events, (first_s, "first token", one))
-            heapq.heappush(events, (first_s + requests[one].output_tokens / 150, "leave", one))
-    assert len(begun) == len(tickets) == len(desk.rows)
-    assert 50 < len(tickets) < len(requests), "some were refused"
-    assert live.desk.accounts.used_gpu_s.tolist()[:2] == pytest.approx(desk.desk.accounts.used_gpu_s)
+            desk.leave(ticket, at_s, gpu_s=passage.busy_ps / PICOSECONDS_PER_S)
+
+    dealt = ["" if isinstance(one, Refusal) else one.lane and one.lane.replica.id for _, one in sorted(decided.items())]
+    assert dealt == ["" if one.refusal else f"chat/{one.replica}" for one in passages]
+    refused = [one for one in decided.values() if isinstance(one, Refusal)]
+    assert {one.rule for one in refused} <= {TOO_LATE, QUEUE_FULL}
+    assert 30 < len(refused) < 270, "all kinds of decisions were made"
+    assert [one.retry_after_s for one in refused] == [one.retry_s for one in passages if one.refusal]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterline.errors import WaterlineError, nearest
-from waterline.ledger import new_request_id, utc_us
+from waterline.ledger import Quotas, new_request_id, utc_us
 from waterline.outcome import Completion, Status
 from waterline.plan import Replica
 from waterline.policy.decisions import NOT_SERVED, RULES, TOO_LATE, TOO_LONG
@@ -29,6 +29,7 @@ from waterline.service.supervisor import ReplicaState
 from waterline.service.upstream import Progress
 from waterline.service.usage import WithoutUsage
 
+NO_QUOTAS = Quotas()
 WRITTEN_WITHIN_S = 2.0  # what an answer waits for the ledger; it is written all the same, and the lag is shown
 LAST_WORD_S = 0.2  # for the last event of a stream that is cut
 FLEX_S = 600.0  # a request with service_tier "flex" would rather wait than be refused
@@ -297,8 +298,9 @@ class Completions:
         cost_gpu_s = visit.service.cost_gpu_s(asked.prompt_tokens, output_tokens)
         await self._books.reserve(entry, asked.prompt_tokens + output_tokens, cost_gpu_s)
         if entry.reservation:
-            reply.before = lambda: self._books.durable(entry)
             reply.after = lambda: self._settled(visit)
+            if asked.stream or (entry.key and entry.key.quotas != NO_QUOTAS):  # what comes whole is settled before it
+                reply.before = lambda: self._books.durable(entry)
         if asked.stream and not asked.include_usage and not reply.edit:
             reply.edit = WithoutUsage()
         passage = Passage(
@@ -324,7 +326,7 @@ class Completions:
         visit.is_over = True
         asked, progress, ticket, tokens = visit.asked, visit.progress, visit.ticket, visit.tokens
         if ticket:
-            self._dispatcher.leave(ticket, self._now_s(), *tokens)
+            self._dispatcher.leave(ticket, self._now_s())
         came_whole = status == "ok" and not asked.stream
         completion = Completion(
             tenant=visit.request.caller.tenant,

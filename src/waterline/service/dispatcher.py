@@ -170,6 +170,7 @@ class Dispatcher:
             self._tenant_of_client,
             models=len(self._model_rows),
             rows=len(self._replica_rows),
+            gpus=float(plan.fleet.gpus),
         )
         self.desk = dispatch.plain(self._arrays)
         self.services: dict[str, Service] = {}
@@ -262,21 +263,13 @@ class Dispatcher:
                 self.desk, ticket.service.row, ticket.lane.row, ticket.prompt_tokens, ticket.unread_tokens
             )
 
-    def leave(
-        self, ticket: Ticket, now_s: float, prompt_tokens: int | None = None, output_tokens: int | None = None
-    ) -> None:
+    def leave(self, ticket: Ticket, now_s: float, gpu_s: float | None = None) -> None:
         """A request has ended, in whatever way; its place goes to the next.
 
-        Its tenant is charged for the tokens it is said to have had, else for those that were expected.
+        Its tenant is charged for the time it had on its replica, times the GPUs: `gpu_s` where somebody knows better.
         """
-        service = ticket.service
         if ticket.running:
-            self._stop(ticket, now_s)
-            cost_gpu_s = ticket.cost_gpu_s
-            if output_tokens is not None:
-                read = ticket.unread_tokens + (prompt_tokens or ticket.prompt_tokens) - ticket.prompt_tokens
-                cost_gpu_s = service.cost_gpu_s(max(read, 0), output_tokens)
-            dispatch.settle(self.desk, ticket.service.row, ticket.client, cost_gpu_s - ticket.cost_gpu_s)
+            self._stop(ticket, now_s, gpu_s)
         else:
             self._unline(ticket)
             dispatch.gave_up(self.desk, ticket.service.row, ticket.client, ticket.cost_gpu_s)
@@ -284,7 +277,7 @@ class Dispatcher:
         clients[ticket.client] -= 1
         if not clients[ticket.client]:
             del clients[ticket.client]
-        self._advance(service, now_s)
+        self._advance(ticket.service, now_s)
 
     def move(self, ticket: Ticket, avoid: frozenset[str], now_s: float) -> None:
         """Send a request that its replica could not serve to another, and not to these while there is one.
@@ -296,7 +289,6 @@ class Dispatcher:
         ticket.avoids, ticket.until_s = avoid, math.inf
         if ticket.running:
             self._stop(ticket, now_s)
-            dispatch.settle(self.desk, service.row, ticket.client, -ticket.cost_gpu_s)
             dispatch.come_back(self.desk, service.row, ticket.client, ticket.cost_gpu_s)
             service.lines.setdefault(ticket.client, deque()).appendleft(ticket)
             service.returned.append(ticket)
@@ -462,16 +454,18 @@ class Dispatcher:
         ticket.begun_share_s = lane.share_s
         ticket.turn(True)  # noqa: FBT003 - a callback of one argument
 
-    def _stop(self, ticket: Ticket, now_s: float) -> None:
-        """Take a request off its replica."""
-        lane = ticket.lane
+    def _stop(self, ticket: Ticket, now_s: float, gpu_s: float | None = None) -> None:
+        """Take a request off its replica, and charge what it had there instead of what was expected."""
+        lane, model = ticket.lane, ticket.service.row
         assert lane  # noqa: S101 - it runs somewhere
         self.first_token(ticket)
-        dispatch.left(self.desk, ticket.service.row, lane.row, ticket.output_tokens)
+        dispatch.left(self.desk, model, lane.row, ticket.output_tokens)
         lane.settle(now_s)
         lane.running -= 1
         ticket.running = False
-        ticket.gpu_s += (lane.share_s - ticket.begun_share_s) * lane.replica.layout.gpus
+        had_gpu_s = (lane.share_s - ticket.begun_share_s) * lane.replica.layout.gpus if gpu_s is None else gpu_s
+        ticket.gpu_s += had_gpu_s
+        dispatch.settle(self.desk, model, ticket.client, had_gpu_s - ticket.cost_gpu_s)
 
     def _unline(self, ticket: Ticket) -> None:
         """Take a request out of its line; those who have begun before stand first."""
