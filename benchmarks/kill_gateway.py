@@ -40,7 +40,7 @@ from waterline.ledger import Ledger, Quotas, create_key
 
 AT_ONCE = 16
 LONGEST_S = 2.5  # a service's life once it serves
-SCARCE = 4_000  # tokens
+SCARCE = 1_500  # tokens
 
 FLEET = """
 name = "kill-gateway"

@@ -72,9 +72,10 @@ def sums_agree(ledger: Ledger) -> bool:
 
 
 def new_database(server: str) -> str:
+    """Return the URL of an empty ledger: a schema of its own, which is made a hundred times faster than a database."""
     import psycopg  # noqa: PLC0415 - an extra
 
     name = f"ledger_{secrets.token_hex(4)}"
     with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return f"{server}/{name}"
+        connection.execute(f"CREATE SCHEMA {name}")
+    return f"{server}/postgres?options=-csearch_path%3D{name}"

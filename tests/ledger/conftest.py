@@ -45,7 +45,18 @@ def postgres() -> Iterator[str]:
         start = [programs / "initdb", "-D", place / "data", "-U", "waterline", "-A", "trust", "-E", "UTF8", "--no-sync"]
         subprocess.run([*start, "--no-instructions"], check=True, capture_output=True, cwd=place, **user)
         server = subprocess.Popen(
-            [programs / "postgres", "-D", place / "data", "-p", str(port), "-h", "127.0.0.1", "-k", place],
+            [
+                programs / "postgres",
+                "-D",
+                place / "data",
+                "-p",
+                str(port),
+                "-h",
+                "127.0.0.1",
+                "-k",
+                place,
+                "-F",
+            ],  # -F: no fsync
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd=place,
