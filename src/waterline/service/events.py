@@ -160,7 +160,7 @@ def read_events(data: bytes) -> list[Event]:
 def _read(data: bytes) -> list[Event]:
     """Return what whole events say, each one line that begins with its data; none where one of them is not so."""
     try:
-        _check_letters(data)
+        check_text(data)
         said = data[6:-2]
         if b"\n\n" in said:  # a line feed never stands inside JSON, so this parts nothing that belongs together
             return _EVENTS.decode(b"[%s]" % said.replace(b"\n\ndata: ", b","))
@@ -169,10 +169,16 @@ def _read(data: bytes) -> list[Event]:
         return []
 
 
+def check_text(data: bytes) -> None:
+    """Raise UnicodeDecodeError where bytes are no text: what is not decoded into something is not looked at else."""
+    if not data.isascii():
+        data.decode()
+
+
 def _decoded(said: bytes) -> Event | None:
     """Return what an event says, UNKNOWN where its form is new to us; None when it is no JSON object."""
     try:
-        _check_letters(said)
+        check_text(said)
         return _EVENT.decode(said)
     except msgspec.ValidationError:
         pass
@@ -184,22 +190,6 @@ def _decoded(said: bytes) -> Event | None:
         return None
     failed = anything.error is not None or anything.object == "error"
     return Event(error=True) if failed else UNKNOWN
-
-
-def _check_letters(data: bytes) -> None:
-    """Raise UnicodeDecodeError for what is no UTF-8: the decoder skips over fields it does not know."""
-    if not data.isascii():
-        data.decode()
-
-
-def is_json(data: bytes) -> bool:
-    """Tell whether an answer that comes whole can be read."""
-    try:
-        _check_letters(data)
-        msgspec.json.decode(data, type=msgspec.Raw)
-    except _ERRORS:
-        return False
-    return True
 
 
 def _failed(event: Event) -> bool:

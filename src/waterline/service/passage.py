@@ -244,7 +244,8 @@ class Passages:
             engine, state.url + path, body, passage.headers, stream=True
         )
         try:
-            stream = Stream(response, passage.said, passage.progress, reply, weave=weave, wished=wished)
+            hides_ids = bool(wished) or (bool(weave) and b'"return_token_ids"' not in asked.body)
+            stream = Stream(response, passage.said, passage.progress, reply, weave=weave, hides_ids=hides_ids)
             await stream.relay(watch, lambda: self._heard(passage, watch))
             await stream.end()
             watch.vitals.took(*stream.pace(begun_s))

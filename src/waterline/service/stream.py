@@ -3,9 +3,8 @@
 import asyncio
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import aiohttp
 
@@ -31,7 +30,7 @@ class Stream:
         progress: of the request; kept up to date.
         reply: to the client.
         weave: makes it a part of a stream that has begun; None where it is the beginning.
-        wished: what the engine was asked for on top of what the client wants.
+        hides_ids: of tokens, which the client has not asked for.
     """
 
     def __init__(
@@ -42,14 +41,14 @@ class Stream:
         reply: Reply,
         *,
         weave: Weave | None,
-        wished: Mapping[str, Any],
+        hides_ids: bool,
     ) -> None:
         self._response = response
         self._said = said
         self._progress = progress
         self._reply = reply
         self._weave = weave
-        self._ids = "return_token_ids" in wished
+        self._hides_ids = hides_ids
         self._events = Events(lambda data: engine_words(data)[0])
         self._time = asyncio.get_running_loop().time
         self._first_s = math.nan
@@ -79,7 +78,7 @@ class Stream:
             data = self._weave.events(data)
             events = read_events(data) if data else []
         self._said.add(events)
-        if self._ids:
+        if self._hides_ids:
             data = _without_ids(data, events)
         if not data:
             return

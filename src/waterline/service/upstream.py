@@ -19,7 +19,7 @@ from waterline.errors import EngineError
 from waterline.service.asgi import Headers
 from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError, retry_after
-from waterline.service.events import LOST
+from waterline.service.events import LOST, check_text
 
 TAIL_CHUNKS = 16  # of the end of an answer, where the usage stands
 TAIL_BYTES = 4096
@@ -188,6 +188,7 @@ async def read_whole(response: aiohttp.ClientResponse) -> bytes:
     """Return an answer that comes whole. Raises UnansweredError when it breaks off or is no answer."""
     try:
         data = await response.read()
+        check_text(data)
         whole = _WHOLE.decode(data)
     except (aiohttp.ClientError, OSError) as error:
         raise UnansweredError("The engine broke off.") from error
