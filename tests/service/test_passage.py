@@ -228,6 +228,24 @@ def test_what_fails_everybody_ends_after_a_few_and_nobody_is_blamed() -> None:
     asyncio.run(with_engines(engines, case))
 
 
+@pytest.mark.parametrize("fault", ["503", "429"])
+def test_who_is_merely_full_is_not_sick_and_is_waited_for(fault: str) -> None:
+    engines = (Engine(faulty=True), Engine())
+
+    async def case(service: Served) -> None:
+        for got in await asyncio.gather(*(ask(service, REQUEST, fault) for _ in range(20))):
+            check(got, REQUEST, engines[1])
+        assert {lane.doubted for lane in service.gateway.dispatcher.lanes.values()} == {False}
+        assert engines[0].bodies, "it was asked"
+        engines[1].faulty = True  # now both are full, for a while
+        asking = asyncio.create_task(ask(service, REQUEST, fault))
+        await until(lambda: len(engines[1].bodies) > 20)
+        engines[1].faulty = False
+        check(await asking, REQUEST, engines[1])
+
+    asyncio.run(with_engines(engines, case))
+
+
 def test_a_storm_of_wrong_requests_ejects_nobody() -> None:
     engines = (Engine(), Engine())
 

@@ -183,13 +183,16 @@ class Passages:
     async def _bear(self, error: UnansweredError, failures: "Failures", replica: Replica, reply: Reply) -> None:
         """Take a failure into account. Raises it when it was one too many, for the client to see."""
         failures.avoid.add(replica.id)
+        others = set(self._replicas_of(replica.model)) - failures.avoid
+        untried = any(self._status(other) == "ready" for other in others)
+        if not untried:
+            failures.avoid = {replica.id}  # another round
         if not error.certain:
             failures.accused += [replica] * (not error.busy)
         elif self._status(replica.id) in ALIVE:  # else its death is known, and nobody's news
             self.health.failed(replica, silent=error.silent)
         if error.busy or error.absent:  # that costs nobody anything: it is tried again as long as there is time
-            others = set(self._replicas_of(replica.model)) - failures.avoid
-            if any(self._status(other) == "ready" for other in others):
+            if untried:
                 return
             if self._now_s() + failures.pause_s > failures.until_s:
                 raise BrokenStreamError(str(error)) if reply.begun else error
