@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,22 +149,19 @@ def heat(title: str, said: str, axis: Axis, step_s: float, labels: Sequence[str]
     height = max(ROW, min(TALLEST_ROW, TALL // max(1, len(labels))))
     bottom = TOP + height * len(labels)
     level = np.where(present > 0.01, np.ceil(np.clip(busy, 0.0, 1.0) * LEVELS), -1).astype(int)
-    drawn = []
+    drawn, cells = [], [""] * (LEVELS + 1)
     for row, label in enumerate(labels):
         y = TOP + height * row
         if label:
             x, below = LEFT - 6, y + height / 2 + 3
             drawn.append(f'<text x="{x}" y="{below:g}" text-anchor="end" class="small">{escape(label)}</text>')
-        ends = [*np.flatnonzero(np.diff(level[row])) + 1, level.shape[1]]
-        begin = 0
-        for end in map(int, ends):
+        ends = [0, *(np.flatnonzero(np.diff(level[row])) + 1).tolist(), level.shape[1]]
+        for begin, end in pairwise(ends):
             if level[row, begin] >= 0:
                 left, right = axis.x(begin * step_s), axis.x(min(end * step_s, axis.end_s))
-                drawn.append(
-                    f'<rect x="{left:.1f}" y="{y}" width="{max(0.1, right - left):.1f}" height="{height - 1}" '
-                    f'class="h{level[row, begin]}"/>'
-                )
-            begin = end
+                width = max(0.1, right - left)
+                cells[level[row, begin]] += f"M{left:.1f} {y}h{width:.1f}v{height - 1}h-{width:.1f}z"
+    drawn += [f'<path class="h{number}" d="{path}"/>' for number, path in enumerate(cells) if path]
     whole = bottom + BOTTOM
     return _svg(title, said, whole, "".join(drawn) + axis.ticks(whole) + _marker(whole))
 
