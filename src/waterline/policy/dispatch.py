@@ -151,7 +151,7 @@ def with_rows(desk: Desk, rows: int) -> Desk:
         models=desk.models._replace(
             **{name: longer(getattr(desk.models, name)) for name in ("role", "holds_tokens", "gpus_of")}
         ),
-        replicas=Replicas(*(longer(array) for array in desk.replicas)),
+        replicas=routing.with_rows(desk.replicas, rows),
         ready=routing.new_ready(pools, rows),
         prefixes=desk.prefixes,
     )

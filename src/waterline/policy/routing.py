@@ -70,18 +70,38 @@ class Ready(NamedTuple):
 
 
 def new_replicas(rows: int) -> Replicas:
-    """Return rows for so many replicas, nobody in them."""
+    """Return rows for so many replicas, nobody in them.
+
+    What is known of a replica lies side by side: to look at one costs a line of the cache, not one for each field.
+    """
+    whole = lines(rows)
+    real = whole.view(np.float64)
     return Replicas(
-        pool=np.zeros(rows, np.int64),
+        pool=whole[:, 0],
         born=np.zeros(rows, np.int64),
-        serves=np.zeros(rows, np.int64),
-        free_slots=np.zeros(rows, np.int64),
-        longest_tokens=np.zeros(rows, np.int64),
-        tokens_per_s=np.zeros(rows),
-        prefill_tokens_per_s=np.zeros(rows),
-        backlog_tokens=np.zeros(rows, np.int64),
-        unread_tokens=np.zeros(rows, np.int64),
+        serves=whole[:, 1],
+        free_slots=whole[:, 2],
+        longest_tokens=whole[:, 3],
+        tokens_per_s=real[:, 4],
+        prefill_tokens_per_s=real[:, 5],
+        backlog_tokens=whole[:, 6],
+        unread_tokens=whole[:, 7],
     )
+
+
+def with_rows(replicas: Replicas, rows: int) -> Replicas:
+    """Return the same with more rows."""
+    more = new_replicas(rows)
+    for longer, before in zip(more, replicas, strict=True):
+        longer[: len(before)] = before
+    return more
+
+
+def lines(count: int) -> NDArray[np.int64]:
+    """Return so many rows of 64 bytes, each of which is a line of the cache."""
+    raw = np.zeros(8 * count + 8, np.int64)
+    begin = -(raw.ctypes.data // 8) % 8
+    return raw[begin : begin + 8 * count].reshape(count, 8)
 
 
 def new_prefixes(places: int) -> Prefixes:
@@ -92,12 +112,13 @@ def new_prefixes(places: int) -> Prefixes:
 
 def new_ready(pools: int, replicas: int) -> Ready:
     """Return tables without anybody; see `make_ready`."""
+    table = np.zeros((pools * replicas, 4), np.int64)
     return Ready(
-        replicas=np.zeros(pools * replicas, np.int64),
-        threshold=np.zeros(pools * replicas, np.int64),
-        alias=np.zeros(pools * replicas, np.int64),
+        replicas=table[:, 0],
+        threshold=table[:, 1],
+        alias=table[:, 2],
         size=np.zeros(pools, np.int64),
-        free=np.zeros(pools * replicas, np.int64),
+        free=table[:, 3],
         frees=np.zeros(pools, np.int64),
         place=np.full(replicas, NOBODY, np.int64),
         weight=np.zeros(replicas),

@@ -27,16 +27,7 @@ PICOSECONDS_PER_HOUR = HOUR_S * PICOSECONDS_PER_S
 class House:
     """Serves the requests to all models of a plan."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        rows: Sequence[Demand],
-        clients: Names,
-        first_hour: int,
-        *,
-        shares: Sequence[tuple[float, float, float]] | None = None,
-        one_queue: bool = False,
-    ) -> None:
+    def __init__(self, plan: Plan, rows: Sequence[Demand], clients: Names, first_hour: int) -> None:
         """Prepare a fleet without replicas; see `start` and `keep_hours`.
 
         Args:
@@ -44,8 +35,6 @@ class House:
             rows: who asks. What names no client is of one for each row.
             clients: names, as they are met.
             first_hour: of the day, which begins with the traffic.
-            shares: guarantee, deserved and limit of each tenant at the desk; None: the fleet's.
-            one_queue: everybody is one client of one tenant there, without shares.
         """
         self.plan, self.rows, self.names = plan, tuple(rows), clients
         self.models = [model.model for model in plan.models]
@@ -53,33 +42,26 @@ class House:
         self.replicas: list[Replica] = []  # that ever came, as the station numbers them
         self.ttft_s = [plan.fleet.slos[model].ttft_s for model in self.models]
         self.longest_tokens = dict.fromkeys(self.models, 0)  # that any replica held
-        self.one_queue = one_queue
-        self._tenant_of_row = np.array([self.tenants.index(row.tenant) for row in rows], np.int64)
-        self.station = Station(self._terms(shares))
+        self.station = Station(self._terms())
         self.first_hour = first_hour
         self._hours = 0  # that have been kept so far
         self._serving: dict[str, int] = {}  # replicas of the plan, by id, and their numbers
         self._steps: dict[tuple[object, ...], StepCost] = {}
         self._model_of_row = np.array([self.models.index(row.model) for row in rows], np.int64)
+        self._tenant_of_row = np.array([self.tenants.index(row.tenant) for row in rows], np.int64)
         self._client_of: dict[tuple[int, int], int] = {}  # tenant and name: number at the desk
         self._unsettled: list[tuple[Piece, Integers]] = []
         self._requests = 0
 
-    def _terms(self, shares: Sequence[tuple[float, float, float]] | None) -> Terms:
+    def _terms(self) -> Terms:
         tenants = self.plan.fleet.tenants
-        if self.one_queue:
-            shares = [(0.0, 1.0, 1.0)]
-        elif shares is None:
-            shares = [(float(one.guarantee), float(one.deserved or 0.0), float(one.limit)) for one in tenants]
-            shares = shares or [(0.0, 1.0, 1.0)] * len(self.tenants)
-        guarantee, deserved, limit = zip(*shares, strict=True)
         return Terms(
             ttft_s=tuple(self.ttft_s),
             output_tokens=tuple(model.output_tokens for model in self.plan.models),
-            guarantee=guarantee,
-            deserved=deserved,
-            limit=limit,
-            tenant_of_client=(0,) if self.one_queue else tuple(self._tenant_of_row.tolist()),
+            guarantee=tuple(float(one.guarantee) for one in tenants) or (0.0,) * len(self.tenants),
+            deserved=tuple(float(one.deserved or 0.0) for one in tenants) or (1.0,) * len(self.tenants),
+            limit=tuple(float(one.limit) for one in tenants) or (1.0,) * len(self.tenants),
+            tenant_of_client=tuple(self.tenants.index(row.tenant) for row in self.rows),
             gpus=float(self.plan.fleet.gpus),
         )
 
@@ -169,8 +151,6 @@ class House:
 
     def _clients(self, asked: Piece) -> Integers:
         """Return who asks as the desk knows them."""
-        if self.one_queue:
-            return np.zeros(len(asked), np.int64)
         clients = asked.row.copy()
         named = asked.client != UNSAID
         if named.any():

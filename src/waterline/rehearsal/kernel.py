@@ -27,6 +27,7 @@ from waterline.rehearsal.state import (
     FINISH_AT,
     FIRST_DICE,
     FIRST_PS,
+    FIRST_TOKEN_AT,
     FIXED,
     FREE_SLOT,
     GPUS,
@@ -41,6 +42,7 @@ from waterline.rehearsal.state import (
     NONE,
     OUT_OF_TIME,
     OUTPUT,
+    PREEMPTED,
     PRODUCED,
     PROMPT,
     READ,
@@ -56,6 +58,7 @@ from waterline.rehearsal.state import (
     SECONDS,
     SEQUENCE,
     SERVED_BY,
+    SHARE,
     SLOT,
     STARTED_AT,
     STEPS,
@@ -65,6 +68,7 @@ from waterline.rehearsal.state import (
     TICK_PS,
     TIMERS,
     UNDER_WAY,
+    UNFINISHED,
     Memory,
 )
 from waterline.rehearsal.steptime import span, steps_until
@@ -206,10 +210,11 @@ def arrive(
         memory.blocks[memory.first_block[request] : memory.first_block[request + 1]],
         roll(memory),
     )
-    if answer.rule not in (SLOT_FREE, WAITS_FOR_SLOT):
-        memory.results[request * RESULT + FINISH_AT] = now
-        memory.results[request * RESULT + SERVED_BY] = -answer.rule
-        memory.reals[2 * request + RETRY_S] = answer.seconds
+    taken = answer.rule == SLOT_FREE or answer.rule == WAITS_FOR_SLOT  # noqa: PLR1714 - compiled code has no sets
+    write_result(memory, request, client, now if not taken else UNFINISHED, -answer.rule if not taken else NONE)
+    memory.reals[2 * request + RETRY_S] = 0.0 if taken else answer.seconds
+    memory.reals[2 * request + COST_GPU_S] = answer.gpu_s
+    if not taken:
         return False
     slot = memory.counters[FREE_SLOT]
     at = slot * SLOT
@@ -221,7 +226,6 @@ def arrive(
     memory.slots[at + BUSY_PS] = 0
     memory.slots[at + PRODUCED] = 0
     memory.slots[at + READ] = -cached
-    memory.reals[2 * request + COST_GPU_S] = answer.gpu_s
     if answer.rule == SLOT_FREE:
         accept(memory, answer.replica, slot, now, answer.cached_tokens)
         return False
@@ -238,6 +242,23 @@ def arrive(
         memory.counters[TIMERS] += 1
         memory.counters[SEQUENCE] += 1
     return True
+
+
+@inlined
+def write_result(memory: Memory, request: int, client: int, finish: int, served_by: int) -> None:
+    """Write down what is known of a request when it has arrived."""
+    result, extra = request * RESULT, request * EXTRA
+    memory.results[result + FIRST_TOKEN_AT] = NONE
+    memory.results[result + FINISH_AT] = finish
+    memory.results[result + SHARE] = 0
+    memory.results[result + SERVED_BY] = served_by
+    memory.results[result + PREEMPTED] = 0
+    memory.results[result + STARTED_AT] = NONE
+    memory.results[result + CLIENT] = client
+    memory.extras[extra + READ_BY] = NONE
+    memory.extras[extra + READ_SHARE] = 0
+    memory.extras[extra + LOST_GPU_PS] = 0
+    memory.extras[extra + RESTARTS] = 0
 
 
 @inlined
@@ -339,7 +360,7 @@ def find_anybody(memory: Memory, model: int, tokens: int) -> int:
     return best
 
 
-@apart
+@inlined
 def tick(memory: Memory) -> None:
     memory.counters[SECONDS] += 1
     memory.counters[NEXT_TICK_PS] += TICK_PS

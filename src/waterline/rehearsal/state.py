@@ -83,6 +83,7 @@ SLOT = 8
     CLIENT,
 ) = range(7)
 RESULT = 8
+UNFINISHED = -2  # a finish that is no time yet
 RETRY_S, COST_GPU_S = range(2)  # when to come back; what it was charged when it started
 READ_BY, READ_SHARE, LOST_GPU_PS, RESTARTS = range(4)  # a split's reader; what failed replicas had spent on it
 EXTRA = 4

@@ -47,6 +47,7 @@ from waterline.rehearsal.state import (
     STARTED_AT,
     TICK_PS,
     TIMERS,
+    UNFINISHED,
     Integers,
     Kind,
     Memory,
@@ -58,7 +59,6 @@ from waterline.rehearsal.state import (
 )
 
 FIRST_SLOTS = 1024
-UNFINISHED = -2  # a finish that is no time yet
 NOBODY = np.zeros(0, np.int64)
 
 
@@ -181,7 +181,7 @@ class Station:
             np.ascontiguousarray(zeros if one is None else one, np.int64)
             for one in (arrival_ps, prompt_tokens, output_tokens, cached_tokens, model, client, never)
         ]
-        self._make_rows(columns[5], blocks, zeros if block_counts is None else block_counts)
+        self._make_rows(count, blocks, zeros if block_counts is None else block_counts)
         first = self.rows
         self.rows += count
         done = 0
@@ -281,8 +281,8 @@ class Station:
 
     # --- Room ---------------------------------------------------------------------------------------------------------
 
-    def _make_rows(self, clients: Integers, blocks: NDArray[np.integer] | None, counts: NDArray[np.integer]) -> None:
-        needed = self.rows + len(clients)
+    def _make_rows(self, more: int, blocks: NDArray[np.integer] | None, counts: NDArray[np.integer]) -> None:
+        needed = self.rows + more
         memory = self.memory
         if needed * RESULT > len(memory.results):
             room = max(needed, 2 * self.rows)
@@ -294,15 +294,6 @@ class Station:
                 reals=reals,
                 first_block=longer(memory.first_block[: self.rows + 1], room + 1),
             )
-        fresh = memory.results[self.rows * RESULT : needed * RESULT].reshape(-1, RESULT)
-        fresh[:] = 0
-        fresh[:, [FIRST_TOKEN_AT, SERVED_BY, STARTED_AT]] = NONE
-        fresh[:, FINISH_AT] = UNFINISHED
-        fresh[:, CLIENT] = clients
-        extras = memory.extras[self.rows * EXTRA : needed * EXTRA].reshape(-1, EXTRA)
-        extras[:] = 0
-        extras[:, READ_BY] = NONE
-        memory.reals[2 * self.rows : 2 * needed] = 0.0
         before = memory.first_block[self.rows]
         memory.first_block[self.rows + 1 : needed + 1] = before + np.cumsum(counts)
         if blocks is not None:
