@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from waterline.plan import Plan, Replica
 from waterline.policy.decisions import FIELDS, NONE, SLOT_FREE, WAITS_FOR_SLOT
 from waterline.rehearsal.arrivals import Piece, Traffic
-from waterline.rehearsal.capacity import NEVER, PICOSECONDS_PER_NS
+from waterline.rehearsal.capacity import NEVER, PICOSECONDS_PER_NS, Terms
 from waterline.rehearsal.failures import Failure
 from waterline.rehearsal.house import House, Settled
 from waterline.rehearsal.minutes import Minutes
@@ -174,14 +174,7 @@ class Moving(House):
         self.setting, self.recorder = setting, recorder
         self.in_report: list[int] = []
         self.known: dict[str, int] = {}  # by id of the replica
-        super().__init__(
-            setting.plan,
-            setting.rows,
-            asked.clients,
-            asked.first_hour,
-            shares=setting.shares,
-            one_queue=setting.one_queue,
-        )
+        super().__init__(setting.plan, setting.rows, asked.clients, asked.first_hour)
 
     def start_all(self, replicas: Sequence[Replica], ready_ps: int) -> range:
         for replica in replicas:
@@ -189,6 +182,16 @@ class Moving(House):
                 self.known[replica.id] = self.recorder.add_replica(self.setting.shown(replica))
             self.in_report.append(self.known[replica.id])
         return super().start_all(replicas, ready_ps)
+
+    def _terms(self) -> Terms:
+        terms, shares = super()._terms(), self.setting.shares
+        if shares is None:
+            return terms
+        guarantee, deserved, limit = (tuple(column) for column in zip(*shares, strict=True))
+        return replace(terms, guarantee=guarantee, deserved=deserved, limit=limit)
+
+    def _clients(self, asked: Piece) -> Integers:
+        return np.zeros(len(asked), np.int64) if self.setting.one_queue else super()._clients(asked)
 
 
 # --- The log of decisions about requests ------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from waterline.service.body import COMPLETIONS, Asked
 from waterline.service.continuation import RefusedError, ended, missing_reason, missing_usage, resume, wishes
 from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError
-from waterline.service.events import DONE, BadEventError, is_json
+from waterline.service.events import DONE, BadEventError
 from waterline.service.health import Health, Watch
 from waterline.service.said import Said
 from waterline.service.stream import Stream, read_to_the_end
@@ -276,8 +276,6 @@ class Passages:
             if rid:
                 self._abort(engine, state.url, rid)
             raise
-        if not is_json(data):
-            raise UnansweredError("The engine sent an answer that nobody can read.")
         watch.since_s = math.inf
         self._heard(passage, watch)
         passage.progress.saw(data)
