@@ -9,7 +9,7 @@ matters here is who has which GPUs, and when. The table counts decisions, moves,
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -39,9 +39,9 @@ class Fluid:
         self.drained: dict[int, int] = {}  # row -> polls until it is idle
         self.gone: set[int] = set()
 
-    def start(self, replica: Replica, ready_ps: int) -> int:  # noqa: ARG002 - the station's signature
-        self.rows += 1
-        return self.rows - 1
+    def start_all(self, replicas: Sequence[Replica], ready_ps: int) -> range:  # noqa: ARG002 - the station's signature
+        self.rows += len(replicas)
+        return range(self.rows - len(replicas), self.rows)
 
     def drain(self, row: int, at_ps: int) -> None:  # noqa: ARG002 - the station's signature
         assert row not in self.gone

@@ -203,7 +203,9 @@ class Roster:
             ),
             np.array([2 * priority[one.tenant] + (one.job is None) for one in self.services]),  # who asks outbids jobs
         )
-        tide = tides.new_tide(self._promises(), services, layouts, gpus, self.step_s, running=len(running))
+        tide = tides.new_tide(
+            self._promises(), services, layouts, gpus, self.step_s, running_gpus=[one.layout.gpus for one in running]
+        )
         for number, one in enumerate(self.services):
             if one.job:
                 tide.source[number], tide.fixed[number] = FIXED, one.job.copies

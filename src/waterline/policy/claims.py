@@ -268,17 +268,25 @@ def _most_over(
     best, best_part = NOBODY, 0.0
     own = services.tenant[service]
     reclaims = tally.usage[own] + 1.0 <= tenants.deserved_gpus[own] + DUST
+    gives, nobody_gives = np.zeros(len(services.tenant), np.int64), True
+    for giver in range(len(services.tenant)):
+        tenant = services.tenant[giver]
+        over = tenant != own and tally.usage[tenant] > tenants.deserved_gpus[tenant]
+        if over and (reclaims or services.priority[giver] < services.priority[service]):
+            gives[giver], nobody_gives = 1, False
+    if nobody_gives:
+        return NOBODY
     for replica in range(len(replicas.state)):
         giver = replicas.service[replica]
+        if not gives[giver]:
+            continue
         if replicas.state[replica] != READY or not tally.staying[replica]:
             continue
         if now_s - replicas.since_s[replica] < tenants.min_runtime_s[services.tenant[giver]]:
             continue
-        if not reclaims and services.priority[giver] >= services.priority[service]:
-            continue
         tenant = services.tenant[giver]
         part = tally.usage[tenant] / max(tenants.deserved_gpus[tenant], DUST)
-        if tenant != own and part > 1.0 and (best == NOBODY or part > best_part):
+        if part > 1.0 and (best == NOBODY or part > best_part):
             best, best_part = tenant, part
     return best
 

@@ -30,7 +30,12 @@ def take_over(
     with the most over what it deserves.
     """
     best, best_rule, best_part = NOBODY, SPARED, -np.inf
-    for replica in range(len(replicas.state)):
+    gives = np.zeros(len(services.tenant), np.int64)
+    for giver in range(len(services.tenant)):
+        gives[giver] = _might_give(tenants, services, tally, service, giver, by)
+    for replica in range(len(replicas.state) if gives.any() else 0):
+        if not gives[replicas.service[replica]]:
+            continue
         rule = _rule(tenants, services, replicas, tally, service, replica, by, now_s)
         if rule == NOBODY:
             continue
@@ -49,6 +54,19 @@ def take_over(
     tally.staying[best] = 0  # it stays, but nobody decides about it again this time
     push_move(tally, moves, TAKE_OVER, best_rule, service, best, replicas.node[best], NOBODY, gpus, 0.0, now_s, 0.0)
     return True
+
+
+@jit
+def _might_give(tenants: Tenants, services: Services, tally: Tally, service: int, giver: int, by: int) -> bool:
+    """Whether it is worth looking at the replicas of a service."""
+    owner, mine = services.tenant[giver], services.tenant[service]
+    if services.model[giver] != services.model[service] or owner == mine or not tally.supply[giver] > 0.0:
+        return False
+    if by == SPARED:
+        return bool(tally.spare[giver] > 0.0)
+    over = tally.usage[owner] > tenants.deserved_gpus[owner]
+    below = tally.usage[mine] < tenants.deserved_gpus[mine]
+    return bool(over and (below or services.priority[giver] < services.priority[service]))
 
 
 @jit

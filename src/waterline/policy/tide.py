@@ -47,6 +47,7 @@ from waterline.policy.holdings import (
 )
 from waterline.policy.jit import jit
 from waterline.policy.lending import plan_moves
+from waterline.policy.tally import SLACK
 
 FORECAST, REACT, FIXED = 0, 1, 2  # where what a service needs comes from: `Tide.source`
 LEAST_STEP_S, MOST_STEP_S = 10.0, 60.0
@@ -82,7 +83,7 @@ def new_tide(
     gpus: NDArray[np.int64],
     step_s: float,
     *,
-    running: int = 0,
+    running_gpus: Iterable[int] = (),
 ) -> Tide:
     """Return a fleet in which nothing runs.
 
@@ -95,7 +96,7 @@ def new_tide(
         layouts: where their models run, and how.
         gpus: [node] that there are.
         step_s: how often the caller will decide.
-        running: replicas that it is going to write in, of whatever size.
+        running_gpus: of each replica that it is going to write in.
     """
     count = len(services.tenant)
     ahead = np.zeros(count, np.int64)
@@ -103,23 +104,23 @@ def new_tide(
         model = services.model[service]
         load_s = layouts.load_s[model][layouts.gpus[model] > 0].max(initial=0.0)
         ahead[service] = -(-(load_s + tenants.grace_s.max(initial=0.0)) // step_s) + 1
-    smallest = np.where(layouts.gpus > 0, layouts.gpus, gpus.max(initial=1)).min(
-        axis=0, initial=int(gpus.max(initial=1))
-    )
-    most = int((gpus // np.maximum(smallest, 1)).sum()) + running  # replicas at a time
+    most_gpus = int(gpus.max(initial=1))
+    smallest = np.where(layouts.gpus > 0, layouts.gpus, most_gpus).min(axis=0, initial=most_gpus)
+    smallest = np.minimum(smallest, min(running_gpus, default=most_gpus))
+    most = int((gpus // np.maximum(smallest, 1)).sum())  # replicas at a time, those that drain included
     return Tide(
         tenants,
         services,
         layouts,
         np.array(gpus, np.int64),
         holdings.new_claims(most),
-        holdings.new_replicas(2 * most),  # and as many that drain
+        holdings.new_replicas(most),
         forecast.new_series(ahead, step_s),
         np.full(count, FORECAST, np.int64),
         np.zeros(count),
         np.zeros(count),
         np.zeros((count, 24)),
-        np.full(2 * most, np.nan),
+        np.full(most, np.nan),
         np.zeros(len(gpus), np.int64),
     )
 
@@ -228,6 +229,7 @@ def _look_ahead(tide: Tide, now_s: float) -> None:
             wanted = kept = series.last_load[service, 1]
         else:
             wanted, kept = forecast.needs(series, service, step)
+            wanted *= 1.0 - SLACK  # less than that is scatter, as it is when something seems to be spare
         services.wanted[service] = max(wanted - tide.carried[service, hour], tide.floor[service])
         services.kept[service] = max(kept - tide.carried[service, hour], tide.floor[service])
 

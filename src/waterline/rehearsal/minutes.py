@@ -46,8 +46,8 @@ Decide = Callable[[tides.Tide, float], Moves]
 class Station(Protocol):
     """Serves requests on replicas that come and go; times in picoseconds from the start of the traffic."""
 
-    def start(self, replica: Replica, ready_ps: int) -> int:
-        """Let a replica serve from a time on, which has not passed; return its row."""
+    def start_all(self, replicas: Sequence[Replica], ready_ps: int) -> Sequence[int]:
+        """Let replicas serve from a time on, which has not passed; return their rows."""
 
     def drain(self, row: int, at_ps: int) -> None:
         """Give it nothing new."""
@@ -156,9 +156,13 @@ class Minutes:
         self.decide: Decide = compiled(tides.decide) if large else tides.decide
         self._numbers = count()
         self._events: list[tuple[float, int, int, Callable[[], None]]] = []
+        self._fresh: list[Present] = []  # whom the station does not know yet
+        self._draining: set[int] = set()  # rows of the tide
         for row, one in roster.has.items():
             if isinstance(one, Replica):
-                self.present[row] = Present(one, 0.0, 0.0, station.start(one, 0))
+                self.present[row] = Present(one, 0.0, 0.0)
+                self._fresh.append(self.present[row])
+        self._meet()
         self._turn(first_hour, first=True)
         for begin_s, end_s, pool, node in placed(failures, plan.fleet, self.first_s):
             self._at(begin_s, FAILS, lambda pool=pool, node=node: self._fail(pool, node))  # type: ignore[misc]
@@ -218,17 +222,18 @@ class Minutes:
         return moves
 
     def _decide(self) -> None:
-        for row in [row for row, present in self.present.items() if present.gone_s is not None]:
-            present = self.present[row]
-            if present.work is None and self.station.idle(present.row):
+        for row in sorted(self._draining):
+            if self.station.idle(self.present[row].row):
                 self._gone(row)
         if self.now_s > 0.0:
             self._tell_loads()
-        counted_for = {row: self.roster.tenant_of(row) for row in self.roster.has}
+        service = self.tide.replicas.service.copy()  # before somebody takes over from somebody
         moves = self._tell("tick")
         assert moves is not None  # noqa: S101 - that is the answer to a tick
         for move in range(len(moves.kind)):
-            self._do(moves, move, counted_for.get(int(moves.victim[move]), ""))
+            victim = int(moves.victim[move])
+            self._do(moves, move, self.roster.services[int(service[victim])].tenant if victim != NOBODY else "")
+        self._meet()
         self._at(self.now_s + self.roster.step_s, DECIDES, self._decide)
 
     def _tell_loads(self) -> None:
@@ -256,9 +261,18 @@ class Minutes:
         if isinstance(one, Run):
             present.work = Work(job=one.job, began_s=self.now_s)
         else:
-            present.row = self.station.start(one, _ps(ready_s))
+            self._fresh.append(present)
         self.present[row] = present
         self._at(ready_s, FREED, lambda: self._ready(row, present))
+
+    def _meet(self) -> None:
+        """Let the station know of those who have come, all that will be ready at the same time together."""
+        for ready_s in sorted({present.ready_s for present in self._fresh}):
+            together = [present for present in self._fresh if present.ready_s == ready_s]
+            replicas = [present.what for present in together if isinstance(present.what, Replica)]
+            for present, row in zip(together, self.station.start_all(replicas, _ps(ready_s)), strict=True):
+                present.row = row
+        self._fresh = []
 
     def _ready(self, row: int, present: Present) -> None:
         if self.present.get(row) is not present:
@@ -282,6 +296,7 @@ class Minutes:
             present.gone_s = present.work.gone_s(self.now_s, deadline_s - self.now_s)
         else:
             self.station.drain(present.row, _ps(self.now_s))
+            self._draining.add(row)
         self._at(present.gone_s, FREED, lambda: self._gone(row, present))
 
     def _gone(self, row: int, present: Present | None = None) -> None:
@@ -289,6 +304,7 @@ class Minutes:
         if present is not None and self.present.get(row) is not present:
             return  # it was idle before its deadline
         present = self.present.pop(row)
+        self._draining.discard(row)
         if present.work is None:
             self.station.fail(present.row, _ps(self.now_s))
         self._leave(present, self.roster.tenant_of(row), self.now_s, stopped=True)
@@ -314,6 +330,7 @@ class Minutes:
     def _fail(self, pool: str, node: int) -> None:
         for row in self.roster.rows_on(pool, node):
             present = self.present.pop(row)
+            self._draining.discard(row)
             if present.work is None:
                 self.station.fail(present.row, _ps(self.now_s))
             self._leave(present, self.roster.tenant_of(row), self.now_s, stopped=True)
@@ -345,9 +362,10 @@ class Minutes:
             down = any((replica.pool, place.node) in self.roster.down for place in replica.places)
             if hour in replica.hours and replica.id not in self.kept and not down:
                 loads_s = 0.0 if first or not again else replica.load_s
-                row = self.station.start(replica, _ps(self.now_s + loads_s))
                 began_s = max(0.0, self.now_s + loads_s - replica.load_s)
-                self.kept[replica.id] = Present(replica, began_s, self.now_s + loads_s, row)
+                self.kept[replica.id] = Present(replica, began_s, self.now_s + loads_s)
+                self._fresh.append(self.kept[replica.id])
+        self._meet()
         if not again:
             next_s = (np.floor((self.first_s + self.now_s) / HOUR_S) + 1) * HOUR_S - self.first_s
             self._at(float(next_s), TURNS, lambda: self._turn((hour + 1) % HOURS))
