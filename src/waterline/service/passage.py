@@ -40,6 +40,7 @@ from waterline.service.upstream import (
 )
 
 ATTEMPTS = 3  # engines that may fail a request, one after the other without a token, before its client is told
+DEATHS = 6  # … and engines that may die with it: each may be its doing, but rather that of one of many
 PATIENCE_S = 30.0  # for a place where a stream goes on, while no replica is in service
 PAUSE_S = 0.05  # before somebody is asked again who was full, or away; doubled each time
 LONGEST_PAUSE_S = 1.0
@@ -94,7 +95,7 @@ class Failures:
     until_s: float  # when nobody waits any longer for an engine that is full, or away
     avoid: set[str] = field(default_factory=set)  # replicas that failed it
     accused: list[Replica] = field(default_factory=list)  # of failing it; or it is one that fails everybody
-    fruitless: int = 0  # failures that count
+    fruitless: list[tuple[str, int | None]] = field(default_factory=list)  # replicas that count, by their process
     pause_s: float = PAUSE_S
 
 
@@ -160,13 +161,13 @@ class Passages:
         failures = Failures(until_s=self._now_s() + passage.patience_s)
         while True:
             replica = await passage.place.replica(PATIENCE_S if reply.begun else passage.patience_s)
-            said = passage.said.pieces
+            said, pid = passage.said.pieces, self._pid(replica.id)
             try:
-                await self._ask(passage, replica, reply, last=failures.fruitless == ATTEMPTS - 1)
+                await self._ask(passage, replica, reply, last=len(failures.fruitless) >= ATTEMPTS - 1)
             except UnansweredError as error:
                 if passage.said.pieces > said:
                     failures = Failures(until_s=self._now_s() + PATIENCE_S, accused=failures.accused)
-                await self._bear(error, failures, replica, reply)
+                await self._bear(error, failures, replica, pid, reply)
                 if reply.begun and await _end_alone(passage, reply):
                     break
                 passage.place.move(frozenset(failures.avoid))
@@ -180,7 +181,9 @@ class Passages:
         for other in failures.accused:  # somebody could answer: so it was not the request
             self.health.failed(other)
 
-    async def _bear(self, error: UnansweredError, failures: "Failures", replica: Replica, reply: Reply) -> None:
+    async def _bear(
+        self, error: UnansweredError, failures: "Failures", replica: Replica, pid: int | None, reply: Reply
+    ) -> None:
         """Take a failure into account. Raises it when it was one too many, for the client to see."""
         failures.avoid.add(replica.id)
         others = set(self._replicas_of(replica.model)) - failures.avoid
@@ -199,8 +202,9 @@ class Passages:
             await asyncio.sleep(failures.pause_s)
             failures.pause_s = min(2.0 * failures.pause_s, LONGEST_PAUSE_S)
             return
-        failures.fruitless += 1
-        if failures.fruitless == ATTEMPTS:
+        failures.fruitless.append((replica.id, pid))
+        died = sum(self._pid(id_) != known or self._status(id_) not in ALIVE for id_, known in failures.fruitless)
+        if len(failures.fruitless) - died >= ATTEMPTS or died >= DEATHS:
             raise BrokenStreamError(str(error)) if reply.begun else error
 
     # --- One engine -------------------------------------------------------------------------------------------------
@@ -352,6 +356,9 @@ class Passages:
 
     def _has_others(self, replica: Replica) -> bool:
         return any(self._status(other) == "ready" for other in self._replicas_of(replica.model) if other != replica.id)
+
+    def _pid(self, replica_id: str) -> int | None:
+        return self._states[replica_id].pid if replica_id in self._states else None
 
     def _status(self, replica_id: str) -> str:
         return self._states[replica_id].status if replica_id in self._states else ""
