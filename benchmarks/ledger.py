@@ -5,12 +5,14 @@
     python benchmarks/ledger.py --requests 2000 --rows 0
 
 A request reserves, waits until that is durable, and settles. CPU time is of this whole process, both threads; what the
-loop of requests itself costs is measured without a ledger, and taken off. Then rows of a hundred days are put in, and
-`usage` is asked for them.
+loop of requests itself costs is measured without a ledger, and taken off. What a first token waits for its reservation
+is measured at a rate of arrivals, for engines of different speed. Then rows of a hundred days are put in, and `usage`
+is asked for them.
 """
 
 import argparse
 import asyncio
+import random
 import resource
 import statistics
 import subprocess
@@ -108,6 +110,35 @@ def line(ledger: Ledger, key: Key, name: str, at_once: int, requests: int) -> st
     return f"{name:<22}{at_once:>8}" + "".join(f"{number:>12}" for number in numbers)
 
 
+async def wait_added(ledger: Ledger, key: Key, ttft_s: float, rate_per_s: float, requests: int) -> list[float]:
+    """Return how long each first token waits for its reservation, when the engine has it after `ttft_s`."""
+    dice, added = random.Random(1), []
+
+    async def one() -> None:
+        request_id, arrival_us = new_request_id(), utc_us()
+        reservation = await ledger.reserve(
+            request_id=request_id,
+            tenant=key.tenant,
+            client=key.client,
+            key=key,
+            model="qwen3-8b",
+            tokens=700,
+            nano_usd=20_000,
+            arrival_us=arrival_us,
+        )
+        await asyncio.sleep(ttft_s)
+        begun_s = time.perf_counter()
+        await reservation.durable()
+        added.append(time.perf_counter() - begun_s)
+        ledger.settle(ending(request_id, key, arrival_us))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(requests):
+            group.create_task(one())
+            await asyncio.sleep(dice.expovariate(rate_per_s))
+    return added
+
+
 def commit_ms(ledger: Ledger) -> float:
     """Return the median time of a commit of one row: mostly what the disk takes to keep it."""
     taken = []
@@ -168,6 +199,14 @@ def main() -> None:
             for name, key in (("without quotas", free), ("two quotas", limited)):
                 for at_once in (1, 64, 256):
                     print(line(ledger, key, name, at_once, arguments.requests if at_once > 1 else 300), flush=True)
+            print(f"\n{'added to the first token, ms':<30}{'requests/s':>12}{'p50':>8}{'p99':>8}")
+            for ttft_s in (0.0, 0.005, 0.02, 0.1):
+                for rate_per_s in (20, 200):
+                    count = min(arguments.requests, rate_per_s * 10)
+                    added = asyncio.run(wait_added(ledger, limited, ttft_s, rate_per_s, count))
+                    cuts = statistics.quantiles(added, n=100)
+                    name = f"engine's own {ttft_s * 1e3:.0f} ms"
+                    print(f"{name:<30}{rate_per_s:>12}{cuts[49] * 1e3:>8.2f}{cuts[98] * 1e3:>8.1f}", flush=True)
             if not arguments.rows:
                 return
             begun_s = time.perf_counter()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 from asking import reserve, rows, settlement, sums_agree
 
@@ -210,3 +211,30 @@ def test_a_key_made_or_revoked_elsewhere_is_known_soon(url: str) -> None:
         asyncio.run(until(lambda: (ledger.find_key(secret) or key).revoked_us is not None))
         assert ledger.find_key("wl-nobody") is None
         elsewhere.dispose()
+
+
+def test_what_an_engine_says_cannot_hold_up_the_ledger(url: str) -> None:
+    async def settle_all(ledger: Ledger) -> None:
+        wild = settlement("wild", prompt_tokens=-3, output_tokens=10**30, reason="nul \x00, half a letter \ud800")
+        await asyncio.gather(*(ledger.settle(one) for one in (settlement("before"), wild, settlement("after"))))
+
+    with Ledger.open(url) as ledger:
+        asyncio.run(settle_all(ledger))
+        found = rows(ledger, "SELECT id, prompt_tokens, output_tokens, reason FROM completions ORDER BY id")
+        assert found == [("after", 40, 60, ""), ("before", 40, 60, ""), ("wild", 0, 10**15, "nul  , half a letter  ")]
+
+
+def test_of_a_batch_only_what_cannot_be_written_is_lost(url: str) -> None:
+    async def settle_all(ledger: Ledger) -> list[object]:
+        ours = [await reserve(ledger, request_id=f"r{number}") for number in range(3)]
+        for one in ours:
+            await one.durable()
+        bad = msgspec.structs.replace(settlement("r1"), model=None)  # type: ignore[arg-type] # as a bug would
+        told = [ledger.settle(one) for one in (settlement("r0"), bad, settlement("r2"))]
+        return list(await asyncio.gather(*told, return_exceptions=True))
+
+    with Ledger.open(url) as ledger:
+        asyncio.run(settle_all(ledger))
+        assert rows(ledger, "SELECT id FROM completions ORDER BY id") == [("r0",), ("r2",)]
+        assert rows(ledger, "SELECT id FROM reservations") == [("r1",)]
+        assert sums_agree(ledger)

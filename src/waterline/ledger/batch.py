@@ -6,7 +6,7 @@ otherwise (a commit whose answer got lost, a gateway that was taken for dead), t
 """
 
 from asyncio import Future
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,6 +78,18 @@ class Batch:
     @property
     def rows(self) -> int:
         return len(self.reserves) + len(self.endings)
+
+    def parts(self) -> "Iterator[Batch]":
+        """Yield each request of it alone, to find the one that cannot be written; who waits is told with the last."""
+        for request_id in {**self.reserves, **self.endings}:
+            part = Batch(careful=True)
+            if request_id in self.reserves:
+                part.reserves[request_id] = self.reserves[request_id]
+                part.reserving[request_id] = self.reserving[request_id]
+            if request_id in self.endings:
+                part.endings[request_id] = self.endings[request_id]
+            yield part
+        yield Batch(ending=self.ending, notes=self.notes)
 
     def absorb(self, later: "Batch") -> None:
         """Take in what gathered behind this one."""
@@ -368,7 +380,7 @@ def _flow(flows: Flows, one: Reserve, times: int) -> None:
 
 
 def _charge(flows: Flows, of_periods: tuple[str, ...], one: Settlement, times: int) -> None:
-    if of_periods:
+    if of_periods and (one.prompt_tokens or one.output_tokens or one.nano_usd):
         flow = flows.setdefault((one.key_id, of_periods), Balance())
         flow.tokens += times * (one.prompt_tokens + one.output_tokens)
         flow.nano_usd += times * one.nano_usd

@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy
 from sqlalchemy import Connection, Engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError, OperationalError
 
 from waterline.errors import InputError, LedgerError, MissingExtraError
 from waterline.ledger.tables import REVISION
@@ -46,9 +46,11 @@ def connect(url: str, *, create: bool = True) -> Engine:
 
 @contextmanager
 def in_words(engine: Engine) -> Iterator[None]:
-    """Turn what goes wrong with the database into what a person can do about it."""
+    """Turn what goes wrong with the database into what a person can do about it; a value it cannot hold is our bug."""
     try:
         yield
+    except (DataError, IntegrityError):
+        raise
     except DBAPIError as error:
         raise LedgerError(_explained(engine, error)) from error
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from waterline.errors import InputError
 from waterline.outcome import Status
@@ -19,6 +20,7 @@ from waterline.units import DAY_S, GIGA, MEGA
 Outcome = Literal[Status, "interrupted"]  # interrupted: its gateway died; charged what was last noted of it
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 MOST = 2**63 - 1  # what a column holds
+MOST_OF_A_REQUEST = 10**15  # tokens, microseconds of GPUs, billionths of a dollar: no request comes near
 EPOCH = date(1970, 1, 1).toordinal()
 
 
@@ -66,6 +68,19 @@ class Settlement(Struct, frozen=True, kw_only=True):
     nano_usd: int = 0
     outcome: Outcome
     reason: str = ""
+
+
+def storable(settlement: Settlement) -> Settlement:
+    """Return it with what a column can hold: engines and their messages say anything."""
+    amounts = {name: getattr(settlement, name) for name in _AMOUNTS}
+    if min(amounts.values()) >= 0 and max(amounts.values()) <= MOST_OF_A_REQUEST and settlement.reason.isprintable():
+        return settlement
+    held = {name: min(max(0, amount), MOST_OF_A_REQUEST) for name, amount in amounts.items()}
+    reason = "".join(letter if letter.isprintable() else " " for letter in settlement.reason)
+    return replace(settlement, **held, reason=reason)
+
+
+_AMOUNTS = ("prompt_tokens", "cached_tokens", "output_tokens", "thinking_tokens", "gpu_us", "nano_usd")
 
 
 def utc_us() -> int:

@@ -26,7 +26,7 @@ from waterline.ledger.database import connect, in_words, reading
 from waterline.ledger.keys import hash_of
 from waterline.ledger.presence import left_behind, presence
 from waterline.ledger.quotas import Balance, Balances, Room, fits, periods, tightest
-from waterline.ledger.records import Key, Settlement, utc_us
+from waterline.ledger.records import MOST_OF_A_REQUEST, Key, Settlement, storable, utc_us
 from waterline.ledger.tables import keys, reservations
 from waterline.ledger.writer import Writer
 
@@ -80,6 +80,7 @@ class Ledger:
         self._balances: Balances = {}  # as the last commit that decided about them left them
         self._pending: Balances = {}  # reserved since
         self._keys: dict[str, Key] = {}  # by the hash of their secrets
+        self._keys_by_id: dict[str, Key] = {}
         self._keys_counted = (-1, -1)
         self._looked_s = time.monotonic()
         with in_words(engine):
@@ -160,8 +161,8 @@ class Ledger:
             key=key,
             model=model,
             arrival_us=arrival_us,
-            tokens=tokens,
-            nano_usd=nano_usd,
+            tokens=min(tokens, MOST_OF_A_REQUEST),
+            nano_usd=min(nano_usd, MOST_OF_A_REQUEST),
             periods=periods(key, arrival_us),
         )
         with self._lock:
@@ -188,9 +189,9 @@ class Ledger:
         """
         note = Note(
             request_id=reservation.request_id,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            nano_usd=nano_usd,
+            prompt_tokens=min(prompt_tokens, MOST_OF_A_REQUEST),
+            output_tokens=min(output_tokens, MOST_OF_A_REQUEST),
+            nano_usd=min(nano_usd, MOST_OF_A_REQUEST),
             noted_us=utc_us(),
         )
         with self._lock:
@@ -205,6 +206,7 @@ class Ledger:
         It will be written also when nobody awaits the future, which is done when the row is on the disk.
         """
         written: Future[None] = asyncio.get_running_loop().create_future()
+        settlement = storable(settlement)
         request_id = settlement.request_id
         with self._lock:
             reserved = self._under_way.pop(request_id, None)
@@ -238,7 +240,7 @@ class Ledger:
         return self._batch
 
     def _key(self, key_id: str) -> Key | None:
-        return next((key for key in self._keys.values() if key.id == key_id), None) if key_id else None
+        return self._keys_by_id.get(key_id)
 
     def _has_room(self, one: Reserve) -> bool:
         """Return whether memory is sure that a request fits, and count it as pending."""
@@ -321,6 +323,7 @@ class Ledger:
             counted = connection.execute(select(func.count(), func.count(keys.c.revoked_us)).select_from(keys)).one()
             if tuple(counted) != self._keys_counted:
                 self._keys = {row.hash: key_of(row) for row in connection.execute(select(keys))}
+                self._keys_by_id = {key.id: key for key in self._keys.values()}
                 self._keys_counted = (counted[0], counted[1])
 
     def _bury(self) -> None:

@@ -83,8 +83,13 @@ class Writer:
         try:
             self._insist(batch)
         except Exception:
-            log.exception("a bug in the ledger", lost=[ending.settlement for ending in batch.endings.values()])
-            self._lost(batch, LedgerError("The ledger has a bug; its log says where."))
+            log.exception("a bug in the ledger")
+            for part in batch.parts():
+                try:
+                    self._insist(part)
+                except Exception:
+                    log.exception("cannot be written", lost=[ending.settlement for ending in part.endings.values()])
+                    self._lost(part, LedgerError("The ledger has a bug; its log says where."))
 
     def _insist(self, batch: Batch) -> None:
         """Write a batch, however often it takes; who waits for a reservation is let go in time."""
