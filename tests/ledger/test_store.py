@@ -224,7 +224,14 @@ def test_what_an_engine_says_cannot_hold_up_the_ledger(url: str) -> None:
         assert found == [("after", 40, 60, ""), ("before", 40, 60, ""), ("wild", 0, 10**15, "nul  , half a letter  ")]
 
 
-def test_of_a_batch_only_what_cannot_be_written_is_lost(url: str) -> None:
+def test_of_a_batch_only_what_cannot_be_written_is_lost_and_the_log_has_it(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(
+        "waterline.ledger.writer.log.exception", lambda *said, **details: logged.append(f"{said} {details}")
+    )
+
     async def settle_all(ledger: Ledger) -> list[object]:
         ours = [await reserve(ledger, request_id=f"r{number}") for number in range(3)]
         for one in ours:
@@ -238,3 +245,4 @@ def test_of_a_batch_only_what_cannot_be_written_is_lost(url: str) -> None:
         assert rows(ledger, "SELECT id FROM completions ORDER BY id") == [("r0",), ("r2",)]
         assert rows(ledger, "SELECT id FROM reservations") == [("r1",)]
         assert sums_agree(ledger)
+    assert "request_id='r1'" in logged[-1]
