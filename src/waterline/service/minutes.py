@@ -117,6 +117,7 @@ class Minutes:
         self._recording = True
         self._queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._acts: set[asyncio.Task[None]] = set()
+        self._counted_s = begun_s  # up to when loads have been told
         self._costs = {model: token_costs(roster.plan, model) for model in roster.models}
         self._saved_s: dict[int, float] = {}  # by row: when the machine's clock says that a run saved its work last
         self._failures: dict[str, int] = {}  # by replica: failed starts before it was ready
@@ -185,23 +186,29 @@ class Minutes:
 
     async def _tick_for_ever(self) -> None:
         step_s = self.roster.step_s
-        step = int(self.now_s() // step_s)
-        self._gateway.take_loads()  # of a part of a step
+        self._gateway.take_loads()
+        self._counted_s = self.now_s()
+        step = int(self._counted_s // step_s)
         self._put("tick")  # for jobs, which wait for nothing
         while True:
-            await asyncio.sleep(((step + 1) * step_s - self.now_s()) / self._speed)
-            at_s, step = self.now_s(), int(self.now_s() // step_s)
+            at_s = self.now_s()
+            if (left_s := (step + 1) * step_s - at_s) > 0.0:  # again when a sleep has ended a moment early
+                await asyncio.sleep(left_s / self._speed)
+                continue
+            step = int(at_s // step_s)
             self._tick(step - 1, at_s)
 
     def _tick(self, step: int, at_s: float) -> None:
         """Say what was asked in a step that is over, and what has been saved since; then have it decided."""
-        loads = self._gateway.take_loads()
-        for number, service in enumerate(self.roster.services):
-            if service.job is None:
-                read, write = self._costs[service.target]
-                prompts, outputs = loads.get((service.tenant, service.target), (0, 0))
-                load = (prompts * read + outputs * write) * self._speed / self.roster.step_s
-                self._put("load", at_s, service=number, step=step, load=load)
+        if at_s - self._counted_s > self.roster.step_s / 2:  # the first may be short: little is seen in it
+            loads = self._gateway.take_loads()
+            for number, service in enumerate(self.roster.services):
+                if service.job is None:
+                    read, write = self._costs[service.target]
+                    prompts, outputs = loads.get((service.tenant, service.target), (0, 0))
+                    load = (prompts * read + outputs * write) * self._speed / (at_s - self._counted_s)
+                    self._put("load", at_s, service=number, step=step, load=load)
+            self._counted_s = at_s
         for row, one in self.roster.has.items():
             if isinstance(one, Run) and (saved_s := self._jobs.saved_s(one.id)) > self._saved_s.get(row, 0.0):
                 self._saved_s[row] = saved_s
@@ -213,6 +220,8 @@ class Minutes:
 
     async def _tell(self, signal: dict[str, Any]) -> None:
         """Let the tide learn of a signal, keep it, and do what is decided."""
+        if signal["signal"] == "loaded" and self.roster.tide.replicas.state[signal["replica"]] != LOADING:
+            return  # it has been told already
         if signal["signal"] == "tick":
             moves, rows = await asyncio.to_thread(feed, self.roster.tide, signal)
         else:
