@@ -6,7 +6,7 @@ import random
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from serving import QUESTION, Served, fake_plan, served, until
 from waterline.fleet import Job, Tenant
 from waterline.plan import Place, Plan, Replica, Shape, write_plan
 from waterline.policy.tide import signal_line
-from waterline.rehearsal.arrivals import Piece
 from waterline.rehearsal.minutes import Minutes as Rehearsed
 from waterline.roster import Roster
 from waterline.service.jobs import OVER
@@ -134,24 +133,19 @@ def test_a_surge_gets_the_gpus_of_research_and_hands_them_back_and_the_record_re
 
 
 class Idle:
-    """A station of a rehearsal that has replicas and no requests."""
+    """A station of a rehearsal that has replicas and no requests: whatever it is told, nothing follows."""
 
     rows = 0
 
-    def start(self, _replica: Replica, _ready_ps: int) -> int:
-        self.rows += 1
-        return self.rows
-
-    def drain(self, _row: int, _at_ps: int) -> None: ...
-
-    def fail(self, _row: int, _at_ps: int) -> None: ...
-
-    def offer(self, _piece: Piece) -> None: ...
-
-    def advance(self, _until_ps: int) -> None: ...
+    def start_all(self, replicas: Sequence[Replica], _ready_ps: int) -> Sequence[int]:
+        self.rows += len(replicas)
+        return range(self.rows - len(replicas), self.rows)
 
     def idle(self, _row: int) -> bool:
         return True
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return lambda *_: None
 
 
 @dataclass
