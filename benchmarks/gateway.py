@@ -1,10 +1,12 @@
-"""What the gateway costs: requests and tokens a second, CPU time per request, and the time it adds to the first token.
+"""What the gateway costs: CPU time per request, the time it adds to the first token, memory of open streams, its start.
 
     python benchmarks/gateway.py                     # about a minute; use a quiet machine
     python benchmarks/gateway.py --requests 50       # does it work at all
 
 Three processes: an upstream that answers at once (or a token every 20 ms), `waterline up` attached to it, and this one,
-which asks. CPU time is that of the gateway's process, from /proc: it stays meaningful where wall-clock rates are noise.
+which asks, with a key. Everything is on: keys, shares, the ledger on the disk, metrics. CPU time is that of the
+gateway's process, all threads, from /proc: it stays meaningful where wall-clock rates are noise, though a busy machine
+adds to it.
 """
 
 import argparse
@@ -22,6 +24,8 @@ from pathlib import Path
 from typing import cast
 
 import uvloop
+
+from waterline.ledger import connect, create_key
 
 TOKENS = 50
 PACE_MS = 20
@@ -47,6 +51,7 @@ output_tokens = 50
 # CPU ms a request at JSON c=64, instant streams c=64, streams of 20 ms a token c=256; one process each, replies of 50
 # tokens. Measured in November 2026 on two shared EPYC cores with this kind of upstream; compare ratios.
 PEERS = {
+    "Waterline before keys, shares and ledger": (0.52, 0.73, 1.50),  # in the same hour, with eight others at work
     "nginx 1.22 (parses nothing)": (0.034, 0.126, 0.70),
     "SGLang router 0.3.2 (Rust)": (0.131, 0.445, 1.15),
     "uvicorn + aiohttp, bare": (0.158, 0.324, 1.63),
@@ -161,16 +166,37 @@ async def ask(port: int, request: bytes, requests: list[int], ttfts_s: list[floa
     writer.close()
 
 
-async def run(port: int, load: Load, requests: int) -> tuple[float, float]:
-    """Return how long it took, and the median time to the first byte of an answer."""
-    fields = {"model": "bench", "messages": [{"role": "user", "content": "How deep is the sea?"}], **load.fields}
-    body = json.dumps(fields).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(body)}\r\n\r\n"
+def request_of(fields: dict[str, bool], key: str) -> bytes:
+    body = json.dumps({"model": "bench", "messages": [{"role": "user", "content": "How deep is the sea?"}], **fields})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\nauthorization: Bearer {key}\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n{body}".encode()
+
+
+async def run(port: int, load: Load, requests: int, key: str = "") -> tuple[float, list[float]]:
+    """Return how long it took, and the percentiles of the time to the first byte of an answer."""
     left, ttfts_s = list(range(requests)), list[float]()
     begun_s = time.perf_counter()
     clients = min(load.clients, requests)
-    await asyncio.gather(*(ask(port, head.encode() + body, left, ttfts_s) for _ in range(clients)))
-    return time.perf_counter() - begun_s, statistics.median(ttfts_s)
+    await asyncio.gather(*(ask(port, request_of(load.fields, key), left, ttfts_s) for _ in range(clients)))
+    return time.perf_counter() - begun_s, statistics.quantiles(ttfts_s, n=100, method="inclusive")
+
+
+async def hold(port: int, streams: int, key: str, pid: int) -> float:
+    """Open so many streams and return the gateway's memory in MiB when each has its first token."""
+    request = request_of({"stream": True, "pace": True}, key)
+    opened = await asyncio.gather(*(asyncio.open_connection("127.0.0.1", port) for _ in range(streams)))
+    for _, writer in opened:
+        writer.write(request)
+    await asyncio.gather(*(reader.readuntil(b"data: ") for reader, _ in opened))
+    rss_mib = memory_mib(pid)
+    for _, writer in opened:
+        writer.close()
+    return rss_mib
+
+
+def memory_mib(pid: int) -> float:
+    rss = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(rss[1]) / 1024 if rss else 0.0
 
 
 def cpu_s(pid: int) -> float:
@@ -181,22 +207,27 @@ def cpu_s(pid: int) -> float:
 # --- The table ------------------------------------------------------------------------------------------------------
 
 
-def measure(port: int, gateway_port: int, gateway_pid: int, requests: int) -> None:
-    print(f"{'':22}{'clients':>8}{'requests/s':>12}{'tokens/s':>11}{'CPU ms/request':>16}{'TTFT added p50':>16}")
+def measure(port: int, gateway_port: int, gateway_pid: int, requests: int, key: str) -> None:
+    heads = ("clients", "requests/s", "CPU ms/request", "/s/core", "tokens/s/core", "TTFT added p50", "p99")
+    print(f"{'':14}" + "".join(f"{head:>16}" for head in heads))
     for load in LOADS:
         count = requests if "pace" not in load.fields else min(requests, 8 * load.clients)
         _, direct_s = uvloop.run(run(port, load, count))
-        uvloop.run(run(gateway_port, load, min(count, load.clients)))  # connections and caches
+        uvloop.run(run(gateway_port, load, min(count, load.clients), key))  # connections and caches
         before_s = cpu_s(gateway_pid)
-        took_s, ttft_s = uvloop.run(run(gateway_port, load, count))
-        used_s = cpu_s(gateway_pid) - before_s
-        print(
-            f"{load.name:22}{load.clients:8}{count / took_s:12,.0f}{count * TOKENS / took_s:11,.0f}"
-            f"{used_s / count * 1000:16.3f}{(ttft_s - direct_s) * 1000:13.1f} ms"
-        )
-    print("\nCPU ms/request of peers:          JSON 64   stream 64   paced 256")
+        took_s, ttft_s = uvloop.run(run(gateway_port, load, count, key))
+        used_s = (cpu_s(gateway_pid) - before_s) / count or float("nan")
+        tokens = TOKENS / used_s if load.fields else float("nan")
+        added_ms = [(ttft_s[at] - direct_s[at]) * 1000 for at in (49, 98)]
+        rates = f"{count / took_s:16,.0f}{used_s * 1000:16.3f}{1 / used_s:16,.0f}{tokens:16,.0f}"
+        print(f"{load.name:14}{load.clients:16}{rates}{added_ms[0]:13.1f} ms{added_ms[1]:13.1f} ms")
+    streams = min(1000, max(requests, 10))
+    print(
+        f"\n{streams} open streams: RSS {uvloop.run(hold(gateway_port, streams, key, gateway_pid)):.0f} MiB (goal: 200)"
+    )
+    print("\nCPU ms/request of others:                     JSON 64   stream 64   paced 256")
     for name, (whole, stream, paced) in PEERS.items():
-        print(f"  {name:30}{whole:9.3f}{stream:12.3f}{paced:12.2f}")
+        print(f"  {name:42}{whole:9.3f}{stream:12.3f}{paced:12.2f}")
 
 
 def main() -> None:
@@ -216,12 +247,16 @@ def main() -> None:
             port = int(engine.stdout.readline())
             fleet = Path(folder) / "fleet.toml"
             fleet.write_text(FLEET.format(url=f"http://127.0.0.1:{port}/v1"))
-            command = [sys.executable, "-m", "waterline", "up", str(fleet), "--port", "0", "--json"]
+            ledger = str(Path(folder) / "ledger.db")
+            _, key = create_key(connect(ledger), tenant="public", client="bench")
+            command = [sys.executable, "-m", "waterline", "up", str(fleet), "--port", "0", "--json", "--ledger", ledger]
+            begun_s = time.perf_counter()
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as gateway:
                 try:
                     assert gateway.stdout
                     url = json.loads(gateway.stdout.readline())["url"]
-                    measure(port, int(re.findall(r":(\d+)/", url)[0]), gateway.pid, arguments.requests)
+                    print(f"ready after {time.perf_counter() - begun_s:.2f} s (goal: 1.5)\n")
+                    measure(port, int(re.findall(r":(\d+)/", url)[0]), gateway.pid, arguments.requests, key)
                 finally:
                     gateway.terminate()
                     gateway.wait(5)

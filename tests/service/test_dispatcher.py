@@ -159,6 +159,21 @@ def test_who_waits_for_a_replica_in_doubt_waits_on() -> None:
     assert turns.begun == ["a", "b", "c"]
 
 
+def test_who_asks_while_the_only_replica_is_in_doubt_waits_for_it() -> None:
+    desk, turns = dispatcher(), Turns()
+    desk.hold("chat/0", 1.0)
+    enter(desk, turns, "a", now_s=1.0)
+    gone = enter(desk, turns, "b", now_s=1.0)
+    desk.leave(gone, 1.5)
+    assert (turns.begun, turns.lost) == ([], [])
+    desk.set_ready("chat/0", ready=True, now_s=2.0)
+    assert turns.begun == ["a"]
+    desk.hold("chat/0", 3.0)
+    enter(desk, turns, "c", now_s=3.0)
+    desk.set_ready("chat/0", ready=False, now_s=4.0)
+    assert turns.lost == ["c"]
+
+
 def test_whose_turn_never_comes_is_told_so() -> None:
     desk, turns = dispatcher(max_batch=1, ttft_s=60.0), Turns()
     enter(desk, turns, "a")

@@ -32,6 +32,7 @@ from waterline.service.usage import WithoutUsage
 NO_QUOTAS = Quotas()
 WRITTEN_WITHIN_S = 2.0  # what an answer waits for the ledger; it is written all the same, and the lag is shown
 LAST_WORD_S = 0.2  # for the last event of a stream that is cut
+UNSERVED_S = 30.0  # after which to ask again for a model without a replica, at most: nobody knows when one is there
 FLEX_S = 600.0  # a request with service_tier "flex" would rather wait than be refused
 INVALID = "invalid request"  # the client's own doing: it counts neither for nor against the SLO
 GONE, SLOW = "the client went away", "the client did not read its answer"
@@ -351,9 +352,10 @@ class Completions:
     # --- In words ---------------------------------------------------------------------------------------------------
 
     def _refused(self, asked: Asked, refusal: Refusal) -> RejectedError:
-        headers = retry_after(refusal.retry_after_s)
+        unserved = refusal.rule in {NOT_SERVED, TOO_LONG}
+        headers = retry_after(min(refusal.retry_after_s, UNSERVED_S) if unserved else refusal.retry_after_s)
         again = f"Come back in {headers['retry-after']} s."
-        if refusal.rule in {NOT_SERVED, TOO_LONG}:
+        if unserved:
             lanes = self._dispatcher.services[asked.model].lanes
             said = ", ".join(f"{lane.replica.id} is {self._states[lane.replica.id].status}" for lane in lanes)
             return RejectedError(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from waterline.fleet import Tenant
 from waterline.plan import ModelPlan, Plan, Replica
 from waterline.policy import dispatch
-from waterline.policy.decisions import SLOT_FREE, WAITS_FOR_SLOT
+from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
 from waterline.policy.routing import MOST_DRAWN, NOBODY
 from waterline.service.errors import RejectedError
 from waterline.units import HOUR_S
@@ -230,7 +230,8 @@ class Dispatcher:
             blocks,
             draw,
         )
-        if arrival.rule not in {SLOT_FREE, WAITS_FOR_SLOT}:
+        in_doubt = arrival.rule == NOT_SERVED and service.has_hope
+        if arrival.rule not in {SLOT_FREE, WAITS_FOR_SLOT} and not in_doubt:
             return Refusal(rule=arrival.rule, retry_after_s=arrival.seconds)
         ticket = Ticket(
             service=service,
@@ -241,7 +242,7 @@ class Dispatcher:
             output_tokens=output_tokens,
             tokens=tokens,
             blocks=blocks,
-            cost_gpu_s=arrival.gpu_s,
+            cost_gpu_s=arrival.gpu_s or service.cost_gpu_s(prompt_tokens, output_tokens),
             arrival_s=now_s,
             until_s=now_s + PATIENCE * max(service.ttft_s if wait_s is None else wait_s, LEAST_WAIT_S),
             turn=turn,
@@ -251,6 +252,8 @@ class Dispatcher:
         if arrival.rule == SLOT_FREE:
             self._run(ticket, arrival.replica, arrival.cached_tokens, now_s)
         else:
+            if in_doubt:  # all its replicas did not answer lately: that is over soon, one way or the other
+                dispatch.come_back(self.desk, service.row, client, ticket.cost_gpu_s)
             service.lines.setdefault(client, deque()).append(ticket)
             self._advance(service, now_s)
         return ticket
