@@ -73,8 +73,8 @@ def main() -> None:
     total = done.summaries[0]
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     console.print(
-        f"{total.requests:,} requests on {plan.fleet.gpus:,} GPUs; the plan has {plan.gpus // 8:,} replicas at its peak"
-        f" ({planned_s:.1f} CPU-s to plan)"
+        f"{total.requests:,} requests on {plan.fleet.gpus:,} GPUs; {plan.gpus // 8:,} replicas at the peak of the plan "
+        f"({planned_s:.1f} CPU-s to plan)"
     )
     console.print(
         f"{cpu_s:,.0f} CPU-s ({took_s:,.0f} s), {total.requests / cpu_s:,.0f} requests a CPU-s, peak {peak_gb:.2f} GB; "
