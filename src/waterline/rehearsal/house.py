@@ -180,8 +180,28 @@ class House:
         ]
         first_token_ps = np.where(passages.first_token_ps == NEVER, NEVER, passages.first_token_ps + later_ps)
         finish_ps = np.where(passages.replica >= 0, passages.finish_ps + later_ps, passages.finish_ps)
+        sent = (passages.read_by != NEVER) & (passages.replica >= 0)
+        if sent.any():
+            transfer_ps = np.array([one.transfer_ps_per_token for one in self.station.capacities])
+            takes_ps = transfer_ps[passages.read_by[sent]] * asked.prompt_tokens[:count][sent]
+            seen = passed_on(first_token_ps[sent], finish_ps[sent], takes_ps, asked.output_tokens[:count][sent])
+            first_token_ps[sent], finish_ps[sent] = seen
         passages = replace(passages, first_token_ps=first_token_ps, finish_ps=finish_ps)
         return Settled(self, asked[:count], numbers[:count], passages)
+
+
+def passed_on(
+    read_ps: Integers, finish_ps: Integers, transfer_ps: Integers, output_tokens: Integers
+) -> tuple[Integers, Integers]:
+    """Return when clients see the first and the last token of answers that are not written where prompts are read.
+
+    The first comes from the decode replica, a step after the cache has arrived, as a plan counts it
+    (`cost.split.split_point`). The station has it where the prompt was read, at `read_ps`, and takes a step less for
+    the answer; so the last token comes a step later than there. A step: the mean of the answer's, waiting included.
+    """
+    there_ps = read_ps + transfer_ps
+    step_ps = np.maximum(0, finish_ps - there_ps) // np.maximum(1, output_tokens - 1)
+    return there_ps + step_ps, finish_ps + step_ps
 
 
 def _unread_share(plan: Plan, model: str) -> float:
