@@ -4,18 +4,25 @@ import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from msgspec.structs import replace
 
 from examples import small_plan
+from waterline import rehearsal as rehearsing
 from waterline.fleet import Demand, Fleet, Measured, Model, Pool, Tenant, check_fleet
 from waterline.outcome import summarize
 from waterline.plan import Plan
 from waterline.planner import make_plan
-from waterline.rehearsal import Progress, Rehearsal, house, rehearse
+from waterline.rehearsal import Progress, Rehearsal, house
 from waterline.workload import Request, Slo, Trace, read_trace
+
+
+def rehearse(plan: Plan, *arguments: Any, policy: str = "plan", **options: Any) -> Rehearsal:
+    """Rehearse a plan as it is: the replicas of these plans stand on one and the same card."""
+    return rehearsing.rehearse(plan, *arguments, policy=policy, **options)
 
 
 def burst(count: int, prompt_tokens: int = 500, output_tokens: int = 20) -> Trace:
