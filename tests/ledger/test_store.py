@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from asking import reserve, rows, settlement, sums_agree
+from asking import new_database, reserve, rows, settlement, sums_agree
 
 from waterline.errors import LedgerError, QuotaError
 from waterline.ledger import Key, Ledger, Quotas, connect, create_key, new_request_id, revoke_key
@@ -246,3 +246,31 @@ def test_of_a_batch_only_what_cannot_be_written_is_lost_and_the_log_has_it(
         assert rows(ledger, "SELECT id FROM reservations") == [("r1",)]
         assert sums_agree(ledger)
     assert "request_id='r1'" in logged[-1]
+
+
+def test_a_postgresql_that_drops_its_connections_loses_and_doubles_nothing(
+    postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psycopg  # noqa: PLC0415 - an extra
+
+    monkeypatch.setattr("waterline.ledger.writer.RETRY_S", (0.001,))
+    drop = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'waterline' AND pid <> pg_backend_pid()"
+
+    async def ask_while_they_drop(ledger: Ledger, key: Key, dropped: list[int]) -> Counter[str]:
+        with psycopg.connect(f"{postgres}/postgres", autocommit=True) as other:
+            asking = asyncio.gather(*(ask(ledger, key, under_way_s=0.02 * one) for one in range(60)))
+            for _ in range(5):  # at a pace that leaves time to connect again
+                await asyncio.sleep(0.2)
+                (count,) = other.execute(drop).fetchone() or (0,)
+                dropped.append(count)
+        return Counter(await asking)
+
+    with Ledger.open(new_database(postgres)) as ledger:
+        key, _ = create_key(ledger.engine, tenant="public", client="alice", quotas=Quotas(tokens_total=5_000))
+        dropped: list[int] = []
+        assert asyncio.run(ask_while_they_drop(ledger, key, dropped)) == {"ok": 50, "refused": 10}
+        assert sum(dropped) >= 3
+        assert rows(ledger, "SELECT count(*) FROM completions") == [(60,)]
+        assert rows(ledger, "SELECT tokens, reserved_tokens FROM balances") == [(5_000, 0)]
+        assert rows(ledger, "SELECT count(*) FROM reservations") == [(0,)]
+        assert sums_agree(ledger)

@@ -76,8 +76,9 @@ class Writer:
                 looked_s = begun_s
                 try:
                     self._look_around()
+                    self.problem = ""
                 except LedgerError as error:
-                    log.warning("ledger", error=str(error))
+                    self._remember(error)
 
     def _write_down(self, batch: Batch) -> None:
         try:
@@ -91,6 +92,12 @@ class Writer:
                     log.exception("cannot be written", lost=[ending.settlement for ending in part.endings.values()])
                     self._lost(part, LedgerError("The ledger has a bug; its log says where."))
 
+    def _remember(self, error: LedgerError) -> None:
+        """Say what is wrong, once."""
+        if self.problem != str(error):
+            self.problem = str(error)
+            log.warning("ledger", error=self.problem)
+
     def _insist(self, batch: Batch) -> None:
         """Write a batch, however often it takes; who waits for a reservation is let go in time."""
         begun_s, tries = time.monotonic(), 0
@@ -99,9 +106,7 @@ class Writer:
                 written = self._write(batch)
             except LedgerError as error:
                 waited_s = time.monotonic() - begun_s
-                if not tries:
-                    log.warning("ledger", error=str(error))
-                self.problem = str(error)
+                self._remember(error)
                 batch.careful = True
                 if batch.reserves and (waited_s > PATIENCE_S or self._closing.is_set()):
                     self._gave_up(batch, error)
