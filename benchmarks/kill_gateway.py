@@ -127,23 +127,25 @@ async def keep_asking(url: str, secrets: Sequence[str], seed: int, seen: list[Se
 
 
 @asynccontextmanager
-async def service(folder: Path, ledger: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+async def service(folder: Path, ledger: str) -> AsyncIterator[tuple["subprocess.Popen[bytes]", str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "waterline", "up", str(folder / "fleet.toml"), "--engine", "fake", "--json"]
-    process = await asyncio.create_subprocess_exec(
-        *command, "--port", str(port), "--admin-port", "0", "--ledger", ledger, stdout=-1, stderr=subprocess.DEVNULL
+    process = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs yet
+        [*command, "--port", str(port), "--admin-port", "0", "--ledger", ledger],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     try:
         assert process.stdout is not None
-        if not await asyncio.wait_for(process.stdout.readline(), 60):
-            raise SystemExit(f"waterline up ended with {await process.wait()}")
+        if not await asyncio.to_thread(process.stdout.readline):
+            raise SystemExit(f"waterline up ended with {process.wait()}")
         yield process, f"http://127.0.0.1:{port}/v1"
     finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 async def live_and_die(folder: Path, ledger: str, secrets: Sequence[str], seed: int, seen: list[Seen]) -> None:
