@@ -148,6 +148,7 @@ def test_options_get_the_names_that_chat_completions_have_for_them() -> None:
         ({"input": [3]}, "'input[0]' should be an object"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "'input[0]' is a 'item_reference'"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "'input[0].content[0]' is a 'input_file'"),
+        ({"input": [{"role": "user", "content": [{"type": [{}]}]}]}, "'input[0].content[0]' is a '[{}]'"),
         ({"text": "short"}, "'text' is a str"),
         ({"tools": ["look"]}, "'look' run nowhere"),
     ],
@@ -182,6 +183,15 @@ def test_thoughts_words_and_calls_are_items_of_their_own() -> None:
     added = [event["item"]["id"] for event in events if event["type"] == "response.output_item.added"]
     assert added == [item["id"] for item in output]
     assert done["response"]["usage"]["total_tokens"] == 5
+
+
+def test_an_engine_may_say_anything() -> None:
+    odd: tuple[Any, ...] = (None, 5, [], {}, [{}], "x")
+    for value in odd:
+        deltas = [{"content": value}, {"reasoning_content": value}, {"refusal": value}, {"tool_calls": value}]
+        deltas += [{"tool_calls": [{"index": 0, "id": value, "function": {"name": value, "arguments": value}}]}]
+        done = events_of(new_stream(), *deltas)[-1]
+        assert done["type"] == "response.completed"
 
 
 def test_a_stream_that_breaks_ends_as_a_failed_response() -> None:

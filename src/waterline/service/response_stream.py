@@ -104,7 +104,7 @@ class ResponseStream:
                 self._add("refusal", refusal)
             for call in delta.get("tool_calls") or ():
                 self._call(call)
-            self._finish = choice.get("finish_reason") or self._finish
+            self._finish = str(choice.get("finish_reason") or "") or self._finish
 
     def _end(self) -> None:
         if self._ended:
@@ -138,7 +138,8 @@ class ResponseStream:
         if part := _part(item, ""):
             self._say("response.content_part.added", **_place(item), part=part)
 
-    def _add(self, kind: str, text: str, logprobs: list[Json] | None = None) -> None:
+    def _add(self, kind: str, text: Any, logprobs: list[Json] | None = None) -> None:
+        text = text if isinstance(text, str) else str(text)  # an engine may say anything
         item = self._item(kind)
         if not item.said:
             self._announce(item)
@@ -153,7 +154,7 @@ class ResponseStream:
         if item.name is None:
             item.call_id, item.name = call.get("id"), function.get("name")
             self._announce(item)
-        if arguments := function.get("arguments"):
+        if arguments := str(function.get("arguments") or ""):
             item.said.append(arguments)
             self._say(
                 "response.function_call_arguments.delta",

@@ -126,7 +126,7 @@ def _content(content: Any, where: str) -> Any:
 
 
 def _part(part: Any, where: str) -> Json:
-    kind = part.get("type") if isinstance(part, dict) else None
+    kind = str(part.get("type")) if isinstance(part, dict) else "None"
     if kind in PARTS:
         return {"type": PARTS[kind], PARTS[kind]: part.get(PARTS[kind])}
     if kind == "input_image" and part.get("image_url"):
@@ -134,7 +134,7 @@ def _part(part: Any, where: str) -> Json:
     if kind == "input_audio":
         return {"type": "input_audio", "input_audio": part.get("input_audio")}
     raise RejectedError(
-        f"'{where}' is a '{shortened(str(kind))}', which is not supported. Known: input_text, output_text, "
+        f"'{where}' is a '{shortened(kind)}', which is not supported. Known: input_text, output_text, "
         "input_image with an image_url, input_audio.",
         param=where,
         code="unsupported_value",
@@ -188,7 +188,7 @@ class Answer:
     ) -> Json:
         """Return the object that OpenAI calls a response; `finish` is None while it goes on."""
         asked = self.asked
-        cut = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish or "")
+        cut = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(str(finish))
         status = "failed" if error else "incomplete" if cut else "completed" if finish else "in_progress"
         return {
             "id": self.id_of("resp"),
