@@ -13,7 +13,7 @@ class WithoutUsage:
 
     def __init__(self) -> None:
         self._dropped = False  # the event before: the blank line that ends it is still to come
-        self._within_event = False
+        self._end = b"\n\n"  # the last bytes that passed
 
     def whole(self, data: bytes) -> bytes:
         return data
@@ -21,15 +21,14 @@ class WithoutUsage:
     def chunk(self, data: bytes) -> bytes:
         if self._dropped or USAGE in data:
             data = b"".join(line for line in data.splitlines(keepends=True) if self._passes(line))
-        if data:
-            self._within_event = not data.endswith(b"\n\n")
+        self._end = (self._end + data[-2:])[-2:]
         return data
 
     def last(self, data: bytes) -> bytes:
         return self.chunk(data)
 
     def broken(self, error: WaterlineError) -> bytes:
-        return b"\n" * self._within_event + broken_event(error)
+        return b"\n" * (self._end != b"\n\n") + broken_event(error)
 
     def _passes(self, line: bytes) -> bool:
         if self._dropped and not line.strip():
