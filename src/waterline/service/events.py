@@ -119,7 +119,8 @@ class Events:
         done = whole.endswith(DONE)
         if done:
             whole = whole[: -len(DONE)]
-        if whole.startswith(b"data: {") and (events := _read(whole)) and not any(map(_failed, events)):
+        plain = whole.startswith(b"data: {") and whole.endswith(b"\n\n")  # [DONE] may stand within a line, too
+        if plain and (events := _read(whole)) and not any(map(_failed, events)):
             self._rest = data[end:] if end < len(data) else b""
             self.done, self.latest = done, events
             return whole
