@@ -38,7 +38,7 @@ from waterline.policy.decisions import (
     TOO_LATE,
     WAITS_FOR_SLOT,
 )
-from waterline.policy.jit import jit, swift
+from waterline.policy.jit import swift
 
 ADMIT = 0.0
 NOBODY = -1
@@ -176,7 +176,7 @@ def admit(
         queue: of all models.
         line: of the client who asks.
         model: that is asked.
-        request_gpu_s: what the request should cost, see `expected_gpu_s`.
+        request_gpu_s: what the request should cost, see `dispatch.expected_gpu_s`.
         free_slots: of the replicas of the model, over all.
         places: of the queue; a client holds at most as many as are free, so that there is always one for the next.
         gpus: that serve the model, in replicas in service.
@@ -204,29 +204,6 @@ def admit(
     return WAITS_FOR_SLOT, wait_s
 
 
-@jit
-def retry_after_s(
-    unread_tokens: float, prefill_tokens_per_s: float, queued_tokens: float, tokens_per_s: float, deadline_s: float
-) -> float:
-    """Return ADMIT, or after how many seconds a request would be taken in where all are served in turn.
-
-    A newcomer waits for the prompts before it to be read, and, when all slots are taken, for those to be served who
-    came before and have none either. Answers under way hold nobody up while there are slots.
-
-    Args:
-        unread_tokens: of prompts accepted and not yet read, over all ready replicas of the model.
-        prefill_tokens_per_s: the rate at which they read prompts together.
-        queued_tokens: expected of the accepted requests beyond the slots, prompt and output.
-        tokens_per_s: the rate at which they serve together when all slots are taken; with 0 nobody can say when, and
-            one deadline is the answer.
-        deadline_s: how long a request may wait for its first token.
-    """
-    if tokens_per_s <= 0.0 or prefill_tokens_per_s <= 0.0:
-        return deadline_s
-    wait_s = unread_tokens / prefill_tokens_per_s + queued_tokens / tokens_per_s
-    return ADMIT if wait_s <= deadline_s else wait_s - deadline_s
-
-
 @swift
 def start_within_s(ttft_s: float, prompt_tokens: float, prefill_tokens_per_s: float) -> float:
     """Return how long a request may wait for its prompt to be begun, if its first token is to come in time.
@@ -236,22 +213,6 @@ def start_within_s(ttft_s: float, prompt_tokens: float, prefill_tokens_per_s: fl
     if prefill_tokens_per_s <= 0.0:
         return ttft_s
     return max(ttft_s - prompt_tokens / prefill_tokens_per_s, ttft_s / 2)
-
-
-@swift
-def expected_gpu_s(
-    prompt_tokens: float, output_tokens: float, prefill_tokens_per_s: float, output_tokens_per_s: float, gpus: float
-) -> float:
-    """Return what a request costs in GPU-seconds on a replica that is full.
-
-    Args:
-        prompt_tokens: that have to be read; what is cached costs nothing.
-        output_tokens: expected, or in the end.
-        prefill_tokens_per_s: rate at which the replica reads prompts.
-        output_tokens_per_s: rate at which it produces tokens, of all requests together, while it reads none.
-        gpus: of the replica.
-    """
-    return gpus * (prompt_tokens / prefill_tokens_per_s + output_tokens / output_tokens_per_s)
 
 
 @swift

@@ -15,14 +15,13 @@ The caller keeps three things, in arrays that never grow:
 - `Ready`, the replicas of each pool that may be drawn, written again by `make_ready` whenever one comes or goes.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from waterline.policy.decisions import NO_REPLICA, PREFIX_CACHED, SHORTEST_WAIT
-from waterline.policy.jit import jit, swift
+from waterline.policy.jit import swift
 
 NOBODY = -1
 FEW = 8
@@ -250,28 +249,6 @@ def remember(prefixes: Prefixes, born: NDArray[np.int64], blocks: NDArray[np.int
         place = _place(prefixes, blocks[block])
         prefixes.key[place], prefixes.replica[place] = blocks[block], replica
         prefixes.born[place] = born[replica]
-
-
-@jit
-def least_loaded(
-    backlog_tokens: Sequence[float] | NDArray[np.float64], tokens_per_s: Sequence[float] | NDArray[np.float64]
-) -> int:
-    """Return the replica that would drain its backlog first, or NOBODY; looks at all of them.
-
-    Args:
-        backlog_tokens: [replica] accepted, not yet produced.
-        tokens_per_s: [replica] the rate it sustains; 0 while it loads or drains, or when it has failed.
-
-    Ties go to the lowest index, so that a rehearsal and a live gateway agree.
-    """
-    best, shortest_wait_s = NOBODY, np.inf
-    for replica in range(len(backlog_tokens)):
-        if tokens_per_s[replica] <= 0.0:
-            continue
-        wait_s = backlog_tokens[replica] / tokens_per_s[replica]
-        if wait_s < shortest_wait_s:
-            best, shortest_wait_s = replica, wait_s
-    return best
 
 
 @swift
