@@ -23,7 +23,7 @@ needed together: `pool_fractions` lets one of them ask for it.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,7 +83,7 @@ def new_tide(
     gpus: NDArray[np.int64],
     step_s: float,
     *,
-    running_gpus: Iterable[int] = (),
+    running_gpus: Sequence[int] = (),
 ) -> Tide:
     """Return a fleet in which nothing runs.
 
@@ -108,6 +108,7 @@ def new_tide(
     smallest = np.where(layouts.gpus > 0, layouts.gpus, most_gpus).min(axis=0, initial=most_gpus)
     smallest = np.minimum(smallest, min(running_gpus, default=most_gpus))
     most = int((gpus // np.maximum(smallest, 1)).sum())  # replicas at a time, those that drain included
+    most = max(most, len(running_gpus))
     return Tide(
         tenants,
         services,
