@@ -254,6 +254,7 @@ def test_a_postgresql_that_drops_its_connections_loses_and_doubles_nothing(
     import psycopg  # noqa: PLC0415 - an extra
 
     monkeypatch.setattr("waterline.ledger.writer.RETRY_S", (0.001,))
+    monkeypatch.setattr("waterline.ledger.writer.PATIENCE_S", 60.0)  # however slow the machine is
     drop = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'waterline' AND pid <> pg_backend_pid()"
 
     async def ask_while_they_drop(ledger: Ledger, key: Key, dropped: list[int]) -> Counter[str]:
