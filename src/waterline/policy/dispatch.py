@@ -156,7 +156,8 @@ def with_rows(desk: Desk, rows: int) -> Desk:
         prefixes=desk.prefixes,
     )
     for name in ("replicas", "threshold", "alias", "free"):
-        getattr(wide.ready, name).reshape(pools, rows)[:, :known] = getattr(desk.ready, name).reshape(pools, known)
+        table, before = getattr(wide.ready, name)[: pools * rows], getattr(desk.ready, name)[: pools * known]
+        table.reshape(pools, rows)[:, :known] = before.reshape(pools, known)
     for name in ("size", "frees"):
         getattr(wide.ready, name)[:] = getattr(desk.ready, name)
     wide.ready.place[:known] = desk.ready.place

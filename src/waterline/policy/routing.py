@@ -27,6 +27,7 @@ NOBODY = -1
 FEW = 8
 LOOKS = 2
 MOST_DRAWS = 6  # to look at that many
+FEWEST = 2  # rows of a table: a column of one row lies together, and what is compiled for others does not take it
 HALF_BITS = 31
 HALF = 1 << HALF_BITS  # in which a column of the alias table is cut, and half a draw
 MOST_DRAWN = 1 << 2 * HALF_BITS  # a draw is a whole number from 0 below this
@@ -98,6 +99,7 @@ def with_rows(replicas: Replicas, rows: int) -> Replicas:
 
 def lines(count: int) -> NDArray[np.int64]:
     """Return so many rows of 64 bytes, each of which is a line of the cache."""
+    count = max(count, FEWEST)
     raw = np.zeros(8 * count + 8, np.int64)
     begin = -(raw.ctypes.data // 8) % 8
     return raw[begin : begin + 8 * count].reshape(count, 8)
@@ -111,7 +113,7 @@ def new_prefixes(places: int) -> Prefixes:
 
 def new_ready(pools: int, replicas: int) -> Ready:
     """Return tables without anybody; see `make_ready`."""
-    table = np.zeros((pools * replicas, 4), np.int64)
+    table = np.zeros((max(pools * replicas, FEWEST), 4), np.int64)
     return Ready(
         replicas=table[:, 0],
         threshold=table[:, 1],
