@@ -163,22 +163,37 @@ def test_the_key_of_the_environment_is_shown(monkeypatch: pytest.MonkeyPatch) ->
     assert keys == ["Bearer a-key-of-operators"]
 
 
+HEARS_CTRL_C = """
+import signal, sys
+from waterline.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell ignores it
+"""
+
+
 def test_live_it_follows_the_service_says_when_it_is_gone_and_leaves_with_ctrl_c() -> None:
     answers = [(200, msgspec.json.encode(NOW))]
     with answering(answers) as (url, _):
         screen, slave = pty.openpty()
-        command = [sys.executable, "-m", "waterline", "status", "--url", url]
+        command = [
+            sys.executable,
+            "-c",
+            f"{HEARS_CTRL_C}\nsys.argv = ['waterline', 'status', '--url', {url!r}]\nmain()",
+        ]
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "110", "LINES": "50"}
-        with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment) as process:
+        terminal = {"stdin": slave, "stdout": slave, "stderr": slave}
+        with subprocess.Popen(command, **terminal, env=environment) as process:
             os.close(slave)
-            until(screen, "Waterline 25%")
-            answers.append((200, msgspec.json.encode(replace(NOW, uses=NOW.uses[1:]))))
-            until(screen, "Waterline 0%")
-            answers.append((503, b""))
-            until(screen, "Trying again")
-            process.send_signal(signal.SIGINT)
-            until(screen, "\x1b[?1049l")
-            assert process.wait(5) == 0
+            try:
+                until(screen, "Waterline 25%")
+                answers.append((200, msgspec.json.encode(replace(NOW, uses=NOW.uses[1:]))))
+                until(screen, "Waterline 0%")
+                answers.append((503, b""))
+                until(screen, "Trying again")
+                process.send_signal(signal.SIGINT)
+                until(screen, "\x1b[?1049l")
+                assert process.wait(5) == 0
+            finally:
+                process.kill()
         os.close(screen)
 
 
