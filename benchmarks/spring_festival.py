@@ -100,7 +100,7 @@ def show_evening(console: Console, found: dict[str, tuple[Rehearsal, float]], ti
 def random_surge(seed: int) -> Surge:
     """Draw a surge."""
     dice = np.random.default_rng(seed)
-    minute = int(dice.integers(30, 22 * 60))
+    minute = int(dice.integers(60, 22 * 60))
     length = int(dice.integers(10, 61))
     factor = float(np.round(np.exp(dice.uniform(np.log(2.0), np.log(20.0))), 1))
     return Surge(tenant="public", factor=factor, begin_ns=minute * MINUTE_NS, length_ns=length * MINUTE_NS)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waterline.cost.step import AttentionCost, StepCost, prefill_pairs
+from waterline.policy.admission import CAUTION
 from waterline.policy.decisions import NOT_SERVED, TOO_LATE, TOO_LONG
-from waterline.policy.dispatch import CAUTION
 from waterline.policy.routing import NOBODY
 from waterline.rehearsal.capacity import Ask, Capacity, Change, Terms, asks
 from waterline.rehearsal.oracle import Passage, Step, serve
@@ -247,10 +247,10 @@ def test_without_a_replica_everybody_is_refused() -> None:
 
 
 def test_admission_counts_unread_prompts_and_requests_that_wait_for_a_slot() -> None:
-    # 10 tokens/s, prompts of 5: who may wait for 5.5 s, with caution, must have a first token 0.5 s after. The first
-    # four get the slots, and wait for what is read before them: 0, 0.5, 1 and 1.5 s. The others wait for all four, 2 s, and for the
-    # 15 tokens that each of those before them should take: 2, 3.5, 5, and 6.5 > 5.5.
-    passages, _ = served([capacity(tokens_per_s=10.0)], [request(0, 5, 50)] * 9, deadline_s=0.5 + 5.5 / CAUTION)
+    # 10 tokens/s, prompts of 5, read in 0.5 s. The first four get the slots, and wait for what is read before them: 0, 0.5,
+    # 1 and 1.5 s. The others wait for all four, 2 s, and for the 15 tokens that each of those before them should take: 0,
+    # 1.5, 3 s, which with caution may be 3.5 s, and 4.5 s.
+    passages, _ = served([capacity(tokens_per_s=10.0)], [request(0, 5, 50)] * 9, deadline_s=2.5 + 3.5 / CAUTION)
     assert [passage.refusal for passage in passages] == [0] * 7 + [TOO_LATE] * 2
     assert passages[7].retry_s == pytest.approx(1.0)
 
@@ -263,8 +263,8 @@ def test_requests_that_are_being_decoded_hold_nobody_up() -> None:
 
 def test_the_desk_does_not_know_how_long_an_answer_will_be() -> None:
     pair = [capacity("a/0", tokens_per_s=1e3), capacity("a/1", tokens_per_s=1e3)]
-    short, _ = served(pair, [request(0, 5, 1)] * 14, deadline_s=0.005 + 0.045 / CAUTION)
-    long, _ = served(pair, [request(0, 5, 90)] * 14, deadline_s=0.005 + 0.045 / CAUTION)
+    short, _ = served(pair, [request(0, 5, 1)] * 14, deadline_s=0.025 + 0.025 / CAUTION)
+    long, _ = served(pair, [request(0, 5, 90)] * 14, deadline_s=0.025 + 0.025 / CAUTION)
     assert [one.refusal for one in short] == [one.refusal for one in long] == [0] * 12 + [TOO_LATE] * 2
     assert [one.replica for one in short][:8] == [one.replica for one in long][:8] == [0, 1] * 4
 

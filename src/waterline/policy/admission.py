@@ -44,6 +44,7 @@ ADMIT = 0.0
 NOBODY = -1
 HALF_LIFE_S = 60.0
 PACE_S = 15.0  # half of the pace at which work began is forgotten
+CAUTION = 0.7  # of its time a request should be expected to wait for its turn: turns scatter, and most must be in time
 UNKNOWN_S = 2.0  # of waiting, after which what was seen counts for more than what is expected
 MEMORY_S = HALF_LIFE_S * 1.4426950408889634  # what a GPU that never idles has on its account in the end: half-life/ln 2
 
@@ -190,12 +191,11 @@ def admit(
     if blocked_s > deadline_s:
         return OVER_LIMIT, blocked_s - deadline_s
     at_once = waiting == 0 and free_slots > 0 and blocked_s == ADMIT
-    if at_once:
-        wait_s = unread_s
-    else:
-        wait_s = max(blocked_s, unread_s + until_turn_s(accounts, queue, line, model, request_gpu_s, gpus))
-    if wait_s > deadline_s:
-        return TOO_LATE, wait_s - deadline_s
+    turn_s = 0.0 if at_once else until_turn_s(accounts, queue, line, model, request_gpu_s, gpus)
+    if max(blocked_s, unread_s + turn_s / CAUTION) > deadline_s:
+        beyond_s = max(turn_s - CAUTION * max(deadline_s - unread_s, 0.0), 0.0)
+        return TOO_LATE, max(blocked_s - deadline_s, max(unread_s - deadline_s, 0.0) + beyond_s)
+    wait_s = max(blocked_s, unread_s + turn_s)
     if at_once:
         return SLOT_FREE, wait_s
     if queue.waiting[line] >= places - waiting:

@@ -33,7 +33,6 @@ from waterline.policy.jit import compiled, swift
 from waterline.policy.routing import NOBODY, Prefixes, Ready, Replicas
 
 BOTH, READS, WRITES = 0, 1, 2  # what a replica does
-CAUTION = 0.7  # of the time a request may wait, it should be expected to: waits scatter, and most must be in time
 PLACES = 1 << 16  # of the queue to each model
 SLOTS_TO_WRITE = 1 << 40  # of a replica that takes over: it is never full
 PREFIX_PLACES = 1 << 18
@@ -322,8 +321,7 @@ def arrive(
         PLACES,
         desk.models.gpus[model],
         desk.models.unread_tokens[model] / desk.models.prefill_tokens_per_s[model],
-        CAUTION
-        * admission.start_within_s(ttft_s, prompt_tokens - cached_tokens, desk.models.reader_tokens_per_s[model]),
+        admission.start_within_s(ttft_s, prompt_tokens - cached_tokens, desk.models.reader_tokens_per_s[model]),
     )
     if rule == SLOT_FREE:
         replica, kept_tokens, _ = _route(desk, model, prompt_tokens, tokens, blocks, draw)
