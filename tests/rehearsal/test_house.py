@@ -22,7 +22,7 @@ def test_a_lone_request_to_a_split_sees_what_the_plan_counts() -> None:
     plan = small_plan()
     (replica,) = plan.replicas
     reader = replace(replica, id="chat/read", role="prefill")
-    writer = replace(replica, id="chat/write", role="decode", tokens_per_s=1000.0)
+    writer = replace(replica, id="chat/write", role="decode", tokens_per_s=1000.0, prefill_tokens_per_s=0.0)
     trace = Trace(name="one", requests=[Request(arrival_s=0.0, prompt_tokens=1000, output_tokens=100)])
     split = replace(plan, replicas=(reader, writer))
     alone, passed = (rehearse(one, trace, policy="plan").completions[0] for one in (plan, split))

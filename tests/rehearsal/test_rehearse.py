@@ -191,7 +191,7 @@ def test_prompts_are_read_here_and_answers_written_there() -> None:
     plan = patient(small_plan())
     (replica,) = plan.replicas
     reader = replace(replica, id="chat/read", role="prefill", usd_per_hour=1.0)
-    writer = replace(replica, id="chat/write", role="decode", tokens_per_s=1000.0)
+    writer = replace(replica, id="chat/write", role="decode", tokens_per_s=1000.0, prefill_tokens_per_s=0.0)
     split = replace(plan, replicas=(reader, writer))
     alone, passed = (rehearse(one, burst(1, prompt_tokens=1000)).completions[0] for one in (plan, split))
     assert passed.replica == "chat/write"

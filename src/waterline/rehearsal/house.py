@@ -99,7 +99,7 @@ class House:
                 if replica.id in self._serving and hour not in replica.hours:
                     self.station.drain(self._serving.pop(replica.id), at_ps)
             come = [one for one in self.plan.replicas if hour in one.hours and one.id not in self._serving]
-            come = [one for one in come if one.tokens_per_s > 0 and one.prefill_tokens_per_s > 0]
+            come = [one for one in come if one.tokens_per_s > 0 and _reads_per_s(one) > 0]
             self._serving |= dict(zip([one.id for one in come], self.start_all(come, at_ps), strict=True))
             self._hours += 1
 
@@ -118,7 +118,7 @@ class House:
             max_batch=replica.max_batch,
             cache_tokens=replica.cache_tokens,
             max_context_tokens=replica.max_context_tokens,
-            prefill_tokens_per_s=replica.prefill_tokens_per_s * unread_share,
+            prefill_tokens_per_s=_reads_per_s(replica) * unread_share,
             tokens_per_s=replica.prefill_tokens_per_s if replica.role == "prefill" else replica.tokens_per_s,
             role=replica.role,
             transfer_ps_per_token=_transfer_ps_per_token(self.plan, replica),
@@ -202,6 +202,11 @@ def passed_on(
     there_ps = read_ps + transfer_ps
     step_ps = np.maximum(0, finish_ps - there_ps) // np.maximum(1, output_tokens - 1)
     return there_ps + step_ps, finish_ps + step_ps
+
+
+def _reads_per_s(replica: Replica) -> float:
+    """Return the rate at which a replica reads prompts; one that only writes is asked to read none, at any rate."""
+    return replica.tokens_per_s if replica.role == "decode" else replica.prefill_tokens_per_s
 
 
 def _unread_share(plan: Plan, model: str) -> float:
