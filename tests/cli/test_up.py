@@ -354,7 +354,7 @@ def test_a_service_for_everybody_says_so_and_prints_a_url_that_works() -> None:
         service.process.send_signal(signal.SIGHUP)
         assert service.process.wait(5) == 0, "a closed terminal ends it in good order"
         assert service.process.stderr
-        assert service.process.stderr.read().count("There is no key") == 1
+        assert service.process.stderr.read().count("Requests need a key. Make one: waterline keys create") == 1
 
 
 def test_a_server_that_is_not_reachable_yet_is_named_when_all_else_is_ready() -> None:
