@@ -73,7 +73,7 @@ def test_a_password_is_not_repeated_when_postgresql_is_not_there() -> None:
     with pytest.raises(LedgerError) as caught:
         connect("postgresql://me:secret@127.0.0.1:9/ledger")
     assert "secret" not in str(caught.value)
-    assert "psql postgresql" in str(caught.value)
+    assert "psql postgresql://" in str(caught.value)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

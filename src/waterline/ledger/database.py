@@ -161,10 +161,10 @@ def _name(engine: Engine) -> str:
 
 
 def _explained(engine: Engine, error: DBAPIError) -> str:
-    name, said = _name(engine), str(error.orig).strip().rstrip(".").replace("\n", " ")
+    name, said = _name(engine), " ".join(str(error.orig).split()).rstrip(".?")
     if engine.dialect.name != "sqlite":
         advice = (
-            "Is it running, and may this machine reach it? Try: psql " + name
+            "Is it running, and may this machine reach it? Try: psql " + name.replace("+psycopg", "")
             if isinstance(error, OperationalError)
             else "That user needs the right to create tables there, and nobody else's tables may have our names."
         )
