@@ -64,6 +64,19 @@ def test_a_tenant_the_served_fleet_does_not_have_is_refused(tmp_path: Path) -> N
     assert "Did you mean 'public'" in done.stderr
 
 
+def test_the_fleet_may_be_a_file_and_without_any_it_says_that_names_are_not_checked(tmp_path: Path) -> None:
+    ledger, mixed = tmp_path / "ledger.db", Path(__file__).parents[2] / "examples" / "mixed.toml"
+    for_bob = ("keys", "create", "--client", "bob", "--tenant")
+    assert "--fleet FILE" in waterline(*for_bob, "marketing", ledger=ledger).stderr
+    done = waterline(*for_bob, "research", "--models", "small", "--fleet", str(mixed), ledger=ledger)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = waterline(*for_bob, "research", "--models", "smal", "--fleet", str(mixed), ledger=ledger)
+    assert "no model is called 'smal'" in done.stderr
+    note_fleet(connect(str(ledger)), ["public", "research"], ["large"])
+    rows = waterline("keys", "list", ledger=ledger).stdout
+    assert ("no tenant 'marketing'" in rows, "no model 'small'" in rows) == (True, True)
+
+
 def settled(request_id: str, day: int, client: str, usd: str) -> Ending:
     arrival_us = (1_795_651_200 + day * 86_400) * 1_000_000  # the 26th of November 2026, midnight in UTC
     return Ending(

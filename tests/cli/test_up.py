@@ -18,13 +18,15 @@ from uuid import uuid4
 
 import aiohttp
 import pytest
+import structlog
 from click.testing import CliRunner
 
 import waterline
-from waterline.cli.up import LAPTOP, _goodbye, _ready_text
+from waterline.cli.up import LAPTOP, _goodbye, _note_fleet, _ready_text
 from waterline.cli.up import up as command
 from waterline.errors import InputError
 from waterline.fleet import load_fleet
+from waterline.ledger import connect, create_key
 from waterline.outcome import Completion
 from waterline.planner import make_plan
 from waterline.service.server import Outlet, listen
@@ -355,6 +357,16 @@ def test_a_service_for_everybody_says_so_and_prints_a_url_that_works() -> None:
         assert service.process.wait(5) == 0, "a closed terminal ends it in good order"
         assert service.process.stderr
         assert service.process.stderr.read().count("Requests need a key. Make one: waterline keys create") == 1
+
+
+def test_it_warns_of_keys_that_its_fleet_is_not_for(tmp_path: Path) -> None:
+    ledger, plan = connect(str(tmp_path / "ledger.db")), make_plan(load_fleet(LAPTOP))
+    create_key(ledger, tenant="public", client="alice")
+    lost, _ = create_key(ledger, tenant="marketing", client="bob")
+    with structlog.testing.capture_logs() as said:
+        _note_fleet(ledger, plan)
+    [warning] = said
+    assert warning["keys"] == [f"{lost.id} of bob: no tenant 'marketing'"]
 
 
 def test_a_server_that_is_not_reachable_yet_is_named_when_all_else_is_ready() -> None:

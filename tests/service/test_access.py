@@ -65,15 +65,20 @@ def test_a_key_stands_for_its_tenant_and_client() -> None:
         ("Bearer " + "x" * 300, "That is no key"),
         ("Bearer wl-\xe9", "That is no key"),
         ("Bearer wl-revoked", "wl-revoke… has been revoked"),
-        ("Bearer wl-gone", "'marketing', which is not in this fleet"),
     ],
 )
 def test_without_a_valid_key_the_answer_is_401_and_says_why(authorization: str, says: str) -> None:
-    known = Known(key("wl-revoked", revoked_us=1), key("wl-gone", tenant="marketing"))
-    access = Access(fleet_of(TENANTS[0]), known, loopback=True)
+    access = Access(fleet_of(TENANTS[0]), Known(key("wl-revoked", revoked_us=1)), loopback=True)
     with pytest.raises(RejectedError, match=says) as caught:
         access.caller(scope(authorization))
     assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
+
+
+def test_a_key_of_a_tenant_that_the_fleet_does_not_name_is_told_so_with_403() -> None:
+    access = Access(fleet_of(*TENANTS), Known(key("wl-gone", tenant="marketing")), loopback=True)
+    with pytest.raises(RejectedError, match="wl-gone… is of the tenant 'marketing', which is not in this") as caught:
+        access.caller(scope("Bearer wl-gone"))
+    assert (caught.value.status, caught.value.code) == (403, "tenant_not_served")
 
 
 def test_without_a_key_one_is_the_anonymous_tenants_and_waits_in_the_line_of_its_address() -> None:

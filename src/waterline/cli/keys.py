@@ -1,6 +1,6 @@
 """`waterline keys`: who may use the API, and how much."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ def keys() -> None:
 @click.option("--usd-per-day", metavar="USD")
 @click.option("--usd-per-month", metavar="USD")
 @click.option("--usd", "usd_total", metavar="USD", help="In all.")
-@click.option("--fleet", type=click.Path(path_type=Path), help="Has the tenant; else the fleet that was up last.")
+@click.option("--fleet", type=click.Path(path_type=Path), help="That it is for; else the fleet that was up last.")
 @ledger_option
 @JSON
 def create(
@@ -90,7 +90,7 @@ def list_keys(ledger: str, *, as_json: bool) -> None:
     """List the keys, and what each has used."""
     import msgspec
 
-    from waterline.ledger import connect, read_keys, read_usage
+    from waterline.ledger import connect, noted_fleet, read_keys, read_usage
 
     engine = connect(ledger, create=False)
     known = read_keys(engine)
@@ -101,7 +101,7 @@ def list_keys(ledger: str, *, as_json: bool) -> None:
     if not known:
         click.echo("No keys. Make one: waterline keys create --tenant public --client NAME")
         return
-    _draw(known, used)
+    _draw(known, used, *noted_fleet(engine))
 
 
 @keys.command("revoke")
@@ -125,11 +125,14 @@ def _check(engine: "Engine", fleet: Path | None, tenant: str, models: Iterable[s
 
     if fleet:
         from waterline.fleet import load_fleet
+        from waterline.plan import is_plan, read_plan
 
-        loaded, whose = load_fleet(fleet), str(fleet)
+        loaded, whose = read_plan(fleet).fleet if is_plan(fleet) else load_fleet(fleet), str(fleet)
         tenants, served = [one.name for one in loaded.tenants], [one.name for one in loaded.models]
     else:
         (tenants, served), whose = noted_fleet(engine), "the fleet that was up last; --fleet FILE names another"
+    if not tenants:
+        click.echo("No fleet has been up with this ledger, so the names are not checked; --fleet FILE does.", err=True)
     for what, name, known in (("tenant", tenant, tenants), *(("model", model, served) for model in models)):
         if known and name not in known:
             raise UnknownNameError(f"no {what} is called '{name}' in {whose}. {nearest(name, known)}")
@@ -159,7 +162,8 @@ def _used(usage: "Usage | None") -> dict[str, int]:
     }
 
 
-def _draw(keys: "Iterable[Key]", used: "dict[str, Usage]") -> None:
+def _draw(keys: "Iterable[Key]", used: "dict[str, Usage]", tenants: Sequence[str], models: Sequence[str]) -> None:
+    """Draw the keys; what they are worth is by the tenants and models that were served last, if any were."""
     from waterline.cli.tables import console, draw
 
     columns = ("id", "secret", "tenant", "client", "models", "quotas", "made", "state", "requests", "tokens", "USD")
@@ -175,13 +179,19 @@ def _draw(keys: "Iterable[Key]", used: "dict[str, Usage]") -> None:
                 ", ".join(key.models) or "all",
                 "; ".join(_limits(key.quotas)) or "none",
                 _date(key.created_us),
-                f"revoked {_date(key.revoked_us)}" if key.revoked_us is not None else "valid",
+                _state(key, tenants, models),
                 f"{of_key['requests']:,}",
                 f"{of_key['tokens']:,}",
                 f"{of_key['nano_usd'] / 1e9:,.4f}",
             )
         )
     draw(console(), "Keys", columns, rows, text_columns=8, spare=("made", "requests", "models"))
+
+
+def _state(key: "Key", tenants: Sequence[str], models: Sequence[str]) -> str:
+    if key.revoked_us is not None:
+        return f"revoked {_date(key.revoked_us)}"
+    return (key.trouble(tenants, models) if tenants else "") or "valid"
 
 
 def _date(clock_us: int) -> str:

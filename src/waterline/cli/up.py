@@ -15,6 +15,8 @@ import click
 from waterline.cli.ledger import ledger_option
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
     from waterline.outcome import Completion, Summary
     from waterline.plan import Plan
 
@@ -22,6 +24,7 @@ LAPTOP = Path(__file__).with_name("laptop.toml")
 SUMMARISED = 100_000  # latest requests that the last words are about
 OF_THIS_MACHINE = ("127.", "localhost", "::1")  # how hosts begin that nobody else can reach
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - hosts that are all networks, and what reaches them
+MOST_KEYS_NAMED = 10
 ABACUS = "waterline/abacus"
 STANDARD_ERROR = 2  # the last of the three
 
@@ -81,7 +84,7 @@ def _up(
     as_json: bool,
 ) -> None:
     from waterline.cli.admin import open_admin
-    from waterline.ledger import Ledger, note_fleet
+    from waterline.ledger import Ledger
     from waterline.service.engines import prepare_engines
     from waterline.service.logs import log_to
     from waterline.service.server import Outlet, Source, listen, serve
@@ -107,7 +110,8 @@ def _up(
     if not host.startswith(OF_THIS_MACHINE):
         Outlet(sys.stderr).say(_who_may(plan, host))
     with listening, admin.listening, Ledger.open(ledger) as books:
-        note_fleet(books.engine, [one.name for one in plan.fleet.tenants], [one.name for one in plan.fleet.models])
+        note = partial(_note_fleet, books.engine)
+        note(plan)
         serve(
             plan,
             engines,
@@ -115,7 +119,7 @@ def _up(
             on_ready=on_ready,
             on_completion=completions.append,
             prepare=partial(prepare_engines, instead=engine, fleet=str(fleet or "FLEET")),
-            source=Source(path=fleet, read=partial(_plan, fleet)) if fleet and fleet.is_file() else None,
+            source=Source(path=fleet, read=partial(_plan, fleet), on_plan=note) if fleet and fleet.is_file() else None,
             admin=admin,
             ledger=books,
         )
@@ -155,6 +159,26 @@ def _who_may(plan: "Plan", host: str) -> str:
     if tenant := anonymous_tenant(plan.fleet, loopback=False):
         return f"Requests without a key are those of '{tenant}': whoever reaches this machine at {host} can send some."
     return "Requests need a key. Make one: waterline keys create --tenant NAME --client NAME"
+
+
+def _note_fleet(engine: "Engine", plan: "Plan") -> None:
+    """Note in the ledger whom and what is served, and warn of keys that are good for nothing here."""
+    import structlog
+
+    from waterline.ledger import note_fleet, read_keys
+
+    tenants = [one.name for one in plan.fleet.tenants]
+    models = [one.name for one in plan.fleet.models]
+    note_fleet(engine, tenants, models)
+    useless = [
+        f"{key.id} of {key.client}: {why}"
+        for key in read_keys(engine)
+        if key.revoked_us is None and (why := key.trouble(tenants, models))
+    ]
+    if useless:
+        structlog.get_logger().warning(
+            "keys are good for nothing in this fleet", count=len(useless), keys=useless[:MOST_KEYS_NAMED]
+        )
 
 
 def _what_runs(plan: "Plan", engine: str) -> str:

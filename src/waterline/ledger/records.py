@@ -5,6 +5,7 @@ Clock times are microseconds since 1970 in UTC, money is in billionths of a doll
 
 import secrets
 import time
+from collections.abc import Collection
 from datetime import date
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
@@ -46,6 +47,14 @@ class Key(Struct, frozen=True, kw_only=True):
     quotas: Quotas = Quotas()
     created_us: int
     revoked_us: int | None = None  # not valid from then on
+
+    def trouble(self, tenants: Collection[str], models: Collection[str]) -> str:
+        """Return why it is good for nothing where these are served; "" when it is good for something."""
+        if self.tenant not in tenants:
+            return f"no tenant '{self.tenant}'"
+        if self.models and not set(self.models) & set(models):
+            return f"no model {' or '.join(map(repr, self.models))}"
+        return ""
 
 
 class Settlement(Struct, frozen=True, kw_only=True):

@@ -71,7 +71,10 @@ class Access:
         self._anonymous = anonymous_tenant(fleet, loopback=self._loopback)
 
     def caller(self, scope: Scope) -> Caller:
-        """Return whose request this is. Raises RejectedError (401) when nobody can tell."""
+        """Return whose request this is.
+
+        Raises RejectedError when nobody can tell (401), or this fleet does not serve them (403).
+        """
         shown = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         bearer = BEARER.fullmatch(shown)
         secret = bearer[1].decode() if bearer else ""
@@ -80,7 +83,11 @@ class Access:
             if key.revoked_us is not None:
                 raise _refused(f"The key {key.prefix}… has been revoked.")
             if key.tenant not in self._tenants:
-                raise _refused(f"The key {key.prefix}… is of the tenant '{key.tenant}', which is not in this fleet.")
+                raise RejectedError(
+                    f"The key {key.prefix}… is of the tenant '{key.tenant}', which is not in this fleet.",
+                    status=403,
+                    code="tenant_not_served",
+                )
             return Caller(tenant=key.tenant, client=key.client, line=key.client, key=key)
         if self._anonymous and not secret.startswith(OURS):  # clients that must send a key send any
             address = scope.get("client")

@@ -43,7 +43,12 @@ async def changes(path: Path, hangup: asyncio.Event, every_s: float = LOOK_EVERY
 
 
 async def keep_to_file(
-    path: Path, read: Callable[[], Plan], keeper: Keeper, hangup: asyncio.Event, every_s: float = LOOK_EVERY_S
+    path: Path,
+    read: Callable[[], Plan],
+    keeper: Keeper,
+    hangup: asyncio.Event,
+    every_s: float = LOOK_EVERY_S,
+    on_plan: Callable[[Plan], None] = lambda _plan: None,
 ) -> None:
     """Follow a plan or fleet file for ever.
 
@@ -53,6 +58,7 @@ async def keep_to_file(
         keeper: who moves to it.
         hangup: set by who wants the file read again though it has not changed.
         every_s: how often the file is looked at.
+        on_plan: told of each plan that is moved to; called in a thread.
     """
     moving: asyncio.Task[None] | None = None
     try:
@@ -65,15 +71,16 @@ async def keep_to_file(
             if moving:  # it begins anew from what runs now
                 moving.cancel()
                 await asyncio.gather(moving, return_exceptions=True)
-            moving = asyncio.create_task(_move(keeper, plan))
+            moving = asyncio.create_task(_move(keeper, plan, on_plan))
     finally:
         if moving:
             moving.cancel()
 
 
-async def _move(keeper: Keeper, plan: Plan) -> None:
+async def _move(keeper: Keeper, plan: Plan, on_plan: Callable[[Plan], None]) -> None:
     try:
         await keeper.move_to(plan)
+        await asyncio.to_thread(on_plan, plan)
     except WaterlineError as error:
         log.error("the new plan cannot be used, the old one stays", reason=str(error))  # noqa: TRY400 - a slip
     except Exception:

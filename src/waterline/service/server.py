@@ -58,6 +58,7 @@ class Source:
 
     path: Path
     read: Callable[[], Plan]  # raises WaterlineError; called in a thread
+    on_plan: Callable[[Plan], None] = lambda _plan: None  # told of each that is moved to; called in a thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +157,9 @@ async def _serve(
                 on_ready([replica for replica, state in states.items() if state.status != "ready"])
                 service.keeper.lend()
                 if source and hangup:
-                    following = asyncio.create_task(keep_to_file(source.path, source.read, service.keeper, hangup))
+                    following = asyncio.create_task(
+                        keep_to_file(source.path, source.read, service.keeper, hangup, on_plan=source.on_plan)
+                    )
                     stopping.add_done_callback(lambda _: following.cancel())
             await stopping
         finally:
