@@ -1,5 +1,7 @@
 """Who is taken in, where, and whose turn it is; no sockets, no clock. What is decided is the policy's, see its tests."""
 
+from typing import Any
+
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +35,7 @@ class Turns:
     def __init__(self) -> None:
         self.begun: list[str] = []
         self.lost: list[str] = []
+        self.tickets: list[Ticket] = []
 
     def of(self, name: str) -> Turn:
         return lambda go: (self.begun if go else self.lost).append(name)
@@ -47,13 +50,15 @@ def ask(
     line: str = "",
     prompt_tokens: int = 5,
     now_s: float = 0.0,
+    **asked: Any,
 ) -> Ticket | Refusal:
-    return desk.enter("chat", prompt_tokens, None, turns.of(name), now_s, tenant=tenant, line=line)
+    return desk.enter("chat", prompt_tokens, None, turns.of(name), now_s, tenant=tenant, line=line, **asked)
 
 
 def enter(desk: Dispatcher, turns: Turns, name: str, **asked: object) -> Ticket:
     ticket = ask(desk, turns, name, **asked)  # type: ignore[arg-type]
     assert isinstance(ticket, Ticket)
+    turns.tickets.append(ticket)
     return ticket
 
 
@@ -102,6 +107,49 @@ def test_a_tenant_below_its_guarantee_goes_before_one_that_borrows() -> None:
     desk.leave(first, 1.0)
     assert turns.begun == ["public 0", "enterprise"]
     assert (desk.under_way("public"), desk.under_way("enterprise")) == (3, 1)
+
+
+def test_who_takes_what_is_spare_goes_last_and_is_on_an_account_of_its_own() -> None:
+    desk, turns = dispatcher(max_batch=1), Turns()
+    first = enter(desk, turns, "batch 0", spare=True)
+    for number in range(1, 3):
+        enter(desk, turns, f"batch {number}", spare=True)
+    for tenant in ("public", "enterprise"):
+        enter(desk, turns, tenant, tenant=tenant, now_s=1.0)
+    desk.leave(first, 2.0)
+    while turns.begun[-1] != "batch 2":
+        running = next(ticket for ticket in turns.tickets if ticket.running)
+        desk.leave(running, 3.0)
+    assert turns.begun == ["batch 0", "enterprise", "public", "batch 1", "batch 2"]
+    assert desk.under_way("enterprise") == 1
+
+
+def test_what_is_spare_stays_below_the_limit_of_its_tenant_and_leaves_it_its_own_turns() -> None:
+    limited = (Tenant(name="enterprise", deserved=0.1, limit=0.1), Tenant(name="public", deserved=0.5))
+    plan = plan_of(1, max_batch=1)
+    desk = Dispatcher(msgspec.structs.replace(plan, fleet=msgspec.structs.replace(plan.fleet, tenants=limited)))
+    desk.set_ready("chat/0", ready=True, now_s=0.0)
+    turns, batch_gpu_s, now_s = Turns(), 0.0, 0.0
+    waiting = [enter(desk, turns, f"batch {number}", spare=True, wait_s=86_400.0) for number in range(200)]
+    while now_s < 600.0:
+        for ticket in [ticket for ticket in waiting if ticket.running]:
+            desk.leave(ticket, now_s)
+            batch_gpu_s += ticket.gpu_s
+            waiting.remove(ticket)
+        now_s += 1.0
+        desk.tick(now_s)
+    print(f"{batch_gpu_s:.0f} GPU-seconds of 600 went to the batch; its limit is 10 %")
+    assert 0.05 * 600 < batch_gpu_s < 0.25 * 600, "more at first: an account that was idle has a minute in hand"
+    person = ask(desk, turns, "person", now_s=now_s)
+    assert isinstance(person, Ticket), "what batches used counts against no person"
+
+
+def test_only_what_counts_is_demand_for_which_gpus_are_moved() -> None:
+    desk, turns = dispatcher(), Turns()
+    enter(desk, turns, "a", spare=True, counts=False)
+    assert desk.take_loads() == {}
+    enter(desk, turns, "b", spare=True)
+    assert desk.take_loads() == {("enterprise", "chat"): (5, 10)}
 
 
 def test_the_backlog_is_prompt_and_expected_output_then_output_then_nothing() -> None:

@@ -1,8 +1,10 @@
 """Batches: thousands of requests in a file, answered within a day, at the pace that nobody notices.
 
-A batch gives way to everybody else: beyond one request at a time it takes only slots that are free, and leaves some of
-those to who comes next. What it has is in the database, a line for each request that has ended, so that it goes on
-after a kill where it was.
+A batch gives way to everybody else. Its requests come after those of all tenants, its own included, and what they use
+is on an account of their own, so that nobody's requests are worse off for them. Beyond one request at a time of each
+client it takes only slots that are free, and leaves some of those to who comes next. As demand, for which GPUs are
+moved, it counts as one request at a time; only one that will not be done in time at its pace counts in full. What it
+has is in the database, a line for each request that has ended, so that it goes on after a kill where it was.
 
 Each line is charged once and answered once. Its request has one id for all attempts, and the ledger keeps one row for
 an id: an attempt that does not end well is settled as interrupted, and gives way to the next. The line is written when
@@ -13,6 +15,7 @@ Several gateways may share a database: each batch is run by one of them, and by 
 
 import asyncio
 from asyncio import Future, Task
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -39,6 +42,7 @@ MOST_ERRORS = 100  # about an input that are told
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 AT_ONCE = 256  # requests of a batch under way, at most
 KEPT_FREE = 0.1  # of a model's slots, for requests of people
+UNHURRIED_S = WINDOW_S / 24  # in which the pace of a batch is not judged
 LOOK_S = 2.0  # between looks for batches to run
 LOOK_FOR_ROOM_S = 0.2
 READ_TOGETHER = 200  # lines
@@ -47,6 +51,7 @@ LONGEST_PAUSE_S = 60.0
 
 log = structlog.get_logger()
 
+Asking = Counter[tuple[str, str, str]]  # requests under way, of all batches, by tenant, client and model
 Submit = Callable[[Request, Reply], Awaitable["Future[None] | None"]]
 
 
@@ -65,6 +70,7 @@ class Runner:
         self._room = room
         self._news = asyncio.Event()
         self._runs: dict[str, tuple[_Run, Task[None]]] = {}
+        self._asking: Asking = Counter()
 
     def wake(self) -> None:
         """Say that there is a new batch, or one to cancel."""
@@ -117,7 +123,7 @@ class Runner:
         for batch_id, batch in mine.items():
             key = keys.get(batch.key_id)
             if batch_id not in self._runs:
-                one = _Run(self._engine, batch, self._submit, self._room)
+                one = _Run(self._engine, batch, self._submit, self._room, self._asking)
                 self._runs[batch_id] = one, asyncio.create_task(one.run())
             self._runs[batch_id][0].update(batch, key)
 
@@ -125,11 +131,13 @@ class Runner:
 class _Run:
     """One batch, while this gateway runs it."""
 
-    def __init__(self, engine: Any, batch: Batch, submit: Submit, room: Callable[[str], int]) -> None:
+    def __init__(self, engine: Any, batch: Batch, submit: Submit, room: Callable[[str], int], asking: Asking) -> None:
         self._engine = engine
         self.batch = batch
         self._submit = submit
         self._room = room
+        self._asking = asking
+        self._counted = False  # one of its requests is demand now
         self._key: Key | None = None
         self._ending = asyncio.Event()  # cancelled or expired
 
@@ -191,7 +199,17 @@ class _Run:
             await asyncio.gather(*asking, return_exceptions=True)
 
     def _may_begin(self, model: str, under_way: int) -> bool:
-        return not under_way or (under_way < AT_ONCE and self._room(model) > 0)
+        return under_way < AT_ONCE and (not self._asking[self._place(model)] or self._room(model) > 0)
+
+    def _place(self, model: str) -> tuple[str, str, str]:
+        return self.batch.tenant, self.batch.client, model
+
+    def _is_late(self) -> bool:
+        """Whether it will not be done in time at the pace that it has had."""
+        batch = self.batch
+        passed_us = utc_us() - batch.created_us
+        due = batch.requests * passed_us / (batch.expires_us - batch.created_us)
+        return passed_us > UNHURRIED_S * MEGA and batch.ok + batch.not_ok < due
 
     async def _gather(self, asking: set[Task[Line]], within_s: float) -> set[Task[Line]]:
         """Wait for requests to end, and keep their lines; return those that go on."""
@@ -235,11 +253,22 @@ class _Run:
     async def _ask(self, number: int, item: dict[str, Any]) -> Line:
         """Ask until there is an answer, good or bad, however long a model has to load or others go first."""
         about_request(request_id(self.batch.id, number))
+        place = self._place(item["body"]["model"])
+        self._asking[place] += 1
+        counts, self._counted = not self._counted, True
+        try:
+            return await self._ask_again_and_again(number, item, counts=counts)
+        finally:
+            self._asking[place] -= 1
+            self._counted = self._counted and not counts
+
+    async def _ask_again_and_again(self, number: int, item: dict[str, Any], *, counts: bool) -> Line:
         attempt, pause_s = 0, 1.0
         while True:
             answer = _Answer()
             try:
-                settled = await self._submit(self._request(number, item), Reply(answer.send))
+                request = self._request(number, item, counts=counts or self._is_late())
+                settled = await self._submit(request, Reply(answer.send))
                 status, body = answer.status, bytes(answer.body)
                 if settled:
                     await settled
@@ -260,7 +289,7 @@ class _Run:
             await asyncio.sleep(LOOK_FOR_ROOM_S)
             waited_s += LOOK_FOR_ROOM_S
 
-    def _request(self, number: int, item: dict[str, Any]) -> Request:
+    def _request(self, number: int, item: dict[str, Any], *, counts: bool) -> Request:
         """Return a request. Raises RejectedError when its key is no longer good."""
         batch, key = self.batch, self._key
         if batch.key_id and (not key or key.revoked_us is not None):
@@ -272,6 +301,8 @@ class _Run:
             id=request_id(batch.id, number),
             wait_s=max(1.0, (batch.expires_us - utc_us()) / MEGA),
             again=True,
+            spare=True,
+            counts=counts,
         )
 
     def _line(

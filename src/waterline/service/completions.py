@@ -52,6 +52,8 @@ class Request:
     wait_s: float | None = None  # for its first token, before it would rather be refused; None: as its model's SLO says
     scope: Scope | None = None  # of HTTP, if it came that way
     again: bool = False  # until it ends well it will be submitted again, under the same id
+    spare: bool = False  # it takes only what nobody else wants …
+    counts: bool = True  # … and is demand for which GPUs are moved
 
 
 class Turn:
@@ -286,6 +288,8 @@ class Completions:
             answers=asked.answers,
             blocks=_blocks(asked) if len(visit.service.lanes) > 1 else NO_BLOCKS,
             wait_s=FLEX_S if asked.is_patient and request.wait_s is None else request.wait_s,
+            spare=request.spare,
+            counts=request.counts,
         )
         if isinstance(ticket, Refusal):
             raise self._refused(asked, ticket)
@@ -334,7 +338,9 @@ class Completions:
             model=asked.model,
             replica=visit.turn.replicas[-1] if visit.turn.replicas else "",
             status=status,
-            arrival_s=visit.arrival_s,
+            arrival_s=ticket.start_s
+            if ticket and visit.request.spare
+            else visit.arrival_s,  # who has a day is not late
             first_token_s=progress.first_token_s,
             finish_s=progress.first_token_s if came_whole else self._now_s(),
             prompt_tokens=tokens[0] or asked.prompt_tokens,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from waterline.fleet import Tenant
 from waterline.plan import ModelPlan, Plan, Replica
-from waterline.policy import dispatch
+from waterline.policy import admission, dispatch
 from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
 from waterline.policy.routing import MOST_DRAWN, NOBODY
 from waterline.service.errors import RejectedError
@@ -108,6 +108,7 @@ class Ticket:
 
     service: Service
     client: int  # its row
+    clients: "_Clients"  # among whom it has it
     tenant: str
     line: str
     prompt_tokens: int
@@ -125,6 +126,7 @@ class Ticket:
     avoids: frozenset[str] = frozenset()  # replicas where it failed
     begun_share_s: float = 0.0
     gpu_s: float = 0.0  # its part of the time of the replicas that worked on it, times their GPUs
+    start_s: float = math.nan  # where it runs, or ran last
 
     def waited_s(self, now_s: float) -> float:
         return now_s - self.arrival_s
@@ -140,7 +142,7 @@ class Refusal:
 
 @dataclass(slots=True)
 class _Clients:
-    """The rows of one tenant's clients."""
+    """The rows of one tenant's clients; those who take only what is spare have another account."""
 
     tenant: int
     rows: dict[str, int] = field(default_factory=dict)  # by line, who has been here longest first
@@ -159,10 +161,11 @@ class Dispatcher:
     def __init__(self, plan: Plan, draw: Draw | None = None) -> None:
         self._draw = draw or (lambda: random.randrange(MOST_DRAWN))  # noqa: S311 - which of two queues is no secret
         self._tenants = {tenant.name: _Clients(row) for row, tenant in enumerate(plan.fleet.tenants)}
+        self._spare: dict[str, _Clients] = {}  # by tenant, once they ask
         self._tenant_of_client = [0]  # nobody's row: there must be one
         self._model_rows = list(range(len(plan.models) + SPARE_ROWS))[::-1]
         self._replica_rows = list(range(max(len(plan.replicas), 1)))[::-1]
-        no_share = [0.0] * (len(self._tenants) + SPARE_ROWS)  # `use_plan` writes them
+        no_share = [0.0] * (2 * len(self._tenants) + SPARE_ROWS)  # `use_plan` writes them
         self._arrays = dispatch.new_desk(
             no_share,
             no_share,
@@ -195,6 +198,8 @@ class Dispatcher:
         answers: int = 1,
         blocks: NDArray[np.int64] = NO_BLOCKS,
         wait_s: float | None = None,
+        spare: bool = False,
+        counts: bool = True,
     ) -> Ticket | Refusal:
         """Decide about a newcomer; its `turn` may come before this returns.
 
@@ -209,15 +214,20 @@ class Dispatcher:
             answers: it wants.
             blocks: keys of its prompt's blocks, see `policy.routing`.
             wait_s: for its first token, before it would rather be refused; None: as the SLO of the model says.
+            spare: it takes only what nobody else wants: its turn comes after everybody's, and what it uses is on
+                another account of its tenant's, so that it lowers nobody's standing.
+            counts: its work is demand, for which GPUs are moved.
         """
         service = self.services[model]
         expected = service.planned.output_tokens
         output_tokens = answers * (expected if most_tokens is None else min(most_tokens, expected))
-        prompts, outputs = self._loads.get((tenant, model), (0, 0))
-        self._loads[tenant, model] = prompts + prompt_tokens, outputs + output_tokens
+        if counts:
+            prompts, outputs = self._loads.get((tenant, model), (0, 0))
+            self._loads[tenant, model] = prompts + prompt_tokens, outputs + output_tokens
         # Tokens are estimated: only an engine can tell that a request is too long for it.
         tokens = min(prompt_tokens + output_tokens, self.desk.models.longest_tokens[service.row] or 1)
-        client, draw = self._client(tenant, line), self._draw()
+        clients = self._spare_of(tenant) if spare else self._tenants[tenant]
+        client, draw = self._client(clients, line), self._draw()
         arrival = dispatch.arrive(
             self.desk,
             service.row,
@@ -236,6 +246,7 @@ class Dispatcher:
         ticket = Ticket(
             service=service,
             client=client,
+            clients=clients,
             tenant=tenant,
             line=line,
             prompt_tokens=prompt_tokens,
@@ -247,8 +258,7 @@ class Dispatcher:
             until_s=now_s + PATIENCE * max(service.ttft_s if wait_s is None else wait_s, LEAST_WAIT_S),
             turn=turn,
         )
-        clients = self._tenants[tenant].under_way
-        clients[client] = clients.get(client, 0) + 1
+        clients.under_way[client] = clients.under_way.get(client, 0) + 1
         if arrival.rule == SLOT_FREE:
             self._run(ticket, arrival.replica, arrival.cached_tokens, now_s)
         else:
@@ -276,10 +286,10 @@ class Dispatcher:
         else:
             self._unline(ticket)
             dispatch.gave_up(self.desk, ticket.service.row, ticket.client, ticket.cost_gpu_s)
-        clients = self._tenants[ticket.tenant].under_way
-        clients[ticket.client] -= 1
-        if not clients[ticket.client]:
-            del clients[ticket.client]
+        under_way = ticket.clients.under_way
+        under_way[ticket.client] -= 1
+        if not under_way[ticket.client]:
+            del under_way[ticket.client]
         self._advance(ticket.service, now_s)
 
     def move(self, ticket: Ticket, avoid: frozenset[str], now_s: float) -> None:
@@ -300,6 +310,7 @@ class Dispatcher:
     def tick(self, now_s: float) -> None:
         """Let the accounts forget, and tell those whose turn does not come; once a second."""
         dispatch.tick(self.desk, now_s)
+        self._limit_spare()
         for service in self.services.values():
             if service.lines:
                 self._advance(service, now_s)
@@ -308,7 +319,8 @@ class Dispatcher:
 
     def under_way(self, tenant: str) -> int:
         """Return how many requests of a tenant wait or run."""
-        return sum(self._tenants[tenant].under_way.values())
+        known = (self._tenants.get(tenant), self._spare.get(tenant))
+        return sum(sum(clients.under_way.values()) for clients in known if clients)
 
     # --- Replicas that come and go ----------------------------------------------------------------------------------
 
@@ -388,6 +400,7 @@ class Dispatcher:
                 self._tenants[tenant.name] = _Clients(self._spare_tenant())
             row, accounts = self._tenants[tenant.name].tenant, self.desk.accounts
             accounts.guarantee[row], accounts.deserved[row], accounts.limit[row] = _entitled(tenant)
+        self._limit_spare()
         slos = plan.fleet.slos
         for planned in plan.models:
             if service := self.services.get(planned.model):
@@ -454,7 +467,7 @@ class Dispatcher:
         lane.running += 1
         ticket.lane, ticket.running, ticket.unread = lane, True, True
         ticket.unread_tokens = ticket.prompt_tokens - cached_tokens
-        ticket.begun_share_s = lane.share_s
+        ticket.begun_share_s, ticket.start_s = lane.share_s, now_s
         ticket.turn(True)  # noqa: FBT003 - a callback of one argument
 
     def _stop(self, ticket: Ticket, now_s: float, gpu_s: float | None = None) -> None:
@@ -491,9 +504,8 @@ class Dispatcher:
             if ready:
                 self._advance(self.services[lane.replica.model], now_s)
 
-    def _client(self, tenant: str, line: str) -> int:
+    def _client(self, clients: _Clients, line: str) -> int:
         """Return the row of a client, which may be new, or have been forgotten."""
-        clients = self._tenants[tenant]
         row = clients.rows.get(line)
         if row is None:
             if len(clients.rows) >= MOST_CLIENTS and (idle := next(_idle(clients), None)):
@@ -513,8 +525,26 @@ class Dispatcher:
         self.desk = dispatch.plain(self._arrays)
         clients.spare = list(range(known, known + more))[::-1]
 
+    def _spare_of(self, tenant: str) -> _Clients:
+        """Return those of a tenant who take what is spare: nothing is guaranteed to them, and nothing deserved."""
+        if tenant not in self._tenants:
+            raise RejectedError(f"No tenant '{tenant}' is in this fleet.", status=403, code="tenant_not_served")
+        if tenant not in self._spare:
+            self._spare[tenant] = _Clients(self._spare_tenant())
+            self._limit_spare()
+        return self._spare[tenant]
+
+    def _limit_spare(self) -> None:
+        """Leave to those who take what is spare what their tenant has left of its limit."""
+        accounts = self.desk.accounts
+        for tenant, clients in self._spare.items():
+            row = self._tenants[tenant].tenant
+            has_limit = accounts.limit[row] < 1.0
+            left = max(0.0, accounts.limit[row] - admission.share_of(accounts, row)) if has_limit else 1.0
+            accounts.limit[clients.tenant] = left
+
     def _spare_tenant(self) -> int:
-        taken = {clients.tenant for clients in self._tenants.values()}
+        taken = {clients.tenant for clients in (*self._tenants.values(), *self._spare.values())}
         for row in range(len(self.desk.accounts.limit)):
             if row not in taken:
                 return row
