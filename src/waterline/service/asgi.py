@@ -45,15 +45,25 @@ class Edit(Protocol):
 
 
 class Reply:
-    """What goes back to one client, and how far it has got; `headers` come with every answer."""
+    """What goes back to one client, and how far it has got; `headers` come with every answer.
 
-    def __init__(self, send: Send, headers: Headers | None = None) -> None:
+    Args:
+        send: of ASGI.
+        headers: come with every answer.
+        write: sends a part of a stream that has begun, at once, and tells whether there is room for more.
+    """
+
+    def __init__(
+        self, send: Send, headers: Headers | None = None, write: Callable[[bytes], bool] | None = None
+    ) -> None:
         self._send = send
+        self._write = write
         self.headers = headers or []
         self.edit: Edit | None = None
         self.before: Callable[[], Awaitable[None]] | None = None  # awaited before the first byte of an answer
         self.after: Callable[[], Awaitable[None]] | None = None  # awaited before its last one, when it is whole
         self.begun = False
+        self.is_flowing = False  # a stream has begun, and `push` may be called
         self._within_event = False
 
     async def begin(self, status: int, headers: Headers) -> None:
@@ -63,12 +73,23 @@ class Reply:
         await self._send({"type": "http.response.start", "status": status, "headers": [*self.headers, *headers]})
 
     async def chunk(self, data: bytes) -> None:
+        """Send a part of a stream, when its client has made room for it."""
+        if data := self._edited(data):
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        self.is_flowing = self._write is not None
+
+    def push(self, data: bytes) -> None:
+        """Send a part of a stream that flows."""
+        assert self._write  # noqa: S101 - or it would not flow
+        if data := self._edited(data):
+            self.is_flowing = self._write(data)
+
+    def _edited(self, data: bytes) -> bytes:
         if self.edit:
             data = self.edit.chunk(data)
-            if not data:
-                return
-        self._within_event = not data.endswith(b"\n\n")
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        if data:
+            self._within_event = not data.endswith(b"\n\n")
+        return data
 
     async def end(self, data: bytes = b"") -> None:
         """End a stream."""

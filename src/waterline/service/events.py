@@ -90,7 +90,7 @@ class Events:
     def __init__(self, explain: Callable[[bytes], str]) -> None:
         self._explain = explain
         self._rest = b""  # of an event that is not whole yet
-        self._begun = False
+        self.begun = False  # an event has come
         self.done = False  # [DONE] has come
         self.problem = ""  # with what follows the events that were returned last: the stream cannot go on
         self.latest: list[Event] = []  # those that were returned last
@@ -102,9 +102,9 @@ class Events:
         else:
             data = self._cut_slowly(self._rest + b"\n\n")
             if not self.done and self.problem in {"", UNREADABLE}:
-                self.problem = "The engine broke off." if self._begun or data else "The engine sent an empty answer."
+                self.problem = "The engine broke off." if self.begun or data else "The engine sent an empty answer."
         if data:
-            self._begun = True
+            self.begun = True
         return data
 
     def _cut(self, data: bytes) -> bytes:

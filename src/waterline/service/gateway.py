@@ -19,16 +19,17 @@ from waterline.service.asgi import JSON, ClientGoneError, Receive, Reply, Scope,
 from waterline.service.body import CHAT, COMPLETIONS, EMBEDDINGS
 from waterline.service.books import Books
 from waterline.service.completions import Completions
+from waterline.service.connections import Connections
 from waterline.service.dispatcher import Dispatcher
 from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError, shortened
+from waterline.service.limits import WRITE
 from waterline.service.logs import about_request
 from waterline.service.metrics import Metrics
 from waterline.service.passage import Passages
 from waterline.service.responses import RESPONSES
 from waterline.service.snapshot import EJECTED, take_snapshot
 from waterline.service.supervisor import ReplicaState
-from waterline.service.upstream import Connections
 from waterline.snapshot import BatchNow, EjectionNow, JobNow, Snapshot
 
 A_MODEL = "/v1/models/"  # and its name
@@ -131,7 +132,7 @@ class Gateway:
             return
         scope[ID] = new_request_id()
         about_request(scope[ID])
-        reply = Reply(send, [(REQUEST_ID, _request_id(scope))])
+        reply = Reply(send, [(REQUEST_ID, _request_id(scope))], scope.get(WRITE))
         try:
             await self._route(scope)(scope, receive, reply)
         except ClientGoneError:

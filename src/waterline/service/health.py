@@ -13,7 +13,6 @@ import math
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
-import aiohttp
 import structlog
 
 from waterline.plan import Replica
@@ -92,15 +91,6 @@ class Watch:
     heard: bool = False
     writing: bool = False  # what has come, to a client: we do not listen
     silent: bool = False  # too long
-    response: aiohttp.ClientResponse | None = None  # once there is one
-
-    @property
-    def lost(self) -> bool:
-        """Whether we listen to a connection that is closed: of some ends (a chunk without length) nobody is told."""
-        if self.response is None or self.response.connection is None or self.writing:
-            return False
-        protocol = self.response.connection.protocol
-        return protocol is None or not protocol.is_connected()
 
     def allowed_s(self, now_s: float) -> float:
         vitals = self.vitals

@@ -6,11 +6,11 @@ uvicorn parses HTTP; this keeps whoever sends it within bounds, at no cost for a
 import asyncio
 import resource
 from collections.abc import Callable, MutableMapping
-from functools import cache
+from functools import cache, partial
 from http import HTTPStatus
 from typing import Any, ClassVar, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from waterline.service.errors import RejectedError, error_json
 
@@ -22,7 +22,7 @@ LINGERS_S = 1.0  # a connection that was refused, for its client to read why
 FILES_KEPT = 128  # descriptors that are not for clients: engines' pipes, the ledger, the log
 FILES_PER_REQUEST = 2  # its client's connection, and one to an engine
 MOST_FILES = 2**20
-SLOW, ON_GONE = "waterline.slow", "waterline.on_gone"  # keys of the scope
+SLOW, ON_GONE, WRITE = "waterline.slow", "waterline.on_gone", "waterline.write"  # keys of the scope
 
 
 @cache
@@ -96,14 +96,26 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._head_timer:
             self._head_timer.cancel()
             self._head_timer = None
-        cast("dict[str, Any]", self.scope)[ON_GONE] = self.when_gone
+        scope = cast("dict[str, Any]", self.scope)
+        scope[ON_GONE] = self.when_gone
         super().on_headers_complete()
+        scope[WRITE] = partial(self._write, self.cycle)
 
     def when_gone(self, tell: Callable[[], object] | None) -> None:
         """Call this when the client goes away; one request is answered at a time, and the last one who asks is told."""
         self._on_gone = tell
         if tell and self.transport.is_closing():
             self.loop.call_soon(tell)
+
+    def _write(self, cycle: RequestResponseCycle, data: bytes) -> bool:
+        """Send a part of a stream that has begun, at once; tell whether there is room for more.
+
+        ASGI would take a coroutine and a message for each.
+        """
+        if cycle.disconnected:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return not self.flow.write_paused
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)

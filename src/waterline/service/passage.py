@@ -16,28 +16,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import aiohttp
 import orjson
 
 from waterline.plan import Replica
 from waterline.service.asgi import Headers, Reply
 from waterline.service.body import COMPLETIONS, Asked
+from waterline.service.connections import Connections
 from waterline.service.continuation import RefusedError, ended, missing_reason, missing_usage, resume, wishes
 from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError
 from waterline.service.events import DONE, BadEventError
 from waterline.service.health import Health, Watch
 from waterline.service.said import Said
-from waterline.service.stream import Stream, read_to_the_end
+from waterline.service.stream import Stream
 from waterline.service.supervisor import ReplicaState
-from waterline.service.upstream import (
-    BrokenStreamError,
-    Connections,
-    Progress,
-    UnansweredError,
-    passed_back,
-    read_whole,
-)
+from waterline.service.upstream import BrokenStreamError, Progress, UnansweredError, ask, passed_back, read_whole
 
 ATTEMPTS = 3  # engines that may fail a request, one after the other without a token, before its client is told
 DEATHS = 6  # … and engines that may die with it: each may be its doing, but rather that of one of many
@@ -45,6 +38,7 @@ PATIENCE_S = 30.0  # for a place where a stream goes on, while no replica is in 
 PAUSE_S = 0.05  # before somebody is asked again who was full, or away; doubled each time
 LONGEST_PAUSE_S = 1.0
 LOOK_EVERY_S = 0.1  # for silence
+LAST_BYTES_WITHIN_S = 0.2  # of a stream that is done
 WAITS_LONGER = 4.0  # times, after each silence: perhaps it is the request that takes long
 ABORT_WITHIN_S = 1.0
 NEVER_S = 1e6
@@ -247,9 +241,7 @@ class Passages:
             passage.said = Said()
             body = _body(asked, state.served_name, wished)
         watch.since_s = begun_s = _now_s()
-        watch.response = response = await self._connections.ask(
-            engine, state.url + path, body, passage.headers, stream=True
-        )
+        response = await ask(self._connections, engine, state.url + path, body, passage.headers, stream=True)
         try:
             hides_ids = bool(wished) or (bool(weave) and b'"return_token_ids"' not in asked.body)
             stream = Stream(response, passage.said, passage.progress, reply, weave=weave, hides_ids=hides_ids)
@@ -259,8 +251,7 @@ class Passages:
         except BaseException:
             response.close()
             raise
-        if not response.content.at_eof():  # the client has all; the connection is of use once it was read to its end
-            self._later(read_to_the_end(response))
+        response.close_unless_ended(LAST_BYTES_WITHIN_S)
 
     async def _whole(self, passage: Passage, replica: Replica, reply: Reply, watch: Watch) -> None:
         asked, engine, state = passage.asked, self._engines[replica.id], self._states[replica.id]
@@ -269,9 +260,8 @@ class Passages:
         watch.whole_tokens = replica.max_context_tokens if asked.most_tokens is None else max(1, asked.most_tokens)
         watch.since_s = asyncio.get_running_loop().time()
         try:
-            watch.response = response = await self._connections.ask(
-                engine, state.url + passage.endpoint, body, passage.headers, stream=False
-            )
+            url = state.url + passage.endpoint
+            response = await ask(self._connections, engine, url, body, passage.headers, stream=False)
             try:
                 data = await read_whole(response)
             finally:
@@ -295,7 +285,7 @@ class Passages:
 
     def _abort(self, engine: Engine, url: str, rid: Mapping[str, str]) -> None:
         async def abort() -> None:
-            with suppress(TimeoutError, aiohttp.ClientError, OSError):
+            with suppress(OSError, ValueError):
                 async with asyncio.timeout(ABORT_WITHIN_S):
                     address = url.removesuffix("/v1") + engine.dialect.abort
                     (await self._connections.post(address, orjson.dumps(rid), engine.headers)).close()
@@ -314,8 +304,8 @@ class Passages:
         body = orjson.dumps({"model": state.served_name, "prompt": "1", "max_tokens": 1})
         try:
             async with asyncio.timeout(self.health.of(replica).first_within_s):
-                response = await self._connections.ask(engine, state.url + COMPLETIONS, body, [], stream=False)
-                response.close()
+                url = state.url + COMPLETIONS
+                (await ask(self._connections, engine, url, body, [], stream=False)).close()
         except UnansweredError as error:
             return error.busy
         except TimeoutError:
@@ -350,7 +340,7 @@ class Passages:
                 if watch.writing or watch.since_s == math.inf:
                     continue
                 watch.silent = others and now_s - watch.since_s > watch.allowed_s(now_s)
-                if watch.silent or watch.lost:
+                if watch.silent:
                     watch.since_s = math.inf
                     watch.within.reschedule(0.0)
 

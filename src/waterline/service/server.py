@@ -12,6 +12,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TextIO
 
+import aiohttp
 import structlog
 import uvloop
 
@@ -21,6 +22,7 @@ from waterline.outcome import Completion
 from waterline.plan import Plan
 from waterline.service.asgi import App, HttpServer
 from waterline.service.batch_routes import offering_batches
+from waterline.service.connections import Connections
 from waterline.service.engines import Engine, all_pretend, prepare_engines
 from waterline.service.gateway import Gateway
 from waterline.service.jobs import Jobs, RunState
@@ -32,7 +34,6 @@ from waterline.service.reload import keep_to_file
 from waterline.service.shore import Prepare, Shore
 from waterline.service.state import State, claim_state
 from waterline.service.supervisor import ReplicaState, Supervisor
-from waterline.service.upstream import Connections
 
 BACKLOG = 2048  # connections that may wait to be accepted
 
@@ -185,7 +186,8 @@ async def running(
     async with AsyncExitStack() as stack:
         state = stack.enter_context(claim_state(plan.fleet.name))
         await state.end_orphans(max(tenant.grace_s for tenant in plan.fleet.tenants))
-        connections = await stack.enter_async_context(Connections())
+        connections = stack.enter_context(Connections())
+        session = await stack.enter_async_context(_session())
 
         def on_change(replica: str, state: ReplicaState) -> None:
             operator.replica_changed(replica, state)
@@ -202,7 +204,7 @@ async def running(
             log_failure(completion)
             on_completion(completion)
 
-        supervisor = Supervisor(engines, connections.kept, on_change, under_way=under_way, state=state)
+        supervisor = Supervisor(engines, session, on_change, under_way=under_way, state=state)
         jobs = Jobs(plan.fleet, state, on_run_change)
         gateway = Gateway(
             plan,
@@ -244,6 +246,12 @@ async def running(
                 http.should_exit = True
             await asyncio.gather(*serving)
             ticking.cancel()
+
+
+def _session() -> aiohttp.ClientSession:
+    """Return what asks engines how they are."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0)  # most servers wait 5 s
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
 
 def _stop_on_signals(state: State, hangup: asyncio.Event | None) -> asyncio.Event:

@@ -4,18 +4,16 @@ import asyncio
 import math
 import re
 from collections.abc import Callable
-from contextlib import suppress
-
-import aiohttp
+from functools import partial
 
 from waterline.service.asgi import Reply
+from waterline.service.connections import Response
 from waterline.service.events import DONE, BadEventError, Event, Events, read_events
 from waterline.service.health import Watch
 from waterline.service.said import Said
 from waterline.service.upstream import Progress, UnansweredError, engine_words, passed_back
 from waterline.service.weave import Weave
 
-LAST_BYTES_WITHIN_S = 0.2  # of a stream that is done
 # It never stands inside a text, where each quote has a backslash before it.
 ONE = b',"token_ids":['
 IDS = re.compile(rb',\s*"(?:prompt_)?token_ids"\s*:\s*(?:\[[\d,\s]*\]|null)')
@@ -35,7 +33,7 @@ class Stream:
 
     def __init__(
         self,
-        response: aiohttp.ClientResponse,
+        response: Response,
         said: Said,
         progress: Progress,
         reply: Reply,
@@ -56,33 +54,53 @@ class Stream:
 
     async def relay(self, watch: Watch, on_first: Callable[[], None]) -> None:
         """Pass the answer on as it comes. Raises BadEventError or UnansweredError where it cannot go on."""
-        content, events = self._response.content, self._events
+        events = self._events
+        at_once = None if self._weave else partial(self._at_once, watch)
         while not events.done:
-            try:
-                chunk = await content.readany()
-            except (aiohttp.ClientError, OSError, ValueError) as error:
-                raise UnansweredError("The engine broke off.") from error
-            watch.since_s = watch.vitals.heard_s = self._time()
-            if data := events.feed(chunk):
-                if not watch.heard:
-                    self._first_s = watch.since_s
-                    on_first()
-                watch.writing = True  # if the client does not read, it is not the engine that is silent
-                await self._pass_on(data, events.latest)
-                watch.writing = False
-            if events.problem and not events.done:
+            if events.problem:
                 raise BadEventError(events.problem)
+            try:
+                chunk = await self._response.read_some(at_once)
+            except OSError as error:
+                raise UnansweredError("The engine broke off.") from error
+            if chunk is None or events.done or events.problem:  # the end went by
+                continue
+            data = self._take(chunk, watch)
+            if events.begun and not watch.heard:
+                self._first_s = watch.since_s
+                on_first()
+            if data:
+                watch.writing = True  # if the client does not read, it is not the engine that is silent
+                await self._pass_on(data)
+                watch.writing = False
 
-    async def _pass_on(self, data: bytes, events: list[Event]) -> None:
+    def _at_once(self, watch: Watch, chunk: bytes) -> bool:
+        """Pass on what can go in this step of the event loop: of a stream that runs, to a client that reads."""
+        if not self._reply.is_flowing:
+            return False
+        if data := self._take(chunk, watch):
+            self._reply.push(data)
+        if self._events.done or self._events.problem:
+            self._response.wake()
+        return True
+
+    def _take(self, chunk: bytes, watch: Watch) -> bytes:
+        """Note what has come, and return what the client gets of it: whole events."""
+        watch.since_s = watch.vitals.heard_s = self._time()
+        data, events = self._events.feed(chunk), self._events.latest
+        if not data:
+            return data
         if self._weave:
             data = self._weave.events(data)
             events = read_events(data) if data else []
         self._said.add(events)
         if self._hides_ids:
             data = _without_ids(data, events)
-        if not data:
-            return
-        self._progress.saw(data, len(events))
+        if data:
+            self._progress.saw(data, len(events))
+        return data
+
+    async def _pass_on(self, data: bytes) -> None:
         if not self._reply.begun:
             self._said.first = data.partition(b"\n\n")[0]
             await self._reply.begin(200, passed_back(self._response))
@@ -108,13 +126,3 @@ def _without_ids(data: bytes, events: list[Event]) -> bytes:
             rest = data[data.find(b"]", begin) + 1 :]
             return data[:begin] + rest if b'token_ids"' not in rest else IDS.sub(b"", data)
     return IDS.sub(b"", data) if b'token_ids"' in data else data
-
-
-async def read_to_the_end(response: aiohttp.ClientResponse) -> None:
-    """Let the connection of a stream that is done be used again, or close it."""
-    try:
-        with suppress(TimeoutError, aiohttp.ClientError, OSError):
-            async with asyncio.timeout(LAST_BYTES_WITHIN_S):
-                await response.content.read()
-    finally:
-        response.close()

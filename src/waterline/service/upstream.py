@@ -3,20 +3,18 @@
 Closing the connection is what makes an engine stop generating.
 """
 
-import asyncio
 import re
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import BytesIO
-from typing import Any, Self
+from typing import Any
 
-import aiohttp
 import msgspec
 import orjson
 
 from waterline.errors import EngineError
 from waterline.service.asgi import Headers
+from waterline.service.connections import AbsentError, Connections, Response
 from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError, retry_after
 from waterline.service.events import LOST, check_text
@@ -24,7 +22,6 @@ from waterline.service.events import LOST, check_text
 TAIL_CHUNKS = 16  # of the end of an answer, where the usage stands
 TAIL_BYTES = 4096
 LONGEST_ERROR_BYTES = 65_536
-LARGE_BYTES = 2**20
 PASSED_ON = (b"user-agent",)  # of the request: the rest is between others, and the client's key is not for engines
 PASSED_BACK = ("content-type", "cache-control")
 COMPLETION_TOKENS = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
@@ -108,89 +105,48 @@ class Progress:
         self.chunks.append(data)
 
 
-class Connections:
-    """The client of all engines: as many connections as there are requests, and no limit on an answer's time.
+async def ask(
+    connections: Connections, engine: Engine, url: str, body: bytes, headers: Headers, *, stream: bool
+) -> Response:
+    """Return an answer that has begun well; the caller closes it.
 
-    Connections are kept for the next request, and some servers close theirs without a word (llama.cpp after a stream,
-    all of them when idle for a while). So a request that finds a dead one is sent again on a fresh one; an answer has
-    no effect but itself, so asking twice does no harm.
+    Raises:
+        UnansweredError: it could not be reached, broke off or failed.
+        RejectedError: it has refused the request (4xx); the client is told so in OpenAI's words.
     """
-
-    def __init__(self) -> None:
-        self.kept = _session(aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0))  # most servers wait 5 s
-        self._fresh = _session(aiohttp.TCPConnector(limit=0, force_close=True))
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.kept.close()
-        await self._fresh.close()
-
-    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+    passed_on = {name.decode(): value.decode("latin-1") for name, value in headers if name in PASSED_ON}
+    passed_on["content-type"] = "application/json"  # what the body has proved to be, whatever the client called it
+    passed_on |= engine.headers
+    try:
+        response = await connections.post(url, body, passed_on)
         try:
-            return await self.kept.post(url, data=_sendable(body), headers=headers, allow_redirects=False)
-        except aiohttp.ClientConnectorError:
+            await _check(response, engine, STREAM if stream else WHOLE)
+        except BaseException:
+            response.close()
             raise
-        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
-            return await self._fresh.post(url, data=_sendable(body), headers=headers, allow_redirects=False)
-
-    async def ask(
-        self, engine: Engine, url: str, body: bytes, headers: Headers, *, stream: bool
-    ) -> aiohttp.ClientResponse:
-        """Return an answer that has begun well; the caller closes it.
-
-        Raises:
-            UnansweredError: it could not be reached, broke off or failed.
-            RejectedError: it has refused the request (4xx); the client is told so in OpenAI's words.
-        """
-        passed_on = {name.decode(): value.decode("latin-1") for name, value in headers if name in PASSED_ON}
-        passed_on["content-type"] = "application/json"  # what the body has proved to be, whatever the client called it
-        passed_on |= engine.headers
-        try:
-            response = await self.post(url, body, passed_on)
-            try:
-                await _check(response, engine, STREAM if stream else WHOLE)
-            except BaseException:
-                response.close()
-                raise
-        except aiohttp.ClientConnectorError as error:  # it is gone, and about to be restarted
-            raise UnansweredError(
-                "The engine takes no connections.", status=503, headers=retry_after(1), absent=True
-            ) from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: headers that nobody can read
-            raise UnansweredError("The engine broke off.") from error
-        return response
+    except AbsentError as error:  # it is gone, and about to be restarted
+        raise UnansweredError(
+            "The engine takes no connections.", status=503, headers=retry_after(1), absent=True
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: headers that nobody can send
+        raise UnansweredError("The engine broke off.") from error
+    return response
 
 
-def _session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=connector,
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=2.0),
-        auto_decompress=False,
-        cookie_jar=aiohttp.DummyCookieJar(),
-    )
-
-
-def _sendable(body: bytes) -> bytes | BytesIO:
-    """Wrap what aiohttp would rather send in pieces."""
-    return body if len(body) <= LARGE_BYTES else BytesIO(body)
-
-
-def passed_back(response: aiohttp.ClientResponse) -> Headers:
+def passed_back(response: Response) -> Headers:
     """Return the headers the client should see; names of engines and hop-by-hop headers stay here."""
     return [
         (name.encode(), response.headers[name].encode("latin-1")) for name in PASSED_BACK if name in response.headers
     ]
 
 
-async def read_whole(response: aiohttp.ClientResponse) -> bytes:
+async def read_whole(response: Response) -> bytes:
     """Return an answer that comes whole. Raises UnansweredError when it breaks off or is no answer."""
     try:
         data = await response.read()
         check_text(data)
         whole = _WHOLE.decode(data)
-    except (aiohttp.ClientError, OSError) as error:
+    except OSError as error:
         raise UnansweredError("The engine broke off.") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UnansweredError("The engine's answer is no JSON object.") from error
@@ -214,14 +170,14 @@ _WHOLE = msgspec.json.Decoder(_Whole)
 # --- Refusals -------------------------------------------------------------------------------------------------------
 
 
-async def _check(response: aiohttp.ClientResponse, engine: Engine, wanted: str) -> None:
+async def _check(response: Response, engine: Engine, wanted: str) -> None:
     if response.status != 200:
         await _raise_refusal(response, engine.faults)
     if response.content_type != wanted:
         raise UnansweredError(f"The engine answered with {response.content_type}, which is no answer.")
 
 
-async def _raise_refusal(response: aiohttp.ClientResponse, faults: Mapping[str, str]) -> None:
+async def _raise_refusal(response: Response, faults: Mapping[str, str]) -> None:
     """Say what the engine said. 4xx is the client's own doing; everything else is a reason to try another engine."""
     message, code, param = engine_words(await _read_most(response, LONGEST_ERROR_BYTES))
     status = response.status
@@ -240,11 +196,11 @@ async def _raise_refusal(response: aiohttp.ClientResponse, faults: Mapping[str, 
     )
 
 
-async def _read_most(response: aiohttp.ClientResponse, longest_bytes: int) -> bytes:
-    try:
-        return await response.content.readexactly(longest_bytes)
-    except asyncio.IncompleteReadError as whole:
-        return whole.partial
+async def _read_most(response: Response, longest_bytes: int) -> bytes:
+    data = b""
+    while len(data) < longest_bytes and (more := await response.read_some()):
+        data += more
+    return data[:longest_bytes]
 
 
 def engine_words(data: bytes) -> tuple[str, str | None, str | None]:
