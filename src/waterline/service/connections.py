@@ -165,7 +165,7 @@ class Connection(asyncio.Protocol):
         self._head_bytes = 0
         self._in_head = True
         self._parts: list[bytes] = []  # of the read that is being parsed
-        self._has_ended = False
+        self._has_ended = self._keeps = False
 
     @property
     def is_open(self) -> bool:
@@ -251,7 +251,7 @@ class Connection(asyncio.Protocol):
         if self._in_head:
             self._headers = {}
         else:
-            self._has_ended = True
+            self._has_ended, self._keeps = True, self._parser.should_keep_alive()
 
     # --- Inside -----------------------------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ class Connection(asyncio.Protocol):
     def _finish(self, *, keeps: bool) -> None:
         """The answer has come to its end: the connection is free for the next request, if both sides keep it."""
         response, self._response = self._response, None
-        keeps = keeps and self._parser.should_keep_alive() and self.is_open
+        keeps = keeps and self._keeps and self.is_open
         if keeps and self._transport and not self._transport.get_write_buffer_size():
             self.resume()
             self._begin()
