@@ -260,6 +260,31 @@ def test_a_guarantee_is_not_taken_over() -> None:
     assert said(fleet.step()) == [("start", "own, idle")] * 2
 
 
+def test_an_idle_guarantee_hosts_who_asks_for_the_same_model_once_it_has_what_it_deserves() -> None:
+    fleet = shared(public=(0, 2, 8), enterprise=(4, 6, 8)).want(public=7, enterprise=1).run("enterprise")
+    fleet.settle(40)  # until it is known that the enterprise has nothing else in mind
+    assert (fleet.gpus_of("public"), fleet.gpus_of("enterprise")) == (4, 4)  # 3 of the 4 serve the public
+    fleet.want(enterprise=4)
+    assert said(fleet.step()) == []  # what was guaranteed is there, and loaded; there is nothing left to borrow
+    assert (fleet.gpus_of("public"), fleet.gpus_of("enterprise")) == (4, 4)
+
+
+def test_a_guest_starts_no_more_than_it_lacks() -> None:
+    fleet = shared(public=(0, 2, 8), enterprise=(6, 6, 8)).want(public=4, enterprise=0.9).run("enterprise")
+    assert said(fleet.settle(40).step()) == []
+    assert (fleet.gpus_of("public"), fleet.gpus_of("enterprise")) == (2, 3)
+
+
+def test_a_guarantee_that_another_model_may_need_hosts_nobody() -> None:
+    fleet = Fleet((8,), {"public": (0, 2, 8), "enterprise": (6, 6, 8), "other": (0, 0, 8)})
+    fleet.services.model[:], fleet.services.tenant[:] = (0, 0, 1), (0, 1, 1)
+    fleet.want(public=4, enterprise=0.9, other=1).settle(40)
+    assert fleet.gpus_of("public") == 2
+    assert fleet.free_gpus.sum() == 4
+    fleet.want(other=0).settle(80)  # five minutes later it is sure that nothing else is asked for
+    assert (fleet.gpus_of("public"), fleet.gpus_of("enterprise")) == (2, 3)
+
+
 def test_what_was_taken_over_is_reclaimed_as_it_runs() -> None:
     fleet = shared(public=(0, 2, 8), enterprise=(0, 6, 8)).want(public=8, enterprise=0).run("public", 8)
     fleet.want(enterprise=6)

@@ -48,6 +48,7 @@ SURPLUS: Final = 56
 CLAIM_DROPPED: Final = 57
 FREED_FOR_CLAIM: Final = 58
 SPARED: Final = 59
+HOSTS: Final = 60
 
 RULES: Final[dict[int, tuple[str, str]]] = {
     SLOT_FREE: ("slot free", "A replica has a slot and nobody waits for it."),
@@ -79,6 +80,7 @@ RULES: Final[dict[int, tuple[str, str]]] = {
     SURPLUS: ("surplus", "The load can do without the replica, and has been able to for a while: it is handed back."),
     CLAIM_DROPPED: ("claim dropped", "The claimant no longer needs the GPUs kept for it."),
     SPARED: ("spared", "Another tenant of the same model can do without the replica, which goes on as it runs."),
+    HOSTS: ("hosts", "In its idle guarantee the tenant starts a replica that another tenant of the model may use too."),
     FREED_FOR_CLAIM: ("freed for claim", "Idle GPUs of the node are kept until the claim is complete."),
 }
 

@@ -14,10 +14,12 @@ needed lately (`Services.needed`). In this order:
    stays, because nobody else may use it.
 4. *Starts*, one replica at a time, for the service that is furthest behind: below the guarantee first, then below
    deserved, then borrowing; of each the highest priority, then the smallest part of what is due (KAI's fair share,
-   filled up drop by drop). Each takes, in this order: GPUs that idle; else GPUs of a service of its own tenant that can
-   spare them or has lower priority; else it **reclaims** while it stays within what it deserves, from tenants that have
-   more than they deserve and never below their guarantee; else, borrowing, it **outbids** a loan of lower priority, and
-   leaves the victim what it deserves. A replica of the same model is taken over before others are stopped.
+   filled up drop by drop). Each takes, in this order: GPUs that idle; else, if it has what it deserves, it becomes the
+   **guest** of a tenant of the same model, which starts a replica in its idle guarantee; else GPUs of a service of its
+   own tenant that can spare them or has lower priority; else it **reclaims** while it stays within what it deserves,
+   from tenants that have more than they deserve and never below their guarantee; else, borrowing, it **outbids** a loan
+   of lower priority, and leaves the victim what it deserves. A replica of the same model is taken over before others
+   are stopped.
 
 Who is never stopped: a replica that loads, and one that has not run for its tenant's minimum runtime. A drained replica
 hands over by its deadline, which is its tenant's grace from now; its claimant serves a load time later.
@@ -31,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterline.policy.claims import open_claim, promised_gpus
-from waterline.policy.decisions import BORROW_IDLE, CLAIM_DROPPED, CLAIM_KEPT, OWN_IDLE, RECLAIM, SPARED, SURPLUS
+from waterline.policy.decisions import BORROW_IDLE, CLAIM_DROPPED, CLAIM_KEPT, HOSTS, OWN_IDLE, RECLAIM, SPARED, SURPLUS
 from waterline.policy.holdings import (
     DRAINING,
     HAND_BACK,
@@ -51,6 +53,8 @@ from waterline.policy.tally import (
     DUST,
     Tally,
     add_replica,
+    is_due,
+    lacks,
     misses_less,
     needed_lately,
     new_moves,
@@ -95,6 +99,7 @@ def plan_moves(
             break
         if not (
             _start_on_idle(tenants, services, layouts, tally, moves, service, now_s)
+            or _be_guest(tenants, services, layouts, tally, moves, service, now_s)
             or take_over(tenants, services, replicas, tally, moves, service, RECLAIM, now_s)
             or open_claim(tenants, services, layouts, replicas, tally, moves, service, now_s)
         ):
@@ -217,7 +222,7 @@ def _neediest(tenants: Tenants, services: Services, tally: Tally, blocked: NDArr
     """Return the service that starts a replica next; NOBODY when none needs one, or none can have one."""
     best, best_standing, best_priority, best_part = NOBODY, 0, 0, 0.0
     for service in range(len(services.tenant)):
-        if blocked[service] or not services.wanted[service] > tally.supply[service] * (1.0 + DUST):
+        if blocked[service] or lacks(tenants, services, tally, service) == 0.0:
             continue
         tenant, priority = services.tenant[service], services.priority[service]
         usage = tally.usage[tenant]
@@ -242,7 +247,56 @@ def _neediest(tenants: Tenants, services: Services, tally: Tally, blocked: NDArr
 def _start_on_idle(
     tenants: Tenants, services: Services, layouts: Layouts, tally: Tally, moves: Moves, service: int, now_s: float
 ) -> bool:
-    """Start a replica on idle GPUs if there are some that may be used: where it loads fastest, then fits best."""
+    """Start a replica on idle GPUs if there are some that may be used."""
+    node, rule = _idle_node(tenants, services, layouts, tally, service)
+    if node != NOBODY:
+        _start(services, layouts, tally, moves, service, node, rule, now_s)
+    return bool(node != NOBODY)
+
+
+@jit
+def _be_guest(
+    tenants: Tenants, services: Services, layouts: Layouts, tally: Tally, moves: Moves, service: int, now_s: float
+) -> bool:
+    """Let another tenant of the same model start a replica on idle GPUs of its guarantee, which would idle otherwise.
+
+    It is the host's, whose requests go first there; what it does not use of it the guest does.
+    """
+    tenant, model = services.tenant[service], services.model[service]
+    if is_due(tenants, services, tally, service):
+        return False
+    for host in range(len(services.tenant)):
+        if services.model[host] != model or not _may_host(tenants, services, tally, host, tenant):
+            continue
+        node, rule = _idle_node(tenants, services, layouts, tally, host)
+        if node == NOBODY or rule != OWN_IDLE:
+            continue
+        if tally.occupied[tenant] + layouts.gpus[model, node] > tenants.limit_gpus[tenant] + DUST:
+            continue
+        _start(services, layouts, tally, moves, host, node, HOSTS, now_s)
+        tally.hosted[service] += layouts.rate[model, node]
+        return True
+    return False
+
+
+@jit
+def _may_host(tenants: Tenants, services: Services, tally: Tally, host: int, guest_tenant: int) -> bool:
+    """Whether a tenant has idle GPUs in its guarantee for a replica of a model, and nothing else to use them for.
+
+    To others of its services that replica would be in the way: it would have to run its minimum runtime, and drain.
+    """
+    tenant = services.tenant[host]
+    if tenant == guest_tenant or not tally.usage[tenant] < tenants.guarantee_gpus[tenant] - DUST:
+        return False
+    for other in range(len(services.tenant)):
+        if other != host and services.tenant[other] == tenant and needed_lately(services, other) > 0.0:
+            return False
+    return True
+
+
+@jit
+def _idle_node(tenants: Tenants, services: Services, layouts: Layouts, tally: Tally, service: int) -> tuple[int, int]:
+    """Return where a service may use idle GPUs, and the rule: where it loads fastest, then fits best, or NOBODY."""
     tenant, model = services.tenant[service], services.model[service]
     free = tally.free.sum()
     own_promised = promised_gpus(tenants, services, tally, tenant, OWN_IDLE)
@@ -260,23 +314,23 @@ def _start_on_idle(
         load_s, left = layouts.load_s[model, node], tally.free[node] - gpus
         if load_s < best_load_s or (load_s == best_load_s and left < best_left):
             best, best_load_s, best_left, best_rule = node, load_s, left, rule
-    if best == NOBODY:
-        return False
-    gpus = layouts.gpus[model, best]
-    tally.free[best] -= gpus
-    add_replica(services, layouts, tally, service, best)
-    push_move(
-        tally,
-        moves,
-        START,
-        best_rule,
-        service,
-        NOBODY,
-        best,
-        NOBODY,
-        gpus,
-        gpus * best_load_s,
-        now_s + best_load_s,
-        layouts.rate[model, best],
-    )
-    return True
+    return best, best_rule
+
+
+@jit
+def _start(
+    services: Services,
+    layouts: Layouts,
+    tally: Tally,
+    moves: Moves,
+    service: int,
+    node: int,
+    rule: int,
+    now_s: float,
+) -> None:
+    """Start a replica on idle GPUs of a node."""
+    model = services.model[service]
+    gpus, load_s, rate = layouts.gpus[model, node], layouts.load_s[model, node], layouts.rate[model, node]
+    tally.free[node] -= gpus
+    add_replica(services, layouts, tally, service, node)
+    push_move(tally, moves, START, rule, service, NOBODY, node, NOBODY, gpus, gpus * load_s, now_s + load_s, rate)

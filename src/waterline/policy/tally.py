@@ -37,6 +37,7 @@ class Tally(NamedTuple):
     supply: NDArray[np.float64]  # [service] work a second of replicas that stay, and of claims
     spare: NDArray[np.float64]  # [service] work a second it can do without now; below 0: it cannot
     stable: NDArray[np.float64]  # [service] the same, of what it could do without all the last STABLE_S
+    hosted: NDArray[np.float64]  # [service] work a second that replicas of other tenants do for it, see `_host`
     free: NDArray[np.int64]  # [node]
     open: NDArray[np.int64]  # [claim] 1 if the row is taken
     staying: NDArray[np.int64]  # [replica] 1 if it stays
@@ -47,6 +48,7 @@ class Tally(NamedTuple):
     left: NDArray[np.float64]  # [tenant] usage without them
     left_spare: NDArray[np.float64]  # [service] what can be spared without them
     thrift: NDArray[np.float64]  # [model] fewest GPUs for a unit of work a second, of all nodes; inf: it runs nowhere
+    least: NDArray[np.float64]  # [model] GPUs of its smallest replica; inf: it runs nowhere
     cost: NDArray[np.float64]  # [service, node] of a claim there when it was looked at; inf: not legal; UNKNOWN
     donor: NDArray[np.int64]  # [service] who alone might give, in those costs
 
@@ -67,6 +69,7 @@ def take_stock(
         np.zeros(len(services.tenant)),
         np.zeros(len(services.tenant)),
         np.zeros(len(services.tenant)),
+        np.zeros(len(services.tenant)),
         free_gpus.copy(),
         np.zeros(len(claims.service), np.int64),
         np.zeros(count, np.int64),
@@ -77,14 +80,11 @@ def take_stock(
         np.zeros(len(tenants.deserved_gpus)),
         np.zeros(len(services.tenant)),
         np.full(len(layouts.gpus), np.inf),
+        np.full(len(layouts.gpus), np.inf),
         np.full((len(services.tenant), len(free_gpus)), UNKNOWN),
         np.full(len(services.tenant), NOBODY, np.int64),
     )
-    for model in range(len(layouts.gpus)):
-        for node in range(len(free_gpus)):
-            if layouts.gpus[model, node] > 0:
-                thrift = layouts.gpus[model, node] / layouts.rate[model, node]
-                tally.thrift[model] = min(tally.thrift[model], thrift)
+    _measure(layouts, tally)
     for replica in range(count):
         if replicas.state[replica] == GONE:
             continue
@@ -104,7 +104,77 @@ def take_stock(
         if claims.service[claim] != NOBODY:
             tally.open[claim] = 1
             add_replica(services, layouts, tally, claims.service[claim], claims.node[claim])
+    for service in range(len(services.tenant)):
+        _host(tenants, services, tally, service, _bound(tenants, services, replicas, tally, service))
     return tally
+
+
+@jit
+def _measure(layouts: Layouts, tally: Tally) -> None:
+    """Fill in `thrift` and `least`."""
+    for model in range(len(layouts.gpus)):
+        for node in range(len(tally.free)):
+            if layouts.gpus[model, node] > 0:
+                thrift = layouts.gpus[model, node] / layouts.rate[model, node]
+                tally.thrift[model] = min(tally.thrift[model], thrift)
+                tally.least[model] = min(tally.least[model], layouts.gpus[model, node])
+
+
+@jit
+def _bound(tenants: Tenants, services: Services, replicas: Replicas, tally: Tally, service: int) -> float:
+    """Return work a second of replicas that a service could spare, and that nobody else may have: its guarantee."""
+    tenant, room = services.tenant[service], tally.spare[service]
+    if not room > 0.0 or tenants.guarantee_gpus[tenant] == 0.0:
+        return 0.0
+    left, bound = tally.usage[tenant], 0.0
+    for replica in range(len(replicas.state)):
+        rate = replicas.rate[replica]
+        if not tally.staying[replica] or replicas.service[replica] != service or rate > room:
+            continue
+        room -= rate
+        if left - replicas.gpus[replica] >= tenants.guarantee_gpus[tenant] - DUST:
+            left -= replicas.gpus[replica]  # this one may pass to others, or be handed back
+        else:
+            bound += rate
+    return float(bound)
+
+
+@jit
+def _host(tenants: Tenants, services: Services, tally: Tally, host: int, work: float) -> None:
+    """Let what a service has to spare count for others of its model that lack it, the highest priority first."""
+    while work > 0.0:
+        guest = NOBODY
+        for other in range(len(services.tenant)):
+            if services.model[other] != services.model[host] or services.tenant[other] == services.tenant[host]:
+                continue
+            if (
+                not is_due(tenants, services, tally, other)
+                and lacks(tenants, services, tally, other) > 0.0
+                and (guest == NOBODY or services.priority[other] > services.priority[guest])
+            ):
+                guest = other
+        if guest == NOBODY:
+            return
+        done = min(work, lacks(tenants, services, tally, guest))
+        tally.hosted[guest] += done
+        work -= done
+
+
+@jit
+def lacks(tenants: Tenants, services: Services, tally: Tally, service: int) -> float:
+    """Return how much more work a second a service wants than is done for it; 0 for the dust of rounding.
+
+    Who is due a replica has a right to one of its own, and does not count on being a guest.
+    """
+    has = tally.supply[service] + (0.0 if is_due(tenants, services, tally, service) else tally.hosted[service])
+    return float(services.wanted[service] - has) if services.wanted[service] > has * (1.0 + DUST) else 0.0
+
+
+@jit
+def is_due(tenants: Tenants, services: Services, tally: Tally, service: int) -> bool:
+    """Whether one more replica of a service lies within what its tenant deserves."""
+    tenant = services.tenant[service]
+    return bool(tally.usage[tenant] + tally.least[services.model[service]] <= tenants.deserved_gpus[tenant] + DUST)
 
 
 @jit
