@@ -79,6 +79,9 @@ class Engine:
             models = {"object": "list", "data": [{"id": "chat", "object": "model", "owned_by": self.owner}]}
             await self._whole(line, 200, orjson.dumps(models))
             return
+        if path == "/v1/responses":  # which it has not
+            await self._whole(line, 404, b"{}")
+            return
         fields = orjson.loads(body)
         self.bodies.append(fields)
         fault, _, after = headers.get("user-agent", "").partition("@") if self.faulty else ("", "", "")

@@ -167,8 +167,8 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def engine_that(answer: Answer, model: str = "chat") -> AsyncIterator[str]:
-    """Yield the URL of an OpenAI-compatible engine that answers completions as the test says."""
+async def engine_that(answer: Answer, model: str = "chat", *, responses: Answer | None = None) -> AsyncIterator[str]:
+    """Yield the URL of an OpenAI-compatible engine that answers completions, and may be responses, as the test says."""
 
     async def models(_request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": model, "object": "model"}]})
@@ -178,6 +178,8 @@ async def engine_that(answer: Answer, model: str = "chat") -> AsyncIterator[str]
     app.router.add_post("/v1/chat/completions", answer)
     app.router.add_post("/v1/completions", answer)
     app.router.add_post("/v1/embeddings", answer)
+    if responses:
+        app.router.add_post("/v1/responses", responses)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

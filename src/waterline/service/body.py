@@ -98,7 +98,7 @@ def read_asked(endpoint: str, body: bytes) -> Asked:
             return _read_embedding(_EMBEDDING.decode(body), body)
         return _read_completion(_COMPLETION.decode(body), body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _explained(error, body) from error
+        raise explained(error, body) from error
 
 
 _CHAT = msgspec.json.Decoder(_ChatBody)
@@ -198,7 +198,7 @@ def loaded(body: bytes) -> dict[str, Any]:
         raise _no_json(error) from error
 
 
-def _explained(error: Exception, body: bytes) -> RejectedError:
+def explained(error: Exception, body: bytes) -> RejectedError:
     """Turn what msgspec says into a sentence and the name of the parameter."""
     try:
         whole = orjson.loads(body)

@@ -16,13 +16,14 @@ from waterline.plan import Replica
 from waterline.policy.decisions import NOT_SERVED, RULES, TOO_LATE, TOO_LONG
 from waterline.service.access import Access, Caller
 from waterline.service.asgi import ClientGoneError, Headers, Receive, Reply, Scope, read_body, unless_disconnected
-from waterline.service.body import BYTES_PER_TOKEN, CHAT, Asked, read_asked
+from waterline.service.body import BYTES_PER_TOKEN, CHAT, Asked, loaded, read_asked
 from waterline.service.books import Books, Entry
 from waterline.service.dispatcher import NO_BLOCKS, Dispatcher, Refusal, Service, Ticket, block_keys
 from waterline.service.errors import RejectedError, retry_after, shortened
 from waterline.service.limits import was_slow
 from waterline.service.metrics import Metrics
 from waterline.service.passage import Passage, Passages
+from waterline.service.response_relay import Own, read_own
 from waterline.service.response_stream import ResponseStream
 from waterline.service.responses import RESPONSES, Answer, as_chat
 from waterline.service.supervisor import ReplicaState
@@ -239,19 +240,22 @@ class Completions:
 
     # --- The stages of a visit --------------------------------------------------------------------------------------
 
-    def _as_engines_speak(self, request: Request, reply: Reply) -> tuple[str, bytes]:
+    def _asked(self, request: Request, reply: Reply) -> Asked:
         """Return what an engine is asked; its answer will be edited accordingly."""
         if request.endpoint != RESPONSES:
-            return request.endpoint, request.body
+            return read_asked(request.endpoint, request.body)
+        if self._passages.make_responses(str(_field(request.body, "model"))):
+            reply.edit = Own()
+            return read_own(request.body)
         body, asked = as_chat(request.body)
         reply.edit = ResponseStream(Answer(asked, request.id))
-        return CHAT, body
+        return read_asked(CHAT, body)
 
     def _begun(self, request: Request, reply: Reply) -> Visit:
         """Read what is asked. Raises RejectedError when that cannot be understood, or is not allowed."""
         arrival_s, caller = self._now_s(), request.caller
         try:
-            asked = read_asked(*self._as_engines_speak(request, reply))
+            asked = self._asked(request, reply)
             caller.check_model(asked.model)
             service = self.service_of(asked.model)
             asked.check_context(service.max_context_tokens)
@@ -376,6 +380,11 @@ class Completions:
             code="rate_limit_exceeded",
             headers=headers,
         )
+
+
+def _field(body: bytes, name: str) -> object:
+    whole = loaded(body)
+    return whole.get(name) if isinstance(whole, dict) else None
 
 
 def stopping() -> RejectedError:

@@ -317,6 +317,11 @@ class Dispatcher:
             for ticket in [ticket for line in service.lines.values() for ticket in line if ticket.until_s < now_s]:
                 ticket.turn(False)  # noqa: FBT003 - a callback of one argument
 
+    def replicas_of(self, model: str) -> list[str]:
+        """Return the ids of a model's replicas, in service or not; none where it is not known."""
+        service = self.services.get(model)
+        return [lane.replica.id for lane in service.lanes] if service else []
+
     def under_way(self, tenant: str) -> int:
         """Return how many requests of a tenant wait or run."""
         known = (self._tenants.get(tenant), self._spare.get(tenant))

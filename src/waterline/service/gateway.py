@@ -96,7 +96,7 @@ class Gateway:
             engines,
             states,
             connections,
-            replicas_of=lambda model: [lane.replica.id for lane in self.dispatcher.services[model].lanes],
+            replicas_of=self.dispatcher.replicas_of,
             on_doubt=self._doubt,
             now_s=self.now_s,
         )

@@ -27,6 +27,8 @@ from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError
 from waterline.service.events import DONE, BadEventError
 from waterline.service.health import Health, Watch
+from waterline.service.response_relay import Relay, told_tokens
+from waterline.service.responses import RESPONSES
 from waterline.service.said import Said
 from waterline.service.stream import Stream
 from waterline.service.supervisor import ReplicaState
@@ -126,6 +128,11 @@ class Passages:
         self._looked_s = 0.0
         self._chores: set[asyncio.Task[None]] = set()
 
+    def make_responses(self, model: str) -> bool:
+        """Whether all replicas of a model make OpenAI's responses themselves."""
+        replicas = list(self._replicas_of(model))
+        return bool(replicas) and all(self._engines[replica].dialect.responses for replica in replicas)
+
     def cut(self, replica_id: str) -> None:
         """End what is under way on a replica that is gone, as if it had broken off."""
         self.health.forget(replica_id)
@@ -162,6 +169,8 @@ class Passages:
                 if passage.said.pieces > said:
                     failures = Failures(until_s=self._now_s() + PATIENCE_S, accused=failures.accused)
                 await self._bear(error, failures, replica, pid, reply)
+                if reply.begun and passage.endpoint == RESPONSES:
+                    raise BrokenStreamError(f"{error} No other can go on with its response.") from error
                 if reply.begun and await _end_alone(passage, reply):
                     break
                 passage.place.move(frozenset(failures.avoid))
@@ -214,7 +223,9 @@ class Passages:
         self._look_soon()
         try:
             async with asyncio.timeout(None) as watch.within:  # `cut` and silence set an end to it
-                if asked.stream:
+                if asked.stream and asked.endpoint == RESPONSES:
+                    await self._relay(passage, replica, reply, watch)
+                elif asked.stream:
                     await self._stream(passage, replica, reply, watch)
                 else:
                     await self._whole(passage, replica, reply, watch)
@@ -253,6 +264,22 @@ class Passages:
             raise
         response.close_unless_ended(LAST_BYTES_WITHIN_S)
 
+    async def _relay(self, passage: Passage, replica: Replica, reply: Reply, watch: Watch) -> None:
+        """Pass on the stream of an engine that makes responses itself."""
+        engine, state = self._engines[replica.id], self._states[replica.id]
+        watch.since_s = begun_s = _now_s()
+        body = _body(passage.asked, state.served_name, {})
+        response = await ask(self._connections, engine, state.url + RESPONSES, body, passage.headers, stream=True)
+        try:
+            relay = Relay(response, passage.progress, reply)
+            await relay.relay(watch, lambda: self._heard(passage, watch))
+            await relay.end()
+            watch.vitals.took(*relay.pace(begun_s))
+        except BaseException:
+            response.close()
+            raise
+        response.close_unless_ended(LAST_BYTES_WITHIN_S)
+
     async def _whole(self, passage: Passage, replica: Replica, reply: Reply, watch: Watch) -> None:
         asked, engine, state = passage.asked, self._engines[replica.id], self._states[replica.id]
         rid = {"rid": f"waterline-{uuid.uuid4().hex}"} if engine.dialect.abort else {}
@@ -273,6 +300,8 @@ class Passages:
         watch.since_s = math.inf
         self._heard(passage, watch)
         passage.progress.saw(data)
+        if asked.endpoint == RESPONSES:
+            passage.progress.told_tokens = told_tokens(data)
         passage.progress.done = True
         await reply.whole(200, data, passed_back(response))
 

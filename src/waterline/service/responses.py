@@ -1,8 +1,8 @@
 """OpenAI's responses, made of chat completions: what is asked in one form is asked of engines in the other.
 
-Every engine speaks chat completions, and a stream of them can go on on another engine when one fails; so all of them
-are asked that way, and a response is the same whichever answers. Nothing is stored: what would need a memory of earlier
-responses, or tools that run here, is refused by name. What is in neither form passes untouched.
+So it is for engines that make no responses themselves, or make them likewise (llama.cpp); those that do are asked as
+they are, see `response_relay`. A stream of chat completions can go on on another engine. Nothing is stored: what would
+need a memory of earlier responses, or tools that run here, is refused by name. What is in neither form passes as it is.
 """
 
 import time
@@ -30,15 +30,20 @@ def as_chat(body: bytes) -> tuple[bytes, Json]:
     asked = loaded(body)
     if not isinstance(asked, dict):
         raise RejectedError(f"The body should be a JSON object, not {type(asked).__name__}.", code="bad_json")
-    for name in UNKNOWN_HERE:
-        if asked.get(name):
-            raise _unsupported(name, "Nothing is remembered here: send the whole conversation as 'input'")
+    check_stateless(asked)
     chat: Json = {name: value for name, value in asked.items() if name not in NOT_PASSED}
     chat["messages"] = [*_instructions(asked), *_messages(_of(asked, "input", (str, list)))]
     if tools := _of(asked, "tools", list):
         chat["tools"] = [_tool(tool) for tool in tools]
         chat["tool_choice"] = _tool_choice(asked.get("tool_choice") or "auto")
     return orjson.dumps(chat | _renamed(asked)), asked
+
+
+def check_stateless(asked: Json) -> None:
+    """Raise RejectedError for what needs a memory: the next request may go to another replica, which has none of it."""
+    for name in UNKNOWN_HERE:
+        if asked.get(name):
+            raise _unsupported(name, "Nothing is remembered here: send the whole conversation as 'input'")
 
 
 def _renamed(asked: Json) -> Json:

@@ -16,13 +16,16 @@ class Dialect:
     completion_tokens: int | None = None  # of a completion that sets no limit; None: up to its context
     prefill: Mapping[str, Any] | None = None  # what a chat says to have its last message, the assistant's, gone on with
     prefill_thinking: bool = False  # … also where that message has only thoughts yet, as `reasoning_content`
+    responses: bool = False  # it makes OpenAI's responses itself, and more of them than could be made of its chats
     abort: str = ""  # where a request is ended by its `rid`, for an engine that is slow to notice who has hung up
 
 
 # Read from vLLM 0.33 and SGLang 0.5.23, tried on llama.cpp at 00dc8057. SGLang refuses `return_token_ids` for a chat
 # that is streamed, and looks only every 4 s whether the client of an answer that comes whole is still there.
-OPENAI = Dialect()
+# llama.cpp makes responses of its chats, as we do; SGLang keeps each in its memory, for ever.
+OPENAI = Dialect(responses=True)
 VLLM = Dialect(
+    responses=True,
     token_ids=(CHAT, COMPLETIONS),
     completion_tokens=16,
     prefill={"continue_final_message": True, "add_generation_prompt": False},
