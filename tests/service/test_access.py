@@ -13,8 +13,9 @@ from waterline.fleet import Fleet, Tenant
 from waterline.ledger import Key
 from waterline.plan import Plan
 from waterline.service.access import DEFAULT_TENANTS, Access, anonymous_tenant
+from waterline.service.asgi import HttpServer
 from waterline.service.errors import RejectedError
-from waterline.service.server import is_loopback
+from waterline.service.server import is_loopback, listen
 
 TENANTS = (Tenant(name="enterprise", deserved=0.5), Tenant(name="public", deserved=0.5, anonymous=True))
 
@@ -153,3 +154,54 @@ def test_every_reply_has_a_request_id_the_clients_own_where_that_is_sane() -> No
             assert not {"bad id", "x" * 200} & set(seen)
 
     asyncio.run(case())
+
+
+@pytest.mark.parametrize(
+    ("headers", "local"),
+    [
+        ([(b"host", b"127.0.0.1:8000")], True),
+        ([(b"host", b"LocalHost")], True),
+        ([(b"host", b"[::1]:8000")], True),
+        ([], True),
+        ([(b"host", b"127.0.0.1.evil.example")], False),
+        ([(b"host", b"evil.example:8000")], False),
+        ([(b"host", b"127.0.0.1:8000"), (b"x-forwarded-for", b"203.0.113.7")], False),
+        ([(b"host", b"localhost"), (b"via", b"1.1 front")], False),
+    ],
+)
+def test_a_request_is_of_this_machine_when_it_says_so_and_no_proxy_passed_it_on(
+    headers: list[tuple[bytes, bytes]], local: bool
+) -> None:
+    access = Access(fleet_of(*DEFAULT_TENANTS), Known(), loopback=True)
+    request = {"headers": headers, "client": ("127.0.0.1", 4711)}
+    if local:
+        assert access.caller(request).tenant == "public"
+    else:
+        with pytest.raises(RejectedError, match="comes from elsewhere"):
+            access.caller(request)
+    assert Access(fleet_of(*TENANTS), Known(), loopback=True).caller(request).tenant == "public", "it is for everybody"
+
+
+def test_only_a_proxy_that_was_named_is_believed_who_its_clients_are() -> None:
+    async def line(proxies: tuple[str, ...]) -> str:
+        seen: list[str] = []
+
+        async def app(scope: Any, _receive: Any, send: Any) -> None:
+            seen.append(scope["client"][0])
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        listening = listen("127.0.0.1", 0)
+        server = HttpServer(app, proxies=proxies)
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        async with aiohttp.ClientSession() as session:
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+            async with session.get(url, headers={"x-forwarded-for": "1.2.3.4, 203.0.113.7"}):
+                pass
+        server.should_exit = True
+        await serving
+        return seen[0]
+
+    assert asyncio.run(line(())) == "127.0.0.1"
+    assert asyncio.run(line(("10.0.0.1",))) == "127.0.0.1"
+    assert asyncio.run(line(("127.0.0.0/8",))) == "203.0.113.7"

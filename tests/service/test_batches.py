@@ -201,6 +201,11 @@ def test_who_has_no_key_gets_none_of_it_where_others_can_come(tmp_path: Path) ->
             service.gateway.mount("/v1/files", api.app)
             with pytest.raises(openai.AuthenticationError, match="need a key"):
                 await service.openai.files.list()
+            for_us = batch_routes.BatchApi(ledger.engine, service.gateway.access, lambda: None, nameless=True)
+            service.gateway.mount("/v1/files", for_us.app)
+            assert (await service.openai.files.list()).data == []
+            with pytest.raises(openai.AuthenticationError, match="need a key"):
+                await service.openai.files.list(extra_headers={"x-forwarded-for": "203.0.113.7"})
 
     asyncio.run(case())
 

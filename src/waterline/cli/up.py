@@ -35,6 +35,9 @@ STANDARD_ERROR = 2  # the last of the three
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--admin-host", default="127.0.0.1", show_default=True, help="Where operators look: the page, metrics.")
 @click.option("--admin-port", type=click.IntRange(0, 65535), help="Its port; the one after --port unless you say.")
+@click.option(
+    "--proxy", "proxies", multiple=True, metavar="ADDRESS", help="Believe its X-Forwarded-For; may be given again."
+)
 @click.option("--engine", default="", metavar="NAME", help="Use this engine for every replica, for example: fake.")
 @ledger_option
 @click.option("--json", "as_json", is_flag=True, help="Print what runs, and at the end the summary, as lines of JSON.")
@@ -44,6 +47,7 @@ def up(
     port: int,
     admin_host: str,
     admin_port: int | None,
+    proxies: tuple[str, ...],
     engine: str,
     ledger: str,
     *,
@@ -60,7 +64,7 @@ def up(
     """  # noqa: D301 - click wants the character, not its name
     try:
         _fill_standard_streams()
-        _up(fleet, host, port, admin_host, admin_port, engine, ledger, as_json=as_json)
+        _up(fleet, host, port, admin_host, admin_port, proxies, engine, ledger, as_json=as_json)
     except KeyboardInterrupt:  # before the service listens to signals
         sys.exit(128 + signal.SIGINT)
 
@@ -78,6 +82,7 @@ def _up(
     port: int,
     admin_host: str,
     admin_port: int | None,
+    proxies: tuple[str, ...],
     engine: str,
     ledger: str,
     *,
@@ -92,6 +97,7 @@ def _up(
     begun_s = monotonic()
     plan = _plan(fleet or LAPTOP)
     _check_engine(engine)
+    _check_proxies(proxies)
     engines = prepare_engines(plan, engine, fleet=str(fleet or "FLEET"))
     listening = listen(host, port)
     api_port = listening.getsockname()[1]
@@ -122,6 +128,7 @@ def _up(
             source=Source(path=fleet, read=partial(_plan, fleet), on_plan=note) if fleet and fleet.is_file() else None,
             admin=admin,
             ledger=books,
+            proxies=proxies,
         )
     if completions:
         say(_goodbye(plan, completions, monotonic() - begun_s, as_json=as_json))
@@ -144,6 +151,21 @@ def _check_engine(engine: str) -> None:
 
     if engine and engine not in ENGINES:
         raise UnknownNameError(f"no engine is called '{engine}'. Known: {', '.join(ENGINES)}.")
+
+
+def _check_proxies(proxies: tuple[str, ...]) -> None:
+    from ipaddress import ip_network
+
+    from waterline.errors import InputError
+
+    for proxy in proxies:
+        try:
+            ip_network(proxy)
+        except ValueError as error:
+            raise InputError(
+                f"--proxy '{proxy}' is no address: {error}. Write where the proxy's connections come from, as in "
+                "--proxy 127.0.0.1 or --proxy 10.0.3.0/24."
+            ) from error
 
 
 def _reachable(host: str) -> str:

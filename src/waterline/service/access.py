@@ -16,6 +16,8 @@ from waterline.service.errors import RejectedError, shortened
 OURS = "wl-"  # how the keys of a ledger begin
 NAMELESS = "anonymous"  # the client of requests without a key
 BEARER = re.compile(rb"(?i)bearer +([\x21-\x7e]{1,256}) *")
+PASSED_ON = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")  # what a proxy says
+HERE = re.compile(rb"(?i)(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?")
 CHALLENGE = {"www-authenticate": 'Bearer realm="waterline"'}
 DEFAULT_TENANTS = (Tenant(name="public", deserved=1.0, anonymous=True),)  # of a fleet file that names none
 
@@ -69,6 +71,7 @@ class Access:
         """Go by the tenants of a fleet from now on."""
         self._tenants = {tenant.name for tenant in fleet.tenants}
         self._anonymous = anonymous_tenant(fleet, loopback=self._loopback)
+        self._local_only = fleet.tenants == DEFAULT_TENANTS
 
     def caller(self, scope: Scope) -> Caller:
         """Return whose request this is.
@@ -89,12 +92,26 @@ class Access:
                     code="tenant_not_served",
                 )
             return Caller(tenant=key.tenant, client=key.client, line=key.client, key=key)
+        if self._anonymous and self._local_only and not is_local(scope):
+            raise _refused(
+                "There is no key, and this request comes from elsewhere: a proxy passed it on, or it calls this "
+                "machine by another name. Send a key, or name a tenant with anonymous = true in the fleet file."
+            )
         if self._anonymous and not secret.startswith(OURS):  # clients that must send a key send any
             address = scope.get("client")
             return Caller(tenant=self._anonymous, client=NAMELESS, line=address[0] if address else NAMELESS)
         if not shown:
             raise _refused("There is no key. Send one: Authorization: Bearer wl-…")
         raise _refused("This key is not valid." if secret else "That is no key. Send one: Authorization: Bearer wl-…")
+
+
+def is_local(scope: Scope) -> bool:
+    """Tell whether a request to a service that only this machine can reach is of this machine indeed.
+
+    A proxy may have passed it on for anybody, or a web page may have had its own name mean this machine.
+    """
+    host = next((value for name, value in scope["headers"] if name == b"host"), b"localhost")
+    return HERE.fullmatch(host) is not None and not any(name in PASSED_ON for name, _ in scope["headers"])
 
 
 def anonymous_tenant(fleet: Fleet, *, loopback: bool) -> str:

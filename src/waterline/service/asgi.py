@@ -1,7 +1,7 @@
 """The little of HTTP that the gateway and the fake engine share: a server, a body, a reply, a client that leaves."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -212,13 +212,21 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class HttpServer(uvicorn.Server):
-    """A uvicorn that leaves signals to us and logs nothing."""
+    """A uvicorn that leaves signals to us and logs nothing.
+
+    Args:
+        app: that answers.
+        grace_s: for what is under way when it stops.
+        protocol: of its connections.
+        proxies: addresses or networks whose `X-Forwarded-For` says who their clients are.
+    """
 
     def __init__(
         self,
         app: App,
         grace_s: int = 1,
         protocol: type[GuardedProtocol] = GuardedProtocol,
+        proxies: Sequence[str] = (),
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -231,6 +239,8 @@ class HttpServer(uvicorn.Server):
                 log_level="critical",
                 timeout_keep_alive=KEEP_ALIVE_S,
                 server_header=False,
+                proxy_headers=bool(proxies),  # else whoever is on this machine could pretend to be anybody
+                forwarded_allow_ips=list(proxies),
                 timeout_graceful_shutdown=grace_s,
             )
         )

@@ -5,7 +5,7 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -110,6 +110,7 @@ def serve(
     source: Source | None = None,
     admin: AdminListener | None = None,
     ledger: Ledger | None = None,
+    proxies: Sequence[str] = (),
 ) -> None:
     """Serve a plan until SIGINT, SIGTERM or a closed terminal; a second one ends all on the spot.
 
@@ -126,12 +127,13 @@ def serve(
         source: where the plan comes from, if it may change.
         admin: where operators look at it, if they do.
         ledger: of keys, and of what became of requests; None: nobody has a key, and nothing is written down.
+        proxies: see `HttpServer`.
 
     Raises:
         EngineError: an engine cannot be started; the message holds its last words.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(plan, engines, listening, on_ready, on_completion, prepare, source, admin, ledger))
+        runner.run(_serve(plan, engines, listening, on_ready, on_completion, prepare, source, admin, ledger, proxies))
 
 
 async def _serve(
@@ -144,8 +146,9 @@ async def _serve(
     source: Source | None,
     admin: AdminListener | None,
     ledger: Ledger | None,
+    proxies: Sequence[str],
 ) -> None:
-    async with running(plan, engines, listening, on_completion, prepare, admin, ledger) as service:
+    async with running(plan, engines, listening, on_completion, prepare, admin, ledger, proxies) as service:
         hangup = service.operator.hangup = asyncio.Event() if source else None
         stop = _stop_on_signals(service.state, hangup)
         starting = asyncio.create_task(service.supervisor.start())
@@ -178,6 +181,7 @@ async def running(
     prepare: Prepare = prepare_engines,
     admin: AdminListener | None = None,
     ledger: Ledger | None = None,
+    proxies: Sequence[str] = (),
 ) -> AsyncIterator[Service]:
     """Answer HTTP inside the block; starting the engines is left to it. At its end everything ends.
 
@@ -221,7 +225,7 @@ async def running(
             await stack.enter_async_context(offering_batches(gateway, ledger))
         shore = Shore(plan, supervisor, gateway, prepare)
         keeper = Keeper(shore, jobs, gateway, state, everywhere=all_pretend(engines))
-        doors = [(HttpServer(gateway), listening)]
+        doors = [(HttpServer(gateway, proxies=proxies), listening)]
         if admin:
             doors.append((HttpServer(admin.app(operator, state.path), grace_s=0), admin.listening))
         serving = [asyncio.create_task(http.serve(sockets=[door])) for http, door in doors]
