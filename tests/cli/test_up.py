@@ -388,7 +388,7 @@ def test_the_last_words_show_who_left_apart_from_what_failed() -> None:
         prompt_tokens=3,
         output_tokens=4,
     )
-    text = _goodbye(make_plan(load_fleet(LAPTOP)), deque([left]), 10.0, as_json=False)
+    text = _goodbye(make_plan(load_fleet(LAPTOP)), deque([left]), 10.0, {"abacus/0": 0.0}, as_json=False)
     assert text.startswith("\npublic, abacus: 1 cancelled; 3 tokens in, 4 out")
 
 
@@ -470,10 +470,13 @@ async def health(service: Up) -> int:
             return 0
 
 
-def test_the_last_words_know_replicas_that_came_and_went() -> None:
+def test_the_last_words_know_what_replicas_cost_that_came_and_went() -> None:
     plan = make_plan(load_fleet(LAPTOP))
     lent = Completion(
         tenant="public", model="abacus", replica="abacus/7", status="ok", arrival_s=0.0, first_token_s=0.1, finish_s=1.0,
         prompt_tokens=5, output_tokens=9, gpu_s=0.5,
     )  # fmt: skip
-    assert "1 completed" in _goodbye(plan, deque([lent]), 10.0, as_json=False)
+    usd = {"abacus/0": 0.25, "abacus/7": 0.125}
+    assert "1 completed" in _goodbye(plan, deque([lent]), 10.0, usd, as_json=False)
+    total, abacus = json.loads(_goodbye(plan, deque([lent]), 10.0, usd, as_json=True))["summaries"]
+    assert (total["usd"], abacus["usd"]) == (pytest.approx(0.375), pytest.approx(0.125)), "nobody used the other"

@@ -3,6 +3,7 @@
 import asyncio
 import time
 
+import pytest
 from msgspec.structs import replace
 from serving import QUESTION, Served, fake_plan, served, until
 
@@ -50,15 +51,22 @@ def test_a_replica_that_nobody_uses_is_drained_at_once_and_its_processes_are_gon
 
 def test_a_replica_that_is_started_takes_over_from_one_that_goes() -> None:
     plan = fake_plan({"chat": 1})
-    second = replace(plan.replicas[0], id="chat/1", places=(Place(node=0, gpus=(1,)),))
+    plan = replace(plan, replicas=(replace(plan.replicas[0], usd_per_hour=3600.0),))
+    second = replace(plan.replicas[0], id="chat/1", places=(Place(node=0, gpus=(1,)),), usd_per_hour=7200.0)
 
     async def case() -> None:
         async with served(plan) as service:
+            begun_s = time.monotonic()
             service.shore.start(second)
             await until(lambda: service.supervisor.states["chat/1"].status == "ready")
             assert service.shore.taken == {("box", 0, 0), ("box", 0, 1)}
             await service.shore.drain("chat/0", 0.0)
             assert await words(service, 5) == 5
             assert [one.replica for one in service.completions] == ["chat/1"]
+            usd, took_s = service.shore.usd(), time.monotonic() - begun_s
+            print(f"after {took_s:.1f} s: {usd}")
+            assert usd["chat/1"] == pytest.approx(2 * took_s, rel=0.01)
+            assert 0 < usd["chat/0"] < service.shore.usd()["chat/1"]
+            assert service.shore.usd()["chat/0"] == usd["chat/0"], "it is gone, and costs nothing any more"
 
     asyncio.run(case())

@@ -118,7 +118,7 @@ def _up(
     with listening, admin.listening, Ledger.open(ledger) as books:
         note = partial(_note_fleet, books.engine)
         note(plan)
-        serve(
+        usd = serve(
             plan,
             engines,
             listening,
@@ -131,7 +131,7 @@ def _up(
             proxies=proxies,
         )
     if completions:
-        say(_goodbye(plan, completions, monotonic() - begun_s, as_json=as_json))
+        say(_goodbye(plan, completions, monotonic() - begun_s, usd, as_json=as_json))
 
 
 def _plan(path: Path) -> "Plan":
@@ -240,14 +240,17 @@ def _ready_json(plan: "Plan", url: str, page: str, engine: str) -> str:
     )
 
 
-def _goodbye(plan: "Plan", completions: "deque[Completion]", lasted_s: float, *, as_json: bool) -> str:
-    """Return what became of the requests, a line for each tenant and model."""
+def _goodbye(
+    plan: "Plan", completions: "deque[Completion]", lasted_s: float, usd: dict[str, float], *, as_json: bool
+) -> str:
+    """Return what became of the requests, a line for each tenant and model; `usd`: what each replica has cost."""
     import msgspec
 
     from waterline.outcome import summarize
+    from waterline.units import HOUR_S
 
-    lent = dict.fromkeys((one.replica for one in completions if one.replica), 0.0)  # the ledger has what these cost
-    summaries = summarize(completions, plan.fleet.slos, lasted_s, lent | plan.replica_usd_per_hour)
+    usd_per_hour = {replica: paid * HOUR_S / lasted_s for replica, paid in usd.items()}  # taken over the whole time
+    summaries = summarize(completions, plan.fleet.slos, lasted_s, usd_per_hour)
     if as_json:
         return msgspec.json.encode({"summaries": summaries}).decode()
     return "\n" + "\n".join(_line(summary) for summary in summaries[1:])

@@ -111,11 +111,13 @@ def serve(
     admin: AdminListener | None = None,
     ledger: Ledger | None = None,
     proxies: Sequence[str] = (),
-) -> None:
+) -> dict[str, float]:
     """Serve a plan until SIGINT, SIGTERM or a closed terminal; a second one ends all on the spot.
 
     Where the plan comes from a file, SIGHUP has it read again, and so has a change of the file. Without one, or when
     the terminal is gone, SIGHUP ends the service as SIGTERM does, unless it is ignored.
+
+    Returns what each replica has cost in dollars, those that came and went meanwhile included.
 
     Args:
         plan: what to serve.
@@ -133,7 +135,9 @@ def serve(
         EngineError: an engine cannot be started; the message holds its last words.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(plan, engines, listening, on_ready, on_completion, prepare, source, admin, ledger, proxies))
+        return runner.run(
+            _serve(plan, engines, listening, on_ready, on_completion, prepare, source, admin, ledger, proxies)
+        )
 
 
 async def _serve(
@@ -147,7 +151,7 @@ async def _serve(
     admin: AdminListener | None,
     ledger: Ledger | None,
     proxies: Sequence[str],
-) -> None:
+) -> dict[str, float]:
     async with running(plan, engines, listening, on_completion, prepare, admin, ledger, proxies) as service:
         hangup = service.operator.hangup = asyncio.Event() if source else None
         stop = _stop_on_signals(service.state, hangup)
@@ -166,6 +170,7 @@ async def _serve(
                     )
                     stopping.add_done_callback(lambda _: following.cancel())
             await stopping
+            return service.shore.usd()
         finally:
             starting.cancel()
             stopping.cancel()

@@ -5,6 +5,7 @@ them as free when the last process on them is gone.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import structlog
@@ -14,6 +15,7 @@ from waterline.plan import Place, Plan, Replica
 from waterline.service.engines import Engine
 from waterline.service.gateway import Gateway
 from waterline.service.supervisor import Supervisor
+from waterline.units import HOUR_S
 
 LOOK_EVERY_S = 0.05
 NOT_YET = ("stopped", "starting", "backing off")  # of a replica that has not been ready
@@ -35,25 +37,48 @@ class Shore:
         plan: what runs at first.
         supervisor, gateway: who act on it.
         prepare: returns an engine for each replica of a plan, or raises EngineError.
+        clock: seconds, from any start.
     """
 
-    def __init__(self, plan: Plan, supervisor: Supervisor, gateway: Gateway, prepare: Prepare) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        supervisor: Supervisor,
+        gateway: Gateway,
+        prepare: Prepare,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.plan = plan
         self.replicas = {replica.id: replica for replica in plan.replicas}
         self._supervisor = supervisor
         self._gateway = gateway
         self._prepare = prepare
         self._drains: dict[str, asyncio.Task[None]] = {}
+        self._clock = clock
+        self._paid_usd: dict[str, float] = {}  # by replica, gone or not …
+        self._paid_s = dict.fromkeys(self.replicas, clock())  # … up to when, of those that are there
 
     @property
     def taken(self) -> frozenset[Gpu]:
         """The GPUs of all replicas, those that drain included."""
         return frozenset().union(*(gpus_of(one.pool, one.places) for one in self.replicas.values()))
 
+    def usd(self) -> dict[str, float]:
+        """Return what each replica has cost so far, from when it took its GPUs until they were free again."""
+        for replica_id in self.replicas:
+            self._pay(replica_id)
+        return dict(self._paid_usd)
+
+    def _pay(self, replica_id: str) -> None:
+        since_s, self._paid_s[replica_id] = self._paid_s[replica_id], self._clock()
+        usd = self.replicas[replica_id].usd_per_hour * (self._paid_s[replica_id] - since_s) / HOUR_S
+        self._paid_usd[replica_id] = self._paid_usd.get(replica_id, 0.0) + usd
+
     def start(self, replica: Replica, engine: Engine | None = None) -> None:
         """Start a replica on GPUs that nobody has. Raises EngineError when its engine cannot be run here."""
         engine = engine or self._prepare(replace(self.plan, replicas=(replica,)))[replica.id]
         self.replicas[replica.id] = replica
+        self._paid_s[replica.id] = self._clock()
         self._supervisor.begin(replica.id, engine)
         self._gateway.admit(replica)
 
@@ -68,6 +93,7 @@ class Shore:
             await self._supervisor.drain(replica_id, within_s)
         finally:
             self._gateway.dismiss(replica_id)
+            self._pay(replica_id)
             del self.replicas[replica_id], self._drains[replica_id]
 
     def free_name(self, model: str) -> str:
@@ -109,6 +135,7 @@ class Shore:
         self.plan = plan
         self._gateway.use_plan(plan)
         for replica in stay.values():
+            self._pay(replica.id)  # at the price it had
             self.replicas[replica.id] = replica
             self._gateway.update(replica)
         gone = [replica_id for replica_id in self.replicas if replica_id not in stay]
