@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from waterline.service.body import CHAT, COMPLETIONS, read_asked
 from waterline.service.errors import RejectedError, error_json, http_status
+from waterline.service.response_relay import read_own
+from waterline.service.responses import RESPONSES
 
 HELLO = [{"role": "user", "content": "Hello, engine!"}]
 
@@ -108,3 +110,14 @@ def test_whatever_is_sent_it_is_understood_or_refused(data: bytes) -> None:
         except RejectedError as error:
             assert http_status(error) == 400
             assert json.loads(error_json(error))["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["kv_transfer_params", "bootstrap_host", "priority", "pri\\u006frity"])
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS, RESPONSES])
+def test_a_client_does_not_steer_engines(name: str, endpoint: str) -> None:
+    asked = {CHAT: '"messages":[{"role":"user","content":"x"}]', COMPLETIONS: '"prompt":"x"', RESPONSES: '"input":"x"'}
+    body = f'{{"model":"m",{asked[endpoint]},"{name}":-1}}'.encode()
+    with pytest.raises(RejectedError, match="is not for clients") as caught:
+        read_own(body) if endpoint == RESPONSES else read_asked(endpoint, body)
+    assert caught.value.param in {"kv_transfer_params", "bootstrap_host", "priority"}
+    assert read_asked(COMPLETIONS, b'{"model":"m","prompt":"x","priority":0,"kv_transfer_params":null}').stream is False

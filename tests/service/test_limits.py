@@ -1,13 +1,17 @@
 """What a stranger's connection may cost: raw sockets against a server whose bounds are tight."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import orjson
+import pytest
 from serving import until
 
+from waterline.service import asgi
 from waterline.service.asgi import ClientGoneError, HttpServer, Receive, Reply, Scope, Send, read_body
+from waterline.service.errors import RejectedError
 from waterline.service.limits import LONGEST_HEAD_BYTES, MOST_AHEAD, MOST_HEADERS, GuardedProtocol, was_slow
 from waterline.service.server import listen
 
@@ -17,6 +21,7 @@ HELLO = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nhi"
 class Tight(GuardedProtocol):
     head_within_s = 0.2
     read_within_s = 0.2
+    rest_within_s = 0.3
     most_connections = 3
 
 
@@ -32,7 +37,11 @@ class App:
             if scope["path"] == "/early":
                 await reply.whole(401, b"no", [])
                 return
-            body = await read_body(scope, receive)
+            try:
+                body = await read_body(scope, receive)
+            except RejectedError as error:
+                await reply.error(error)
+                return
             if scope["path"] == "/endless":
                 await reply.begin(200, [])
                 while not was_slow(scope):
@@ -107,6 +116,35 @@ def test_headers_without_end_are_refused() -> None:
     asyncio.run(case())
 
 
+def test_a_head_that_is_too_large_is_refused_in_one_piece_too_and_a_large_body_behind_it_is_not() -> None:
+    async def case() -> None:
+        async with tight() as (port, _):
+            for line in (b"x: " + b"x" * LONGEST_HEAD_BYTES, b"\r\n".join(b"x: " + b"x" * 9000 for _ in range(9))):
+                assert b" 431 " in await say(port, b"GET / HTTP/1.1\r\nhost: x\r\n" + line + b"\r\n\r\n")
+            size = 2 * LONGEST_HEAD_BYTES
+            head = b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % size
+            assert (await say(port, head + b"x" * size)).endswith(b"%d 3" % size)
+
+    asyncio.run(case())
+
+
+def test_bodies_on_their_way_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi, "MOST_COMING_BYTES", 300_000)
+
+    async def case() -> None:
+        async with tight() as (port, _):
+            head = b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 200000\r\n\r\n"
+            whole = b"x" * 200_000
+            waiting = asyncio.create_task(say(port, head + whole[:-1], whole[-1:], pause_s=0.5))
+            await until(lambda: asgi._coming.bytes > 190_000)
+            assert b'"too_many_bytes"' in await say(port, head + whole)
+            assert (await waiting).endswith(b"200000 3")
+            assert asgi._coming.bytes == 0
+            assert (await say(port, head + whole)).endswith(b"200000 3")
+
+    asyncio.run(case())
+
+
 def test_trailers_are_no_headers() -> None:
     async def case() -> None:
         async with tight() as (port, _):
@@ -157,5 +195,20 @@ def test_a_body_nobody_waits_for_is_read_up_to_a_bound() -> None:
         async with tight() as (port, _):
             head = b"POST /early HTTP/1.1\r\ncontent-length: 1000000000\r\n\r\n"
             assert (await say(port, head, *[b"x" * 2**20] * 40)).startswith(b"HTTP/1.1 401")
+
+    asyncio.run(case())
+
+
+def test_a_body_nobody_waits_for_is_not_waited_for_however_it_trickles() -> None:
+    async def case() -> None:
+        async with tight() as (port, _):
+            head, begun_s = b"POST /early HTTP/1.1\r\ncontent-length: 1000\r\n\r\n", time.monotonic()
+            assert (await say(port, head, *[b"x"] * 100, pause_s=0.05)).startswith(b"HTTP/1.1 401")
+            assert 0.2 < time.monotonic() - begun_s < 2
+            whole = head.replace(b"1000", b"2") + b"hi"
+            last = whole.replace(b"\r\n", b"\r\nconnection: close\r\n", 1)
+            assert (await say(port, whole, whole, last, pause_s=0.2)).count(b" 401 ") == 3, (
+                "whose body is whole may stay"
+            )
 
     asyncio.run(case())

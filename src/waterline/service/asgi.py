@@ -8,7 +8,14 @@ from typing import Any, Protocol, TypeVar
 import uvicorn
 
 from waterline.errors import WaterlineError
-from waterline.service.errors import LONGEST_BODY_BYTES, RejectedError, error_headers, error_json, http_status
+from waterline.service.errors import (
+    LONGEST_BODY_BYTES,
+    RejectedError,
+    error_headers,
+    error_json,
+    http_status,
+    retry_after,
+)
 from waterline.service.limits import ON_GONE, GuardedProtocol
 
 Scope = MutableMapping[str, Any]
@@ -21,6 +28,7 @@ Result = TypeVar("Result")
 
 JSON = (b"content-type", b"application/json")
 BODY_WITHIN_S = 30.0
+MOST_COMING_BYTES = 2**30  # of bodies that are not whole yet, over all connections
 KEEP_ALIVE_S = 75  # longer than clients do: one that closes as they ask again looks like a failure
 
 
@@ -144,18 +152,53 @@ async def _read_body(scope: Scope, receive: Receive, longest_bytes: int) -> byte
     declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     if declared.isdigit() and int(declared) > longest_bytes:
         raise _too_long(longest_bytes)
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        part = message.get("body", b"")
-        size += len(part)
-        if size > longest_bytes:
-            raise _too_long(longest_bytes)
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
+    message = await receive()
+    if message["type"] != "http.disconnect" and not message.get("more_body", False):  # the usual one comes in one piece
+        return _bounded(message.get("body", b""), longest_bytes)
+    parts = bytearray()
+    try:
+        while message["type"] != "http.disconnect":
+            part = message.get("body", b"")
+            parts += part
+            _coming.take(len(part))
+            if len(parts) > longest_bytes:
+                raise _too_long(longest_bytes)
+            if not message.get("more_body", False):
+                return bytes(parts)
+            message = await receive()
+        raise ClientGoneError
+    finally:
+        _coming.give_back(len(parts))
+
+
+class _Coming:
+    """How much has come of bodies that are not whole yet."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def take(self, size: int) -> None:
+        """Raise RejectedError when that is more than there is room for."""
+        self.bytes += size
+        if self.bytes > MOST_COMING_BYTES:
+            raise RejectedError(
+                f"More than {MOST_COMING_BYTES} bytes of requests are on their way here. Come back in a moment.",
+                status=503,
+                code="too_many_bytes",
+                headers=retry_after(1),
+            )
+
+    def give_back(self, size: int) -> None:
+        self.bytes -= size
+
+
+_coming = _Coming()
+
+
+def _bounded(body: bytes, longest_bytes: int) -> bytes:
+    if len(body) > longest_bytes:
+        raise _too_long(longest_bytes)
+    return body
 
 
 def _too_long(longest_bytes: int) -> RejectedError:

@@ -15,6 +15,8 @@ be told from the next.
 """
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -36,6 +38,7 @@ from waterline.errors import WaterlineError
 from waterline.ledger import Ledger, files
 from waterline.ledger.files import UNDER_WAY, Batch, Client, File
 from waterline.service.access import Access, Caller, is_local
+from waterline.service.asgi import BODY_WITHIN_S
 from waterline.service.batches import ENDPOINTS, WINDOW_S, Runner, spare_slots
 from waterline.service.errors import RejectedError, error_headers, error_json, http_status, shortened
 from waterline.service.gateway import Gateway
@@ -44,10 +47,12 @@ from waterline.units import MEGA
 MOST_BYTES = 100 * 2**20  # of a file, and a little more with the form around it
 FORM_BYTES = 64 * 2**10
 MOST_KEPT_BYTES = 2**30  # of a client
+SLOWEST_BYTES_PER_S = 2**14  # of what is sent, after the first BODY_WITHIN_S
 MOST_LISTED = 100
 MOST_FILES_LISTED = 10_000
 
 log = structlog.get_logger()
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it tells standard error what a client got wrong
 
 Text = Annotated[str, Meta(min_length=1, max_length=200)]
 
@@ -334,7 +339,7 @@ async def _answer_no_route(request: Request, error: Exception) -> Response:
     path = shortened(request.url.path)
     said = {404: f"There is nothing at {path}.", 405: f"{path} does not take {request.method}."}
     rejected = RejectedError(
-        said.get(error.status_code, f"{error.detail}."), status=error.status_code, code="invalid_request"
+        said.get(error.status_code, f"{error.detail.rstrip('.')}."), status=error.status_code, code="invalid_request"
     )
     return await _answer_error(request, rejected)
 
@@ -353,13 +358,21 @@ def _clean(filename: str) -> str:
 
 
 def _bounded(request: Request, most_bytes: int) -> Callable[[], Awaitable[MutableMapping[str, Any]]]:
-    """Return a `receive` that raises RejectedError when more than that comes."""
+    """Return a `receive` that raises RejectedError when more than that comes, or it comes too slowly."""
     said = request.headers.get("content-length", "0")
-    came = 0
+    came, begun_s = 0, time.monotonic()
 
     async def receive() -> MutableMapping[str, Any]:
         nonlocal came
-        message = await request.receive()
+        try:
+            async with asyncio.timeout(begun_s + BODY_WITHIN_S + came / SLOWEST_BYTES_PER_S - time.monotonic()):
+                message = await request.receive()
+        except TimeoutError:
+            raise RejectedError(
+                f"This comes too slowly: {came:,} bytes in {time.monotonic() - begun_s:.0f} s.",
+                status=408,
+                code="request_timeout",
+            ) from None
         came += len(message.get("body", b""))
         if came > most_bytes or (said.isdecimal() and int(said) > most_bytes):
             raise RejectedError(f"This is more than {most_bytes:,} bytes.", status=413, code="body_too_large")

@@ -17,6 +17,8 @@ BYTES_PER_TOKEN = 4  # of text, before an engine has counted: what tokenizers ma
 TOKENS_PER_MESSAGE = 4  # its role, and the marks where it begins and ends
 LONGEST_TOKEN_BYTES = 128  # vocabularies hold runs of that many blanks or dashes; words are much shorter
 
+STEERING = ("kv_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "priority")
+
 Tokens = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
@@ -34,7 +36,29 @@ class _StreamOptions(Struct):
     include_usage: bool | None = None
 
 
-class _Body(Struct):
+class Steering(Struct):
+    """Fields of engines that are between them and us: whom to fetch a cache from, and who goes first."""
+
+    kv_transfer_params: Any = None
+    bootstrap_host: Any = None
+    bootstrap_port: Any = None
+    bootstrap_room: Any = None
+    priority: Any = None
+
+    def check(self) -> None:
+        """Raise RejectedError where a client wants to steer an engine."""
+        if (
+            self.kv_transfer_params
+            or self.bootstrap_host
+            or self.bootstrap_port
+            or self.bootstrap_room
+            or self.priority
+        ):
+            said = next(name for name in STEERING if getattr(self, name))
+            raise RejectedError(f"'{said}' is not for clients. Leave it out.", param=said, code="unsupported_parameter")
+
+
+class _Body(Steering, kw_only=True):
     model: str
     stream: bool | None = None
     max_tokens: Tokens | None = None
@@ -161,6 +185,7 @@ def _measured(prompt: str | list[str | int | list[int]], param: str) -> tuple[in
 def _asked(
     asked: _Body, body: bytes, most_tokens: int | None, prompt_tokens: int, fewest_tokens: int, prompts: int = 1
 ) -> Asked:
+    asked.check()
     options = asked.stream_options
     include_usage = isinstance(options, _StreamOptions) and bool(options.include_usage)
     return Asked(

@@ -39,6 +39,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     head_within_s: ClassVar[float] = 20.0  # from the opening of a connection, or the first byte of a request, on
     read_within_s: ClassVar[float] = 30.0  # for a client to make room in its full buffers; then it is cut
+    rest_within_s: ClassVar[float] = 30.0  # of a body whose request was answered before its end
     most_connections: ClassVar[int] = 0  # of one server; 0: as many as files can be open
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,6 +52,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._on_gone: Callable[[], object] | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._read_timer: asyncio.TimerHandle | None = None
+        self._rest_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -61,7 +63,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._head_timer = self.loop.call_later(self.head_within_s, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._head_timer, self._read_timer):
+        for timer in (self._head_timer, self._read_timer, self._rest_timer):
             if timer:
                 timer.cancel()
         super().connection_lost(exc)
@@ -92,6 +94,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._head_bytes > LONGEST_HEAD_BYTES and self._head_is_large():  # it came in one piece
+            raise self._rejected(_head_too_large(f"more than {LONGEST_HEAD_BYTES} bytes"))
         self._in_head, self._head_bytes, self._unread_bytes = False, 0, 0
         if self._head_timer:
             self._head_timer.cancel()
@@ -100,6 +104,11 @@ class GuardedProtocol(HttpToolsProtocol):
         scope[ON_GONE] = self.when_gone
         super().on_headers_complete()
         scope[WRITE] = partial(self._write, self.cycle)
+
+    def _head_is_large(self) -> bool:
+        """Tell whether it was the head that was large, and not what came with it."""
+        lines = sum(len(name) + len(value) + 4 for name, value in self.headers)
+        return len(self.url) + lines > LONGEST_HEAD_BYTES
 
     def when_gone(self, tell: Callable[[], object] | None) -> None:
         """Call this when the client goes away; one request is answered at a time, and the last one who asks is told."""
@@ -124,8 +133,16 @@ class GuardedProtocol(HttpToolsProtocol):
             if self._unread_bytes > MOST_UNREAD_BYTES:
                 self.transport.abort()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._in_head and self.cycle.response_complete:  # nobody waits for the rest
+            self._rest_timer = self.loop.call_later(self.rest_within_s, self.transport.abort)
+
     def on_message_complete(self) -> None:
         self._in_head = True
+        if self._rest_timer:
+            self._rest_timer.cancel()
+            self._rest_timer = None
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:

@@ -16,7 +16,15 @@ from msgspec import Struct
 
 from waterline.errors import WaterlineError
 from waterline.service.asgi import Reply
-from waterline.service.body import BYTES_PER_TOKEN, LONGEST_TOKEN_BYTES, TOKENS_PER_MESSAGE, Asked, Tokens, explained
+from waterline.service.body import (
+    BYTES_PER_TOKEN,
+    LONGEST_TOKEN_BYTES,
+    TOKENS_PER_MESSAGE,
+    Asked,
+    Steering,
+    Tokens,
+    explained,
+)
 from waterline.service.connections import Response
 from waterline.service.errors import error_json
 from waterline.service.events import LONGEST_EVENT_BYTES, UNREADABLE, BadEventError, check_text
@@ -39,7 +47,7 @@ class _Item(Struct):
     arguments: str | None = None
 
 
-class _Body(Struct):
+class _Body(Steering, kw_only=True):
     model: str
     input: str | list[_Item]
     instructions: str | None = None
@@ -74,6 +82,7 @@ def read_own(body: bytes) -> Asked:
             body.decode()
         asked = _BODY.decode(body)
         check_stateless(orjson.loads(body))
+        asked.check()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, orjson.JSONDecodeError) as error:
         raise explained(error, body) from error
     items = [_Item(content=asked.input)] if isinstance(asked.input, str) else asked.input
