@@ -14,7 +14,7 @@ from waterline.service.engines.llamacpp import FAULTS
 from waterline.service.engines.openai import Attached
 from waterline.service.events import Events
 from waterline.service.supervisor import ReplicaState
-from waterline.service.upstream import Progress
+from waterline.service.upstream import Progress, engine_words
 
 EVENT = b'data: {"id":"1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2,"total_tokens":7}}\n\n'
@@ -371,3 +371,19 @@ def test_a_stream_under_way_ends_with_an_error_when_its_replica_goes() -> None:
     end = asyncio.run(case())
     assert end.startswith(b'data: {"error":{"message":"The engine broke off, and nobody can go on'), end
     assert b'"code":"server_error"' in end
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b'{"error": {"message": "cannot open /srv/models/chat.gguf: no such file"}}', "cannot open …: no such file"),
+        (b'Boom\nTraceback (most recent call last):\n  File "/usr/lib/python3/engine.py", line 1', "Boom"),
+        (
+            b'{"message": "see https://docs.example/a/b or POST /v1/chat/completions"}',
+            "see https://docs.example/a/b or POST /v1/chat/completions",
+        ),
+        (b'{"error": "1/2 of n/a"}', "1/2 of n/a"),
+    ],
+)
+def test_what_an_engine_says_of_its_own_inside_is_kept_from_clients(said: bytes, words: str) -> None:
+    assert engine_words(said)[0] == words

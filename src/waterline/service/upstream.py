@@ -28,6 +28,7 @@ COMPLETION_TOKENS = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
 PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
 TIMED_TOKENS = re.compile(rb'"(?:cache|prompt)_n"\s*:\s*(\d+)')  # llama.cpp's: kept from before, and read
 STREAM, WHOLE = "text/event-stream", "application/json"  # what answers are made of
+PATH = re.compile(r"(?<![\w:/.])(?!/v1/)(?:/[\w.@+~-]+){2,}/?|\b[A-Za-z]:\\[^\s\"']+")  # of a file, not of a URL
 OUR_MISTAKES = (401, 403, 407)  # of the statuses from 400 on: the key is ours, the client can do nothing about it
 BUSY = (429, 503)  # an engine that is full, or loads: not a sick one
 
@@ -204,14 +205,23 @@ async def _read_most(response: Response, longest_bytes: int) -> bytes:
 
 
 def engine_words(data: bytes) -> tuple[str, str | None, str | None]:
-    """Return message, code and parameter of an engine's error, however it is shaped."""
+    """Return message, code and parameter of an engine's error, however it is shaped, as a client may read it."""
     try:
         said = orjson.loads(data)
     except orjson.JSONDecodeError:
-        return data.decode(errors="replace").strip() or "no reason given", None, None
+        return _discreet(data.decode(errors="replace")), None, None
     error = said.get("error", said) if isinstance(said, dict) else said
     if not isinstance(error, dict):
-        return str(error), None, None
+        return _discreet(str(error)), None, None
     code = error["code"] if isinstance(error.get("code"), str) else error.get("type")  # llama.cpp's code is the status
     param = error.get("param")
-    return str(error.get("message", said)), None if code is None else str(code), None if param is None else str(param)
+    return (
+        _discreet(str(error.get("message", said))),
+        None if code is None else str(code),
+        None if param is None else str(param),
+    )
+
+
+def _discreet(message: str) -> str:
+    """Leave out where things are on the engine's machine, and the inside of its program: its own log has them."""
+    return PATH.sub("…", message.partition("Traceback (most recent call last)")[0]).strip() or "no reason given"
