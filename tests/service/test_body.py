@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from waterline.errors import LedgerError
 from waterline.service.body import CHAT, COMPLETIONS, read_asked
-from waterline.service.errors import RejectedError, error_json, http_status
+from waterline.service.errors import RejectedError, error_headers, error_json, http_status
 from waterline.service.response_relay import read_own
 from waterline.service.responses import RESPONSES
 
@@ -121,3 +122,9 @@ def test_a_client_does_not_steer_engines(name: str, endpoint: str) -> None:
         read_own(body) if endpoint == RESPONSES else read_asked(endpoint, body)
     assert caught.value.param in {"kv_transfer_params", "bootstrap_host", "priority"}
     assert read_asked(COMPLETIONS, b'{"model":"m","prompt":"x","priority":0,"kv_transfer_params":null}').stream is False
+
+
+def test_where_the_ledger_is_is_nothing_to_clients() -> None:
+    error = LedgerError("the ledger postgresql://waterline@10.0.0.7/waterline does not answer as it should")
+    assert b"10.0.0.7" not in error_json(error)
+    assert (http_status(error), error_headers(error)) == (503, [(b"retry-after", b"5")])

@@ -34,7 +34,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from waterline.errors import WaterlineError
+from waterline.errors import LedgerError, WaterlineError
 from waterline.ledger import Ledger, files
 from waterline.ledger.files import UNDER_WAY, Batch, Client, File
 from waterline.service.access import Access, Caller, is_local
@@ -330,6 +330,8 @@ def _not_found(kind: str, id_: str) -> RejectedError:
 
 async def _answer_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, WaterlineError)  # noqa: S101 - the handler is registered for it
+    if isinstance(error, LedgerError):
+        log.warning("ledger", error=str(error))
     headers = {name.decode(): value.decode() for name, value in error_headers(error)}
     return Response(error_json(error), http_status(error), headers, media_type="application/json")
 

@@ -5,10 +5,14 @@ from collections.abc import Mapping
 
 import orjson
 
-from waterline.errors import WaterlineError
+from waterline.errors import LedgerError, WaterlineError
 
 LONGEST_BODY_BYTES = 16 * 2**20  # a prompt of a million tokens, or some pictures
 LONGEST_NAME = 60  # characters of what somebody sent that are said back
+LEDGER_AWAY = (
+    "The ledger does not answer, and nothing begins that it does not know. Come back in a moment."  # not where
+)
+LEDGER_AGAIN_S = 5
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -47,7 +51,10 @@ def http_status(error: WaterlineError) -> int:
 
 
 def error_headers(error: WaterlineError) -> list[tuple[bytes, bytes]]:
-    headers = error.headers if isinstance(error, RejectedError) else {}
+    if isinstance(error, LedgerError):
+        headers: Mapping[str, str] = retry_after(LEDGER_AGAIN_S)
+    else:
+        headers = error.headers if isinstance(error, RejectedError) else {}
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
@@ -55,4 +62,5 @@ def error_json(error: WaterlineError) -> bytes:
     status = http_status(error)
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     param, code = (error.param, error.code) if isinstance(error, RejectedError) else (None, kind)
-    return orjson.dumps({"error": {"message": str(error), "type": kind, "param": param, "code": code}})
+    message = LEDGER_AWAY if isinstance(error, LedgerError) else str(error)
+    return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
