@@ -58,7 +58,7 @@ def a_plan(*, public_per_s: float = 8.0, jobs: int = 4, nodes: int = 3) -> Plan:
 
 
 PLAN = a_plan()
-SURGE = Surge(tenant="public", factor=4.0, begin_ns=10 * HOUR_NS, length_ns=HOUR_NS // 2)
+SURGE = Surge(tenant="public", factor=7.0, begin_ns=10 * HOUR_NS, length_ns=HOUR_NS // 2)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ squared error. So a ramp that comes every day is foreseen, one that does not com
 and an unknown one is followed by its trend.
 
 Nothing is learnt from a spike of one step: the value of a step counts once the next is known, as the median of the
-three. Larger surprises are taken in by and by: a residual counts as four times the usual at most, and the usual grows
-with it. A step without a value (NaN, or never told) changes nothing but the time.
+three. What lies more than four times the usual residual away then has been so for two steps: that is a *jump*, and the
+level goes there at once. What is usual and the trend learn from it as if it were those four times. A step without a
+value (NaN, or never told) changes nothing but the time.
 
 The bound is the quantile `COVERED` of the errors of the forecast itself, one horizon ahead: it widens a little whenever
 the load exceeds it and narrows a little when not, so it holds whatever the errors look like. The load that counts there
@@ -182,15 +183,15 @@ def _follow(series: Series, one: int, opinion: int, step: int, value: float, sca
     for _ in range(min(gap, 200)):
         trend *= DAMPING
     expected = level + (trend if gap == 1 else 0.0)  # nobody knows whether a trend went on in a gap
-    residual = value - expected
     floor = LEAST_RELATIVE * series.mean[one] / scale
     most = LARGEST_RESIDUAL * max(series.usual[one, opinion], floor)
-    residual = min(max(residual, -most), most)
+    residual = min(max(value - expected, -most), most)
     series.usual[one, opinion] += (abs(residual) - series.usual[one, opinion]) * RESIDUAL_GAIN
     series.drift[one, opinion] += (residual - series.drift[one, opinion]) * RESIDUAL_GAIN
     away = min(abs(series.drift[one, opinion]) / max(series.usual[one, opinion], TINY), 1.0)
     gain = LEAST_GAIN + (MOST_GAIN - LEAST_GAIN) * away * away
-    series.level[one, opinion] = max(expected + gain * residual, 0.0)
+    jumped = abs(value - expected) > most
+    series.level[one, opinion] = value if jumped else max(expected + gain * residual, 0.0)
     series.trend[one, opinion] = trend + TREND_GAIN * gain * gain * residual
 
 
