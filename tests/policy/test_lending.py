@@ -112,6 +112,21 @@ def test_a_loan_moves_to_the_node_where_least_is_lost() -> None:
     assert fleet.moves().node.tolist()[0] == 1  # 90 GPU-seconds are lost there, 100 on the other
 
 
+def test_who_would_take_the_gpus_of_another_of_its_tenant_is_left_alone() -> None:
+    """Both nodes would lose the same; but what is asked of research would only move to where its job runs."""
+    fleet = Fleet(
+        (2, 2), {"public": (0, 0, 4), "asked": (0, 2, 4), "job": (0, 0, 4)}, priority={"public": 2, "asked": 1}
+    )
+    fleet.layouts.gpus[0] = 2
+    fleet.services.tenant[2] = 1
+    fleet.run("asked", 2, node=0).run("job", 2, node=1).want(public=1, asked=2, job=INF)
+    moves = fleet.moves()
+    assert said(moves) == [("hold", "freed for claim"), *[("drain", "outbid loan")] * 2]
+    assert moves.node.tolist() == [1, 1, 1]
+    fleet.want(asked=0)
+    assert fleet.moves().node.tolist() == [0, 0, 0]
+
+
 def test_the_load_time_of_the_model_on_the_node_is_part_of_the_price() -> None:
     fleet = two_nodes().want(public=8, research=INF)
     fleet.run("research", 2, node=0, lost_gpu_s=50).run("research", 2, node=1)

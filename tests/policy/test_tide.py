@@ -113,6 +113,14 @@ def test_a_job_takes_what_idles_and_yields_what_it_has_not_saved_last() -> None:
     assert world.run(20, 1.2, 0.0).replicas(0) == 2
 
 
+def test_a_job_that_can_save_within_its_grace_loses_no_work() -> None:
+    tide = new_tide(models=(0, 1), jobs=8.0)
+    tide.layouts.load_s[2] = GRACE_S
+    world = World(tide).run(40, 1.0, 0.0)
+    moves = world.step(1.2, 0.0)
+    assert moves.cost_gpu_s[moves.victim >= 0].tolist() == [4 * GRACE_S]
+
+
 def test_requests_of_a_tenant_come_before_its_own_jobs() -> None:
     world = World(new_tide(1, models=(0,), jobs=2.0)).run(20, 0.0)
     assert world.replicas(1) == 2

@@ -2,8 +2,9 @@
 
 Who gives: own surplus first; then the tenant with the most over what it deserves, and of its replicas the lowest
 priority, the least lost work, the newest. Of several nodes, the one where the move loses the least: work that is
-thrown away, grace, and the time *this* model takes to load on *this* node, each times the GPUs it keeps busy. Whoever
-turns out not to be needed is put back.
+thrown away, grace, and the time *this* model takes to load on *this* node, each times the GPUs it keeps busy; and the
+same once more where a victim will be needed, and takes the GPUs of another of its tenant. Whoever turns out not to be
+needed is put back.
 """
 
 import numpy as np
@@ -130,9 +131,28 @@ def _claim_cost(
         if victims > 0:
             cost = gpus * layouts.load_s[services.model[service], node]
             for place in range(victims):
-                cost += loss_gpu_s(tenants, services, replicas, tally.chosen[place])
+                victim = tally.chosen[place]
+                cost += loss_gpu_s(tenants, services, replicas, victim)
+                cost += _again_gpu_s(tenants, services, layouts, replicas, tally, victim)
             return float(cost), rule
     return np.inf, RECLAIM
+
+
+@jit
+def _again_gpu_s(
+    tenants: Tenants, services: Services, layouts: Layouts, replicas: Replicas, tally: Tally, victim: int
+) -> float:
+    """Return what it costs that a victim is needed, and will start again in the place of one of lower priority."""
+    service, gpus = replicas.service[victim], replicas.gpus[victim]
+    if tally.spare[service] >= replicas.rate[victim]:
+        return 0.0
+    tenant = services.tenant[service]
+    for other in range(len(services.tenant)):
+        lower = services.priority[other] < services.priority[service]
+        if services.tenant[other] == tenant and lower and tally.supply[other] > 0.0:
+            load_s = layouts.load_s[services.model[service], replicas.node[victim]]
+            return float(gpus * (tenants.grace_s[tenant] + load_s))
+    return 0.0
 
 
 @jit

@@ -207,11 +207,19 @@ def decide(tide: Tide, now_s: float) -> Moves:
     replicas = tide.replicas
     for replica in range(len(replicas.state)):
         unsaved_s = now_s - tide.saved_s[replica]  # NaN where there is nothing to lose
-        lost = unsaved_s > 0.0 and replicas.state[replica] == READY
+        lost = unsaved_s > 0.0 and replicas.state[replica] == READY and not _saves_in_time(tide, replica)
         replicas.lost_gpu_s[replica] = replicas.gpus[replica] * unsaved_s if lost else 0.0
     moves = plan_moves(tide.tenants, tide.services, tide.layouts, tide.free_gpus, tide.claims, tide.replicas, now_s)
     apply_moves(moves, tide.free_gpus, tide.claims, tide.replicas, now_s)  # there are rows enough
     return moves
+
+
+@jit
+def _saves_in_time(tide: Tide, replica: int) -> bool:
+    """Whether a job that is told to stop can save its work within its grace: that takes about as long as to load it."""
+    service = tide.replicas.service[replica]
+    load_s = tide.layouts.load_s[tide.services.model[service], tide.replicas.node[replica]]
+    return bool(load_s <= tide.tenants.grace_s[tide.services.tenant[service]])
 
 
 # --- What is needed ---------------------------------------------------------------------------------------------------
