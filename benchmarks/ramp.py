@@ -116,8 +116,9 @@ def live(policy: str, quiet_per_s: float, high_s: float, seed: int) -> tuple[int
     slo = plan.fleet.slos["chat"]
     settled = [actor.serve(piece) for piece in ramp.pieces()]
     settled.append(actor.finish())
+    in_report = np.array([recorder.add_replica(one) for one in actor.came])
     for one in settled:
-        one.note(recorder, np.array(actor.in_report, np.int64))
+        one.note(recorder, in_report)
         passages, asked = one.passages, one.asked
         counted = asked.arrival_ps >= QUIET_S * PICOSECONDS_PER_S
         ttft_s = (passages.first_token_ps - asked.arrival_ps) / PICOSECONDS_PER_S

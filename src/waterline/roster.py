@@ -8,8 +8,10 @@ Replicas that only read or only write keep to the hours of the plan, as do those
 nobody borrows those GPUs, and tenants are promised that much less of the others.
 """
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +88,7 @@ class Roster:
         self.down: dict[tuple[str, int], int] = {}  # (pool, node) -> GPUs of it that are in its berth
         self.finished: set[str] = set()  # runs that are done for good: their copies are not started again
         self.has: dict[int, Replica | Run] = {}  # by the row of the tide
+        self._copies = {job.name: [0] for job in fleet.jobs}  # a heap: those that do not run, the last stands for more
         self._numbers = dict.fromkeys(self.models, 0)
         for replica in plan.replicas:
             number = replica.id.rpartition("/")[2]
@@ -122,9 +125,7 @@ class Roster:
             return None
         one: Replica | Run
         if service.job:
-            taken = {run.id for run in self.has.values() if isinstance(run, Run)} | self.finished
-            free = (f"{service.target}/{copy}" for copy in range(service.job.copies + len(taken) + 1))
-            one = Run(next(id_ for id_ in free if id_ not in taken), service.job, pool, places)
+            one = Run(self._copy_of(service.target), service.job, pool, places)
         else:
             number = self._numbers[service.target]
             self._numbers[service.target] += 1
@@ -132,9 +133,20 @@ class Roster:
         self.has[row] = one
         return one
 
+    def _copy_of(self, job: str) -> str:
+        """Return the id of the first copy of a job that neither runs nor is done for good."""
+        while True:
+            copy = heapq.heappop(self._copies[job])
+            if not self._copies[job]:
+                self._copies[job].append(copy + 1)
+            if (id_ := f"{job}/{copy}") not in self.finished:
+                return id_
+
     def end(self, row: int) -> Replica | Run:
         """Take the GPUs of a row back: its replica is gone."""
         one = self.has.pop(row)
+        if isinstance(one, Run):
+            heapq.heappush(self._copies[one.job.name], int(one.id.rpartition("/")[2]))
         berth = self.berth_of(one.pool, one.places[0].node)
         for place in one.places:
             if (one.pool, place.node) not in self.down:
@@ -162,7 +174,7 @@ class Roster:
 
     def berth_of(self, pool: str, node: int) -> int:
         """Return the number of the berth that a node is in."""
-        return next(number for number, berth in enumerate(self.berths) if berth.pool == pool and node in berth.nodes)
+        return self._berth_of[pool, node]
 
     def _whole(self, berth: Berth) -> dict[int, set[int]]:
         """Return the GPUs of a berth by node, but for those that keep to the plan."""
@@ -216,7 +228,7 @@ class Roster:
         self._give(tide, running, hour)
         return tide
 
-    @property
+    @cached_property
     def step_s(self) -> float:
         """How often to decide."""
         loads_s = [shape.load_s for shape in self.plan.shapes] + [replica.load_s for replica in self.plan.replicas]

@@ -23,7 +23,7 @@ from waterline.policy.decisions import GAVE_UP, NOT_SERVED, OVER_LIMIT, TOO_LATE
 from waterline.rehearsal import jit, state, station, steptime
 from waterline.rehearsal.capacity import NEVER, Ask, Capacity, Change, Terms
 from waterline.rehearsal.oracle import serve
-from waterline.rehearsal.station import Station
+from waterline.rehearsal.station import Changes, Station
 
 MODULES = [f"waterline.rehearsal.{name}" for name in ("jit", "heaps", "steptime", "life", "kernel", "station")]
 
@@ -172,7 +172,7 @@ def by_events(
     served = module.Station(house)
     served.start_all(fleet, state.NEVER_PS)
     all_ready = [Change(at_ps=0, kind="ready", replica=row) for row in range(len(fleet))]
-    served._changes = all_ready if changes is None else list(changes)
+    served._changes = Changes(all_ready if changes is None else changes)
     for piece in np.array_split(np.arange(len(asked)), pieces):
         offer(served, [asked[number] for number in piece])
         yield from rows(served.collect())
@@ -356,7 +356,7 @@ def test_every_request_ends_once_and_what_it_cost_is_on_an_account(
 ) -> None:
     served = Station(house)
     served.start_all(fleet, state.NEVER_PS)
-    served._changes = changes_of(fleet, made, [])
+    served._changes = Changes(changes_of(fleet, made, []))
     offer(served, asked)
     served.finish()
     passages = served.collect()

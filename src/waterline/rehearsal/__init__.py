@@ -4,8 +4,10 @@
 many steps at a time. A day's rehearsal is a matter of arithmetic: no clock, no network.
 """
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +15,11 @@ from numpy.typing import NDArray
 from waterline.errors import InputError, UnknownNameError, nearest
 from waterline.fleet import Demand
 from waterline.outcome import Completion
-from waterline.plan import Plan
+from waterline.plan import Plan, Replica
 from waterline.policy.decisions import FIELDS
 from waterline.rehearsal.acting import Actor, Planned, Tidal, in_order, request_rows
 from waterline.rehearsal.arrivals import traffic
+from waterline.rehearsal.beside import Behind
 from waterline.rehearsal.dealing import deal
 from waterline.rehearsal.failures import Failure
 from waterline.rehearsal.house import Settled
@@ -68,6 +71,31 @@ def prepare() -> None:
     """Compile, or load what was compiled before: 10 to 30 s once, then a fraction of a second."""
     deal(1, [1.0])
     warm_up()
+
+
+class Scribe:
+    """Writes down what became of requests."""
+
+    def __init__(self, recorder: Recorder, came: Sequence[Replica], *, keep: bool, decisions: bool) -> None:
+        """Begin with nothing; `came`: replicas as they come, by their numbers in the house."""
+        self.recorder, self.came, self.keep, self.decisions = recorder, came, keep, decisions
+        self.kept: list[Settled] = []
+        self.rows = [np.zeros((0, len(FIELDS)), np.int64)]  # of the log of decisions, about requests
+        self._in_report = array("q")  # [replica] what the recorder calls it
+
+    def note(self, settled: Settled) -> None:
+        if not len(settled.numbers):
+            return
+        self.meet()
+        settled.note(self.recorder, np.array(self._in_report))
+        if self.keep:
+            self.kept.append(settled)
+        if self.decisions:
+            self.rows.append(request_rows(settled, self.recorder.tenants))
+
+    def meet(self) -> None:
+        """Let the recorder know of those who have come."""
+        self._in_report.extend(map(self.recorder.add_replica, self.came[len(self._in_report) :]))
 
 
 def check_policy(policy: str) -> Policy:
@@ -122,37 +150,29 @@ def rehearse(
         actor = Planned(plan, asked, recorder)
     else:
         actor = Tidal(chosen, plan, asked, recorder, failures)
-    kept: list[Settled] = []
-    rows = [np.zeros((0, len(FIELDS)), np.int64)]
-
-    def note(settled: Settled) -> None:
-        if len(settled.numbers):
-            settled.note(recorder, np.array(actor.in_report, np.int64))
-            if keep:
-                kept.append(settled)
-            if decisions:
-                rows.append(request_rows(settled, recorder.tenants))
-
+    scribe = Scribe(recorder, actor.came, keep=keep, decisions=decisions)
     stopped, requests = "", 0
-    for piece in asked.pieces():
-        note(actor.serve(piece))
-        requests += len(piece)
-        at_s = int(piece.arrival_ps[-1]) / PICOSECONDS_PER_S
-        if not watch(Progress(requests=requests, at_s=at_s, of_s=asked.length_s)):
-            stopped = f"stopped after {requests:,} requests; those under way then are not counted"
-            break
-    else:
-        note(actor.finish())
+    with Behind() as behind:
+        for piece in asked.pieces():
+            behind.do(partial(scribe.note, actor.serve(piece)))
+            requests += len(piece)
+            at_s = int(piece.arrival_ps[-1]) / PICOSECONDS_PER_S
+            if not watch(Progress(requests=requests, at_s=at_s, of_s=asked.length_s)):
+                stopped = f"stopped after {requests:,} requests; those under way then are not counted"
+                break
+        else:
+            behind.do(partial(scribe.note, actor.finish()))
+    scribe.meet()
     actor.close()
     report = recorder.report()
     return Rehearsal(
         **{one.name: getattr(report, one.name) for one in fields(Report)},
         notes=(*asked.notes, stopped) if stopped else asked.notes,
         rows=asked.rows,
-        kept=tuple(kept),
+        kept=tuple(scribe.kept),
         moves=actor.moves,
         jobs=actor.jobs,
-        decisions=in_order(np.concatenate([actor.decisions, *rows])),
+        decisions=in_order(np.concatenate([actor.decisions, *scribe.rows])),
         digest=actor.digest,
         names=actor.names,
     )

@@ -28,8 +28,8 @@ class Actor(Protocol):
     """Serves traffic on replicas that come and go by its rules."""
 
     @property
-    def in_report(self) -> Sequence[int]:
-        """Return what the recorder calls each replica of the house."""
+    def came(self) -> Sequence[Replica]:
+        """Return the replicas that ever came, as the report is to show them; more come at its end."""
 
     @property
     def moves(self) -> tuple[Move, ...]:
@@ -58,7 +58,7 @@ class Actor(Protocol):
         """Serve the rest; nothing is decided any more."""
 
     def close(self) -> None:
-        """Write down who was there."""
+        """Write down who was there, of those that came; everything else has been written down."""
 
 
 class Planned:
@@ -72,13 +72,14 @@ class Planned:
         """Begin without replicas."""
         self.house = House(plan, asked.rows, asked.clients, asked.first_hour)
         self.recorder, self.first_hour = recorder, asked.first_hour
-        self.known = {replica.id: recorder.add_replica(replica) for replica in plan.replicas}
+        for replica in plan.replicas:
+            recorder.add_replica(replica)
         self.decisions: Integers = np.zeros((0, len(FIELDS)), np.int64)
         self.names: dict[str, list[str]] = {}
 
     @property
-    def in_report(self) -> Sequence[int]:
-        return [self.known[replica.id] for replica in self.house.replicas]
+    def came(self) -> Sequence[Replica]:
+        return self.house.replicas
 
     def serve(self, piece: Piece) -> Settled:
         self.house.keep_hours(int(piece.arrival_ps[-1]))
@@ -102,7 +103,7 @@ class Tidal:
         """Begin with the replicas of the first hour."""
         self.recorder = recorder
         self.setting = setting(policy, plan, asked.rows, asked.first_hour)
-        self.house = Moving(self.setting, asked, recorder)
+        self.house = Moving(self.setting, asked)
         self.minutes = Minutes(
             self.setting.plan,
             self.setting.roster,
@@ -116,8 +117,8 @@ class Tidal:
         self.house.rows = asked.rows  # from here on by the names that people know
 
     @property
-    def in_report(self) -> Sequence[int]:
-        return self.house.in_report
+    def came(self) -> Sequence[Replica]:
+        return self.house.shown
 
     @property
     def moves(self) -> tuple[Move, ...]:
@@ -163,24 +164,20 @@ class Tidal:
             if isinstance(stay.what, Run):
                 self.recorder.works(tenants[stay.tenant], stay.what.pool, stay.what.gpus, begin_ps, end_ps)
             else:
-                self.recorder.runs(self.house.known[stay.what.id], begin_ps, ready_ps, end_ps)
+                self.recorder.runs(self.recorder.known[stay.what.id], begin_ps, ready_ps, end_ps)
 
 
 class Moving(House):
-    """A house whose replicas come and go, each known to the recorder from then on."""
+    """A house under a policy, which may have other models, shares and clients than the fleet."""
 
-    def __init__(self, setting: Setting, asked: Traffic, recorder: Recorder) -> None:
+    def __init__(self, setting: Setting, asked: Traffic) -> None:
         """Begin without replicas."""
-        self.setting, self.recorder = setting, recorder
-        self.in_report: list[int] = []
-        self.known: dict[str, int] = {}  # by id of the replica
+        self.setting = setting
+        self.shown: list[Replica] = []  # that ever came, by the names that people know
         super().__init__(setting.plan, setting.rows, asked.clients, asked.first_hour)
 
     def start_all(self, replicas: Sequence[Replica], ready_ps: int) -> range:
-        for replica in replicas:
-            if replica.id not in self.known:
-                self.known[replica.id] = self.recorder.add_replica(self.setting.shown(replica))
-            self.in_report.append(self.known[replica.id])
+        self.shown += map(self.setting.shown, replicas)
         return super().start_all(replicas, ready_ps)
 
     def _terms(self) -> Terms:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from waterline.errors import InputError, TraceError
 from waterline.fleet import DEFAULT_CONTEXT_TOKENS, HOURS, Demand
 from waterline.plan import Plan
+from waterline.rehearsal.beside import ahead
 from waterline.rehearsal.dealing import dealt
 from waterline.units import DAY_S, GIGA, HOUR_S, PICOSECONDS_PER_S
 from waterline.workload import LENGTH_SIGMA, TICKS_PER_S, Request, Trace, operators
@@ -71,7 +72,7 @@ class Traffic:
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the requests, in the order of their arrival. Raises InputError when there are none."""
-        for piece in self._source.pieces():
+        for piece in ahead(self._source.pieces()):
             for row in np.flatnonzero(np.bincount(piece.row, minlength=len(self.rows))).tolist():
                 arrivals_ps = piece.arrival_ps[piece.row == row]
                 first = self._spans_ps[row] or (int(arrivals_ps[0]), 0)

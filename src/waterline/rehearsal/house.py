@@ -1,5 +1,7 @@
 """The fleet of a plan in rehearsal: its replicas at the speed of the cost model, its tenants, and its desk."""
 
+from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,8 +52,9 @@ class House:
         self._model_of_row = np.array([self.models.index(row.model) for row in rows], np.int64)
         self._tenant_of_row = np.array([self.tenants.index(row.tenant) for row in rows], np.int64)
         self._client_of: dict[tuple[int, int], int] = {}  # tenant and name: number at the desk
-        self._unsettled: list[tuple[Piece, Integers]] = []
-        self._requests = 0
+        self._first_token_ps = array("q")  # [replica] that a client waits for one, besides its step
+        self._unsettled: deque[Piece] = deque()
+        self._settled = 0  # requests
 
     def _terms(self) -> Terms:
         tenants = self.plan.fleet.tenants
@@ -75,6 +78,7 @@ class House:
         """Let replicas serve from a time on; return their numbers."""
         capacities = [self.capacity(replica) for replica in replicas]
         self.replicas += replicas
+        self._first_token_ps.extend(one.step.first_token_ps for one in capacities)
         for replica, one in zip(replicas, capacities, strict=True):
             self.longest_tokens[replica.model] = max(self.longest_tokens[replica.model], one.longest_tokens)
         return self.station.start_all(capacities, ready_ps)
@@ -142,8 +146,7 @@ class House:
             model=self._model_of_row[asked.row],
             client=self._clients(asked),
         )
-        self._unsettled.append((asked, np.arange(self._requests, self._requests + len(asked))))
-        self._requests += len(asked)
+        self._unsettled.append(asked)
 
     def finish(self) -> None:
         """Serve until the last request is done."""
@@ -170,24 +173,32 @@ class House:
         Puts what became of them beside what they asked, and adds what the client sees on top of the steps.
         """
         passages = self.station.collect()
-        asked = joined([piece for piece, _ in self._unsettled])
-        numbers = np.concatenate([np.zeros(0, np.int64), *(numbers for _, numbers in self._unsettled)])
-        count = len(passages)
-        self._unsettled = [(asked[count:], numbers[count:])]
+        number, count = self._settled, len(passages)
+        self._settled += count
+        asked = self._take(count)
         first = np.where(passages.read_by == NEVER, passages.replica, passages.read_by)
-        later_ps = np.array([one.step.first_token_ps for one in self.station.capacities] + [0])[
-            np.maximum(first, NEVER)
-        ]
+        later_ps = np.append(np.array(self._first_token_ps), 0)[np.maximum(first, NEVER)]
         first_token_ps = np.where(passages.first_token_ps == NEVER, NEVER, passages.first_token_ps + later_ps)
         finish_ps = np.where(passages.replica >= 0, passages.finish_ps + later_ps, passages.finish_ps)
         sent = (passages.read_by != NEVER) & (passages.replica >= 0)
         if sent.any():
             transfer_ps = np.array([one.transfer_ps_per_token for one in self.station.capacities])
-            takes_ps = transfer_ps[passages.read_by[sent]] * asked.prompt_tokens[:count][sent]
-            seen = passed_on(first_token_ps[sent], finish_ps[sent], takes_ps, asked.output_tokens[:count][sent])
+            takes_ps = transfer_ps[passages.read_by[sent]] * asked.prompt_tokens[sent]
+            seen = passed_on(first_token_ps[sent], finish_ps[sent], takes_ps, asked.output_tokens[sent])
             first_token_ps[sent], finish_ps[sent] = seen
         passages = replace(passages, first_token_ps=first_token_ps, finish_ps=finish_ps)
-        return Settled(self, asked[:count], numbers[:count], passages)
+        return Settled(self, asked, np.arange(number, number + count), passages)
+
+    def _take(self, count: int) -> Piece:
+        """Return what the first requests asked that have not been settled."""
+        taken = []
+        while count > 0:
+            piece = self._unsettled.popleft()
+            taken.append(piece[:count])
+            if len(piece) > count:
+                self._unsettled.appendleft(piece[count:])
+            count -= len(taken[-1])
+        return joined(taken)
 
 
 def passed_on(

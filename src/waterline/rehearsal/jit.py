@@ -54,12 +54,14 @@ def seen(array: Any) -> Any:
     return array if COMPILED else memoryview(array)
 
 
-def _wrapped(function: Function, **options: bool) -> Function:
+def _wrapped(function: Function, **options: Any) -> Function:
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(_folder())  # asked for when a function is wrapped; others keep theirs
     try:
         # Nothing allocates, so no array's references have to be counted (_nrt): that made events 3 times as fast.
-        return cast("Function", numba.njit(cache=True, error_model="numpy", _nrt=False, **options)(function))
+        # Other threads may run meanwhile (nogil).
+        options = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False, **options}
+        return cast("Function", numba.njit(**options)(function))
     finally:
         numba.config.CACHE_DIR = before
 

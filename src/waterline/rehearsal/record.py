@@ -188,7 +188,7 @@ class Sampler:
         self.step_s = float(next((step_s for step_s in STEPS_S if step_s >= wanted_s), DAY_S))
         self.end_ps = 0
         self.replicas: dict[str, int] = {}  # id -> row
-        self.gpus: list[int] = []  # [replica]
+        self.gpus = np.zeros(0)  # [replica, and room for more]
         room, pairs = WANTED_STEPS, len(tenants) * len(models)
         self.asked, self.refused = Counts(len(tenants), room), Counts(len(tenants), room)
         self.waiting, self.running = Steps(len(tenants), room), Steps(len(tenants), room)
@@ -200,11 +200,11 @@ class Sampler:
     def replica(self, replica: str, gpus: int) -> int:
         """Return the index of a replica, a new one where its id has not been met."""
         row = self.replicas.setdefault(replica, len(self.replicas))
-        if row == len(self.gpus):
-            self.gpus.append(gpus)
-            if row >= len(self.busy.within):
-                for steps in (self.busy, self.present):
-                    steps.grow(max(16, 2 * row), steps.within.shape[1])
+        if row >= len(self.gpus):
+            self.gpus = np.pad(self.gpus, (0, max(16, row)))
+            for steps in (self.busy, self.present):
+                steps.grow(len(self.gpus), steps.within.shape[1])
+        self.gpus[row] = gpus
         return row
 
     def serves(self, replica: int, model: int, begin_ps: int, end_ps: int, tenant: int = NOBODY) -> None:
@@ -213,14 +213,14 @@ class Sampler:
             self.share(*(np.array([one]) for one in (replica, model, begin_ps, end_ps)))
         else:
             self._span(self.present, np.array([replica]), np.array([begin_ps]), np.array([end_ps]), np.ones(1))
-            self.works(tenant, self.gpus[replica], begin_ps, end_ps)
+            self.works(tenant, float(self.gpus[replica]), begin_ps, end_ps)
 
     def share(self, replica: Integers, model: Integers, begin_ps: Integers, end_ps: Integers) -> None:
         """Write down that replicas could serve all tenants from one time to another."""
         self._span(self.present, replica, begin_ps, end_ps, np.ones(len(replica)))
-        self._span(self.shared, model, begin_ps, end_ps, np.array(self.gpus, np.float64)[replica])
+        self._span(self.shared, model, begin_ps, end_ps, self.gpus[replica])
 
-    def works(self, tenant: int, gpus: int, begin_ps: int, end_ps: int) -> None:
+    def works(self, tenant: int, gpus: float, begin_ps: int, end_ps: int) -> None:
         """Write down that a tenant had GPUs for a job, or to load a replica, from one time to another."""
         row, begin, end = (np.array([one]) for one in (tenant, begin_ps, end_ps))
         self._span(self.held, row, begin, end, np.array([gpus], np.float64))
@@ -318,7 +318,7 @@ class Sampler:
     ) -> None:
         """Spread the time of replicas evenly over the time of each request."""
         pair = tenant * len(self.models) + model
-        gpus = busy * np.array(self.gpus, np.float64)[replica]
+        gpus = busy * self.gpus[replica]
         for steps, row, weight in ((self.used, pair, gpus), (self.busy, replica, busy)):
             steps.change(row, *begin, weight)
             steps.change(row, *end, -weight)

@@ -58,16 +58,23 @@ class Recorder:
         self.first_ps: int | None = None
         self.last_ps = 0
         self.preempted = 0
-        self.runs_s = np.zeros(0)  # [replica] that it served or loaded
-        self.busy_s = np.zeros(0)  # [replica]
+        self.known: dict[str, int] = {}  # by id of a replica: its index
+        self.runs_s = np.zeros(0)  # [replica, and room for more] that it served or loaded
+        self.busy_s = np.zeros(0)  # [replica, likewise]
         self.jobs_gpu_s = dict.fromkeys(pools, 0.0)
 
     def add_replica(self, replica: Replica) -> int:
-        """Return its index from now on."""
+        """Return its index from now on; the one it has, where its id has been met."""
+        if replica.id in self.known:
+            return self.known[replica.id]
         self.replicas.append(replica)
-        self.runs_s, self.busy_s = np.append(self.runs_s, 0.0), np.append(self.busy_s, 0.0)
+        if len(self.replicas) > len(self.busy_s):
+            more = max(16, len(self.replicas))
+            self.runs_s, self.busy_s = np.pad(self.runs_s, (0, more)), np.pad(self.busy_s, (0, more))
         self.sampler.replica(replica.id, replica.layout.gpus)
-        return self.tally.add_replica(Where(replica.id, replica.model, replica.pool, replica.layout.gpus))
+        where = Where(replica.id, replica.model, replica.pool, replica.layout.gpus)
+        self.known[replica.id] = self.tally.add_replica(where)
+        return self.known[replica.id]
 
     def runs(self, replica: int, begin_ps: int, ready_ps: int, end_ps: int, tenant: int = NOBODY) -> None:
         """Write down that a replica loads from one time on and serves until another; `tenant`: whose it is alone."""
@@ -171,7 +178,7 @@ class Recorder:
     def report(self) -> Report:
         usd = {
             one.id: one.usd_per_hour * runs_s / HOUR_S
-            for one, runs_s in zip(self.replicas, self.runs_s.tolist(), strict=True)
+            for one, runs_s in zip(self.replicas, self._of_all(self.runs_s), strict=True)
         }
         spent = Spent(duration_s=self.duration_s, usd=usd, kwh=self._kwh())
         total, timeline = self.tally.total(spent), self.sampler.timeline()
@@ -197,6 +204,11 @@ class Recorder:
     def _busy(self, replica: Integers, busy_ps: Integers) -> None:
         self.busy_s += np.bincount(replica, busy_ps, len(self.busy_s)) / PICOSECONDS_PER_S
 
+    def _of_all(self, figures: Reals) -> list[float]:
+        """Return the figures of the replicas there are."""
+        known: list[float] = figures[: len(self.replicas)].tolist()
+        return known
+
     def _shares(self, what: Literal["ttft_s", "latency_s"]) -> dict[str, Shares]:
         return {tenant: tuple(shares) for tenant in self.tenants if (shares := self.tally.shares(what, tenant))}
 
@@ -215,7 +227,9 @@ class Recorder:
         if watts is None:
             return None
         kwh = {}
-        for one, runs_s, busy_s in zip(self.replicas, self.runs_s.tolist(), self.busy_s.tolist(), strict=True):
+        for one, runs_s, busy_s in zip(
+            self.replicas, self._of_all(self.runs_s), self._of_all(self.busy_s), strict=True
+        ):
             busy_watts, idle = watts[one.pool]
             joules = busy_watts * min(busy_s, runs_s) + idle * max(0.0, runs_s - busy_s)
             kwh[one.id] = one.layout.gpus * joules / JOULES_PER_KWH
@@ -226,7 +240,7 @@ class Recorder:
         if watts is None:
             return None
         idle_s = {pool.name: pool.gpus * self.duration_s - self.jobs_gpu_s[pool.name] for pool in self.fleet.pools}
-        for one, runs_s in zip(self.replicas, self.runs_s.tolist(), strict=True):
+        for one, runs_s in zip(self.replicas, self._of_all(self.runs_s), strict=True):
             idle_s[one.pool] -= one.layout.gpus * runs_s
         return sum(max(0.0, gpu_s) * watts[pool][1] for pool, gpu_s in idle_s.items()) / JOULES_PER_KWH
 

@@ -129,7 +129,8 @@ MODEL_FIELDS = 2
     SEQUENCE,  # caches and timers so far
     FIRST_DICE,
     SECOND_DICE,
-) = range(12)
+    FINISHES_USED,  # entries of `Memory.finishes` that have been given out
+) = range(13)
 COUNTERS = 16
 
 STEP_BITS = 37  # a finish is one number: its step, and below it the slot; so are caches and timers
@@ -237,28 +238,25 @@ def longer(array: Integers, count: int, fill: int = 0) -> Integers:
     return grown
 
 
-def with_replicas(memory: Memory, capacities: Sequence[Capacity], known: "dict[tuple[int, bool, int], Kind]") -> Memory:
+def with_replicas(
+    memory: Memory, first: int, capacities: Sequence[Capacity], known: "dict[tuple[int, bool, int], Kind]"
+) -> Memory:
     """Return the memory with more replicas, idle and out of service.
 
     Args:
         memory: before.
+        first: row of the first who comes; all before it have been given out, and none from there on.
         capacities: of those who come.
         known: the kinds of steps there are; is written.
     """
-    before, count = len(memory.due_ps), len(memory.due_ps) + len(capacities)
     for one in capacities:
         memory = _with_kind(memory, one, known)
-    memory = memory._replace(
-        desk=dispatch.with_rows(memory.desk, count),
-        replicas=longer(memory.replicas, count * REPLICA),
-        fixed=longer(memory.fixed, count * FIXED),
-        finishes=longer(memory.finishes, len(memory.finishes) + sum(one.slots for one in capacities)),
-        due_ps=longer(memory.due_ps, count, NEVER_PS),
-        due_replica=longer(memory.due_replica, count),
-        due_place=longer(memory.due_place, count),
-    )
-    heap = len(memory.finishes) - sum(one.slots for one in capacities)
-    for index, one in enumerate(capacities, before):
+    heap = memory.counters[FINISHES_USED]
+    finishes = heap + sum(one.slots for one in capacities)
+    memory = _with_rows(memory, first + len(capacities))
+    if finishes > len(memory.finishes):
+        memory = memory._replace(finishes=longer(memory.finishes, max(finishes, 2 * heap)))
+    for index, one in enumerate(capacities, first):
         row, at = index * REPLICA, index * FIXED
         memory.replicas[row + FREE] = one.cache_tokens
         memory.replicas[[row + HEAD, row + TAIL, row + READER]] = NONE
@@ -269,13 +267,31 @@ def with_replicas(memory: Memory, capacities: Sequence[Capacity], known: "dict[t
         memory.fixed[at + GPUS] = one.gpus
         memory.fixed[at + SENDS] = one.role == "prefill"
         memory.fixed[at + TRANSFER_PS] = one.transfer_ps_per_token
-        memory.due_replica[index] = memory.due_place[index] = index
         if one.reads_cached:
             memory.models[one.model * MODEL_FIELDS + TELLS_CACHED] = 0
         heap += one.slots
         put(memory.desk, index, one)
+    memory.counters[FINISHES_USED] = finishes
     for model in {one.model for one in capacities}:
         compiled(dispatch.recount)(memory.desk.models, memory.desk.replicas, memory.desk.accounts, model)
+    return memory
+
+
+def _with_rows(memory: Memory, rows: int) -> Memory:
+    """Return the memory with rows for at least so many replicas; where there were too few, for half as many more."""
+    before = len(memory.due_ps)
+    if rows <= before:
+        return memory
+    rows = max(rows, before + before // 2)
+    memory = memory._replace(
+        desk=dispatch.with_rows(memory.desk, rows),
+        replicas=longer(memory.replicas, rows * REPLICA),
+        fixed=longer(memory.fixed, rows * FIXED),
+        due_ps=longer(memory.due_ps, rows, NEVER_PS),
+        due_replica=longer(memory.due_replica, rows),
+        due_place=longer(memory.due_place, rows),
+    )
+    memory.due_replica[before:] = memory.due_place[before:] = np.arange(before, rows)
     return memory
 
 

@@ -4,9 +4,10 @@ What becomes of requests is handed out in the order of their arrival, as soon as
 needs no more memory than the requests that are under way at one time.
 """
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from typing import NoReturn
 
 import numpy as np
@@ -40,6 +41,7 @@ from waterline.rehearsal.state import (
     REQUEST,
     RESTARTS,
     RESULT,
+    RETRY_S,
     SERVED_BY,
     SHARE,
     SLOT,
@@ -59,6 +61,7 @@ from waterline.rehearsal.state import (
 )
 
 FIRST_SLOTS = 1024
+LOOK = 1 << 13  # requests at a time, in looking for the first that has not ended
 NOBODY = np.zeros(0, np.int64)
 
 
@@ -83,6 +86,44 @@ class Passages:
         return len(self.finish_ps)
 
 
+class Changes:
+    """Of replicas, to come, in the order of time; of one time, in that in which they were told."""
+
+    def __init__(self, changes: Iterable[Change] = ()) -> None:
+        self._heap: list[tuple[int, int, Change]] = []
+        self._of: dict[int, list[tuple[int, Change]]] = {}  # by replica, those that have not been forgotten
+        self._numbers = count()
+        for change in changes:
+            self.add(change)
+
+    def add(self, change: Change) -> None:
+        number = next(self._numbers)
+        heapq.heappush(self._heap, (change.at_ps, number, change))
+        self._of.setdefault(change.replica, []).append((number, change))
+
+    def forget(self, replica: int, at_ps: int) -> None:
+        """Who drains or fails while it loads does not become ready after that."""
+        self._of[replica] = [
+            (number, one) for number, one in self._of.get(replica, ()) if one.at_ps < at_ps or one.kind == "fail"
+        ]
+
+    @property
+    def next_ps(self) -> int:
+        """When the next one happens; NEVER_PS when none does."""
+        while self._heap and self._heap[0][1:] not in self._of[self._heap[0][2].replica]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else NEVER_PS
+
+    def pop(self) -> tuple[int, list[Change]]:
+        """Take all out that happen next, at one time, and return it and them."""
+        at_ps, due = self.next_ps, []
+        while self.next_ps == at_ps:
+            _, number, change = heapq.heappop(self._heap)
+            self._of[change.replica].remove((number, change))
+            due.append(change)
+        return at_ps, due
+
+
 def warm_up() -> None:
     """Let the event loop be compiled, or loaded."""
     nobody = Station(Terms(ttft_s=(1.0,), output_tokens=(1,)))
@@ -98,9 +139,10 @@ class Station:
         self.capacities: list[Capacity] = []  # of all replicas that ever came
         self.memory = make_memory(terms, FIRST_SLOTS)
         self.models = len(terms.ttft_s)
-        self.rows = 0  # of the results, in use
+        self.rows = 0  # of the results, in use …
+        self.gone = 0  # … and how many of the first have been handed out
         self._kinds: dict[tuple[int, bool, int], Kind] = {}
-        self._changes: list[Change] = []  # to come, in the order of time
+        self._changes = Changes()
 
     # --- Replicas that come and go ------------------------------------------------------------------------------------
 
@@ -112,30 +154,24 @@ class Station:
         """Add replicas that get requests from a time on; return their indices."""
         rows = range(len(self.capacities), len(self.capacities) + len(capacities))
         self.capacities += capacities
-        self.memory = with_replicas(self.memory, capacities, self._kinds)
-        self._plan([Change(at_ps=ready_ps, kind="ready", replica=row) for row in rows])
+        self.memory = with_replicas(self.memory, rows.start, capacities, self._kinds)
+        for row in rows:
+            self._changes.add(Change(at_ps=ready_ps, kind="ready", replica=row))
         return rows
 
     def drain(self, row: int, at_ps: int) -> None:
         """Let a replica get nothing more from a time on; what it has it serves to the end."""
-        self._forget_changes(row, at_ps)
-        self._plan([Change(at_ps=at_ps, kind="drain", replica=row)])
+        self._changes.forget(row, at_ps)
+        self._changes.add(Change(at_ps=at_ps, kind="drain", replica=row))
 
     def fail(self, row: int, at_ps: int) -> None:
         """Let a replica lose all it has at a time; its requests begin again elsewhere, with the tokens they have."""
-        self._forget_changes(row, at_ps)
-        self._plan([Change(at_ps=at_ps, kind="fail", replica=row)])
+        self._changes.forget(row, at_ps)
+        self._changes.add(Change(at_ps=at_ps, kind="fail", replica=row))
 
     def idle(self, row: int) -> bool:
         """Whether a replica has no requests."""
         return bool(self.memory.replicas[row * REPLICA + ACCEPTED] == 0)
-
-    def _forget_changes(self, row: int, at_ps: int) -> None:
-        """Who drains or fails while it loads does not become ready after that."""
-        self._changes = [one for one in self._changes if one.replica != row or one.at_ps < at_ps or one.kind == "fail"]
-
-    def _plan(self, changes: Sequence[Change]) -> None:
-        self._changes = sorted([*self._changes, *changes], key=lambda change: change.at_ps)
 
     # --- Requests -----------------------------------------------------------------------------------------------------
 
@@ -186,7 +222,7 @@ class Station:
         self.rows += count
         done = 0
         while done < count:
-            at_ps = self._changes[0].at_ps if self._changes else NEVER_PS
+            at_ps = self._changes.next_ps
             until = int(np.searchsorted(columns[0], at_ps))  # changes come before arrivals
             if until > done:
                 self._run(columns, done, until, first, int(columns[0][until - 1]))
@@ -196,13 +232,13 @@ class Station:
 
     def advance(self, until_ps: int) -> None:
         """Let everything happen up to and including a time, but for steps that begin then."""
-        while self._changes and self._changes[0].at_ps <= until_ps:
+        while self._changes.next_ps <= until_ps:
             self._change()
         self._nothing_comes(until_ps)
 
     def finish(self) -> None:
         """Serve until the last request is done; those whom nobody will ever serve are told so."""
-        while self._changes:
+        while self._changes.next_ps < NEVER_PS:
             self._change()
         self._nothing_comes(NEVER_PS - 1, draining=1)
         waiting = np.flatnonzero(self.results[:, FINISH_AT] == UNFINISHED)
@@ -211,11 +247,11 @@ class Station:
 
     def collect(self) -> Passages:
         """Hand out what is settled: all requests up to the first one that has not ended."""
-        unfinished = self.results[:, FINISH_AT] == UNFINISHED
-        count = int(unfinished.argmax()) if unfinished.any() else len(unfinished)
-        results = self.results[:count].copy()
-        extras = self.memory.extras[: count * EXTRA].reshape(-1, EXTRA).copy()
-        reals = self.memory.reals[: 2 * count].reshape(-1, 2).copy()
+        count = self._settled()
+        first, last = self.gone, self.gone + count
+        results = self.memory.results[first * RESULT : last * RESULT].reshape(-1, RESULT).copy()
+        extras = self.memory.extras[first * EXTRA : last * EXTRA].reshape(-1, EXTRA).copy()
+        retry_s = self.memory.reals[2 * first + RETRY_S : 2 * last : 2].copy()
         self._forget(count)
         return Passages(
             client=results[:, CLIENT],
@@ -225,7 +261,7 @@ class Station:
             busy_ps=results[:, SHARE],
             replica=results[:, SERVED_BY],
             preemptions=results[:, PREEMPTED],
-            retry_s=np.where(results[:, SERVED_BY] < 0, reals[:, 0], 0.0),
+            retry_s=np.where(results[:, SERVED_BY] < 0, retry_s, 0.0),
             read_by=extras[:, READ_BY],
             read_busy_ps=extras[:, READ_SHARE],
             lost_gpu_ps=extras[:, LOST_GPU_PS],
@@ -235,8 +271,17 @@ class Station:
     @property
     def results(self) -> Integers:
         """What is known of the requests that have not been handed out, a row each."""
-        results: Integers = self.memory.results[: self.rows * RESULT].reshape(-1, RESULT)
+        results: Integers = self.memory.results[self.gone * RESULT : self.rows * RESULT].reshape(-1, RESULT)
         return results
+
+    def _settled(self) -> int:
+        """Return how many requests there are before the first that has not ended."""
+        finish_ps = self.results[:, FINISH_AT]
+        for begin in range(0, len(finish_ps), LOOK):
+            unfinished = finish_ps[begin : begin + LOOK] == UNFINISHED
+            if unfinished.any():
+                return begin + int(unfinished.argmax())
+        return len(finish_ps)
 
     # --- The event loop -----------------------------------------------------------------------------------------------
 
@@ -257,9 +302,7 @@ class Station:
 
     def _change(self) -> None:
         """Let the first of the changes to come happen, and all that happen with it."""
-        at_ps = self._changes[0].at_ps
-        due = [change for change in self._changes if change.at_ps == at_ps]
-        self._changes = self._changes[len(due) :]
+        at_ps, due = self._changes.pop()
         self._nothing_comes(at_ps)
         for kind, group in groupby(due, key=lambda change: change.kind):
             rows = [change.replica for change in group]
@@ -282,8 +325,9 @@ class Station:
     # --- Room ---------------------------------------------------------------------------------------------------------
 
     def _make_rows(self, more: int, blocks: NDArray[np.integer] | None, counts: NDArray[np.integer]) -> None:
-        needed = self.rows + more
-        memory = self.memory
+        if (self.rows + more) * RESULT > len(self.memory.results):
+            self._move_to_front()
+        needed, memory = self.rows + more, self.memory
         if needed * RESULT > len(memory.results):
             room = max(needed, 2 * self.rows)
             reals = np.zeros(2 * room)
@@ -301,16 +345,24 @@ class Station:
         self.memory = memory
 
     def _forget(self, count: int) -> None:
+        """Give the rows of so many requests back, once they are more than those still in use."""
+        self.gone += count
+        if 2 * self.gone > self.rows:
+            self._move_to_front()
+
+    def _move_to_front(self) -> None:
         """Move what is known of requests to the front, over those that have been handed out."""
-        memory, left = self.memory, self.rows - count
+        memory, gone, left = self.memory, self.gone, self.rows - self.gone
+        if not gone:
+            return
         for array, width in ((memory.results, RESULT), (memory.extras, EXTRA), (memory.reals, 2)):
-            array[: left * width] = array[count * width : self.rows * width].copy()
-        gone = memory.first_block[count]
-        memory.first_block[: left + 1] = memory.first_block[count : self.rows + 1] - gone
-        if gone:
-            self.memory = memory._replace(blocks=memory.blocks[gone:].copy())
-        memory.slots[REQUEST::SLOT] -= count
-        self.rows = left
+            array[: left * width] = array[gone * width : self.rows * width]  # numpy minds that they overlap
+        passed = memory.first_block[gone]
+        memory.first_block[: left + 1] = memory.first_block[gone : self.rows + 1] - passed
+        if passed:
+            self.memory = memory._replace(blocks=memory.blocks[passed:].copy())
+        memory.slots[REQUEST::SLOT] -= gone
+        self.rows, self.gone = left, 0
 
     def _make_room(self) -> None:
         memory = self.memory
