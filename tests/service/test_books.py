@@ -85,7 +85,7 @@ def test_a_stream_that_its_client_leaves_is_charged_for_what_it_had(tmp_path: Pa
 
 def test_a_quota_holds_however_many_ask_at_once(tmp_path: Path) -> None:
     async def case() -> None:
-        async with kept(tmp_path, plan_of(), Quotas(tokens_total=100)) as (_, client):
+        async with kept(tmp_path, plan_of(), Quotas(tokens_total=100)) as (service, client):
             asking = (ask(client, max_tokens=10) for _ in range(20))
             answers = await asyncio.gather(*asking, return_exceptions=True)
             tokens = [answer for answer in answers if isinstance(answer, int)]
@@ -99,6 +99,7 @@ def test_a_quota_holds_however_many_ask_at_once(tmp_path: Path) -> None:
             with pytest.raises(openai.RateLimitError, match="max_tokens"):
                 await ask(client)  # without a limit it may become as long as the context
             assert (row.requests, row.refused) == (20, len(refusals))
+            assert not [one for one in service.completions if one.status == "refused"], "it is no matter of load"
 
     asyncio.run(case())
 
@@ -114,6 +115,9 @@ def test_a_reply_says_what_is_left_of_the_quota(tmp_path: Path) -> None:
                 assert reply.headers["x-ratelimit-limit-tokens"] == "1000"
                 assert 0 < int(reply.headers["x-ratelimit-reset-tokens"].rstrip("s")) <= 86_400
             assert left == [1000, 981], "as far as has been decided about: nothing yet, then an answer"
+            assert await ask(client, max_tokens=100_000) < 512, (
+                "no answer is longer than the context: so much is set aside"
+            )
 
     asyncio.run(case())
 

@@ -97,7 +97,10 @@ def fetch_snapshot(url: str) -> "Snapshot":
         if error.code == 401:
             wrong = "another one than that of" if key else "its admin key in"
             raise InputError(f"the service at {url} wants {wrong} {KEY_VARIABLE}.") from error
-        raise InputError(f"what answers at {url} is no page of waterline up: {error.code} {error.reason}.") from error
+        raise InputError(
+            f"what answers at {url} is no page of waterline up: {error.code} {error.reason}. Its API has another port: "
+            "say --url with the address that it names as 'Watch it'."
+        ) from error
     except msgspec.DecodeError as error:
         raise InputError(
             f"what answers at {url} is no page of waterline up, or of another version: {error}."

@@ -29,6 +29,7 @@ from waterline.ledger import Key, Ledger, files, read_keys, utc_us
 from waterline.ledger.files import Batch, BatchStatus, Line
 from waterline.service.access import Caller
 from waterline.service.asgi import Message, Reply
+from waterline.service.books import OVER_QUOTA
 from waterline.service.completions import Request
 from waterline.service.dispatcher import Dispatcher
 from waterline.service.errors import RejectedError, error_json, http_status
@@ -356,7 +357,7 @@ def spare_slots(dispatcher: Dispatcher, model: str) -> int:
 
 
 def _is_worth_another_try(error: WaterlineError, status: int) -> bool:
-    spent = isinstance(error, RejectedError) and error.code == "insufficient_quota"
+    spent = isinstance(error, RejectedError) and error.code == OVER_QUOTA
     return status >= 500 or (status == 429 and not spent)
 
 

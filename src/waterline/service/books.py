@@ -16,6 +16,7 @@ from waterline.service.asgi import Headers
 from waterline.service.errors import RejectedError, retry_after
 from waterline.units import GIGA, MEGA
 
+OVER_QUOTA = "insufficient_quota"  # OpenAI's code
 NEVER_S = 30 * 86_400.0  # to come back, for who needs somebody to raise a quota first
 
 
@@ -124,6 +125,6 @@ def over_quota(error: QuotaError) -> RejectedError:
     return RejectedError(
         str(error),
         status=429,
-        code="insufficient_quota",
+        code=OVER_QUOTA,
         headers=retry_after(NEVER_S if error.retry_after_s is None else error.retry_after_s),
     )

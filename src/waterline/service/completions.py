@@ -4,7 +4,7 @@ import asyncio
 from asyncio import Future
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from waterline.policy.decisions import NOT_SERVED, RULES, TOO_LATE, TOO_LONG
 from waterline.service.access import Access, Caller
 from waterline.service.asgi import ClientGoneError, Headers, Receive, Reply, Scope, read_body, unless_disconnected
 from waterline.service.body import BYTES_PER_TOKEN, CHAT, Asked, loaded, read_asked
-from waterline.service.books import Books, Entry
+from waterline.service.books import OVER_QUOTA, Books, Entry
 from waterline.service.dispatcher import NO_BLOCKS, Dispatcher, Refusal, Service, Ticket, block_keys
 from waterline.service.errors import RejectedError, retry_after, shortened
 from waterline.service.limits import was_slow
@@ -118,6 +118,7 @@ class Visit:
     ticket: Ticket | None = None  # once it was taken in
     progress: Progress = field(default_factory=Progress)
     is_over: bool = False
+    over_quota: bool = False  # it was refused for that: the ledger's business, and no matter of load
     settled: Future[None] | None = None  # done when it stands in the ledger
 
     @property
@@ -197,6 +198,7 @@ class Completions:
             raise
         except WaterlineError as error:
             status, reason = _judged(error)
+            visit.over_quota = isinstance(error, RejectedError) and error.code == OVER_QUOTA
             raise
         except asyncio.CancelledError:
             if not self.stopping:
@@ -303,7 +305,7 @@ class Completions:
         """Wait for its turn and for its answer, within its quota."""
         asked, entry = visit.asked, visit.entry
         room = max(visit.service.max_context_tokens - asked.fewest_tokens, 0)
-        output_tokens = asked.answers * (room if asked.most_tokens is None else asked.most_tokens)
+        output_tokens = asked.answers * (room if asked.most_tokens is None else min(room, asked.most_tokens))
         cost_gpu_s = visit.service.cost_gpu_s(asked.prompt_tokens, output_tokens)
         await self._books.reserve(entry, asked.prompt_tokens + output_tokens, cost_gpu_s)
         if entry.reservation:
@@ -352,8 +354,9 @@ class Completions:
             gpu_s=ticket.gpu_s if ticket else 0.0,
             reason=reason,
         )
-        self._metrics.count(completion)
-        self._on_completion(completion)
+        seen = replace(completion, status="cancelled") if visit.over_quota else completion
+        self._metrics.count(seen)
+        self._on_completion(seen)
         cost_gpu_s = visit.service.cost_gpu_s(*tokens)
         visit.settled = self._books.settle(
             visit.entry, completion, visit.turn.replicas, cost_gpu_s, final=status == "ok" or not visit.request.again

@@ -204,7 +204,7 @@ def _missed(plan: Plan, latencies: Iterable[LatencyNow]) -> Iterator[str]:
         if one.requests >= FEW and part < plan.fleet.slos[one.model].fraction:
             yield (
                 f"{part:.0%} of {one.tenant}'s last {one.requests} requests to '{one.model}' were within their SLO; "
-                f"{one.requests - one.ok} were refused or failed."
+                f"{one.requests - one.ok} {'was' if one.requests - one.ok == 1 else 'were'} refused or failed."
             )
 
 
