@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from waterline.policy.admission import (
     ADMIT,
     HALF_LIFE_S,
+    LEAST_MEMORY_S,
     MEMORY_S,
     NOBODY,
     Accounts,
@@ -49,8 +50,11 @@ def jain(served: list[float]) -> float:
 
 
 def accounts(*shares: tuple[float, float, float], gpus: float = 10.0) -> Accounts:
+    """Return accounts that have been kept for long."""
     guarantee, deserved, limit = zip(*shares, strict=True)
-    return new_accounts(guarantee, deserved, limit, gpus)
+    books = new_accounts(guarantee, deserved, limit, gpus)
+    books.memory_s[:] = MEMORY_S
+    return books
 
 
 ONE = ((0.0, 1.0, 1.0),)
@@ -115,7 +119,7 @@ def test_a_tenant_at_its_limit_is_told_when_it_will_be_below_it() -> None:
     assert until_below_limit_s(books, 1) == ADMIT
     enter(queue, 0, 0, 2.0)
     assert next_line(books, queue, 0) == (NOBODY, OVER_LIMIT), "even when GPUs idle: that is what a limit means"
-    age(books, 60.001)
+    age(books, 60.001, serves=True)
     assert next_line(books, queue, 0)[0] == 0
 
 
@@ -187,7 +191,7 @@ def serve(
         enter(queue, client, 0, costs[client])
         served[client] += costs[client]
         now_s += costs[client] / gpus
-        age(books, now_s)
+        age(books, now_s, serves=True)
     return served
 
 
@@ -220,7 +224,7 @@ def flood(quiet_requests_per_s: float) -> tuple[list[float], list[float]]:
             waits += [now_s - waiting[client].pop(0)] if client else []
             served[client] += 1
             free_s += 0.2
-        age(books, now_s)
+        age(books, now_s, serves=True)
     return served.tolist(), waits
 
 
@@ -240,6 +244,15 @@ def test_under_saturation_tenants_get_what_they_deserve() -> None:
     books = accounts((0.3, 0.5, 1.0), (0.0, 0.3, 1.0), (0.0, 0.2, 1.0))
     served = serve(books, new_queue(3, [0, 1, 2]), [2.0, 3.0, 0.5], always=range(3), seconds=600)
     assert served / served.sum() == pytest.approx([0.5, 0.3, 0.2], abs=0.01)
+
+
+def test_a_guarantee_does_not_take_a_fleet_that_has_just_started_for_itself() -> None:
+    books = new_accounts((0.3, 0.0, 0.0), (0.5, 0.3, 0.2), (1.0, 1.0, 1.0), 10.0)
+    age(books, 90.0, serves=False)  # while the replicas load
+    assert books.memory_s[0] == LEAST_MEMORY_S
+    books.aged_s[0] = 0.0
+    served = serve(books, new_queue(3, [0, 1, 2]), [2.0, 3.0, 0.5], always=range(3), seconds=30)
+    assert served / served.sum() == pytest.approx([0.5, 0.3, 0.2], abs=0.05)
 
 
 def test_what_idle_tenants_leave_is_shared_by_what_is_deserved() -> None:
@@ -294,9 +307,9 @@ def test_half_of_what_was_used_is_forgotten_in_a_half_life_however_often_it_ages
     books = accounts(*ONE)
     books.used_gpu_s[0] = 100.0
     for second in range(1, 61):
-        age(books, float(second))
+        age(books, float(second), serves=True)
     assert books.used_gpu_s[0] == pytest.approx(50.0, rel=1e-6)
-    age(books, 30.0)
+    age(books, 30.0, serves=True)
     assert books.aged_s[0] == 60.0, "time does not run backwards"
 
 
@@ -309,7 +322,7 @@ def test_a_tenant_that_uses_all_gpus_all_the_time_has_a_share_of_one() -> None:
     books = accounts(*ONE)
     for second in range(1, 1200):
         books.used_gpu_s[0] += 10.0
-        age(books, float(second))
+        age(books, float(second), serves=True)
     assert share_of(books, 0) == pytest.approx(1.0, abs=0.01)
 
 

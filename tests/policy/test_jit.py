@@ -81,7 +81,7 @@ def admissions(form: Callable[[Callable[..., object]], Callable[..., object]]) -
             settle(books, queue, answers[-1][0], cost - 1.0)
         elif answers[-1][0] >= 0 and step % 7 == 0:
             leave(queue, answers[-1][0], 0, 1.0)
-        age(books, step * 0.37)
+        age(books, step * 0.37, step > 20)
     return [*answers, *bits(books), *bits(queue)]
 
 

@@ -1,9 +1,9 @@
 """Whether a request is taken in or refused, whose turn it is when a slot is free, and what that costs whom.
 
 **Tenants share GPU time, not requests.** `Accounts` holds what each tenant has used lately: GPU-seconds, of which half
-is forgotten every `HALF_LIFE_S`. Its *share* is that over what all GPUs have to give in the same memory. Who is below
-its guarantee goes first, then who is below what it deserves, then who borrows; of equal standing, who has least of
-what it deserves. At its limit a tenant waits, even when GPUs idle.
+is forgotten every `HALF_LIFE_S`. Its *share* is that over what all GPUs had to give in the same memory, from when they
+began to serve. Who is below its guarantee goes first, then who is below what it deserves, then who borrows; of equal
+standing, who has least of what it deserves. At its limit a tenant waits, even when GPUs idle.
 
 **Clients share their tenant's turn by work.** Each has a *virtual counter* of the GPU-seconds it was served (Sheng et
 al., "Fairness in Serving Large Language Models", OSDI 2024: there in weighted tokens); the lowest goes next. Who comes
@@ -47,6 +47,7 @@ PACE_S = 15.0  # half of the pace at which work began is forgotten
 CAUTION = 0.7  # of its time a request should be expected to wait for its turn: turns scatter, and most must be in time
 UNKNOWN_S = 2.0  # of waiting, after which what was seen counts for more than what is expected
 MEMORY_S = HALF_LIFE_S * 1.4426950408889634  # what a GPU that never idles has on its account in the end: half-life/ln 2
+LEAST_MEMORY_S = 15.0  # at first, because requests are charged for some time ahead
 
 
 class Accounts(NamedTuple):
@@ -58,6 +59,9 @@ class Accounts(NamedTuple):
     used_gpu_s: NDArray[np.float64]  # [tenant] half of it is forgotten every HALF_LIFE_S
     gpus: NDArray[np.float64]  # [1] that serve, of all models
     aged_s: NDArray[np.float64]  # [1] when `age` was called last
+    memory_s: NDArray[
+        np.float64
+    ]  # [1] what a GPU that never idled would have on its account by now: MEMORY_S in the end
 
 
 class FairQueue(NamedTuple):
@@ -99,6 +103,7 @@ def new_accounts(
         np.zeros(len(guarantee)),
         np.array([float(gpus)]),
         np.zeros(1),
+        np.array([LEAST_MEMORY_S]),
     )
 
 
@@ -373,14 +378,15 @@ LN_2 = 0.6931471805599453
 
 
 @swift
-def age(accounts: Accounts, now_s: float) -> None:
-    """Let the accounts forget what lies back."""
+def age(accounts: Accounts, now_s: float, serves: bool) -> None:  # noqa: FBT001 - compiled code has no keyword-only arguments
+    """Let the accounts forget what lies back; `serves`: whether anybody has been there to serve."""
     passed_s = now_s - accounts.aged_s[0]
     if passed_s <= 0.0:
         return
     kept = half_to_the(passed_s / HALF_LIFE_S)
     for tenant in range(len(accounts.used_gpu_s)):
         accounts.used_gpu_s[tenant] *= kept
+    accounts.memory_s[0] = _memory_s(accounts, kept if serves else 1.0)
     accounts.aged_s[0] = now_s
 
 
@@ -403,20 +409,31 @@ def keep_pace(queue: FairQueue, passed_s: float) -> None:
 @swift
 def share_of(accounts: Accounts, tenant: int) -> float:
     """Return the fraction of the fleet's GPU time a tenant has used lately."""
-    return float(accounts.used_gpu_s[tenant] / (max(accounts.gpus[0], LEAST_SHARE) * MEMORY_S))
+    return _share_when(accounts, tenant, 1.0)
+
+
+@swift
+def _share_when(accounts: Accounts, tenant: int, kept: float) -> float:
+    """Return the share of a tenant that idles until no more than a part of what it has used is remembered."""
+    had_gpu_s = max(accounts.gpus[0], LEAST_SHARE) * _memory_s(accounts, kept)
+    return float(accounts.used_gpu_s[tenant] * kept / had_gpu_s)
+
+
+@swift
+def _memory_s(accounts: Accounts, kept: float) -> float:
+    return float(MEMORY_S + (accounts.memory_s[0] - MEMORY_S) * kept)
 
 
 @swift
 def until_below_limit_s(accounts: Accounts, tenant: int) -> float:
     """Return in how many seconds of idling a tenant would be below its limit again; 0 when it is."""
     limit = accounts.limit[tenant]
-    share = share_of(accounts, tenant)
-    if limit >= 1.0 or share < limit:
+    if limit >= 1.0 or share_of(accounts, tenant) < limit:
         return ADMIT
     shortest, longest = 0.0, 64.0  # half-lives; then nothing is left of anything
     for _ in range(30):
         middle = (shortest + longest) / 2
-        if share * half_to_the(middle) < limit:
+        if _share_when(accounts, tenant, half_to_the(middle)) < limit:
             longest = middle
         else:
             shortest = middle

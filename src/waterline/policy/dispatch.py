@@ -438,7 +438,10 @@ def tick(desk: Desk, now_s: float) -> None:
     """Let the accounts forget. Call it once a second, and then see who may start: a limit may have been left."""
     passed_s = now_s - desk.accounts.aged_s[0]
     if passed_s > 0.0:
-        admission.age(desk.accounts, now_s)
+        serves = False
+        for model in range(len(desk.models.gpus)):
+            serves = serves or desk.models.gpus[model] > 0.0
+        admission.age(desk.accounts, now_s, serves)
         admission.keep_pace(desk.queue, passed_s)
 
 
