@@ -205,6 +205,24 @@ def test_what_could_be_spared_for_five_minutes_is_handed_back_with_a_deadline() 
     assert moves.deadline_s.tolist() == [330 + 30] * 5
 
 
+def test_what_loads_is_no_reason_to_hand_back_what_answers() -> None:
+    fleet = Fleet((4,), {"public": (0, 0, 4)}, load_s=1000.0).run("public").want(public=2)
+    assert said(fleet.step()) == [("start", "borrow idle")]
+    fleet.want(public=0.9).settle(90)
+    assert (fleet.replicas.state == READY).sum() == 1, "it serves while the other loads"
+    fleet.settle(90)
+    assert (fleet.replicas.state == READY).sum() == 1, "when both answer, one of them goes"
+    assert fleet.gpus_of("public") == 1
+
+
+def test_who_has_its_own_loading_still_has_what_another_tenant_of_the_model_could_hand_back() -> None:
+    fleet = shared(public=(0, 0, 8), enterprise=(0, 8, 8)).run("enterprise")
+    fleet.layouts.load_s[:] = 1000.0
+    fleet.want(public=1, enterprise=1).step()
+    fleet.want(enterprise=0).settle(60)
+    assert (fleet.replicas.state == READY).sum() == 1
+
+
 def test_a_guarantee_is_not_handed_back_because_nobody_else_may_use_it() -> None:
     fleet = Fleet((8,), {"enterprise": (4, 6, 8)}).run("enterprise", 8).want(enterprise=0).settle(50)
     assert fleet.gpus_of("enterprise") == 4

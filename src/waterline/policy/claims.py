@@ -271,7 +271,8 @@ def _legal(
     if tenant == services.tenant[service]:
         if services.priority[giver] != services.priority[service]:
             return bool(services.priority[giver] < services.priority[service])
-        return bool(giver != service and tally.left_spare[giver] >= replicas.rate[replica])
+        spare = min(tally.left_spare[giver], tally.answering[services.model[giver]])
+        return bool(giver != service and spare >= replicas.rate[replica])
     if rule == OWN_SURPLUS or (only != NOBODY and only != tenant):  # noqa: PLR1714 - numba has no mixed tuples
         return False
     deserved, guarantee = tenants.deserved_gpus[tenant], tenants.guarantee_gpus[tenant]

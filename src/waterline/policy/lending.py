@@ -10,8 +10,9 @@ needed lately (`Services.needed`). In this order:
    else gets them before. If it has not been needed for `STABLE_S` by then, they are free for all.
 2. *Take-over.* Tenants of the same model share its replicas, each of which counts as one tenant's GPUs. What one can
    spare and another needs passes to the other as it runs, as far as its limit allows; nothing is stopped or loaded.
-3. *Hand-back.* What a service has not needed for `STABLE_S` is drained. What falls within its tenant's guarantee
-   stays, because nobody else may use it.
+3. *Hand-back.* What a service has not needed for `STABLE_S` is drained, when those that answer can do without it: what
+   still loads is no reason to stop what serves. What falls within its tenant's guarantee stays, because nobody else may
+   use it.
 4. *Starts*, one replica at a time, for the service that is furthest behind: below the guarantee first, then below
    deserved, then borrowing; of each the highest priority, then the smallest part of what is due (KAI's fair share,
    filled up drop by drop). Each takes, in this order: GPUs that idle; else, if it has what it deserves, it becomes the
@@ -208,7 +209,7 @@ def _least_missed(
             continue
         if not tally.staying[replica] or replicas.since_s[replica] > ready_by_s:
             continue
-        if replicas.rate[replica] > tally.stable[service]:
+        if replicas.rate[replica] > min(tally.stable[service], tally.answering[services.model[service]]):
             continue
         if tally.usage[tenant] - replicas.gpus[replica] < tenants.guarantee_gpus[tenant] - DUST:
             continue

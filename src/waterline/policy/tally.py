@@ -37,6 +37,7 @@ class Tally(NamedTuple):
     supply: NDArray[np.float64]  # [service] work a second of replicas that stay, and of claims
     spare: NDArray[np.float64]  # [service] work a second it can do without now; below 0: it cannot
     stable: NDArray[np.float64]  # [service] the same, of what it could do without all the last STABLE_S
+    answering: NDArray[np.float64]  # [model] work a second that can be done without of replicas that answer already
     hosted: NDArray[np.float64]  # [service] work a second that replicas of other tenants do for it, see `_host`
     free: NDArray[np.int64]  # [node]
     open: NDArray[np.int64]  # [claim] 1 if the row is taken
@@ -69,6 +70,7 @@ def take_stock(
         np.zeros(len(services.tenant)),
         np.zeros(len(services.tenant)),
         np.zeros(len(services.tenant)),
+        np.zeros(len(layouts.gpus)),
         np.zeros(len(services.tenant)),
         free_gpus.copy(),
         np.zeros(len(claims.service), np.int64),
@@ -96,9 +98,13 @@ def take_stock(
         tally.usage[tenant] += replicas.gpus[replica]
         tally.occupied[tenant] += replicas.gpus[replica]
         tally.supply[service] += replicas.rate[replica]
+        if replicas.state[replica] == READY:
+            tally.answering[services.model[service]] += replicas.rate[replica]
     _group_by_node(replicas, tally)
     for service in range(len(services.tenant)):
-        tally.spare[service] = tally.supply[service] - _needs(services, service) * (1.0 + SLACK)
+        needed = _needs(services, service) * (1.0 + SLACK)
+        tally.spare[service] = tally.supply[service] - needed
+        tally.answering[services.model[service]] -= min(needed, tally.supply[service])
         tally.stable[service] = tally.supply[service] - needed_lately(services, service) * (1.0 + SLACK)
     for claim in range(len(claims.service)):
         if claims.service[claim] != NOBODY:
@@ -252,6 +258,7 @@ def stop_replica(
     tally.supply[service] -= rate
     tally.spare[service] -= rate
     tally.stable[service] -= rate
+    tally.answering[services.model[service]] -= rate
     loss = loss_gpu_s(tenants, services, replicas, replica)
     kind = HAND_BACK if claim == NOBODY else DRAIN
     push_move(
