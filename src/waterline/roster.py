@@ -114,6 +114,15 @@ class Roster:
                 return row
         raise KeyError(id_)
 
+    @property
+    def names(self) -> dict[str, Sequence[str]]:
+        """Return what numbers in the decision log stand for, but for victims: those are rows, as they are then."""
+        return {
+            "tenant": self.tenants,
+            "claimant": [f"{one.tenant}/{one.target}" for one in self.services],
+            "place": [f"{berth.pool}/{berth.nodes[0]}" for berth in self.berths],
+        }
+
     # --- GPUs ---------------------------------------------------------------------------------------------------------
 
     def start(self, moves: Moves, move: int) -> Replica | Run | None:

@@ -87,9 +87,27 @@ def test_every_request_can_be_written_down(plan_file: Path, tmp_path: Path) -> N
     assert len(rows) == 1471
     assert {row["status"] for row in rows} <= {"ok", "refused"}
     assert all((row["first_token_s"] == "") == (row["status"] == "refused") for row in rows)
-    refusal = run(plan_file, "--duration", "60s", "--output", tmp_path / "nowhere" / "requests.csv")
-    assert isinstance(refusal.exception, InputError)
-    assert "Choose another place with --output" in str(refusal.exception)
+
+
+def test_where_a_file_cannot_be_written_a_person_learns_before_the_rehearsal(
+    plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_, **__: pytest.fail("it was rehearsed"))
+    for option in ("--output", "--decisions", "--html"):
+        error = run(plan_file, option, tmp_path / "nowhere" / "file").exception
+        assert str(error).endswith(f"there is no such folder. Choose another place with {option}.")
+        assert "it is a folder" in str(run(plan_file, option, tmp_path).exception)
+    both = run(plan_file, "--html", tmp_path / "one", "--output", tmp_path / "one").exception
+    assert "--output and --html both name" in str(both)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk here that is always full")
+def test_a_disk_that_is_full_costs_the_file_and_not_what_was_learnt(plan_file: Path) -> None:
+    for option in ("--output", "--decisions", "--html"):
+        result = run(plan_file, "--duration", "10s", option, "/dev/full")
+        assert "in SLO" in result.output
+        assert isinstance(result.exception, InputError)
+        assert "No space left on device. Choose another place" in str(result.exception)
 
 
 def test_a_plan_is_known_by_its_content_not_its_name(plan_file: Path, tmp_path: Path) -> None:
@@ -130,7 +148,7 @@ def test_ctrl_c_prints_what_has_been_learnt_so_far(plan_file: Path, monkeypatch:
     assert result.exception is None
     assert signal.getsignal(signal.SIGINT) is before
     said = json.loads(result.output)
-    assert re.fullmatch(r"stopped after [\d,]+ requests; those under way then are not counted", said["replayed"][-1])
+    assert re.fullmatch(r"stopped after [\d,]+ requests, 1[2-8]\d\.\d of 120,000\.0 min", said["replayed"][-1])
     assert 2 * 3600 < said["duration_s"] < 3.1 * 3600
     assert said["requests"] == pytest.approx(3 * 3600 * 0.5, rel=0.1)
 
@@ -258,6 +276,24 @@ def test_decisions_are_lines_with_a_digest(plan_file: Path, tmp_path: Path) -> N
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert all(json.loads(line)["rule"] for line in lines)
     assert f"{len(lines):,} decisions written to" in result.output
+    assert {json.loads(line)["claimant"] for line in lines} == {"public/chat"}
     digest = re.search(r"sha256 of those about replicas: ([0-9a-f]{64})", result.output)
     assert digest is not None
     assert json.loads(run(plan_file, "--duration", "60s", "--json").output)["decisions_sha256"] == digest[1]
+
+
+def test_decisions_name_clients_replicas_and_nodes_as_the_table_of_requests_does(
+    plan_file: Path, tmp_path: Path
+) -> None:
+    rows = [f"{at / 10},3000,1000,{'ann' if at % 2 else 'bob'}" for at in range(2000)]
+    (tmp_path / "log.csv").write_text("arrival_s,prompt_tokens,output_tokens,client\n" + "\n".join(rows) + "\n")
+    run(
+        plan_file, "--trace", tmp_path / "log.csv", "--decisions", tmp_path / "log.jsonl",
+        "--output", tmp_path / "requests.csv",
+    )  # fmt: skip
+    with (tmp_path / "requests.csv").open() as file:
+        became = sorted((row["tenant"], row["client"], row["replica"]) for row in csv.DictReader(file))
+    said = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    requests = [one for one in said if one["claimant"] in {"ann", "bob"}]
+    assert sorted((one["tenant"], one["claimant"], one.get("place", "")) for one in requests) == became
+    assert {place for _, _, place in became} > {""}, "some were refused"

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,16 @@ def test_other_processes_give_the_same_bytes(fleet: Path) -> None:
 def test_a_ray_cluster_gives_the_same_bytes(fleet: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'waterline-llm[ray]'")
     assert answers(fleet, "--ray", "local") == here(fleet)
+
+
+def test_where_nobody_listens_a_person_learns_it_within_seconds(fleet: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'waterline-llm[ray]'")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    for address in (f"127.0.0.1:{free}", f"ray://127.0.0.1:{free}", "127.0.0.1:lots"):
+        error = run(fleet, "--sweep", "pools.a.100.nodes=1,2", "--ray", address).exception
+        assert isinstance(error, InputError)
+        assert f"no Ray cluster answers at '{address}'" in str(error)
 
 
 def test_without_ray_a_person_is_told_what_to_install(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:

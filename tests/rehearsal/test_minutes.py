@@ -1,6 +1,7 @@
 """The minutes clock in a rehearsal: small fleets by their story, random ones by what must never happen."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -113,7 +114,10 @@ def test_the_log_is_the_same_for_the_same_seed_whatever_the_size_of_pieces(monke
     assert parts.digest == whole.digest != other.digest
     assert canonical_bytes(parts.decisions) == canonical_bytes(whole.decisions)
     assert str(parts.completions) == str(whole.completions)  # as text, because no NaN is like another
-    assert b'"rule"' in as_json(whole.decisions[0], dict(whole.names))
+    lines = [json.loads(as_json(row, whole.names)) for row in whole.decisions]
+    assert [(line["rule"], line["claimant"], line["place"], line["amount"]) for line in lines] == [
+        (move.rule, f"{move.tenant}/{move.target}", f"{move.pool}/{move.node}", move.gpus) for move in whole.moves
+    ]
 
 
 def test_decisions_about_requests_are_kept_when_asked_for() -> None:
@@ -168,10 +172,19 @@ def test_failures_are_read_and_drawn() -> None:
     drawn = random_failures(PLAN.fleet, mean_hours_between=10.0, repair_s=600.0, length_s=1000 * 3600.0, seed=3)
     assert len(drawn) == pytest.approx(3 * 1000 / (10 + 1 / 6), rel=0.15)
     assert drawn == random_failures(PLAN.fleet, mean_hours_between=10.0, repair_s=600.0, length_s=3.6e6, seed=3)
-    with pytest.raises(InputError, match="pool 'box' has 3, counted from 0"):
+    assert str(Failure(pool="box", node=1, begin_s=69_000.0, length_s=600.0)) == "box:1@19:10+10m"
+    with pytest.raises(InputError, match="pool 'box' has no node 3 that could fail: it has 3, counted from 0"):
         rehearse(PLAN, failures=[Failure(pool="box", node=3, begin_s=0.0, length_s=60.0)])
-    with pytest.raises(UnknownNameError, match="pool 'bax' of the failure bax:0@00:00"):
+    with pytest.raises(
+        UnknownNameError, match="the fleet has no pool 'bax', of which a node is to fail. Did you mean 'box'"
+    ):
         rehearse(PLAN, failures=[Failure(pool="bax", node=0, begin_s=0.0, length_s=60.0)])
+    late = Failure(pool="box", node=0, begin_s=300.0, length_s=60.0)
+    with pytest.raises(
+        InputError, match=r"the failure box:0@00:05\+1m begins outside of the rehearsal, which goes from"
+    ):
+        rehearse(PLAN, duration_s=300.0, failures=[late])
+    assert rehearse(PLAN, duration_s=310.0, failures=[late], keep=False).notes[-1] == "failing box:0@00:05+1m"
     with pytest.raises(InputError, match="Rehearse that under another policy"):
         rehearse(PLAN, policy="plan", failures=[Failure(pool="box", node=0, begin_s=0.0, length_s=60.0)])
 

@@ -61,17 +61,17 @@ def tell(found: "Sequence[Rehearsed]", *, html: Path | None, as_json: bool) -> N
     """Print and write what was asked for."""
     from waterline.cli import rehearse_files
 
+    if as_json:
+        data = {"rehearsals": {one.name: rehearse_files.as_data(one) for one in found}}
+        click.echo(rehearse_files.to_json(data))
+    else:
+        show(found)
     if html:
         from waterline.cli.rehearse_page import write_page
 
         write_page(found, html)
-    if as_json:
-        data = {"rehearsals": {one.name: rehearse_files.as_data(one) for one in found}}
-        click.echo(rehearse_files.to_json(data))
-        return
-    show(found)
-    if html:
-        click.echo(f"Written to {html}. Open it in a browser.")
+        if not as_json:
+            click.echo(f"Written to {html}. Open it in a browser.")
 
 
 def show(found: "Sequence[Rehearsed]") -> None:
@@ -91,11 +91,18 @@ def show(found: "Sequence[Rehearsed]") -> None:
         text_columns=2,
         spare=(),
     )
-    for note in found[0].happened.notes:
+    for note in notes(found):
         screen.print(note)
     requests = sum(one.happened.summaries[0].requests for one in found)
     took_s = sum(one.took_s for one in found)
     screen.print(f"{requests / max(took_s, 1e-9):,.0f} requests per second rehearsed.", style="dim")
+
+
+def notes(found: "Sequence[Rehearsed]") -> list[str]:
+    """Return what was replayed, and where it was not the same."""
+    first = found[0].happened.notes
+    ones_own = [f"{one.name}: {note}" for one in found[1:] for note in one.happened.notes if note not in first]
+    return [*first, *ones_own]
 
 
 def lines(found: "Sequence[Rehearsed]") -> list[Line]:

@@ -1,11 +1,12 @@
 """`waterline rehearse`: what will happen."""
 
+import os
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,9 +150,7 @@ def rehearse(
     waterline rehearse monday.json friday.json --html both.html
     waterline rehearse examples/mixed.toml --sweep 'pools.a100.nodes=1:4'
     """  # noqa: D301 - click wants the character itself
-    for option, file in (("--output", output), ("--html", html), ("--decisions", decisions)):
-        if file == Path("-"):
-            raise InputError(f"{option} names a file, and '-' is none. To print there: {option} /dev/stdout")
+    check_places({"--output": output, "--html": html, "--decisions": decisions})
     question = Question(
         trace=trace, columns=columns, traffic=traffic, surges=surges, failures=failures, duration_s=duration, seed=seed
     )
@@ -165,10 +164,11 @@ def rehearse(
 
         sweep(fleet_or_plan[0], question, sweeps, policy=policy, ray=ray, output=output, as_json=as_json)
         return
-    found = rehearse_all(fleet_or_plan, policies_of(policy), question, keep=bool(output), decisions=bool(decisions))
+    policies = policies_of(policy)
+    if len(fleet_or_plan) * len(policies) > 1 and (output or decisions):
+        raise InputError("--output and --decisions are of one rehearsal. Give one plan and one policy.")
+    found = rehearse_all(fleet_or_plan, policies, question, keep=bool(output), decisions=bool(decisions))
     if len(found) > 1:
-        if output or decisions:
-            raise InputError("--output and --decisions are of one rehearsal. Give one plan and one policy.")
         from waterline.cli import compare
 
         compare.tell(found, html=html, as_json=as_json)
@@ -180,25 +180,54 @@ def tell(found: Rehearsed, *, output: Path | None, html: Path | None, decisions:
     """Print and write what was asked for of one rehearsal."""
     from waterline.cli import rehearse_files
 
-    if output:
-        rehearse_files.write_completions(found.happened.completions, output)
+    said = []
+    if as_json:
+        click.echo(rehearse_files.to_json(rehearse_files.as_data(found)))
+    else:
+        from waterline.cli.rehearse_table import show
+
+        show(found)
+    if output:  # a disk that is full now costs the file, and not what was learnt
+        completions = found.happened.completions
+        rehearse_files.write_completions(completions, output)
+        said.append(f"{len(completions):,} requests written to {output}.")
     if decisions:
         rehearse_files.write_decisions(found.happened, decisions)
+        said.append(f"{len(found.happened.decisions):,} decisions written to {decisions}.")
+        said.append(f"sha256 of those about replicas: {found.happened.digest}")
     if html:
         from waterline.cli.rehearse_page import write_page
 
         write_page([found], html)
-    if as_json:
-        click.echo(rehearse_files.to_json(rehearse_files.as_data(found)))
-        return
-    from waterline.cli.rehearse_table import show
+        said.append(f"Written to {html}. Open it in a browser.")
+    if said and not as_json:
+        click.echo("\n".join(said))
 
-    show(found)
-    if decisions:
-        click.echo(f"{len(found.happened.decisions):,} decisions written to {decisions}.")
-        click.echo(f"sha256 of those about replicas: {found.happened.digest}")
-    if html:
-        click.echo(f"Written to {html}. Open it in a browser.")
+
+def check_places(files: Mapping[str, Path | None]) -> None:
+    """Raise InputError for a file that cannot be written, by its option: now, and not after the rehearsal."""
+    options: dict[Path, str] = {}
+    for option, file in files.items():
+        if file is None:
+            continue
+        if file == Path("-"):
+            raise InputError(f"{option} names a file, and '-' is none. To print there: {option} /dev/stdout")
+        place = file.absolute()
+        device = place.exists() and not (place.is_file() or place.is_dir())
+        reason = (
+            "it is a folder"
+            if place.is_dir()
+            else "there is no such folder"
+            if not place.parent.is_dir()
+            else "its folder may not be written to"
+            if not (device or os.access(place.parent, os.W_OK))
+            else ""
+        )
+        if reason:
+            raise InputError(f"cannot write {file}: {reason}. Choose another place with {option}.")
+        if place in options and not device:
+            raise InputError(f"{options[place]} and {option} both name {file}. Give each a file of its own.")
+        options[place] = option
 
 
 def policies_of(names: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import numpy as np
 from waterline.cli.day import PUBLIC
 from waterline.errors import InputError
 from waterline.outcome import Completion, Summary
-from waterline.policy.decisions import as_json
+from waterline.policy.decisions import FIELDS, as_json, is_about_replicas
 from waterline.workload import write_whole
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from waterline.rehearsal.record import Reals
 
 DIGITS = 6  # of the numbers of a timeline
+LINES = 10_000  # of a file that are made at a time
 
 
 def to_json(data: Any) -> str:
@@ -110,21 +111,39 @@ def write_completions(completions: Iterable[Completion], path: Path) -> None:
 
 
 def write_rows(names: Sequence[str], rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write rows under their names as CSV; what there is none of is empty."""
+    _write(path, _csv_lines(names, rows), "--output")
+
+
+def _csv_lines(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
     file = io.StringIO()
     writer = csv.DictWriter(file, names, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({key: "" if value is None else value for key, value in row.items()})
-    _write(path, file.getvalue().encode(), "--output")
+        yield file.getvalue().encode()
+        file.seek(0)
+        file.truncate()
+    yield file.getvalue().encode()
 
 
 def write_decisions(happened: "Rehearsal", path: Path) -> None:
     """Write a line for every decision, about replicas and about requests, in the order of time."""
-    names = dict(happened.names)
-    _write(path, b"".join(as_json(row, names) for row in happened.decisions), "--decisions")
+    _write(path, decision_lines(happened), "--decisions")
 
 
-def _write(path: Path, data: bytes, option: str) -> None:
+def decision_lines(happened: "Rehearsal") -> Iterator[bytes]:
+    """Yield decisions as lines of JSON, by the names that replicas had then."""
+    moves, rule = iter(happened.moves), FIELDS.index("rule")
+    for begin in range(0, len(happened.decisions), LINES):
+        for row in happened.decisions[begin : begin + LINES].tolist():
+            if is_about_replicas(row[rule]):
+                yield as_json(row, happened.names, next(moves).victim)
+            else:
+                yield as_json(row, happened.request_names)
+
+
+def _write(path: Path, data: Iterable[bytes], option: str) -> None:
     try:
         write_whole(path, data)
     except OSError as error:

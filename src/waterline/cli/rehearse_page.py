@@ -61,7 +61,7 @@ def page(found: "Sequence[Rehearsed]") -> str:
         last=str(max(0, len(steps) - 1)),
         charts="\n".join(_charts(found, axis, colours)),
         tables="\n".join(part for one in found for part in _tables(one, several=len(found) > 1)),
-        notes="<ul>" + "".join(f"<li>{escape(note)}</li>" for note in first.happened.notes) + "</ul>",
+        notes="<ul>" + "".join(f"<li>{escape(note)}</li>" for note in compare.notes(found)) + "</ul>",
         data=for_script({"steps": steps}),
     )
 

@@ -7,9 +7,13 @@ to is the same bytes wherever it was worked out.
 import itertools
 import os
 import re
+import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,11 +27,13 @@ import msgspec
 from waterline.errors import InputError, MissingExtraError, WaterlineError, nearest
 from waterline.fleet import fleet_of, read_fleet_file
 from waterline.plan import is_plan
+from waterline.units import seconds_text
 
 if TYPE_CHECKING:
     from waterline.cli.rehearse import Question
 
 MOST_POINTS = 10_000
+ANSWERS_WITHIN_S = 5.0  # a Ray cluster
 NAMED = {"pools": "name", "models": "name", "tenants": "name", "jobs": "name"}  # tables whose entries have a name
 NUMBER = re.compile(r"x?-?\d+(\.\d+)?([eE][+-]?\d+)?")
 
@@ -81,12 +87,15 @@ def sweep(
         points.append(Point(changed, path, name, question))
     keys = [one.key for one in parsed] + (["policy"] if len(policies) > 1 else [])
     answers: list[bytes] = []
+    begun_s = time.perf_counter()
     with _runner(ray, len(points)) as run:
         try:
             for answer in run(points):
                 answers.append(answer)
                 if sys.stderr.isatty():
-                    click.echo(f"\r{len(answers)} of {len(points)} points", err=True, nl=len(answers) == len(points))
+                    left_s = (time.perf_counter() - begun_s) / len(answers) * (len(points) - len(answers))
+                    said = f"\r{len(answers)} of {len(points)} points, {seconds_text(left_s)} to go \033[K"
+                    click.echo(said, err=True, nl=len(answers) == len(points))
         except KeyboardInterrupt:
             click.echo(f"\nstopped after {len(answers)} of {len(points)} points", err=True)
     settings = [dict(zip(keys, values, strict=False)) for values in combinations]
@@ -132,11 +141,19 @@ def _runner(address: str | None, points: int) -> Iterator[Callable[[Sequence[Poi
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")  # threads of numpy and numba do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    ignore = signal.SIGINT, signal.SIG_IGN  # Ctrl-C goes to all processes of a terminal; this one says when to stop
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=ignore) as pool:
         try:
             yield lambda all_points: pool.map(rehearse_point, all_points)
+        except BrokenProcessPool as error:
+            raise WaterlineError(
+                "a process that worked out points was killed, perhaps for want of memory. Take less traffic, with "
+                "--duration, or points one by one."
+            ) from error
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()  # what is still worked out, nobody waits for
 
 
 @contextmanager
@@ -146,6 +163,7 @@ def _on_ray(address: str) -> Iterator[Callable[[Sequence[Point]], Iterator[bytes
         import ray
     except ImportError as error:
         raise MissingExtraError("a sweep over a Ray cluster", "ray") from error
+    _knock(address)
     try:
         ray.init(
             address=None if address == "local" else address,
@@ -168,6 +186,17 @@ def _on_ray(address: str) -> Iterator[Callable[[Sequence[Point]], Iterator[bytes
         yield run
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise InputError when nobody listens at host:port; Ray itself would go on trying for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return  # "auto", "local"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS_WITHIN_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(f"no Ray cluster answers at '{address}': {error}. Write host:port, auto, or local.") from error
 
 
 # --- What a person writes ---------------------------------------------------------------------------------------------
@@ -286,16 +315,16 @@ def _tell(
         for setting, answer in zip(settings, answers, strict=True)
         for summary in answer.get("summaries", [{}])
     ]
-    if output:
-        names = dict.fromkeys(name for row in rows for name in row)
-        write_rows(list(names), rows, output)
     if as_json:
         points = [{"set": setting, **answer} for setting, answer in zip(settings, answers, strict=True)]
         click.echo(to_json({"keys": keys, "points": points}))
-        return
-    _draw(keys, settings, answers)
+    else:
+        _draw(keys, settings, answers)
     if output:
-        click.echo(f"Written to {output}.")
+        names = dict.fromkeys(name for row in rows for name in row)
+        write_rows(list(names), rows, output)
+        if not as_json:
+            click.echo(f"Written to {output}.")
 
 
 def _draw(keys: Sequence[str], settings: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> None:

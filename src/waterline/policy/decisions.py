@@ -10,11 +10,11 @@ logs can be compared byte for byte. Whoever keeps the log hashes the bytes of it
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 NONE: Final = -1  # of a field that a decision does not have
 NANOSECONDS_PER_S: Final = 1_000_000_000
@@ -136,18 +136,26 @@ def canonical_bytes(rows: Sequence[Sequence[int]] | NDArray[np.int64]) -> bytes:
     return table.tobytes()
 
 
-def as_json(row: ArrayLike, names: dict[str, Sequence[str]] | None = None) -> bytes:
+def is_about_replicas(rule: int) -> bool:
+    """Whether a rule is one by which replicas come and go, and not of a request."""
+    return rule >= OWN_IDLE
+
+
+def as_json(row: Iterable[int], names: Mapping[str, Sequence[str]] | None = None, victim: str = "") -> bytes:
     """Return one row as a line of JSON.
 
     Args:
         row: in the order of `FIELDS`; fields that are `NONE` are left out.
-        names: of "tenant", "claimant", "victim" or "place", by index; the index stands where there is no name.
+        names: of "tenant", "claimant" or "place", by index; the index stands where there is no name.
+        victim: the name of the replica that is stopped, where it is known: its number is another's later on.
     """
     said: dict[str, int | str] = {}
-    for field, value in zip(FIELDS, np.asarray(row).tolist(), strict=True):
+    for field, value in zip(FIELDS, map(int, row), strict=True):
         known = (names or {}).get(field, ())
         if field == "rule":
             said[field] = RULES[value][0]
+        elif field == "victim" and victim:
+            said[field] = victim
         elif value != NONE:
             said[field] = known[value] if 0 <= value < len(known) else value
     return json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n"

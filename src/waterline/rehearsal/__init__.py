@@ -21,14 +21,14 @@ from waterline.rehearsal.acting import Actor, Planned, Tidal, in_order, request_
 from waterline.rehearsal.arrivals import traffic
 from waterline.rehearsal.beside import Behind
 from waterline.rehearsal.dealing import deal
-from waterline.rehearsal.failures import Failure
+from waterline.rehearsal.failures import Failure, failure_notes
 from waterline.rehearsal.house import Settled
 from waterline.rehearsal.jit import COMPILED
 from waterline.rehearsal.policies import POLICIES, Policy
 from waterline.rehearsal.record import JobRecord, Move
 from waterline.rehearsal.recorder import Recorder, Report
 from waterline.rehearsal.station import warm_up
-from waterline.units import PICOSECONDS_PER_S
+from waterline.units import HOUR_S, PICOSECONDS_PER_S
 from waterline.workload import Trace
 from waterline.workload.operators import Surge
 from waterline.workload.stream import Stream
@@ -56,7 +56,8 @@ class Rehearsal(Report):
     jobs: tuple[JobRecord, ...] = ()
     decisions: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, len(FIELDS)), np.int64))  # [n, field]
     digest: str = ""  # SHA-256 of the bytes of the decisions about replicas
-    names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of the fields of a decision, for people
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of the fields of a decision about replicas
+    request_names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of those of one about a request
 
     @property
     def completions(self) -> tuple[Completion, ...]:
@@ -131,17 +132,18 @@ def rehearse(
         keep: every request as well, for `Rehearsal.completions`; that takes some 100 bytes each.
         policy: who decides which replicas there are and whose turn it is, one of `POLICIES`; see `policies`.
         decisions: keep those about requests as well; those about replicas are kept anyhow.
-        watch: called every now and then. Once it returns False, no more requests arrive, and the rehearsal tells of
-            those whose end is known, up to the first whose end is not.
+        watch: called every now and then. Once it returns False, no more requests arrive; those that have come are
+            served to their end.
 
     Raises:
         UnknownNameError: there is no such policy, or no such pool in a failure.
         TraceError: a trace of the demand cannot be read.
-        InputError: nothing is asked in that time, or it takes more than 100 days; a failure is of no node, or the plan
-            is to go on where nodes fail.
+        InputError: nothing is asked in that time, or it takes more than 100 days; a failure is of no node or after the
+            end, or the plan is to go on where nodes fail.
     """
     chosen = check_policy(policy)
     asked = traffic(plan, trace, seed=seed, duration_s=duration_s, surges=surges)
+    notes = tuple(failure_notes(failures, plan.fleet, float(asked.first_hour * HOUR_S), asked.length_s))
     recorder = Recorder(plan, asked.length_s)
     actor: Actor
     if chosen == "plan":
@@ -151,23 +153,25 @@ def rehearse(
     else:
         actor = Tidal(chosen, plan, asked, recorder, failures)
     scribe = Scribe(recorder, actor.came, keep=keep, decisions=decisions)
-    stopped, requests = "", 0
+    requests = 0
     with Behind() as behind:
         for piece in asked.pieces():
             behind.do(partial(scribe.note, actor.serve(piece)))
             requests += len(piece)
             at_s = int(piece.arrival_ps[-1]) / PICOSECONDS_PER_S
             if not watch(Progress(requests=requests, at_s=at_s, of_s=asked.length_s)):
-                stopped = f"stopped after {requests:,} requests; those under way then are not counted"
+                notes = (
+                    *notes,
+                    f"stopped after {requests:,} requests, {at_s / 60:,.1f} of {asked.length_s / 60:,.1f} min",
+                )
                 break
-        else:
-            behind.do(partial(scribe.note, actor.finish()))
+        behind.do(partial(scribe.note, actor.finish()))
     scribe.meet()
     actor.close()
     report = recorder.report()
     return Rehearsal(
         **{one.name: getattr(report, one.name) for one in fields(Report)},
-        notes=(*asked.notes, stopped) if stopped else asked.notes,
+        notes=(*asked.notes, *notes),
         rows=asked.rows,
         kept=tuple(scribe.kept),
         moves=actor.moves,
@@ -175,4 +179,5 @@ def rehearse(
         decisions=in_order(np.concatenate([actor.decisions, *scribe.rows])),
         digest=actor.digest,
         names=actor.names,
+        request_names=actor.request_names,
     )

@@ -1,6 +1,6 @@
 """Who acts in a rehearsal: the plan by its hours, or the minutes clock by its decisions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from waterline.roster import Run
 from waterline.units import GIGA, HOUR_S, PICOSECONDS_PER_S
 
 Integers = NDArray[np.int64]
+Names = Mapping[str, Sequence[str]]
 PICOSECONDS_PER_MS = PICOSECONDS_PER_S // 1000
 
 
@@ -48,8 +49,12 @@ class Actor(Protocol):
         """Return the SHA-256 of that log; "" where nothing is decided."""
 
     @property
-    def names(self) -> dict[str, list[str]]:
-        """Return the names of tenants, claimants, victims and places in that log."""
+    def names(self) -> Names:
+        """Return the names of tenants, claimants and places in that log."""
+
+    @property
+    def request_names(self) -> Names:
+        """Return the same for rows about requests; see `request_rows`."""
 
     def serve(self, piece: Piece) -> Settled:
         """Serve requests; return what has been settled."""
@@ -75,11 +80,15 @@ class Planned:
         for replica in plan.replicas:
             recorder.add_replica(replica)
         self.decisions: Integers = np.zeros((0, len(FIELDS)), np.int64)
-        self.names: dict[str, list[str]] = {}
+        self.names: Names = {}
 
     @property
     def came(self) -> Sequence[Replica]:
         return self.house.replicas
+
+    @property
+    def request_names(self) -> Names:
+        return _request_names(self.recorder, self.house.clients, self.came)
 
     def serve(self, piece: Piece) -> Settled:
         self.house.keep_hours(int(piece.arrival_ps[-1]))
@@ -138,13 +147,15 @@ class Tidal:
         return self.minutes.log.digest
 
     @property
-    def names(self) -> dict[str, list[str]]:
+    def names(self) -> Names:
         roster, names = self.setting.roster, self.setting.names
-        return {
-            "tenant": roster.tenants,
-            "claimant": [f"{one.tenant}'s {names.get(one.target, one.target)}" for one in roster.services],
-            "place": [f"{berth.pool} {berth.nodes[0]}" for berth in roster.berths],
-        }
+        claimants = [f"{one.tenant}/{names.get(one.target, one.target)}" for one in roster.services]
+        return {**roster.names, "claimant": claimants}
+
+    @property
+    def request_names(self) -> Names:
+        clients = ["everybody"] if self.setting.one_queue else self.house.clients
+        return _request_names(self.recorder, clients, self.came)
 
     def serve(self, piece: Piece) -> Settled:
         self.minutes.serve(piece)
@@ -197,7 +208,7 @@ class Moving(House):
 def request_rows(settled: Settled, tenants: Sequence[str]) -> Integers:
     """Return a row for each request: when it was given to a replica and what it had waited, or why it never was.
 
-    On the clock of the minutes, on which a day begins at 0.
+    On the clock of the minutes, on which a day begins at 0. Claimants are the desk's clients, places replicas.
     """
     passages, asked, house = settled.passages, settled.asked, settled.house
     begun = passages.started_ps != NEVER
@@ -215,6 +226,11 @@ def request_rows(settled: Settled, tenants: Sequence[str]) -> Integers:
     back_ns = first_ns + asked.arrival_ps // PICOSECONDS_PER_NS + np.round(passages.retry_s * GIGA).astype(np.int64)
     rows[:, FIELDS.index("deadline_ns")] = np.where(passages.retry_s > 0, back_ns, NONE)
     return rows
+
+
+def _request_names(recorder: Recorder, clients: Sequence[str], came: Sequence[Replica]) -> Names:
+    """Return the names in those rows."""
+    return {"tenant": recorder.tenants, "claimant": clients, "place": [replica.id for replica in came]}
 
 
 def in_order(rows: Integers) -> Integers:

@@ -1,15 +1,17 @@
 """Nodes that fail, and come back: as a person says it, or drawn at a mean time between failures."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from waterline.errors import InputError, UnknownNameError
-from waterline.fleet import Fleet
+from waterline.errors import InputError, UnknownNameError, nearest
+from waterline.fleet import HOURS, Fleet
 from waterline.units import DAY_S, HOUR_S
 from waterline.workload.grammar import duration_s
+
+MOST_TOLD = 5  # failures in a note
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +24,12 @@ class Failure:
     length_s: float
 
     def __str__(self) -> str:
-        minutes = int(self.begin_s // 60)
-        return f"{self.pool}:{self.node}@{minutes // 60:02}:{minutes % 60:02}+{self.length_s / HOUR_S:g}h"
+        length = next(
+            f"{self.length_s / unit_s:g}{unit}"
+            for unit, unit_s in (("h", HOUR_S), ("m", 60.0), ("s", 1.0))
+            if self.length_s % unit_s == 0 or unit == "s"
+        )
+        return f"{self.pool}:{self.node}@{_clock_text(self.begin_s)}+{length}"
 
 
 def parse_failure(text: str) -> Failure:
@@ -64,6 +70,29 @@ def random_failures(
     return tuple(sorted(found, key=lambda one: (one.begin_s, one.pool, one.node)))
 
 
+def failure_notes(failures: Sequence[Failure], fleet: Fleet, first_s: float, length_s: float) -> Iterator[str]:
+    """Say what fails.
+
+    Raises UnknownNameError or InputError, for what would fail after the end of the traffic too: nobody would notice.
+
+    Args:
+        failures: of nodes.
+        fleet: whose nodes they are.
+        first_s: of the day, at which the traffic starts.
+        length_s: of the traffic.
+    """
+    for failure, (begin_s, *_) in zip(failures, _checked(failures, fleet, first_s), strict=True):
+        if begin_s >= length_s:
+            starts, ends = _clock_text(first_s), _clock_text(first_s + length_s)
+            raise InputError(
+                f"the failure {failure} begins outside of the rehearsal, which goes from {starts} to {ends}. Write "
+                "another time, or a longer --duration."
+            )
+    if failures:
+        told = ", ".join(map(str, failures[:MOST_TOLD]))
+        yield f"failing {told}" + (f" and {len(failures) - MOST_TOLD:,} more" if len(failures) > MOST_TOLD else "")
+
+
 def placed(failures: Iterable[Failure], fleet: Fleet, first_s: float) -> Iterator[tuple[float, float, str, int]]:
     """Yield begin and end in seconds from the start of the traffic, pool and node; `first_s`: of the day, it starts.
 
@@ -87,13 +116,23 @@ def _checked(failures: Iterable[Failure], fleet: Fleet, first_s: float) -> Itera
     for failure in failures:
         pool = next((one for one in fleet.pools if one.name == failure.pool), None)
         if pool is None:
-            names = ", ".join(one.name for one in fleet.pools)
-            raise UnknownNameError(f"pool '{failure.pool}' of the failure {failure} is none. The fleet has: {names}")
+            known = nearest(failure.pool, [one.name for one in fleet.pools])
+            raise UnknownNameError(f"the fleet has no pool '{failure.pool}', of which a node is to fail. {known}")
         if failure.node >= pool.nodes:
             raise InputError(
-                f"node {failure.node} of the failure {failure} is none: pool '{pool.name}' has {pool.nodes}, counted "
-                "from 0."
+                f"pool '{pool.name}' has no node {failure.node} that could fail: it has {pool.nodes}, counted from 0. "
+                f"Write {pool.name}:{pool.nodes - 1} for the last."
             )
-        begin_s = failure.begin_s - first_s
-        begin_s += DAY_S if begin_s < 0 else 0.0
+        begin_s = _begin_s(failure, first_s)
         yield begin_s, begin_s + failure.length_s, failure.pool, failure.node
+
+
+def _begin_s(failure: Failure, first_s: float) -> float:
+    """Return when it begins, in seconds from the start of the traffic; before that there is the next day."""
+    begin_s = failure.begin_s - first_s
+    return begin_s + DAY_S if begin_s < 0 else begin_s
+
+
+def _clock_text(at_s: float) -> str:
+    minutes = int(at_s // 60)
+    return f"{minutes // 60 % HOURS:02}:{minutes % 60:02}"

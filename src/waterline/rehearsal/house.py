@@ -167,6 +167,11 @@ class House:
             clients[named] = np.array([self._client_of[pair] for pair in pairs], np.int64)[places]
         return clients
 
+    @property
+    def clients(self) -> list[str]:
+        """Return who asks, as the desk numbers them: a row's tenant and model, where no client is named."""
+        return [f"{row.tenant}/{row.model}" for row in self.rows] + [self.names[name] for _, name in self._client_of]
+
     def settle(self) -> "Settled":
         """Return what has been settled since the last time: all requests up to the first that has not ended.
 

@@ -12,7 +12,7 @@ decision; its GPUs are told to be free when the last process on them is gone.
 import asyncio
 import json
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,18 +61,9 @@ def lends(plan: Plan) -> bool:
     return bool(models) and len(models) + len(plan.fleet.jobs) >= 2
 
 
-def names_of(roster: Roster) -> dict[str, Sequence[str]]:
-    """Return what the numbers in rows of the decision log stand for; replicas are rows of the roster at that time."""
-    return {
-        "tenant": roster.tenants,
-        "claimant": [f"{one.tenant}/{one.target}" for one in roster.services],
-        "place": [f"{berth.pool}/{berth.nodes[0]}" for berth in roster.berths],
-    }
-
-
 def decision_lines(rows: list[Row], roster: Roster) -> bytes:
     """Return rows of the decision log as lines of JSON."""
-    names = names_of(roster)
+    names = roster.names
     return b"".join(as_json(row, names) for row in rows)
 
 

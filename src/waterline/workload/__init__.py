@@ -10,7 +10,7 @@ import errno
 import gzip
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -157,22 +157,24 @@ def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
         raise TraceError(f"cannot write the trace {path}: {error.strerror or error}. Choose another place.") from error
 
 
-def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+def write_whole(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> None:
     """Write a file whole or not at all: under another name first, beside what a link leads to. Raises OSError.
 
     What is there and no regular file, like ``/dev/stdout``, stays what it is and is written straight through.
     """
-    path = Path(path)
+    path, pieces = Path(path), [data] if isinstance(data, bytes) else data
     try:
         if path.exists() and not path.is_file():
-            path.write_bytes(data)
+            with path.open("wb") as file:
+                file.writelines(pieces)
             return
         target = Path(os.path.realpath(path))
         partial = target.with_name(f".waterline-{os.getpid()}.partial")
         try:
-            partial.write_bytes(data)
+            with partial.open("wb") as file:
+                file.writelines(pieces)
             partial.replace(target)
-        except OSError:
+        except BaseException:
             with suppress(OSError):
                 partial.unlink()
             raise
