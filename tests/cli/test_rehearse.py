@@ -46,6 +46,20 @@ def test_a_fleet_file_is_planned_and_rehearsed() -> None:
     assert "requests per second" in result.output
 
 
+def test_gpu_hours_of_owners_add_up_to_the_fleets_and_what_is_lent_is_borrowed() -> None:
+    said = json.loads(run(EXAMPLES / "mixed.toml", "--duration", "3m", "--json").output)
+    hours, end_h = said["gpu_hours"], said["timeline"]["end_s"] / 3600
+    assert hours["fleet"] == pytest.approx(24 * end_h)
+    assert hours["by_owner"]["enterprise"]["deserved"] == pytest.approx(12 * end_h)
+    parts = [sum(one[part] for part in ("used", "lent", "idle")) for one in hours["by_owner"].values()]
+    assert parts == pytest.approx([one["deserved"] for one in hours["by_owner"].values()])
+    assert sum(parts) == pytest.approx(hours["fleet"])
+    assert min(value for one in hours["by_owner"].values() for value in one.values()) > -1e-9
+    lent = sum(one["lent"] for one in hours["by_owner"].values())
+    assert lent == pytest.approx(sum(hours["by_borrower"].values()))
+    assert lent > 0.01
+
+
 def test_a_trace_is_replayed_against_a_plan(plan_file: Path) -> None:
     result = run(plan_file, "--trace", OFFICE_HOUR, "--duration", "10m")
     assert result.exception is None
@@ -62,8 +76,8 @@ def test_json_says_the_same_every_time_with_units(plan_file: Path) -> None:
     del said_again["requests_per_s_simulated"]
     assert said == said_again
     assert list(said) == [
-        "fleet", "policy", "replayed", "duration_s", "gpus", "usd_per_hour", "usd", "kwh", "requests", "total",
-        "by_tenant", "by_client", "by_model", "by_pool", "parts", "lent", "jobs", "moves", "decisions_sha256", "timeline",
+        "fleet", "policy", "replayed", "first_hour", "duration_s", "gpus", "usd_per_hour", "usd", "kwh", "requests", "total",
+        "by_tenant", "by_client", "by_model", "by_pool", "parts", "gpu_hours", "lent", "jobs", "moves", "decisions_sha256", "timeline",
     ]  # fmt: skip
     assert said["by_model"]["chat"]["requests"] == 1471
     assert said["by_pool"]["box"]["requests"] == said["total"]["completed"]  # whom a replica of it took

@@ -58,7 +58,8 @@ def test_a_name_is_text_wherever_it_stands() -> None:
 def test_moves_and_jobs_are_told_with_their_reasons() -> None:
     text = " ".join("".join(Reader(page([with_moves(rehearsed(small_plan()), "lab")])).text).split())
     assert "Moves: 1 drain (reclaim 1), 1 start (claim kept 1)." in text
-    assert "0:03drainreclaimlablablab of lablab 2420:330:30" in text
+    assert "00:00:03drainreclaimlablablab of lablab 24200:00:3300:00:30" in text
+    assert "reclaimThe claimant stays within what it deserves; the victim's tenant has more than it deserves." in text
     assert "work of jobs kept12 GPU-h0.5 GPU-h lost to stops" in text
 
 
@@ -68,7 +69,7 @@ def test_the_slider_says_a_sentence_for_every_column() -> None:
     data = json.loads(html.split("const page = ", 1)[1].split(";\n", 1)[0])
     (slider,) = Reader(html).all("input")
     assert int(str(slider["max"])) == len(data["steps"]) - 1 == one.happened.timeline.steps - 1
-    assert re.fullmatch(r"0:01 public 1 GPUs, [\d,]+ waiting\.", data["steps"][1][1])
+    assert re.fullmatch(r"00:00:01 public 1 GPUs, [\d,]+ waiting\.", data["steps"][1][1])
     places = [x for x, _ in data["steps"]]
     assert places == sorted(places)
     assert charts.LEFT < places[0] < places[-1] < charts.WIDTH - charts.RIGHT + 5
@@ -118,5 +119,8 @@ def test_fewer_columns_are_means_of_their_steps() -> None:
 def test_axes_end_at_round_numbers() -> None:
     assert [nice(value) for value in (0.0, 0.7, 1.0, 3.0, 12.0, 4100.0)] == [1.0, 0.8, 1.0, 4.0, 20.0, 5000.0]
     assert Axis(90.0).ticks(260).count("<text") == 7
-    assert ">1:30<" in Axis(90.0).ticks(260)
-    assert ">24:00 h<" in Axis(86_400.0).ticks(260)
+    assert ">00:01:30<" in Axis(90.0).ticks(260)
+    assert ">day 2 00:00<" in Axis(86_400.0).ticks(260)
+    evening = Axis(3 * 3600.0, first_hour=19)
+    assert ">20:00<" in evening.ticks(260), "a surge at 20:00 is seen at 20:00"
+    assert (evening.clock(3661.0), evening.clock(6 * 3600.0)) == ("20:01:01", "day 2 01:00:00")

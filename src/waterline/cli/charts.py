@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from waterline.cli.day import gpus_text
 from waterline.cli.markup import points
-from waterline.units import HOUR_S
+from waterline.units import DAY_S, HOUR_S
 
 Reals = NDArray[np.float64]
 
@@ -45,30 +45,29 @@ ROW, TALLEST_ROW, TALL = 9, 22, 240  # heights of a row, and of a map with room 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Time, from 0 to its end; the same for all charts of a page."""
+    """Time, from 0 to its end; the same for all charts of a page. It is labelled by the hour of the day."""
 
     end_s: float
+    first_hour: int = 0
 
     def x(self, at_s: float) -> float:
         return LEFT + at_s / self.end_s * ACROSS
+
+    def clock(self, at_s: float, *, seconds: bool = True) -> str:
+        """Say a time of the day: ``20:01``, or ``20:01:30``; of a later one ``day 2 20:01``."""
+        days, second = divmod(int(at_s) + self.first_hour * HOUR_S, DAY_S)
+        minutes = f"{second // HOUR_S:02}:{second // 60 % 60:02}"
+        return (f"day {days + 1} " if days else "") + minutes + (f":{second % 60:02}" if seconds else "")
 
     def ticks(self, height: float) -> str:
         every_s = next((tick_s for tick_s in TICKS_S if self.end_s / tick_s <= 8), math.ceil(self.end_s / 8))
         drawn = []
         for number in range(int(self.end_s // every_s) + 1):
             x = self.x(number * every_s)
+            label = self.clock(number * every_s, seconds=every_s < 60)
             anchor = "start" if number == 0 else "end" if x > WIDTH - RIGHT - 10 else "middle"
-            drawn.append(
-                f'<text x="{x:.1f}" y="{height - 8:.0f}" text-anchor="{anchor}">{elapsed(number * every_s)}</text>'
-            )
+            drawn.append(f'<text x="{x:.1f}" y="{height - 8:.0f}" text-anchor="{anchor}">{label}</text>')
         return "".join(drawn)
-
-
-def elapsed(at_s: float) -> str:
-    """Say a time from the start: ``0:45`` minutes, or hours and minutes like ``2:30 h``."""
-    if at_s < HOUR_S:
-        return f"{int(at_s // 60)}:{int(at_s % 60):02}"
-    return f"{int(at_s // HOUR_S)}:{int(at_s % HOUR_S // 60):02} h"
 
 
 def fewer(values: Reals, most: int) -> Reals:

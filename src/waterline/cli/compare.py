@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from waterline.cli.day import PUBLIC
 from waterline.cli.rehearse_table import hours_text, kwh_text, per_million_text, percentiles_text
 from waterline.cli.tables import console, draw
 from waterline.errors import InputError
@@ -120,7 +121,7 @@ def _of_requests(about: str, summaries: "Sequence[Summary | None]") -> list[Line
         change = _change([None if one is None else value(one) for one in summaries]) if value else ""
         return Line(about, figure, tuple("-" if one is None else say(one) for one in summaries), change)
 
-    return [
+    made = [
         line("requests", lambda one: f"{one.requests:,}", lambda one: one.requests),
         line("refused", lambda one: f"{one.refused:,}", lambda one: one.refused),
         line("in SLO", lambda one: f"{one.slo_fraction:.2%}"),
@@ -130,6 +131,15 @@ def _of_requests(about: str, summaries: "Sequence[Summary | None]") -> list[Line
         line("cost", lambda one: usd_text(one.usd), lambda one: one.usd),
         line("per M tokens", per_million_text, lambda one: one.usd_per_million_tokens or 0.0),
     ]
+    if any(one and one.returned for one in summaries):
+        made.insert(2, line("retry times honoured", _honoured))
+    if any(one and one.cancelled for one in summaries):
+        made.insert(2, line("gave up", lambda one: f"{one.cancelled:,}", lambda one: one.cancelled))
+    return made
+
+
+def _honoured(one: "Summary") -> str:
+    return f"{one.honoured / one.returned:.1%}" if one.returned else "-"
 
 
 def _of_fleet(found: "Sequence[Rehearsed]") -> list[Line]:
@@ -141,6 +151,12 @@ def _of_fleet(found: "Sequence[Rehearsed]") -> list[Line]:
             made.append(Line("fleet", figure, said, _change(values)))
 
     happened = [one.happened for one in found]
+    public = [
+        one.timeline.gpus[one.timeline.tenants.index(PUBLIC)] for one in happened if PUBLIC in one.timeline.tenants
+    ]
+    if len(public) == len(found) and len(happened[0].timeline.tenants) > 1:
+        most = [float(gpus.max()) / one.plan.fleet.gpus for gpus, one in zip(public, found, strict=True)]
+        add("waterline, at most", most, lambda value: f"{value:.1%}")
     for tenant in dict.fromkeys(name for one in happened for name in one.timeline.tenants):
         hours = [one.timeline.gpu_hours_of(tenant) if tenant in one.timeline.tenants else None for one in happened]
         add(f"GPU-h of {tenant}", hours, hours_text)

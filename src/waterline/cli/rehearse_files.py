@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,8 +13,10 @@ import numpy as np
 
 from waterline.cli.day import PUBLIC
 from waterline.errors import InputError
+from waterline.fleet import Fleet
 from waterline.outcome import Completion, Summary
 from waterline.policy.decisions import FIELDS, as_json, is_about_replicas
+from waterline.units import HOUR_S
 from waterline.workload import write_whole
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ def as_data(found: "Rehearsed") -> dict[str, Any]:
         "fleet": plan.fleet.name,
         "policy": found.policy,
         "replayed": happened.notes,
+        "first_hour": happened.first_hour,
         "duration_s": happened.duration_s,
         "gpus": plan.gpus,
         "usd_per_hour": plan.usd_per_hour,
@@ -50,11 +54,41 @@ def as_data(found: "Rehearsed") -> dict[str, Any]:
         "by_model": {summary.model: summary for summary in happened.by_model},
         "by_pool": {summary.pool: summary for summary in happened.by_pool},
         "parts": parts,
+        "gpu_hours": gpu_hours_data(happened, plan.fleet),
         "lent": happened.lent,
         "jobs": happened.jobs,
         "moves": [_without_nan(asdict(move)) for move in happened.moves],
         "decisions_sha256": happened.digest,
         "timeline": timeline_data(happened, plan.fleet.gpus),
+    }
+
+
+def owned_gpu_hours(happened: "Rehearsal", fleet: Fleet) -> dict[str, dict[str, float]]:
+    """Return the GPU-hours of the fleet by their owner: what it deserves; "" of what nobody does.
+
+    "deserved" is what there was, "used" what the owner had of it, "lent" what others had, "idle" the rest.
+    """
+    line, hours = happened.timeline, happened.timeline.end_s / HOUR_S
+    deserved = {one.name: float(one.deserved or 0.0) * fleet.gpus * hours for one in fleet.tenants}
+    owned = {}
+    for owner in (*line.tenants, ""):
+        lent = math.fsum(loan.gpu_hours for loan in happened.lent if loan.lender == owner)
+        borrowed = math.fsum(loan.gpu_hours for loan in happened.lent if loan.borrower == owner)
+        used = line.gpu_hours_of(owner) - borrowed if owner else 0.0
+        mine = deserved[owner] if owner else fleet.gpus * hours - math.fsum(deserved.values())
+        owned[owner] = {"deserved": mine, "used": used, "lent": lent, "idle": mine - used - lent}
+    return owned
+
+
+def gpu_hours_data(happened: "Rehearsal", fleet: Fleet) -> dict[str, Any]:
+    """Return whose GPU-hours there were, and who used others'; those of owners add up to the fleet's."""
+    borrowers = dict.fromkeys(happened.timeline.tenants, 0.0)
+    for loan in happened.lent:
+        borrowers[loan.borrower] += loan.gpu_hours
+    return {
+        "fleet": fleet.gpus * happened.timeline.end_s / HOUR_S,
+        "by_owner": owned_gpu_hours(happened, fleet),
+        "by_borrower": borrowers,
     }
 
 

@@ -14,9 +14,10 @@ import numpy as np
 
 import waterline
 from waterline.cli import charts, compare
-from waterline.cli.charts import MOST_COLUMNS, Axis, elapsed, fewer
+from waterline.cli.charts import MOST_COLUMNS, Axis, fewer
 from waterline.cli.day import IDLE, PUBLIC, SPARE, gpus_text
 from waterline.cli.markup import fill, for_script, legend, table, write
+from waterline.cli.rehearse_files import owned_gpu_hours
 from waterline.cli.rehearse_table import (
     energy_said,
     hours_text,
@@ -26,6 +27,7 @@ from waterline.cli.rehearse_table import (
     percentiles_text,
     retries_said,
 )
+from waterline.policy.decisions import RULES
 from waterline.units import usd_text
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def write_page(found: "Sequence[Rehearsed]", path: str | os.PathLike[str]) -> No
 
 
 def page(found: "Sequence[Rehearsed]") -> str:
-    axis = Axis(max(1e-9, *(one.happened.timeline.end_s for one in found)))
+    axis = Axis(max(1e-9, *(one.happened.timeline.end_s for one in found)), found[0].happened.first_hour)
     colours = _colours(found)
     steps = _readings(found, axis)
     first = found[0]
@@ -60,7 +62,7 @@ def page(found: "Sequence[Rehearsed]") -> str:
         top=_figures(first) if len(found) == 1 else _comparison(found),
         last=str(max(0, len(steps) - 1)),
         charts="\n".join(_charts(found, axis, colours)),
-        tables="\n".join(part for one in found for part in _tables(one, several=len(found) > 1)),
+        tables="\n".join(part for one in found for part in _tables(one, axis, several=len(found) > 1)),
         notes="<ul>" + "".join(f"<li>{escape(note)}</li>" for note in compare.notes(found)) + "</ul>",
         data=for_script({"steps": steps}),
     )
@@ -279,7 +281,7 @@ def _readings(found: "Sequence[Rehearsed]", axis: Axis) -> list[tuple[float, str
             for one in found
             if at_s < one.happened.timeline.end_s
         ]
-        readings.append((round(axis.x(at_s + step_s / 2), 1), f"{elapsed(at_s)} {' '.join(parts)}"))
+        readings.append((round(axis.x(at_s + step_s / 2), 1), f"{axis.clock(at_s)} {' '.join(parts)}"))
     return readings
 
 
@@ -297,11 +299,13 @@ def _sentence(one: "Rehearsed", at_s: float) -> str:
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
 
-def _tables(one: "Rehearsed", *, several: bool) -> Iterable[str]:
+def _tables(one: "Rehearsed", axis: Axis, *, several: bool) -> Iterable[str]:
     happened = one.happened
     after = f": {escape(one.name)}" if several else ""
     yield f"<h2>Who asked{after}</h2>"
     total, *parts = happened.summaries
+    if len(parts) > len(happened.by_tenant) > 1:
+        yield _summaries("By tenant", ["tenant"], happened.by_tenant)
     yield _summaries("By tenant and model", ["tenant", "model"], [*parts, total])
     if len(happened.by_model) > 1:
         yield _summaries("By model", ["model"], happened.by_model)
@@ -311,11 +315,8 @@ def _tables(one: "Rehearsed", *, several: bool) -> Iterable[str]:
         most = sorted(happened.by_client, key=lambda summary: (-summary.gpu_hours, summary.client))[:MOST_CLIENTS]
         caption = f"Clients, the {len(most)} of {len(happened.by_client):,} that used most"
         yield _summaries(caption, ["client", "tenant"], most)
-    if happened.lent:
-        rows = [
-            [one.lender or "(nobody deserves them)", one.borrower, hours_text(one.gpu_hours)] for one in happened.lent
-        ]
-        yield f"<h2>Lent{after}</h2>" + table("GPU-hours", ["lender", "borrower", "GPU-h"], rows, text_columns=2)
+    if len(happened.timeline.tenants) > 1:
+        yield f"<h2>GPU-hours{after}</h2>" + _gpu_hours(one)
     if happened.jobs:
         rows = [
             [job.job, job.tenant, hours_text(job.gpu_hours), hours_text(job.lost_gpu_hours), f"{job.stops:,}"]
@@ -324,12 +325,28 @@ def _tables(one: "Rehearsed", *, several: bool) -> Iterable[str]:
         heads = ["job", "tenant", "GPU-h kept", "GPU-h lost", "stops"]
         yield f"<h2>Jobs{after}</h2>" + table("Work that yields", heads, rows, text_columns=2)
     if happened.moves:
-        yield f"<h2>Moves{after}</h2>" + _moves(happened.moves)
+        yield f"<h2>Moves{after}</h2>" + _moves(happened.moves, axis)
+
+
+def _gpu_hours(one: "Rehearsed") -> str:
+    """Return a table of whose GPU-hours were used by whom; a row adds up to what its owner deserves."""
+    tenants = one.happened.timeline.tenants
+    owned = owned_gpu_hours(one.happened, one.plan.fleet)
+    lent = {(loan.lender, loan.borrower): loan.gpu_hours for loan in one.happened.lent}
+    rows = []
+    for owner, hours in owned.items():
+        used = [hours["used"] if user == owner else lent.get((owner, user), 0.0) for user in tenants]
+        figures = [hours["deserved"], *used, hours["idle"]]
+        rows.append([owner or "(nobody's)", *map(hours_text, figures)])
+    heads = ["whose", "GPU-h", *(f"used by {tenant}" for tenant in tenants), "left idle"]
+    return table("Whose they were by what tenants deserve, and who used them", heads, rows)
 
 
 def _summaries(caption: str, names: Sequence[str], summaries: "Sequence[Summary]") -> str:
+    gave_up = any(one.cancelled for one in summaries)
     heads = [
-        *names, "requests", "refused", "TTFT p50/p90/p99", "TPOT p50/p90/p99", "latency p50/p90/p99", "in SLO",
+        *names, "requests", "refused", *(["gave up"] if gave_up else []),
+        "TTFT p50/p90/p99", "TPOT p50/p90/p99", "latency p50/p90/p99", "in SLO",
         "goodput/s", "GPU-h", "cost", "per M tokens",
     ]  # fmt: skip
     rows = [
@@ -337,6 +354,7 @@ def _summaries(caption: str, names: Sequence[str], summaries: "Sequence[Summary]
             *(getattr(one, name) or ("all" if index == 0 else "") for index, name in enumerate(names)),
             f"{one.requests:,}",
             f"{one.refused:,}",
+            *([f"{one.cancelled:,}"] if gave_up else []),
             *(percentiles_text(times_s) for times_s in (one.ttft_s, one.tpot_s, one.latency_s)),
             f"{one.slo_fraction:.2%}",
             f"{one.goodput_per_s:,.3g}",
@@ -349,10 +367,10 @@ def _summaries(caption: str, names: Sequence[str], summaries: "Sequence[Summary]
     return table(caption, heads, rows, text_columns=len(names))
 
 
-def _moves(moves: "Sequence[Move]") -> str:
+def _moves(moves: "Sequence[Move]", axis: Axis) -> str:
     rows = [
         [
-            elapsed(move.at_s),
+            axis.clock(move.at_s),
             move.kind,
             move.rule,
             move.tenant,
@@ -361,10 +379,16 @@ def _moves(moves: "Sequence[Move]") -> str:
             f"{move.pool} {move.node}" if move.node >= 0 else move.pool,
             f"{move.gpus:,}",
             hours_text(move.cost_gpu_s / 3600),
-            *("-" if time_s != time_s else elapsed(time_s) for time_s in (move.deadline_s, move.done_s)),  # noqa: PLR0124 - NaN
+            *("-" if time_s != time_s else axis.clock(time_s) for time_s in (move.deadline_s, move.done_s)),  # noqa: PLR0124 - NaN
         ]
         for move in moves[:MOST_MOVES]
     ]
     heads = ["at", "what", "why", "for", "what for", "makes room", "node", "GPUs", "GPU-h lost", "deadline", "done"]
     left = f"; {len(moves) - MOST_MOVES:,} more with --json" if len(moves) > MOST_MOVES else ""
-    return table(f"Each with its reason{left}", heads, rows, text_columns=7)
+    sentences = dict(RULES.values())
+    why = "".join(
+        f"<dt>{escape(rule)}</dt><dd>{escape(sentences.get(rule, ''))}</dd>"
+        for rule in sorted({move.rule for move in moves})
+    )
+    meaning = f'<details><summary>What the reasons mean</summary><dl class="why">{why}</dl></details>'
+    return table(f"Each with its reason{left}", heads, rows, text_columns=7) + meaning

@@ -60,6 +60,7 @@ def _draw_summaries(screen: "Console", title: str, parts: "Sequence[Summary]", t
             summary.model,
             f"{summary.requests:,}",
             f"{summary.refused:,}",
+            *([f"{summary.cancelled:,}"] if total.cancelled else []),
             percentiles_text(summary.ttft_s),
             percentiles_text(summary.tpot_s),
             f"{summary.slo_fraction:.1%}",
@@ -73,7 +74,10 @@ def _draw_summaries(screen: "Console", title: str, parts: "Sequence[Summary]", t
     draw(
         screen,
         title,
-        ("tenant", "model", "requests", "refused", ttft, tpot, "in SLO", "goodput/s", "GPU-h", "cost", "per M tokens"),
+        (
+            *("tenant", "model", "requests", "refused", *(["gave up"] if total.cancelled else [])),
+            *(ttft, tpot, "in SLO", "goodput/s", "GPU-h", "cost", "per M tokens"),
+        ),
         rows,
         text_columns=2,
         spare=("GPU-h", "per M tokens", "goodput/s", tpot, "cost", "refused", ttft),

@@ -51,6 +51,7 @@ class Rehearsal(Report):
 
     notes: tuple[str, ...]  # what was replayed
     rows: tuple[Demand, ...]  # who asks
+    first_hour: int  # of the day, with which the traffic begins: at 0 s
     kept: tuple[Settled, ...]  # what became of every request, if that was to be kept
     moves: tuple[Move, ...] = ()  # what was started and stopped, lent and handed back
     jobs: tuple[JobRecord, ...] = ()
@@ -173,6 +174,7 @@ def rehearse(
         **{one.name: getattr(report, one.name) for one in fields(Report)},
         notes=(*asked.notes, *notes),
         rows=asked.rows,
+        first_hour=asked.first_hour,
         kept=tuple(scribe.kept),
         moves=actor.moves,
         jobs=actor.jobs,
