@@ -21,7 +21,7 @@ def as_before() -> Iterator[None]:
     before = structlog.get_config()
     yield
     structlog.configure(**before)
-    structlog.contextvars.clear_contextvars()
+    about_request("")
 
 
 def lines(stream: io.StringIO) -> list[dict[str, object]]:

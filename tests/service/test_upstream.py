@@ -27,7 +27,7 @@ def read_in_pieces(stream: bytes, size: int) -> tuple[list[bytes], Progress]:
     for start in range(0, len(stream) + size, size):
         if data := events.feed(stream[start : start + size]):
             out.append(data)
-            progress.saw(data, len(events.latest))
+            progress.saw(events.latest)
     assert not events.problem
     progress.done = events.done
     return out, progress

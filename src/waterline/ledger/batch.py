@@ -8,9 +8,11 @@ otherwise (a commit whose answer got lost, a gateway that was taken for dead), t
 from asyncio import Future
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import Connection, Engine, bindparam, delete, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -18,15 +20,14 @@ from waterline.errors import QuotaError
 from waterline.ledger.database import writing
 from waterline.ledger.quotas import Balance, Balances, periods, refusal
 from waterline.ledger.records import Key, Settlement, day_of
-from waterline.ledger.tables import AMOUNTS, GROUP, SUMS, balances, completions, keys, reservations, usage
+from waterline.ledger.tables import AMOUNTS, SUMS, balances, completions, keys, reservations, usage
 
 CHUNK = 500  # ids in one question
 Flows = dict[tuple[str, tuple[str, ...]], Balance]  # by key, and the periods in which it has quotas
 Sums = dict[tuple[str, ...], dict[str, int]]  # by GROUP, then by SUMS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reserve:
+class Reserve(Struct, frozen=True, kw_only=True):
     """A request that wants in, with the most it may use."""
 
     request_id: str
@@ -40,8 +41,7 @@ class Reserve:
     periods: tuple[str, ...]  # in which the key has quotas
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Note:
+class Note(Struct, frozen=True, kw_only=True):
     """How far a request has come that has not ended."""
 
     request_id: str
@@ -51,8 +51,7 @@ class Note:
     noted_us: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
+class Ending(Struct, frozen=True, kw_only=True):
     """A request that has ended."""
 
     settlement: Settlement
@@ -132,14 +131,13 @@ class Books:
         insert: Any = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
         of_reservation = reservations.c.id == bindparam("request_id")
         notes = ("prompt_tokens", "output_tokens", "nano_usd", "noted_us")
+        note = update(reservations).where(of_reservation).values({name: bindparam(name) for name in notes})
         self._open = _Statement(engine, insert(reservations).on_conflict_do_nothing())
         self._close = _Statement(engine, delete(reservations).where(of_reservation))
-        self._note = _Statement(
-            engine, update(reservations).where(of_reservation).values({name: bindparam(name) for name in notes})
-        )
+        self._note = _Statement(engine, note, (*notes, "request_id"))
         self._complete = _Statement(engine, insert(completions).on_conflict_do_nothing())
         self._take_back = _Statement(engine, delete(completions).where(completions.c.id == bindparam("request_id")))
-        self._balance = _Statement(engine, _adding(insert(balances), [column.name for column in balances.c][2:]))
+        self._balance = _Statement(engine, _adding(insert(balances), BALANCE))
         self._use = _Statement(engine, _adding(insert(usage), SUMS))
         some_keys = keys.c.id.in_(bindparam("ids", expanding=True))
         self._hold = select(keys.c.id).where(some_keys).order_by(keys.c.id).with_for_update()
@@ -191,14 +189,15 @@ class Books:
         granted = {one.request_id: one for one in reserves if one.request_id not in written.refused}
         settled, closed = _settled(batch, granted, written.refused, there)
 
-        self._open.run(connection, [self._reservation(one) for one in granted.values()])
-        self._close.run(connection, [{"request_id": one.request_id} for one in closed])
+        here = {one.request_id for one in closed} & granted.keys()  # come and gone since the last commit
+        self._open.run(connection, [self._reservation(one) for id_, one in granted.items() if id_ not in here])
+        self._close.run(connection, [(one.request_id,) for one in closed if one.request_id not in here])
         sums: Sums = {}
         flows: Flows = {}
         if there and there.interrupted:
             self._undo(connection, there, batch, sums, flows)
         self._complete.run(connection, [_completion(one) for one in settled])
-        self._note.run(connection, [_fields(one) for one in batch.notes.values()], each=False)
+        self._note.run(connection, list(map(_note, batch.notes.values())), each=False)
 
         for one in granted.values():
             _flow(flows, one, 1)
@@ -244,36 +243,20 @@ class Books:
 
     def _undo(self, connection: Connection, there: _There, batch: Batch, sums: Sums, flows: Flows) -> None:
         """Undo what another gateway wrote of requests that had not ended: this one was alive, and knows better."""
-        self._take_back.run(connection, [{"request_id": request_id} for request_id in there.interrupted])
+        self._take_back.run(connection, [(request_id,) for request_id in there.interrupted])
         for request_id, old in there.interrupted.items():
             _count(sums, old, -1)
             _charge(flows, batch.endings[request_id].periods, old, -1)
 
     def _keep_sums(self, connection: Connection, changes: Balances, sums: Sums) -> None:
         """Add to the sums: in one order, so that gateways wait for each other in a row, never in a ring."""
-        self._balance.run(
-            connection,
-            [{"key_id": key, "period": period, **_fields(changes[key, period])} for key, period in sorted(changes)],
-        )
-        groups = [dict(zip(GROUP, group, strict=True)) for group in sorted(sums)]
-        self._use.run(connection, [named | sums[tuple(named.values())] for named in groups])
+        self._balance.run(connection, [(*name, *_amounts(changes[name])) for name in sorted(changes)])
+        self._use.run(connection, [(*group, *sums[group].values()) for group in sorted(sums)])
 
-    def _reservation(self, one: Reserve) -> dict[str, Any]:
-        return {
-            "id": one.request_id,
-            "owner": self.owner,
-            "tenant": one.tenant,
-            "client": one.client,
-            "key_id": one.key.id if one.key else "",
-            "model": one.model,
-            "arrival_us": one.arrival_us,
-            "reserved_tokens": one.tokens,
-            "reserved_nano_usd": one.nano_usd,
-            "prompt_tokens": 0,
-            "output_tokens": 0,
-            "nano_usd": 0,
-            "noted_us": one.arrival_us,
-        }
+    def _reservation(self, one: Reserve) -> tuple[Any, ...]:
+        key_id = one.key.id if one.key else ""
+        who = (one.request_id, self.owner, one.tenant, one.client, key_id, one.model, one.arrival_us)
+        return (*who, one.tokens, one.nano_usd, 0, 0, 0, one.arrival_us)
 
 
 def key_of(row: Any) -> Key:
@@ -342,34 +325,41 @@ def _adding(insert: Any, sums: Sequence[str]) -> Any:
 
 
 class _Statement:
-    """A statement for many rows, put into the database's words once: SQLAlchemy's way takes three times as long."""
+    """A statement for many rows, put into the database's words once: SQLAlchemy's way takes three times as long.
 
-    def __init__(self, engine: Engine, statement: Any) -> None:
-        names = [column.name for column in statement.table.c] if statement.is_insert else None
-        compiled = statement.compile(dialect=engine.dialect, column_keys=names)
-        self._sql, self._places = str(compiled), compiled.positiontup
+    Args:
+        engine: of the database.
+        statement: to put into words.
+        names: of what a row holds, in its order; of an insertion, the table's columns.
+    """
 
-    def run(self, connection: Connection, rows: list[dict[str, Any]], *, each: bool = True) -> None:
+    def __init__(self, engine: Engine, statement: Any, names: Sequence[str] = ("request_id",)) -> None:
+        columns = [column.name for column in statement.table.c] if statement.is_insert else None
+        of_kind: Any = type(engine.dialect)
+        dialect = of_kind(paramstyle="qmark" if engine.dialect.name == "sqlite" else "format")
+        compiled = statement.compile(dialect=dialect, column_keys=columns)
+        self._sql = str(compiled)
+        assert compiled.positiontup == list(columns or names)  # noqa: S101 - or rows would be written askew
+
+    def run(self, connection: Connection, rows: list[tuple[Any, ...]], *, each: bool = True) -> None:
         """Run it for each row; `each` must find what it expects."""
         if not rows:
             return
-        places = self._places
-        filled: Any = [tuple(row[place] for place in places) for row in rows] if places else rows
+        filled: Any = rows
         done = connection.exec_driver_sql(self._sql, filled)
         if each and done.rowcount != len(rows):
             raise _StartOverError
 
 
-def _completion(one: Settlement) -> dict[str, Any]:
-    fields = _fields(one)
-    fields["id"] = fields.pop("request_id")
-    fields["replicas"] = msgspec.json.encode(one.replicas).decode()
-    return fields
+BALANCE = ("tokens", "nano_usd", "reserved_tokens", "reserved_nano_usd")
+_amounts = attrgetter(*BALANCE)
+_note = attrgetter("prompt_tokens", "output_tokens", "nano_usd", "noted_us", "request_id")
+_before_replicas = attrgetter("request_id", "tenant", "client", "key_id", "model")
+_after_replicas = attrgetter(*[column.name for column in completions.c][6:])
 
 
-def _fields(one: Any) -> dict[str, Any]:
-    names = getattr(one, "__struct_fields__", None) or one.__slots__
-    return {name: getattr(one, name) for name in names}
+def _completion(one: Settlement) -> tuple[Any, ...]:
+    return (*_before_replicas(one), msgspec.json.encode(one.replicas).decode(), *_after_replicas(one))
 
 
 def _flow(flows: Flows, one: Reserve, times: int) -> None:

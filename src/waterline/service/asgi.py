@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import uvicorn
 
@@ -16,7 +16,7 @@ from waterline.service.errors import (
     http_status,
     retry_after,
 )
-from waterline.service.limits import ON_GONE, GuardedProtocol
+from waterline.service.limits import BODY, ON_GONE, GuardedProtocol
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -139,6 +139,8 @@ async def read_body(
     Raises RejectedError when it is longer than that, without keeping it, or takes longer; ClientGoneError when the
     client leaves before its end.
     """
+    if (at_once := scope.get(BODY)) and (body := at_once()) is not None and len(body) <= longest_bytes:
+        return cast("bytes", body)
     try:
         async with asyncio.timeout(within_s):
             return await _read_body(scope, receive, longest_bytes)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from math import isnan
 
 from waterline.errors import QuotaError
-from waterline.ledger import Key, Ledger, Reservation, Settlement, utc_us
+from waterline.ledger import Key, Ledger, Quotas, Reservation, Settlement, utc_us
 from waterline.outcome import Completion
 from waterline.service.asgi import Headers
 from waterline.service.errors import RejectedError, retry_after
 from waterline.units import GIGA, MEGA
 
 OVER_QUOTA = "insufficient_quota"  # OpenAI's code
+UNLIMITED = Quotas()
 NEVER_S = 30 * 86_400.0  # to come back, for who needs somebody to raise a quota first
 
 
@@ -62,7 +63,7 @@ class Books:
 
     def limits(self, key: Key | None) -> Headers:
         """Return what a key may still use, in the headers that clients of OpenAI know."""
-        room = self._ledger.room(key) if self._ledger and key else None
+        room = self._ledger.room(key) if self._ledger and key and key.quotas != UNLIMITED else None
         if not room:
             return []
         headers = [

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterline.errors import WaterlineError, nearest
-from waterline.ledger import Quotas, new_request_id, utc_us
+from waterline.ledger import new_request_id, utc_us
 from waterline.outcome import Completion, Status
 from waterline.plan import Replica
 from waterline.policy.decisions import NOT_SERVED, RULES, TOO_LATE, TOO_LONG
@@ -30,7 +30,6 @@ from waterline.service.supervisor import ReplicaState
 from waterline.service.upstream import Progress
 from waterline.service.usage import WithoutUsage
 
-NO_QUOTAS = Quotas()
 WRITTEN_WITHIN_S = 2.0  # what an answer waits for the ledger; it is written all the same, and the lag is shown
 LAST_WORD_S = 0.2  # for the last event of a stream that is cut
 UNSERVED_S = 30.0  # after which to ask again for a model without a replica, at most: nobody knows when one is there
@@ -310,7 +309,7 @@ class Completions:
         await self._books.reserve(entry, asked.prompt_tokens + output_tokens, cost_gpu_s)
         if entry.reservation:
             reply.after = lambda: self._settled(visit)
-            if asked.stream or (entry.key and entry.key.quotas != NO_QUOTAS):  # what comes whole is settled before it
+            if asked.stream or (entry.key and entry.key.quotas != UNLIMITED):  # what comes whole is settled before it
                 reply.before = lambda: self._books.durable(entry)
         if asked.stream and not asked.include_usage and not reply.edit:
             reply.edit = WithoutUsage()
@@ -328,7 +327,7 @@ class Completions:
         """See off who has its whole answer, and wait until that stands in the ledger; not for ever, if it cannot."""
         self._see_off(visit, "ok", "")
         if visit.settled:
-            await asyncio.wait((visit.settled,), timeout=WRITTEN_WITHIN_S)
+            await _done_within(visit.settled, WRITTEN_WITHIN_S)
 
     def _see_off(self, visit: Visit, status: Status, reason: str) -> None:
         """Give its place to the next, and write down what became of it, once."""
@@ -392,6 +391,24 @@ def _field(body: bytes, name: str) -> object:
 
 def stopping() -> RejectedError:
     return RejectedError("The service is stopping.", status=503, code="stopping", headers=retry_after(1))
+
+
+async def _done_within(future: "Future[None]", within_s: float) -> None:
+    """Wait until it is done, and no longer than that: `asyncio.wait` for one, at a third of its price."""
+    loop = asyncio.get_running_loop()
+    waiter: Future[None] = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    timer = loop.call_later(within_s, wake)
+    future.add_done_callback(wake)
+    try:
+        await waiter
+    finally:
+        timer.cancel()
+        future.remove_done_callback(wake)
 
 
 def _judged(error: WaterlineError) -> tuple[Status, str]:

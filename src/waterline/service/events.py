@@ -54,13 +54,14 @@ class Choice(Struct):
 
 
 class Usage(Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class Event(Struct):
     choices: list[Choice] | None = None
     usage: Usage | None = None
+    timings: Any = None  # llama.cpp's
     prompt_token_ids: list[Id] | None = None
     error: Any = None
     object: str | None = None

@@ -22,7 +22,11 @@ LINGERS_S = 1.0  # a connection that was refused, for its client to read why
 FILES_KEPT = 128  # descriptors that are not for clients: engines' pipes, the ledger, the log
 FILES_PER_REQUEST = 2  # its client's connection, and one to an engine
 MOST_FILES = 2**20
-SLOW, ON_GONE, WRITE = "waterline.slow", "waterline.on_gone", "waterline.write"  # keys of the scope
+# Keys of the scope: what this server tells beside ASGI.
+SLOW = "waterline.slow"  # its client was cut, because it did not read
+ON_GONE = "waterline.on_gone"  # takes what to call when the client goes away
+WRITE = "waterline.write"  # sends a part of a stream that has begun, at once, and tells whether there is room for more
+BODY = "waterline.body"  # returns the body, if all of it has come; else None
 
 
 @cache
@@ -104,6 +108,7 @@ class GuardedProtocol(HttpToolsProtocol):
         scope[ON_GONE] = self.when_gone
         super().on_headers_complete()
         scope[WRITE] = partial(self._write, self.cycle)
+        scope[BODY] = partial(self._body, self.cycle)
 
     def _head_is_large(self) -> bool:
         """Tell whether it was the head that was large, and not what came with it."""
@@ -116,11 +121,12 @@ class GuardedProtocol(HttpToolsProtocol):
         if tell and self.transport.is_closing():
             self.loop.call_soon(tell)
 
-    def _write(self, cycle: RequestResponseCycle, data: bytes) -> bool:
-        """Send a part of a stream that has begun, at once; tell whether there is room for more.
+    def _body(self, cycle: RequestResponseCycle) -> bytes | None:
+        """Return what came with the headers, as most bodies do: nobody has to wait, and no clock has to run."""
+        return None if cycle.more_body or self.flow.read_paused else bytes(cycle.body)
 
-        ASGI would take a coroutine and a message for each.
-        """
+    def _write(self, cycle: RequestResponseCycle, data: bytes) -> bool:
+        """Send a part of a stream: ASGI would take a coroutine and a message for each."""
         if cycle.disconnected:
             return False
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))

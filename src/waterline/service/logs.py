@@ -4,6 +4,8 @@ What a client sent or was answered is never in it: events carry ids, counts and 
 without the values of its variables.
 """
 
+from collections.abc import MutableMapping
+from contextvars import ContextVar
 from typing import Any, Protocol, TextIO, cast
 
 import orjson
@@ -27,7 +29,7 @@ def log_to(stream: Stream, *, terminal: bool) -> None:
     """Send the log there; people read a terminal."""
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
+            _with_request,
             structlog.processors.add_log_level,
             structlog.processors.format_exc_info,  # text without variables; a renderer further down would show them
             *(_for_people() if terminal else _for_machines()),
@@ -38,7 +40,16 @@ def log_to(stream: Stream, *, terminal: bool) -> None:
 
 def about_request(request_id: str) -> None:
     """Put the id into every line that the task of a request writes from now on."""
-    structlog.contextvars.bind_contextvars(**{REQUEST_ID: request_id})
+    _REQUEST.set(request_id)
+
+
+_REQUEST: ContextVar[str] = ContextVar(REQUEST_ID, default="")
+
+
+def _with_request(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    if request_id := _REQUEST.get():
+        event.setdefault(REQUEST_ID, request_id)
+    return event
 
 
 def log_failure(completion: Completion) -> None:

@@ -27,7 +27,7 @@ from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError
 from waterline.service.events import DONE, BadEventError
 from waterline.service.health import Health, Watch
-from waterline.service.response_relay import Relay, told_tokens
+from waterline.service.response_relay import Relay
 from waterline.service.responses import RESPONSES
 from waterline.service.said import Said
 from waterline.service.stream import Stream
@@ -290,7 +290,7 @@ class Passages:
             url = state.url + passage.endpoint
             response = await ask(self._connections, engine, url, body, passage.headers, stream=False)
             try:
-                data = await read_whole(response)
+                data = await read_whole(response, passage.progress)
             finally:
                 response.close()
         except asyncio.CancelledError:  # the client has left, or it took too long
@@ -299,10 +299,6 @@ class Passages:
             raise
         watch.since_s = math.inf
         self._heard(passage, watch)
-        passage.progress.saw(data)
-        if asked.endpoint == RESPONSES:
-            passage.progress.told_tokens = told_tokens(data)
-        passage.progress.done = True
         await reply.whole(200, data, passed_back(response))
 
     def _heard(self, passage: Passage, watch: Watch) -> None:
@@ -404,10 +400,9 @@ async def _end_alone(passage: Passage, reply: Reply) -> bool:
         await reply.chunk(reason)
     if asked.include_usage and not said.usage and said.prompt_ids is None:
         return False
-    usage = missing_usage(said)
-    passage.progress.saw(usage)
-    passage.progress.told_tokens = passage.progress.prompt_tokens or asked.prompt_tokens, said.tokens
-    await reply.chunk(usage)
+    await reply.chunk(missing_usage(said))
+    prompt_tokens = len(said.prompt_ids) if said.prompt_ids else passage.progress.prompt_tokens or asked.prompt_tokens
+    passage.progress.told(prompt_tokens, said.tokens)
     passage.progress.done = True
     await reply.end(DONE)
     return True

@@ -72,7 +72,6 @@ class _Event(Struct):
 
 _BODY = msgspec.json.Decoder(_Body)
 _EVENT = msgspec.json.Decoder(_Event)
-_RESPONSE = msgspec.json.Decoder(_Response)
 
 
 def read_own(body: bytes) -> Asked:
@@ -106,15 +105,6 @@ def _size(item: _Item) -> int:
     for said in (item.content, item.output):
         texts += [said or ""] if isinstance(said, str) or said is None else [part.text or "" for part in said]
     return sum(len(text.encode()) for text in texts)
-
-
-def told_tokens(data: bytes) -> tuple[int, int] | None:
-    """Return the tokens of prompt and output that a whole response tells; None when it tells nothing."""
-    try:
-        usage = _RESPONSE.decode(data).usage
-    except msgspec.DecodeError:
-        return None
-    return (usage.input_tokens, usage.output_tokens) if usage else None
 
 
 class Own:
@@ -194,7 +184,7 @@ class Relay:
         if event.type in ENDS:
             self._last = block + b"\n\n"
             if event.response and event.response.usage:
-                self._progress.told_tokens = event.response.usage.input_tokens, event.response.usage.output_tokens
+                self._progress.told(event.response.usage.input_tokens, event.response.usage.output_tokens)
         elif event.type in BEGINS and not (self._reply.begun or good):
             self._held += block + b"\n\n"
         else:

@@ -97,7 +97,7 @@ class Stream:
         if self._hides_ids:
             data = _without_ids(data, events)
         if data:
-            self._progress.saw(data, len(events))
+            self._progress.saw(events)
         return data
 
     async def _pass_on(self, data: bytes) -> None:

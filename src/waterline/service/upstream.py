@@ -4,9 +4,8 @@ Closing the connection is what makes an engine stop generating.
 """
 
 import re
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,16 +16,11 @@ from waterline.service.asgi import Headers
 from waterline.service.connections import AbsentError, Connections, Response
 from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError, retry_after
-from waterline.service.events import LOST, check_text
+from waterline.service.events import LOST, Event, check_text
 
-TAIL_CHUNKS = 16  # of the end of an answer, where the usage stands
-TAIL_BYTES = 4096
 LONGEST_ERROR_BYTES = 65_536
 PASSED_ON = (b"user-agent",)  # of the request: the rest is between others, and the client's key is not for engines
 PASSED_BACK = ("content-type", "cache-control")
-COMPLETION_TOKENS = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
-PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
-TIMED_TOKENS = re.compile(rb'"(?:cache|prompt)_n"\s*:\s*(\d+)')  # llama.cpp's: kept from before, and read
 STREAM, WHOLE = "text/event-stream", "application/json"  # what answers are made of
 PATH = re.compile(r"(?<![\w:/.])(?!/v1/)(?:/[\w.@+~-]+){2,}/?|\b[A-Za-z]:\\[^\s\"']+")  # of a file, not of a URL
 OUR_MISTAKES = (401, 403, 407)  # of the statuses from 400 on: the key is ours, the client can do nothing about it
@@ -72,12 +66,8 @@ class Progress:
     first_token_s: float = float("nan")
     events: int = 0  # of a stream, without [DONE]
     done: bool = False  # the stream has come to its end
-    told_tokens: tuple[int, int] | None = None  # of prompt and output, where no engine could say
-    chunks: deque[bytes] = field(default_factory=lambda: deque(maxlen=TAIL_CHUNKS))  # the last ones
-
-    @property
-    def tail(self) -> bytes:
-        return b"".join(self.chunks)[-TAIL_BYTES:]
+    prompt_tokens: int | None = None  # as the engine says, once it does
+    told_output_tokens: int | None = None  # likewise
 
     @property
     def output_tokens(self) -> int:
@@ -85,25 +75,31 @@ class Progress:
 
         A chat stream has two more: the role, and the reason it ended. Those that never ended have the first only.
         """
-        if self.told_tokens:
-            return self.told_tokens[1]
-        if said := COMPLETION_TOKENS.findall(self.tail):
-            return int(said[-1])
+        if self.told_output_tokens is not None:
+            return self.told_output_tokens
         return max(0, self.events - (2 if self.done else 1))
 
-    @property
-    def prompt_tokens(self) -> int | None:
-        if self.told_tokens:
-            return self.told_tokens[0]
-        tail = self.tail
-        if said := PROMPT_TOKENS.findall(tail):
-            return int(said[-1])
-        timed = TIMED_TOKENS.findall(tail)[-2:]
-        return sum(map(int, timed)) if timed else None
+    def saw(self, events: list[Event]) -> None:
+        self.events += len(events)
+        for event in events:
+            if event.usage:
+                self.told(event.usage.prompt_tokens, event.usage.completion_tokens)
+            elif event.timings:
+                self.timed(event.timings)
 
-    def saw(self, data: bytes, events: int = 0) -> None:
-        self.events += events
-        self.chunks.append(data)
+    def told(self, prompt_tokens: object, output_tokens: object) -> None:
+        """Take what an engine says of tokens, as far as those are counts."""
+        if isinstance(prompt_tokens, int) and prompt_tokens >= 0:
+            self.prompt_tokens = prompt_tokens
+        if isinstance(output_tokens, int) and output_tokens >= 0:
+            self.told_output_tokens = output_tokens
+
+    def timed(self, timings: Any) -> None:
+        """Take what llama.cpp says of the prompt where there is no usage: tokens kept from before, and read."""
+        if self.prompt_tokens is None and isinstance(timings, dict):
+            counts = [timings.get(name, 0) for name in ("cache_n", "prompt_n")]
+            if all(isinstance(count, int) for count in counts):
+                self.told(sum(counts), None)
 
 
 async def ask(
@@ -141,7 +137,7 @@ def passed_back(response: Response) -> Headers:
     ]
 
 
-async def read_whole(response: Response) -> bytes:
+async def read_whole(response: Response, progress: Progress) -> bytes:
     """Return an answer that comes whole. Raises UnansweredError when it breaks off or is no answer."""
     try:
         data = await response.read()
@@ -153,6 +149,11 @@ async def read_whole(response: Response) -> bytes:
         raise UnansweredError("The engine's answer is no JSON object.") from error
     if whole.error is not None or any(choice.finish_reason in LOST for choice in whole.choices or ()):
         raise UnansweredError(f"The engine gave up: {engine_words(data)[0][:200]}")
+    if isinstance(whole.usage, dict):
+        sides = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))  # of chats, of responses
+        progress.told(*(whole.usage.get(chat, whole.usage.get(response)) for chat, response in sides))
+    progress.timed(whole.timings)
+    progress.done = True
     return data
 
 
@@ -163,6 +164,8 @@ class _Choice(msgspec.Struct):
 class _Whole(msgspec.Struct):
     choices: list[_Choice] | None = None
     error: Any = None  # null is an error that is none, as in OpenAI's /v1/responses
+    usage: Any = None
+    timings: Any = None
 
 
 _WHOLE = msgspec.json.Decoder(_Whole)

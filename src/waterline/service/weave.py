@@ -74,8 +74,8 @@ class Weave:
         if self._counts:
             usage["completion_tokens"] = self._earlier_tokens
         else:
-            usage["prompt_tokens"] = max(0, usage.get("prompt_tokens", 0) - self._earlier_tokens)
-            usage["completion_tokens"] = usage.get("completion_tokens", 0) + self._earlier_tokens
+            usage["prompt_tokens"] = max(0, (usage.get("prompt_tokens") or 0) - self._earlier_tokens)
+            usage["completion_tokens"] = (usage.get("completion_tokens") or 0) + self._earlier_tokens
         details = usage.get("prompt_tokens_details")
         if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):  # of what was said, too
             details["cached_tokens"] = min(details["cached_tokens"], usage.get("prompt_tokens", 0))
