@@ -10,7 +10,8 @@ from serving import fake_plan
 from waterline.fleet import Tenant
 from waterline.plan import Plan
 from waterline.policy.decisions import NOT_SERVED, TOO_LATE
-from waterline.service.dispatcher import MOST_CLIENTS, Dispatcher, Refusal, Ticket, Turn, block_keys
+from waterline.service.dispatcher import Dispatcher, Refusal, Ticket, Turn, block_keys
+from waterline.service.rows import MOST_CLIENTS
 
 TENANTS = (Tenant(name="enterprise", guarantee=0.5, deserved=0.5), Tenant(name="public", deserved=0.5))
 
@@ -328,7 +329,7 @@ def test_clients_without_end_are_forgotten_when_they_have_nothing_under_way() ->
     keeper = enter(desk, turns, "keeper", line="keeper")
     for number in range(MOST_CLIENTS + 50):
         desk.leave(enter(desk, turns, "one", line=str(number)), 0.0)
-    assert len(desk.desk.queue.counter_gpu_s) < 40 * MOST_CLIENTS
+    assert len(desk.rows.desk.queue.counter_gpu_s) < 40 * MOST_CLIENTS
     desk.leave(keeper, 0.0)
     assert (desk.under_way("enterprise"), desk.lanes["chat/0"].backlog_tokens) == (0, 0)
 
@@ -378,4 +379,4 @@ def test_when_all_have_left_nothing_is_left(happened: list[tuple[str, int]]) -> 
     assert all((lane.running, lane.backlog_tokens) == (0, 0) for lane in desk.lanes.values())
     chat = desk.services["chat"]
     assert (chat.lines, chat.returned) == ({}, [])
-    assert set(desk.desk.queue.waiting) == {0}
+    assert set(desk.rows.desk.queue.waiting) == {0}

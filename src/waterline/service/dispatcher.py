@@ -1,8 +1,8 @@
 """The live desk: requests in their lines, and the calls that ask `policy.dispatch` about them.
 
-Every decision (taken in or not, whose turn, on which replica) is the policy's; here are the requests themselves, rows
-for those who come and go, and the time each request had. No socket and no clock: what happens is told by calls, time
-comes in as an argument, and the answers are values or calls of a request's `turn`. So a rehearsal, fed the same
+Every decision (taken in or not, whose turn, on which replica) is the policy's; here are the requests themselves and the
+time each of them had; `rows` has the numbers the policy goes by. No socket and no clock: what happens is told by calls,
+time comes in as an argument, and the answers are values or calls of a request's `turn`. So a rehearsal, fed the same
 events, decides alike.
 
 Requests wait here, those of one client to one model in the order they came; a replica gets one only when it has a slot.
@@ -11,28 +11,24 @@ Requests wait here, those of one client to one model in the order they came; a r
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from waterline.fleet import Tenant
 from waterline.plan import ModelPlan, Plan, Replica
-from waterline.policy import admission, dispatch
+from waterline.policy import dispatch
 from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
 from waterline.policy.routing import MOST_DRAWN, NOBODY
-from waterline.service.errors import RejectedError
+from waterline.service.rows import Clients, Rows
 from waterline.units import HOUR_S
 
 Turn = Callable[[bool], None]  # True: go ahead; False: there is no replica left to wait for
 Draw = Callable[[], int]
 
-SPARE_ROWS = 8  # for models and tenants that a new plan brings
 PATIENCE = 3  # how much longer than its deadline a request may wait that was taken in, before it is told
 LEAST_WAIT_S = 10.0
-FIRST_CLIENTS = 8  # rows of each tenant; there are twice as many whenever they are all taken
-MOST_CLIENTS = 10_000  # rows of one tenant, from when on those who have nothing under way are forgotten
 NO_BLOCKS: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
@@ -42,7 +38,7 @@ class Lane:
 
     replica: Replica
     row: int
-    desk: "Dispatcher" = field(repr=False)
+    rows: Rows = field(repr=False)
     up: bool = False  # its engine answers
     held: bool = False  # it drains, or did not answer lately: it gets nothing, but is not given up
     doubted: bool = False  # likewise, because it failed requests
@@ -53,7 +49,7 @@ class Lane:
 
     @property
     def backlog_tokens(self) -> int:
-        return int(self.desk.desk.replicas.backlog_tokens[self.row])
+        return int(self.rows.desk.replicas.backlog_tokens[self.row])
 
     def settle(self, now_s: float) -> None:
         """Count the time up to now; call it before `running` changes."""
@@ -108,7 +104,7 @@ class Ticket:
 
     service: Service
     client: int  # its row
-    clients: "_Clients"  # among whom it has it
+    clients: Clients  # among whom it has it
     tenant: str
     line: str
     prompt_tokens: int
@@ -140,16 +136,6 @@ class Refusal:
     retry_after_s: float
 
 
-@dataclass(slots=True)
-class _Clients:
-    """The rows of one tenant's clients; those who take only what is spare have another account."""
-
-    tenant: int
-    rows: dict[str, int] = field(default_factory=dict)  # by line, who has been here longest first
-    under_way: dict[int, int] = field(default_factory=dict)  # requests by row, where there are any
-    spare: list[int] = field(default_factory=list)
-
-
 class Dispatcher:
     """The desk of a fleet: the one place where its queues change.
 
@@ -160,22 +146,7 @@ class Dispatcher:
 
     def __init__(self, plan: Plan, draw: Draw | None = None) -> None:
         self._draw = draw or (lambda: random.randrange(MOST_DRAWN))  # noqa: S311 - which of two queues is no secret
-        self._tenants = {tenant.name: _Clients(row) for row, tenant in enumerate(plan.fleet.tenants)}
-        self._spare: dict[str, _Clients] = {}  # by tenant, once they ask
-        self._tenant_of_client = [0]  # nobody's row: there must be one
-        self._model_rows = list(range(len(plan.models) + SPARE_ROWS))[::-1]
-        self._replica_rows = list(range(max(len(plan.replicas), 1)))[::-1]
-        no_share = [0.0] * (2 * len(self._tenants) + SPARE_ROWS)  # `use_plan` writes them
-        self._arrays = dispatch.new_desk(
-            no_share,
-            no_share,
-            no_share,
-            self._tenant_of_client,
-            models=len(self._model_rows),
-            rows=len(self._replica_rows),
-            gpus=float(plan.fleet.gpus),
-        )
-        self.desk = dispatch.plain(self._arrays)
+        self.rows = Rows(plan)
         self.services: dict[str, Service] = {}
         self.lanes: dict[str, Lane] = {}  # by replica
         self._lane_at: dict[int, Lane] = {}  # by row
@@ -225,11 +196,11 @@ class Dispatcher:
             prompts, outputs = self._loads.get((tenant, model), (0, 0))
             self._loads[tenant, model] = prompts + prompt_tokens, outputs + output_tokens
         # Tokens are estimated: only an engine can tell that a request is too long for it.
-        tokens = min(prompt_tokens + output_tokens, self.desk.models.longest_tokens[service.row] or 1)
-        clients = self._spare_of(tenant) if spare else self._tenants[tenant]
-        client, draw = self._client(clients, line), self._draw()
+        tokens = min(prompt_tokens + output_tokens, self.rows.desk.models.longest_tokens[service.row] or 1)
+        clients = self.rows.spare_of(tenant) if spare else self.rows.tenants[tenant]
+        client, draw = self.rows.client(clients, line), self._draw()
         arrival = dispatch.arrive(
-            self.desk,
+            self.rows.desk,
             service.row,
             client,
             prompt_tokens,
@@ -258,12 +229,12 @@ class Dispatcher:
             until_s=now_s + PATIENCE * max(service.ttft_s if wait_s is None else wait_s, LEAST_WAIT_S),
             turn=turn,
         )
-        clients.under_way[client] = clients.under_way.get(client, 0) + 1
+        clients.come(client)
         if arrival.rule == SLOT_FREE:
             self._run(ticket, arrival.replica, arrival.cached_tokens, now_s)
         else:
             if in_doubt:  # all its replicas did not answer lately: that is over soon, one way or the other
-                dispatch.come_back(self.desk, service.row, client, ticket.cost_gpu_s)
+                dispatch.come_back(self.rows.desk, service.row, client, ticket.cost_gpu_s)
             service.lines.setdefault(client, deque()).append(ticket)
             self._advance(service, now_s)
         return ticket
@@ -273,7 +244,7 @@ class Dispatcher:
         if ticket.unread and ticket.running and ticket.lane:
             ticket.unread = False
             dispatch.first_token(
-                self.desk, ticket.service.row, ticket.lane.row, ticket.prompt_tokens, ticket.unread_tokens
+                self.rows.desk, ticket.service.row, ticket.lane.row, ticket.prompt_tokens, ticket.unread_tokens
             )
 
     def leave(self, ticket: Ticket, now_s: float, gpu_s: float | None = None) -> None:
@@ -285,11 +256,8 @@ class Dispatcher:
             self._stop(ticket, now_s, gpu_s)
         else:
             self._unline(ticket)
-            dispatch.gave_up(self.desk, ticket.service.row, ticket.client, ticket.cost_gpu_s)
-        under_way = ticket.clients.under_way
-        under_way[ticket.client] -= 1
-        if not under_way[ticket.client]:
-            del under_way[ticket.client]
+            dispatch.gave_up(self.rows.desk, ticket.service.row, ticket.client, ticket.cost_gpu_s)
+        ticket.clients.go(ticket.client)
         self._advance(ticket.service, now_s)
 
     def move(self, ticket: Ticket, avoid: frozenset[str], now_s: float) -> None:
@@ -302,15 +270,15 @@ class Dispatcher:
         ticket.avoids, ticket.until_s = avoid, math.inf
         if ticket.running:
             self._stop(ticket, now_s)
-            dispatch.come_back(self.desk, service.row, ticket.client, ticket.cost_gpu_s)
+            dispatch.come_back(self.rows.desk, service.row, ticket.client, ticket.cost_gpu_s)
             service.lines.setdefault(ticket.client, deque()).appendleft(ticket)
             service.returned.append(ticket)
         self._advance(service, now_s)
 
     def tick(self, now_s: float) -> None:
         """Let the accounts forget, and tell those whose turn does not come; once a second."""
-        dispatch.tick(self.desk, now_s)
-        self._limit_spare()
+        dispatch.tick(self.rows.desk, now_s)
+        self.rows.limit_spare()
         for service in self.services.values():
             if service.lines:
                 self._advance(service, now_s)
@@ -324,25 +292,19 @@ class Dispatcher:
 
     def under_way(self, tenant: str) -> int:
         """Return how many requests of a tenant wait or run."""
-        known = (self._tenants.get(tenant), self._spare.get(tenant))
-        return sum(sum(clients.under_way.values()) for clients in known if clients)
+        return self.rows.under_way(tenant)
 
     # --- Replicas that come and go ----------------------------------------------------------------------------------
 
     def add(self, replica: Replica) -> None:
         """A replica has come into being, and is not ready yet."""
-        if not self._replica_rows:
-            known = len(self._arrays.models.role)
-            self._arrays = dispatch.with_rows(self._arrays, 2 * known)
-            self.desk = dispatch.plain(self._arrays)
-            self._replica_rows = list(range(known, 2 * known))[::-1]
-        lane = Lane(replica=replica, row=self._replica_rows.pop(), desk=self)
+        lane = Lane(replica=replica, row=self.rows.take_replica(), rows=self.rows)
         service = self.services[replica.model]
         service.lanes.append(lane)
         service.recount()
         self.lanes[replica.id] = self._lane_at[lane.row] = lane
         dispatch.put(
-            self.desk,
+            self.rows.desk,
             lane.row,
             service.row,
             gpus=replica.layout.gpus,
@@ -351,28 +313,28 @@ class Dispatcher:
             tokens_per_s=replica.tokens_per_s,
             prefill_tokens_per_s=replica.prefill_tokens_per_s,
         )
-        dispatch.set_in_service(self.desk, [lane.row], serves=False)
+        dispatch.set_in_service(self.rows.desk, [lane.row], serves=False)
 
     def update(self, replica: Replica) -> None:
         """A replica goes on with other figures."""
         lane = self.lanes[replica.id]
-        free_slots = self.desk.replicas.free_slots
+        free_slots = self.rows.desk.replicas.free_slots
         free_slots[lane.row] += replica.max_batch - lane.replica.max_batch
-        self.desk.replicas.tokens_per_s[lane.row] = replica.tokens_per_s
-        self.desk.replicas.prefill_tokens_per_s[lane.row] = replica.prefill_tokens_per_s
-        self.desk.models.holds_tokens[lane.row] = _longest_tokens(replica)
+        self.rows.desk.replicas.tokens_per_s[lane.row] = replica.tokens_per_s
+        self.rows.desk.replicas.prefill_tokens_per_s[lane.row] = replica.prefill_tokens_per_s
+        self.rows.desk.models.holds_tokens[lane.row] = _longest_tokens(replica)
         lane.replica = replica
         self.services[replica.model].recount()
-        dispatch.set_in_service(self.desk, [lane.row], serves=lane.ready)
+        dispatch.set_in_service(self.rows.desk, [lane.row], serves=lane.ready)
 
     def remove(self, replica_id: str) -> None:
         """A replica is gone; nobody runs on it any more."""
         lane = self.lanes.pop(replica_id)
-        dispatch.set_in_service(self.desk, [lane.row], serves=False)
+        dispatch.set_in_service(self.rows.desk, [lane.row], serves=False)
         service = self.services[lane.replica.model]
         service.lanes.remove(lane)
         service.recount()
-        self._replica_rows.append(lane.row)
+        self.rows.replicas.append(lane.row)
 
     def set_ready(self, replica_id: str, *, ready: bool, now_s: float) -> None:
         """A replica has come up, or gone: when it was the last, who waits is told that there is nobody to wait for."""
@@ -400,23 +362,18 @@ class Dispatcher:
 
     def use_plan(self, plan: Plan) -> None:
         """Go on with another plan: its tenants, its models and what is expected of them; replicas come by `add`."""
-        for tenant in plan.fleet.tenants:
-            if tenant.name not in self._tenants:
-                self._tenants[tenant.name] = _Clients(self._spare_tenant())
-            row, accounts = self._tenants[tenant.name].tenant, self.desk.accounts
-            accounts.guarantee[row], accounts.deserved[row], accounts.limit[row] = _entitled(tenant)
-        self._limit_spare()
+        self.rows.use_tenants(plan.fleet.tenants)
         slos = plan.fleet.slos
         for planned in plan.models:
             if service := self.services.get(planned.model):
                 service.planned, service.ttft_s = planned, slos[planned.model].ttft_s
             else:
-                row = self._model_rows.pop()
+                row = self.rows.models.pop()
                 self.services[planned.model] = Service(row=row, planned=planned, ttft_s=slos[planned.model].ttft_s)
 
     def forget(self, model: str) -> None:
         """Forget a model that has no replica left."""
-        self._model_rows.append(self.services.pop(model).row)
+        self.rows.models.append(self.services.pop(model).row)
 
     def take_loads(self) -> dict[tuple[str, str], tuple[int, int]]:
         """Return what each tenant has asked of each model since this was asked last, refused or not.
@@ -433,13 +390,13 @@ class Dispatcher:
         for ticket in tuple(service.returned):
             self._start(service, ticket, now_s)
         while service.lines:
-            client, _ = dispatch.next_turn(self.desk, service.row)
+            client, _ = dispatch.next_turn(self.rows.desk, service.row)
             if client == NOBODY or not self._start(service, service.lines[client][0], now_s):
                 return
 
     def _start(self, service: Service, ticket: Ticket, now_s: float) -> bool:
         """Start a request where it has not failed before, if there is anybody else; tell whether there is a slot."""
-        serves = self.desk.replicas.serves
+        serves = self.rows.desk.replicas.serves
         avoided = []
         if ticket.avoids:
             ready = [lane for lane in service.lanes if lane.ready]
@@ -448,7 +405,7 @@ class Dispatcher:
         for row in avoided:
             serves[row] = 0
         replica, cached_tokens, _ = dispatch.start(
-            self.desk,
+            self.rows.desk,
             service.row,
             ticket.client,
             ticket.prompt_tokens,
@@ -480,13 +437,13 @@ class Dispatcher:
         lane, model = ticket.lane, ticket.service.row
         assert lane  # noqa: S101 - it runs somewhere
         self.first_token(ticket)
-        dispatch.left(self.desk, model, lane.row, ticket.output_tokens)
+        dispatch.left(self.rows.desk, model, lane.row, ticket.output_tokens)
         lane.settle(now_s)
         lane.running -= 1
         ticket.running = False
         had_gpu_s = (lane.share_s - ticket.begun_share_s) * lane.replica.layout.gpus if gpu_s is None else gpu_s
         ticket.gpu_s += had_gpu_s
-        dispatch.settle(self.desk, model, ticket.client, had_gpu_s - ticket.cost_gpu_s)
+        dispatch.settle(self.rows.desk, model, ticket.client, had_gpu_s - ticket.cost_gpu_s)
 
     def _unline(self, ticket: Ticket) -> None:
         """Take a request out of its line; those who have begun before stand first."""
@@ -505,69 +462,13 @@ class Dispatcher:
         ready = lane.up and not lane.held and not lane.doubted
         if lane.ready != ready:
             lane.ready = ready
-            dispatch.set_in_service(self.desk, [lane.row], serves=ready)
+            dispatch.set_in_service(self.rows.desk, [lane.row], serves=ready)
             if ready:
                 self._advance(self.services[lane.replica.model], now_s)
-
-    def _client(self, clients: _Clients, line: str) -> int:
-        """Return the row of a client, which may be new, or have been forgotten."""
-        row = clients.rows.get(line)
-        if row is None:
-            if len(clients.rows) >= MOST_CLIENTS and (idle := next(_idle(clients), None)):
-                clients.spare.append(clients.rows.pop(idle))
-            if not clients.spare:
-                self._more_clients(clients)
-            row = clients.rows[line] = clients.spare.pop()
-            first = row * len(self.desk.models.gpus)
-            for place in range(first, first + len(self.desk.models.gpus)):
-                self.desk.queue.counter_gpu_s[place] = 0.0
-        return row
-
-    def _more_clients(self, clients: _Clients) -> None:
-        known, more = len(self._tenant_of_client), max(FIRST_CLIENTS, len(clients.rows))
-        self._tenant_of_client += [clients.tenant] * more
-        self._arrays = dispatch.with_clients(self._arrays, self._tenant_of_client)
-        self.desk = dispatch.plain(self._arrays)
-        clients.spare = list(range(known, known + more))[::-1]
-
-    def _spare_of(self, tenant: str) -> _Clients:
-        """Return those of a tenant who take what is spare: nothing is guaranteed to them, and nothing deserved."""
-        if tenant not in self._tenants:
-            raise RejectedError(f"No tenant '{tenant}' is in this fleet.", status=403, code="tenant_not_served")
-        if tenant not in self._spare:
-            self._spare[tenant] = _Clients(self._spare_tenant())
-            self._limit_spare()
-        return self._spare[tenant]
-
-    def _limit_spare(self) -> None:
-        """Leave to those who take what is spare what their tenant has left of its limit."""
-        accounts = self.desk.accounts
-        for tenant, clients in self._spare.items():
-            row = self._tenants[tenant].tenant
-            has_limit = accounts.limit[row] < 1.0
-            left = max(0.0, accounts.limit[row] - admission.share_of(accounts, row)) if has_limit else 1.0
-            accounts.limit[clients.tenant] = left
-
-    def _spare_tenant(self) -> int:
-        taken = {clients.tenant for clients in (*self._tenants.values(), *self._spare.values())}
-        for row in range(len(self.desk.accounts.limit)):
-            if row not in taken:
-                return row
-        raise RejectedError("There is no room for another tenant. Restart the service with the new plan.", status=409)
 
 
 def _longest_tokens(replica: Replica) -> int:
     return min(replica.max_context_tokens, replica.cache_tokens)
-
-
-def _entitled(tenant: Tenant) -> tuple[float, float, float]:
-    """Return guarantee, deserved and limit as fractions; the fleet file has been checked."""
-    deserved = tenant.guarantee if tenant.deserved is None else tenant.deserved
-    return float(tenant.guarantee), float(deserved), float(tenant.limit)
-
-
-def _idle(clients: _Clients) -> Iterator[str]:
-    return (line for line, row in clients.rows.items() if row not in clients.under_way)
 
 
 def block_keys(prompt: bytes, block_bytes: int) -> Iterable[int]:
