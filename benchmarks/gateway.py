@@ -7,6 +7,12 @@ Three processes: an upstream that answers at once (or a token every 20 ms), `wat
 which asks, with a key. Everything is on: keys, shares, the ledger on the disk, metrics. CPU time is that of the
 gateway's process, all threads, from /proc: it stays meaningful where wall-clock rates are noise, though a busy machine
 adds to it.
+
+Clients ask again as soon as they have their answer. Those of JSON and of streams without a pace keep the gateway busy
+all the time, so that what they wait for is each other. Paced streams begin spread evenly over the length of one, so
+that some are at each of their stages at any time; "in a burst" they all begin, and begin again, in one moment. Time to
+the first token is compared with that of the same load without the gateway. Goals: at least 2,500 JSON requests/s/core,
+20,000 tokens/s/core in 256 paced streams, whose first token comes at most 3 ms later (p50; p99: 20 ms).
 """
 
 import argparse
@@ -137,18 +143,21 @@ class Load:
     name: str
     clients: int
     fields: dict[str, bool]
+    spread_s: float = 0.0  # over which the clients begin
 
 
 LOADS = (
     Load(name="JSON", clients=64, fields={}),
     Load(name="stream", clients=64, fields={"stream": True}),
-    Load(name="paced stream", clients=64, fields={"stream": True, "pace": True}),
-    Load(name="paced stream", clients=256, fields={"stream": True, "pace": True}),
+    Load(name="paced stream", clients=64, fields={"stream": True, "pace": True}, spread_s=TOKENS * PACE_MS / 1000),
+    Load(name="paced stream", clients=256, fields={"stream": True, "pace": True}, spread_s=TOKENS * PACE_MS / 1000),
+    Load(name="… in a burst", clients=256, fields={"stream": True, "pace": True}),
 )
 
 
-async def ask(port: int, request: bytes, requests: list[int], ttfts_s: list[float]) -> None:
+async def ask(port: int, request: bytes, requests: list[int], ttfts_s: list[float], begin_s: float) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+    await asyncio.sleep(begin_s)
     while requests:
         requests.pop()
         begun_s = time.perf_counter()
@@ -177,7 +186,8 @@ async def run(port: int, load: Load, requests: int, key: str = "") -> tuple[floa
     left, ttfts_s = list(range(requests)), list[float]()
     begun_s = time.perf_counter()
     clients = min(load.clients, requests)
-    await asyncio.gather(*(ask(port, request_of(load.fields, key), left, ttfts_s) for _ in range(clients)))
+    request, begin_s = request_of(load.fields, key), load.spread_s / clients
+    await asyncio.gather(*(ask(port, request, left, ttfts_s, number * begin_s) for number in range(clients)))
     return time.perf_counter() - begun_s, statistics.quantiles(ttfts_s, n=100, method="inclusive")
 
 

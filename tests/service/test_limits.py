@@ -10,7 +10,16 @@ import pytest
 from serving import until
 
 from waterline.service import asgi
-from waterline.service.asgi import ClientGoneError, HttpServer, Receive, Reply, Scope, Send, read_body
+from waterline.service.asgi import (
+    ClientGoneError,
+    HttpServer,
+    Receive,
+    Reply,
+    Scope,
+    Send,
+    read_body,
+    unless_disconnected,
+)
 from waterline.service.errors import RejectedError
 from waterline.service.limits import LONGEST_HEAD_BYTES, MOST_AHEAD, MOST_HEADERS, GuardedProtocol, was_slow
 from waterline.service.server import listen
@@ -26,10 +35,11 @@ class Tight(GuardedProtocol):
 
 
 class App:
-    """Says how long a body is; to /endless it talks without end, and notes how that ended."""
+    """Says how long a body is; to /endless it talks without end, to /late and /streams it would say more; notes how these ended."""
 
     def __init__(self) -> None:
         self.slow: list[bool] = []
+        self.ended: list[str] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send)
@@ -47,6 +57,16 @@ class App:
                 while not was_slow(scope):
                     await reply.chunk(b"word " * 2000)
                 self.slow.append(True)
+                return
+            if scope["path"] in {"/late", "/streams"}:
+                if scope["path"] == "/streams":
+                    await reply.begin(200, [])
+                    await reply.chunk(b"word")
+                try:
+                    await unless_disconnected(asyncio.sleep(0.3), scope, receive)
+                    await reply.whole(200, b"late", [])
+                except (ClientGoneError, RuntimeError) as error:
+                    self.ended.append(type(error).__name__)
                 return
             await reply.whole(200, b"%d %d" % (len(body), len(scope["headers"])), [])
 
@@ -162,6 +182,26 @@ def test_requests_sent_ahead_are_answered_in_order_up_to_a_few() -> None:
             assert (await say(port, HELLO * 5 + last)).count(b"HTTP/1.1 200") == 6
             answer = await say(port, HELLO * (MOST_AHEAD + 5) + last)
             assert answer.count(b"HTTP/1.1 200") <= MOST_AHEAD + 1
+
+    asyncio.run(case())
+
+
+@pytest.mark.parametrize("path", [b"/late ", b"/streams "])
+def test_nonsense_behind_a_request_ends_it_and_never_stands_in_the_middle_of_an_answer(path: bytes) -> None:
+    async def case() -> None:
+        async with tight() as (port, app):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HELLO.replace(b"/ ", path, 1))
+            await asyncio.sleep(0.05)
+            writer.write(b"nonsense\r\n\r\n")
+            answer = await reader.read()
+            if path == b"/late ":
+                assert error_of(answer) == (400, "bad_http")
+            else:
+                assert answer.count(b"HTTP/1.1") == 1
+                assert answer.endswith(b"word\r\n")
+            await until(lambda: app.ended == ["ClientGoneError"])
+            writer.close()  # not before: who leaves ends a request anyway
 
     asyncio.run(case())
 

@@ -53,6 +53,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unread_bytes = 0  # of a body whose request has been answered before its end
         self._problem: RejectedError | None = None
         self._refused = False
+        self._answering: RequestResponseCycle | None = None  # `cycle` is the request that was read last
         self._on_gone: Callable[[], object] | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._read_timer: asyncio.TimerHandle | None = None
@@ -110,6 +111,10 @@ class GuardedProtocol(HttpToolsProtocol):
         scope[WRITE] = partial(self._write, self.cycle)
         scope[BODY] = partial(self._body, self.cycle)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
     def _head_is_large(self) -> bool:
         """Tell whether it was the head that was large, and not what came with it."""
         lines = sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -152,10 +157,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, unless an answer is under way already."""
-        if self.cycle and self.cycle.response_started and not self.cycle.response_complete:
-            self.transport.close()
-            return
+        """Answer what is no HTTP."""
         self._refuse(self._problem or RejectedError(msg, code="bad_http"))
 
     def pause_writing(self) -> None:
@@ -181,11 +183,21 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _reader_is_slow(self) -> None:
-        if self.cycle:
-            cast("dict[str, Any]", self.cycle.scope)[SLOW] = True
+        if self._answering:
+            cast("dict[str, Any]", self._answering.scope)[SLOW] = True
         self.transport.abort()
 
     def _refuse(self, error: RejectedError) -> None:
+        """Say why, and close; who has a part of an answer already is not told in the middle of it."""
+        answering = self._answering
+        if answering and not answering.response_complete:
+            if answering.response_started:
+                self.transport.close()
+                return
+            answering.disconnected = True
+            answering.message_event.set()
+            if self._on_gone:
+                self._on_gone()
         data = error_json(error)
         head = (
             f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
