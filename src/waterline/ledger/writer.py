@@ -51,7 +51,8 @@ class Writer:
         self._thread.start()
 
     def wake(self) -> None:
-        self._wake.set()
+        if not self._wake.is_set():  # who clears it takes what has gathered after that
+            self._wake.set()
 
     def close(self) -> None:
         """Write what is left, and end."""
