@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ async def kill_in_turn(service: Served, every_s: float, seed: int) -> int:
             await asyncio.sleep(every_s)
             ready = [state for state in service.supervisor.states.values() if state.status == "ready" and state.pid]
             if len(ready) > 1:
-                os.kill(dice.choice(ready).pid or 0, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has died, and that is not known yet
+                    os.kill(dice.choice(ready).pid or 0, signal.SIGKILL)
                 kills += 1
     except asyncio.CancelledError:
         return kills
