@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from waterline.service import connections as module
 from waterline.service.connections import MOST_UNREAD_BYTES, AbsentError, BrokenOffError, Connections
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -143,6 +144,26 @@ def test_a_kept_connection_that_has_died_is_replaced() -> None:
             dead._transport.abort()  # type: ignore[union-attr]  # as when its server had closed it this moment
             assert await (await connections.post(server.url, b"{}", {})).read() == b"{}"
             assert (server.connections, dead in kept) == (2, False)
+
+    run(case)
+
+
+def test_what_is_not_used_for_a_while_is_closed_and_what_is_used_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_S", 0.15)
+    monkeypatch.setattr(module, "SWEEP_EVERY_S", 0.02)
+
+    async def case() -> None:
+        server, waits = Server(WHOLE), Server(CHUNKED)
+        async with serving(server) as connections, serving(waits):
+            under_way = await connections.post(waits.url, b"{}", {})
+            for _ in range(8):  # for longer than any sweep
+                await (await connections.post(server.url, b"{}", {})).read()
+                await asyncio.sleep(0.03)
+            assert server.connections == 1
+            await asyncio.wait_for(server.lost.wait(), 1.0)
+            assert not waits.lost.is_set()
+            assert connections._sweeping is None or not any(connections._kept.values())
+            under_way.close()
 
     run(case)
 

@@ -8,10 +8,9 @@ import asyncio
 import base64
 import ssl
 from asyncio import Future
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import NamedTuple, Self, cast
 from urllib.parse import quote, unquote, urlsplit
 
@@ -147,10 +146,15 @@ class Response:
 
 
 class Connection(asyncio.Protocol):
-    """One connection, with at most one request under way."""
+    """One connection, with at most one request under way.
 
-    def __init__(self, home: "list[Connection]") -> None:
-        self._home = home  # where it is kept between requests
+    Args:
+        on_free: told when it may be used for another request.
+        on_lost: told when it is gone.
+    """
+
+    def __init__(self, on_free: "Callable[[Connection], None]", on_lost: "Callable[[Connection], None]") -> None:
+        self._on_free, self._on_lost = on_free, on_lost
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._is_paused = False
@@ -223,8 +227,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        with suppress(ValueError):
-            self._home.remove(self)
+        self._on_lost(self)
         self._fail(BrokenOffError(str(error) if error else "The connection ended."))
 
     # --- What the parser calls --------------------------------------------------------------------------------------
@@ -276,7 +279,7 @@ class Connection(asyncio.Protocol):
             self.resume()
             self._begin()
             self.kept_s = asyncio.get_running_loop().time()
-            self._home.append(self)
+            self._on_free(self)
         elif self._transport:
             self._transport.abort()
         if response:
@@ -307,7 +310,7 @@ class Connections:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Address, list[Connection]] = {}  # those used last stand last
+        self._kept: defaultdict[Address, list[Connection]] = defaultdict(list)  # those used last stand last
         self._sweeping: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
@@ -331,7 +334,7 @@ class Connections:
         """
         address, start = _parsed(url)
         request = _head(start, headers, len(body))
-        kept = self._kept.setdefault(address, [])
+        kept = self._kept[address]
         fresh_s = asyncio.get_running_loop().time() - KEPT_S
         while kept:
             connection = kept.pop()
@@ -342,7 +345,7 @@ class Connections:
                 return await self._asked(connection, request, body)
             except BrokenOffError:  # it was dead, and the others may be
                 break
-        return await self._asked(await self._connected(address, kept), request, body)
+        return await self._asked(await self._connected(address), request, body)
 
     async def _asked(self, connection: Connection, request: bytes, body: bytes) -> Response:
         try:
@@ -351,18 +354,29 @@ class Connections:
             connection.close()
             raise
 
-    async def _connected(self, address: Address, kept: list[Connection]) -> Connection:
-        self._sweep_soon()
+    async def _connected(self, address: Address) -> Connection:
+        trust = _trust() if address.secure else None
         try:
             async with asyncio.timeout(CONNECT_WITHIN_S):
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: Connection(kept), address.host, address.port, ssl=_trust() if address.secure else None
+                    lambda: Connection(partial(self._keep, address), partial(self._lose, address)),
+                    address.host,
+                    address.port,
+                    ssl=trust,
                 )
         except TimeoutError:
             raise
         except OSError as error:
             raise AbsentError(str(error)) from error
         return connection
+
+    def _keep(self, address: Address, connection: Connection) -> None:
+        self._kept[address].append(connection)
+        self._sweep_soon()
+
+    def _lose(self, address: Address, connection: Connection) -> None:
+        if connection in self._kept[address]:
+            self._kept[address].remove(connection)
 
     def _sweep_soon(self) -> None:
         if not self._sweeping:
@@ -373,13 +387,14 @@ class Connections:
         self._sweeping = None
         old_s = asyncio.get_running_loop().time() - KEPT_S
         for address, kept in tuple(self._kept.items()):
-            for connection in [connection for connection in kept if connection.kept_s < old_s]:
-                kept.remove(connection)
-                connection.close()
-            if kept:
-                self._sweep_soon()
-            else:
-                del self._kept[address]
+            self._kept[address] = [connection for connection in kept if connection.kept_s >= old_s]
+            for connection in kept:
+                if connection.kept_s < old_s:
+                    connection.close()
+        if any(self._kept.values()):
+            self._sweep_soon()
+        else:
+            self._kept.clear()
 
 
 @cache
