@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import uvloop
 
 from waterline.service import connections as module
 from waterline.service.connections import MOST_UNREAD_BYTES, AbsentError, BrokenOffError, Connections
@@ -210,6 +211,39 @@ def test_an_engine_waits_for_a_reader_that_is_slow_and_nothing_is_lost() -> None
             while some := await response.read_some():
                 read += len(some)
             assert read == pieces * 2**16
+
+    run(case)
+
+
+@pytest.mark.parametrize("head", [CHUNKED + b"%x\r\n" % 3_000_000, OK + b"content-length: 3000000\r\n\r\n"])
+def test_a_long_answer_is_read_whole_however_much_of_it_came_with_its_head(head: bytes) -> None:
+    async def case() -> None:
+        server = Server(head + b"x" * 3_000_000 + b"\r\n0\r\n\r\n" * head.startswith(CHUNKED))
+        async with serving(server) as connections:
+            response = await connections.post(server.url, b"{}", {})
+            await asyncio.sleep(0.05)  # more comes than anybody has asked for
+            assert await response.read() == b"x" * 3_000_000
+
+    run(case)
+    uvloop.run(asyncio.wait_for(case(), 20))  # which reads more at a time
+
+
+def test_who_leaves_as_the_answer_comes_closes_nobody_elses_connection() -> None:
+    async def case() -> None:
+        server = Server(WHOLE)
+        async with serving(server) as connections:
+            others: list[asyncio.Future[module.Response]] = []
+
+            def keep(_: module.Address, connection: module.Connection) -> None:
+                if not others:  # the answer has come, and whoever waits for it has not woken up yet
+                    leaving.cancel()
+                    others.append(connection.ask(b"POST / HTTP/1.1\r\ncontent-length: 0\r\n\r\n", b""))
+
+            connections._keep = keep  # type: ignore[method-assign]
+            leaving = asyncio.create_task(connections.post(server.url, b"{}", {}))
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            assert await (await others[0]).read() == b"{}"
 
     run(case)
 

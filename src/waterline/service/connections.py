@@ -135,9 +135,10 @@ class Response:
                 self._waiter.set_exception(error)
                 return True
         self._parts.append(data)
-        if not self._takes_all:
-            self._unread_bytes += len(data)
-            self.wake()
+        if self._takes_all:
+            return True
+        self._unread_bytes += len(data)
+        self.wake()
         return self._unread_bytes <= MOST_UNREAD_BYTES
 
     def end(self, error: Exception | None = None) -> None:
@@ -216,7 +217,7 @@ class Connection(asyncio.Protocol):
             self._hand_on()
         if self._has_ended:  # whatever came behind it
             self._finish(keeps=not problem)
-        elif problem or self._is_idle or self._head_bytes > LONGEST_HEAD_BYTES:
+        elif problem or self._is_idle or (self._in_head and self._head_bytes > LONGEST_HEAD_BYTES):
             self._break_off(problem)
 
     def eof_received(self) -> None:
@@ -348,10 +349,14 @@ class Connections:
         return await self._asked(await self._connected(address), request, body)
 
     async def _asked(self, connection: Connection, request: bytes, body: bytes) -> Response:
+        answer = connection.ask(request, body)
         try:
-            return await connection.ask(request, body)
+            return await answer
         except asyncio.CancelledError:
-            connection.close()
+            if answer.cancelled():
+                connection.close()
+            elif not answer.exception():  # it came in the same moment; its connection may be somebody else's by now
+                answer.result().close()
             raise
 
     async def _connected(self, address: Address) -> Connection:
