@@ -1,8 +1,13 @@
 """HTTP to engines: what is kept, what is read to which end, and what becomes of servers that do not keep to it."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from shutil import which
+from subprocess import run as run_program
 from typing import Any
 
 import pytest
@@ -246,6 +251,50 @@ def test_who_leaves_as_the_answer_comes_closes_nobody_elses_connection() -> None
             assert await (await others[0]).read() == b"{}"
 
     run(case)
+
+
+@pytest.mark.skipif(which("openssl") is None, reason="makes its certificate with openssl, which is not here")
+def test_https_is_spoken_with_who_can_prove_its_name_and_with_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proof, key = tmp_path / "proof.pem", tmp_path / "key.pem"
+    subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
+    making = (
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    )
+    run_program([*making, *subject, "-out", str(proof), "-keyout", str(key)], check=True, capture_output=True)
+
+    async def case(trusted: bool) -> None:
+        server, secure = Server(WHOLE), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        secure.load_cert_chain(proof, key)
+        listening = await asyncio.start_server(server.answer, "localhost", 0, ssl=secure)
+        url = f"https://localhost:{listening.sockets[0].getsockname()[1]}/v1"
+        with Connections() as connections:
+            if trusted:
+                for _ in range(2):
+                    assert await (await connections.post(url, b"{}", {})).read() == b"{}"
+                assert server.connections == 1
+            else:
+                with pytest.raises(AbsentError, match="certificate"):
+                    await connections.post(url, b"{}", {})
+        listening.close()
+
+    for trusted in (False, True):
+        if trusted:
+            monkeypatch.setenv("SSL_CERT_FILE", str(proof))
+        module._trust.cache_clear()
+        run(partial(case, trusted))
+        uvloop.run(asyncio.wait_for(case(trusted), 20))
+    module._trust.cache_clear()
 
 
 def test_a_tap_takes_what_comes_while_it_is_waited_for_and_leaves_the_rest() -> None:
