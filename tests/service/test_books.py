@@ -144,10 +144,10 @@ def test_who_is_refused_costs_nothing_and_is_counted(tmp_path: Path) -> None:
             first = [asyncio.create_task(ask(client)) for _ in range(2)]
             await until(lambda: service.gateway.dispatcher.services["chat"].waiting == 1)
             with pytest.raises(openai.RateLimitError, match="past its deadline"):
-                await ask(service.openai)
-            await asyncio.gather(*first)
-            await until(lambda: "anonymous" in used(tmp_path))
-            row = used(tmp_path)["anonymous"]
-            assert (row.refused, row.prompt_tokens, row.output_tokens, row.nano_usd) == (1, 0, 0, 0)
+                await ask(client)
+            tokens = sum(await asyncio.gather(*first))
+            row = used(tmp_path)["acme"]
+            assert (row.requests, row.ok, row.refused) == (3, 2, 1)
+            assert row.prompt_tokens + row.output_tokens == tokens
 
     asyncio.run(case())
