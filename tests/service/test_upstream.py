@@ -71,6 +71,10 @@ def test_comments_other_fields_and_other_ends_of_lines_are_understood() -> None:
         (b"data: {broken}\n\n", "nobody can read"),
         (b"data: 7\n\n", "nobody can read"),
         (b'data: {"id":"\xff"}\n\n', "nobody can read"),
+        (b'data: {"id":\n"x"}\n\n', "nobody can read"),  # JSON, but for clients the line ends there
+        (b'data: {"id":\r"x"}\n\n', "nobody can read"),
+        (b'data: {"id":\r\n\r\n"x"}\n\n', "nobody can read"),
+        (b'id: 1\rdata: {}\ndata: {"id":"x"}\n\n', "nobody can read"),
         (b'data: {"choices":7,"error":{"message":"too late"}}\n\n', "too late"),
         (b'data: {"error":{"message":"out of memory"}}\n\n', "out of memory"),
         (b'data: {"object":"error","message":"too bad"}\n\n', "too bad"),

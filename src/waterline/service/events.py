@@ -140,7 +140,7 @@ class Events:
                 break
             if not said:
                 continue
-            event = _decoded(said)
+            event = None if b"\r" in block else _decoded(said)  # clients end a line there
             if event is None:
                 self.problem = UNREADABLE
                 break
@@ -161,14 +161,17 @@ def read_events(data: bytes) -> list[Event]:
 
 def _read(data: bytes) -> list[Event]:
     """Return what whole events say, each one line that begins with its data; none where one of them is not so."""
+    if b"\r" in data:  # the end of a line, too
+        return []
     try:
         check_text(data)
         said = data[6:-2]
-        if b"\n\n" in said:  # a line feed never stands inside JSON, so this parts nothing that belongs together
-            return _EVENTS.decode(b"[%s]" % said.replace(b"\n\ndata: ", b","))
-        return [_EVENT.decode(said)]
+        if b"\n" not in said:
+            return [_EVENT.decode(said)]
+        events = _EVENTS.decode(b"[%s]" % said.replace(b"\n\ndata: ", b","))
     except _ERRORS:
         return []
+    return events if data.count(b"\n") == 2 * len(events) else []  # JSON may have others, where a blank may stand
 
 
 def check_text(data: bytes) -> None:
