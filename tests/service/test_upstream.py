@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import aiohttp
 import openai
+import orjson
 import pytest
 from aiohttp import web
-from serving import QUESTION, Answer, engine_that, fake_plan, served
+from serving import QUESTION, Answer, engine_that, fake_plan, served, until
 
 from waterline.service.engines.llamacpp import FAULTS
 from waterline.service.engines.openai import Attached
@@ -212,6 +213,46 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(broken: Answer) -> No
             assert [one.status for one in service.completions] == ["failed"]
 
     asyncio.run(case())
+
+
+def test_a_client_that_reads_now_and_then_gets_every_byte_and_its_engine_waits_for_it() -> None:
+    said = b"".join(EVENT.replace(b'"a"', b'"%d %b"' % (number, b"x" * 8000)) for number in range(4000))  # 33 MB
+    sent = 0
+
+    async def speaks(request: web.Request) -> web.StreamResponse:
+        nonlocal sent
+        response = await begin(request)
+        while sent < len(said):
+            await response.write(said[sent : sent + 50_000])
+            sent += 50_000
+        await response.write(DONE)
+        return response
+
+    async def case() -> bytes:
+        async with engine_that(speaks) as url, served(fake_plan(engine="openai", urls=(url,))) as service:
+            body = orjson.dumps({"model": "chat", "messages": QUESTION, "stream": True})
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", int(service.url.rpartition(":")[2]), limit=2**16
+            )
+            writer.write(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+            )
+            await reader.readuntil(b"\r\n\r\n")
+            await until(lambda: sent >= 2_000_000)
+            await asyncio.sleep(0.2)
+            before = sent
+            await asyncio.sleep(0.1)
+            assert before == sent < len(said), "it is held back, with what buffers of the system hold"
+            got: list[bytes] = []
+            while size := int(await reader.readuntil(b"\r\n"), 16):
+                got.append((await reader.readexactly(size + 2))[:-2])
+                if len(got) % 50 == 0:
+                    await asyncio.sleep(0.001)
+            writer.close()
+            assert [one.status for one in service.completions] == ["ok"]
+            return b"".join(got)
+
+    assert asyncio.run(case()) == said + DONE
 
 
 def test_a_client_that_does_not_read_does_not_hold_up_the_end() -> None:
