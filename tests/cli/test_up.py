@@ -393,7 +393,7 @@ def test_the_last_words_show_who_left_apart_from_what_failed() -> None:
 
 
 def test_ctrl_c_before_anything_has_started_leaves_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_path: Path) -> None:
+    def interrupted(_path: Path, _engine: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("waterline.cli.up._plan", interrupted)

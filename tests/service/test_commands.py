@@ -233,7 +233,7 @@ def test_a_batch_is_dealt_to_the_data_parallel_ranks_as_each_engine_counts() -> 
 def test_a_replica_with_one_role_hands_its_cache_on_or_takes_it(role: str, kv_role: str) -> None:
     arguments, environment = command(one_replica(role=role), Seat(address="box-0"))
     config = json.loads(arguments[arguments.index("--kv-transfer-config") + 1])
-    assert config == {"kv_connector": "NixlConnector", "kv_role": kv_role}
+    assert config == {"kv_connector": "NixlConnector", "kv_role": kv_role, "kv_load_failure_policy": "fail"}
     assert set(config) <= set(recorded("vllm")["flags"]["--kv-transfer-config"]["keys"])
     assert environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "box-0"
     sglang = parsed(one_replica("sglang", role=role))

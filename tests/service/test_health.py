@@ -23,7 +23,7 @@ class World:
         self.doubted: set[str] = set()
         self.pauses_s: list[float] = []
         self.health = Health(
-            lambda model: [replica.id for replica in self.replicas if replica.model == model],
+            lambda like: [replica.id for replica in self.replicas if replica.model == like.model],
             self.on_doubt,
             self.probe,
             clock=lambda: self.now_s,

@@ -145,10 +145,26 @@ def test_what_is_not_installed_is_said_with_the_way_to_get_it(monkeypatch: pytes
     assert "waterline up box.toml --engine fake" in said
 
 
-def test_replicas_of_one_role_or_of_other_nodes_are_not_started_here(notes: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "role", "flag"),
+    [("vllm", "prefill", '"kv_role": "kv_producer"'), ("sglang", "decode", "--disaggregation-mode")],
+)
+def test_replicas_of_one_role_are_started_in_it(notes: Path, engine: str, role: str, flag: str) -> None:
     assert notes.parent.exists()
-    with pytest.raises(EngineError, match="planned for role 'decode', and the gateway cannot hand a request"):
-        prepare_engines(one_replica(role="decode"))
+    (made,) = prepare_engines(one_replica(engine, role=role)).values()
+    assert flag in " ".join(made.command)
+    assert made.dialect.hand_over == {"vllm": "in turn", "sglang": "at once"}[engine]
+
+
+def test_one_that_reads_is_met_where_it_was_told_to_listen(notes: Path) -> None:
+    assert notes.parent.exists()
+    (made,) = prepare_engines(one_replica("sglang", role="prefill")).values()
+    port = made.command[made.command.index("--disaggregation-bootstrap-port") + 1]
+    assert int(port) == made.dialect.meeting_port > 0
+
+
+def test_replicas_of_other_nodes_are_not_started_here(notes: Path) -> None:
+    assert notes.parent.exists()
     with pytest.raises(
         EngineError, match="is planned on node 1 of pool 'box', but engines are started on this machine"
     ):

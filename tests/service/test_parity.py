@@ -5,6 +5,7 @@ import random
 import msgspec
 import pytest
 from serving import fake_plan
+from split import split_plan
 
 from waterline.cost import replica_step_cost
 from waterline.fleet import Tenant
@@ -18,7 +19,9 @@ from waterline.units import PICOSECONDS_PER_S
 TENANTS = (Tenant(name="enterprise", guarantee=0.4, deserved=0.6), Tenant(name="public", deserved=0.4, limit=0.9))
 CLIENTS = (("enterprise", "a"), ("enterprise", "b"), ("public", "c"), ("public", "d"))
 TTFT_S, OUTPUT_TOKENS = 0.6, 40
-END, FIRST_TOKEN, TICK, ARRIVAL = range(4)  # of one instant, in the order in which the rehearsal takes them
+# Of one instant, in the order in which the rehearsal takes them.
+END, FIRST_TOKEN, TICK, ARRIVAL = range(4)
+READ, FETCHED = 0.5, 0.6  # likewise, where prompts and answers are apart
 
 
 def plan_of(replicas: int) -> Plan:
@@ -107,3 +110,85 @@ def test_a_trace_is_dealt_alike_by_the_gateway_and_by_the_rehearsal(replicas: in
     assert {one.rule for one in refused} <= {TOO_LATE, QUEUE_FULL}
     assert 30 < len(refused) < 270, "all kinds of decisions were made"
     assert [one.retry_after_s for one in refused] == [one.retry_s for one in passages if one.refusal]
+
+
+def test_prompts_and_answers_are_dealt_alike_where_they_are_apart() -> None:
+    dice = random.Random(8)
+    plan = split_plan(2, 3, output_tokens=OUTPUT_TOKENS)
+    rates = {"prefill": (2000.0, 2000.0), "decode": (900.0, 0.0)}  # both figures of a plan, of which one counts
+    plan = msgspec.structs.replace(
+        plan,
+        replicas=tuple(
+            msgspec.structs.replace(one, tokens_per_s=rates[one.role][0], prefill_tokens_per_s=rates[one.role][1])
+            for one in plan.replicas
+        ),
+    )
+    asked, now_s = [], 0.0
+    for _ in range(300):
+        now_s += dice.expovariate(40)
+        prompt_tokens, output_tokens = dice.randint(1, 200), dice.randint(2, 120)
+        asked.append(
+            Ask(arrival_ps=round(now_s * 1e9) * 1000, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+        )
+    step = replica_step_cost(plan.fleet, plan.replicas[0])
+    sent_ps = 50_000_000
+    capacities = [
+        Capacity(
+            replica=one.id,
+            gpus=1,
+            step=step,
+            max_batch=one.max_batch,
+            cache_tokens=100_000,
+            max_context_tokens=one.max_context_tokens,
+            prefill_tokens_per_s=one.prefill_tokens_per_s if one.role == "prefill" else one.tokens_per_s,
+            tokens_per_s=one.prefill_tokens_per_s if one.role == "prefill" else one.tokens_per_s,
+            role=one.role,
+            transfer_ps_per_token=sent_ps,
+        )
+        for one in plan.replicas
+    ]
+    terms = Terms(ttft_s=(60.0,), output_tokens=(OUTPUT_TOKENS,), gpus=float(plan.fleet.gpus))
+    passages = serve(capacities, asked, terms)
+    events = [
+        (second * PICOSECONDS_PER_S, TICK, 0) for second in range(1, asked[-1].arrival_ps // PICOSECONDS_PER_S + 100)
+    ]
+    for number, passage in enumerate(passages):
+        assert not passage.refusal
+        arrives_ps = passage.first_token_ps + passage.ask.prompt_tokens * sent_ps
+        events += [
+            (passage.ask.arrival_ps, ARRIVAL, number),
+            (passage.first_token_ps, READ, number),
+            (arrives_ps, FETCHED, number),
+            (passage.finish_ps, END, number),
+        ]
+    roll = Dice(Terms(ttft_s=(), output_tokens=()).dice).roll
+    desk = Dispatcher(plan, roll)
+    for replica in plan.replicas:
+        desk.set_ready(replica.id, ready=True, now_s=0.0)
+    tickets: dict[int, Ticket] = {}
+    readers: dict[int, str] = {}
+    for time_ps, event, number in sorted(events):
+        at_s = time_ps / 1e12
+        if event == TICK:
+            desk.tick(float(time_ps // PICOSECONDS_PER_S))
+        elif event == ARRIVAL:
+            prompt_tokens = passages[number].ask.prompt_tokens
+            ticket = desk.enter("chat", prompt_tokens, None, lambda _go: None, at_s, tenant="enterprise")
+            assert isinstance(ticket, Ticket)
+            tickets[number] = ticket
+        elif event == READ:
+            assert tickets[number].lane
+            readers[number] = tickets[number].lane.replica.id
+            desk.has_read(tickets[number], at_s)
+        elif event == FETCHED:
+            assert desk.hand_over(tickets[number], at_s)
+            desk.first_token(tickets[number])
+        else:
+            gpu_s = (passages[number].busy_ps + passages[number].read_busy_ps) / PICOSECONDS_PER_S
+            desk.leave(tickets[number], at_s, gpu_s=gpu_s)
+    ids = [one.id for one in plan.replicas]
+    wrote = [ticket.lane.replica.id for _, ticket in sorted(tickets.items()) if ticket.lane]
+    assert [readers[number] for number in range(300)] == [ids[one.read_by] for one in passages]
+    assert wrote == [ids[one.replica] for one in passages]
+    assert {*readers.values(), *wrote} == {*ids}, "all had something to do"
+    assert all(lane.running == lane.keeping == lane.backlog_tokens == 0 for lane in desk.lanes.values())

@@ -95,8 +95,8 @@ def _up(
     from waterline.service.server import Outlet, Source, listen, serve
 
     begun_s = monotonic()
-    plan = _plan(fleet or LAPTOP)
     _check_engine(engine)
+    plan = _plan(fleet or LAPTOP, engine)
     _check_proxies(proxies)
     engines = prepare_engines(plan, engine, fleet=str(fleet or "FLEET"))
     listening = listen(host, port)
@@ -125,7 +125,9 @@ def _up(
             on_ready=on_ready,
             on_completion=completions.append,
             prepare=partial(prepare_engines, instead=engine, fleet=str(fleet or "FLEET")),
-            source=Source(path=fleet, read=partial(_plan, fleet), on_plan=note) if fleet and fleet.is_file() else None,
+            source=Source(path=fleet, read=partial(_plan, fleet, engine), on_plan=note)
+            if fleet and fleet.is_file()
+            else None,
             admin=admin,
             ledger=books,
             proxies=proxies,
@@ -134,15 +136,19 @@ def _up(
         say(_goodbye(plan, completions, monotonic() - begun_s, usd, as_json=as_json))
 
 
-def _plan(path: Path) -> "Plan":
+def _plan(path: Path, engine: str) -> "Plan":
+    """Return what runs together. Raises EngineError where that cannot answer requests."""
     from msgspec.structs import replace
 
     from waterline.fleet import load_fleet
     from waterline.plan import is_plan, read_plan
     from waterline.planner import make_plan
+    from waterline.service.pairs import check_pairs
 
     plan = read_plan(path) if is_plan(path) else make_plan(load_fleet(path))
-    return replace(plan, replicas=plan.together)  # no replica is moved yet
+    plan = replace(plan, replicas=plan.together)  # no replica is moved yet
+    check_pairs(plan, lambda replica: engine or replica.engine)
+    return plan
 
 
 def _check_engine(engine: str) -> None:
@@ -208,7 +214,8 @@ def _what_runs(plan: "Plan", engine: str) -> str:
     for model in plan.models:
         alike: dict[str, int] = {}
         for replica in plan.replicas_of(model.model):
-            kind = f"{engine or replica.engine}, {replica.precision} {replica.layout} on {replica.pool}"
+            role = {"both": "", "prefill": " for prompts", "decode": " for answers"}[replica.role]
+            kind = f"{engine or replica.engine}{role}, {replica.precision} {replica.layout} on {replica.pool}"
             alike[kind] = alike.get(kind, 0) + 1
         lines += [f"  {model.model}: {count} x {kind}" for kind, count in alike.items()]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from waterline.cost.memory import (
     weights_bytes,
 )
 from waterline.cost.serving import ServingPoint, serving_point
-from waterline.cost.split import Half, estimate_split
+from waterline.cost.split import Half, estimate_split, transfer_s
 from waterline.cost.step import StepCost, step_cost
 
 __all__ = [
@@ -41,5 +41,6 @@ __all__ = [
     "sequence_cache_bytes",
     "serving_point",
     "step_cost",
+    "transfer_s",
     "weights_bytes",
 ]

@@ -1,7 +1,7 @@
 """Prefill and decode on replicas of their own: prompts are read here, their cache sent there, answers written there."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from waterline.catalog.calibration import Calibration
@@ -25,6 +25,9 @@ from waterline.cost.memory import sequence_cache_bytes
 from waterline.cost.serving import pieces
 from waterline.cost.step import StepCost, prefill_pairs
 from waterline.errors import InfeasibleError
+from waterline.hardware import Gpu
+from waterline.llm import Llm
+from waterline.plan import Layout
 from waterline.units import PICOSECONDS_PER_S, gib_text
 
 AS_MEASURED = Calibration()
@@ -299,7 +302,18 @@ def _side(half: Half, asked: Asked) -> tuple[Side, int]:
 
 
 def _transfer_s(prefill: Half, decode: Half, asked: Asked) -> float:
-    """Return how long the cache of a prompt is under way; the slower port of both counts."""
-    ports = (half.replica.gpu.pcie_bytes_per_s or NETWORK_BYTES_PER_S for half in (prefill, decode))
-    sent_bytes = sequence_cache_bytes(prefill.replica.llm, asked.prompt_tokens, prefill.replica.layout)
-    return sent_bytes / min(NETWORK_BYTES_PER_S, *ports)
+    replica = prefill.replica
+    return transfer_s(replica.llm, replica.layout, asked.prompt_tokens, (replica.gpu, decode.replica.gpu))
+
+
+def transfer_s(llm: Llm, layout: Layout, prompt_tokens: int, gpus: Iterable[Gpu]) -> float:
+    """Return how long the cache of a prompt is on its way from who has read it to who writes.
+
+    Args:
+        llm: whose cache it is.
+        layout: of the one that has read it; each of its GPUs sends its part through its own port.
+        prompt_tokens: that were read.
+        gpus: of both sides; the slowest port counts.
+    """
+    ports = (gpu.pcie_bytes_per_s or NETWORK_BYTES_PER_S for gpu in gpus)
+    return sequence_cache_bytes(llm, prompt_tokens, layout) / min(NETWORK_BYTES_PER_S, *ports)

@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from waterline.catalog import find_gpu
-from waterline.cost import StepCost, replica_step_cost
-from waterline.cost.layers import NETWORK_BYTES_PER_S
-from waterline.cost.memory import sequence_cache_bytes
+from waterline.cost import StepCost, replica_step_cost, transfer_s
 from waterline.fleet import HOURS, Demand
 from waterline.outcome import CANCELLED, NOWHERE, OK, REFUSED, STATUSES, Completion
 from waterline.plan import Plan, Replica
@@ -236,19 +234,14 @@ def _unread_share(plan: Plan, model: str) -> float:
 
 
 def _transfer_ps_per_token(plan: Plan, replica: Replica) -> int:
-    """Return how long the cache of a prompt token is on its way to the decode replicas, at the mean prompt.
-
-    Each GPU sends its part through its own port; the slowest port of both sides counts.
-    """
+    """Return how long the cache of a prompt token is on its way to the decode replicas, at the mean prompt."""
     if replica.role != "prefill":
         return 0
     prompt_tokens = next(model.prompt_tokens for model in plan.models if model.model == replica.model)
     writers = [one for one in plan.replicas_of(replica.model) if one.role == "decode"]
     gpus = [find_gpu(plan.fleet.pool(one.pool).gpu) for one in (replica, *writers)]
-    ports = [gpu.pcie_bytes_per_s or NETWORK_BYTES_PER_S for gpu in gpus]
     llm = plan.fleet.llm_of(plan.fleet.model(replica.model))
-    sent_bytes = sequence_cache_bytes(llm, prompt_tokens, replica.layout)
-    return round(sent_bytes / min(NETWORK_BYTES_PER_S, *ports) * PICOSECONDS_PER_S / prompt_tokens)
+    return round(transfer_s(llm, replica.layout, prompt_tokens, gpus) * PICOSECONDS_PER_S / prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from waterline.service.upstream import Progress
 from waterline.service.usage import WithoutUsage
 
 WRITTEN_WITHIN_S = 2.0  # what an answer waits for the ledger; it is written all the same, and the lag is shown
+NO_WRITER_S = 1.0  # until who can write is looked for again: as long as in a rehearsal
 LAST_WORD_S = 0.2  # for the last event of a stream that is cut
 UNSERVED_S = 30.0  # after which to ask again for a model without a replica, at most: nobody knows when one is there
 FLEX_S = 600.0  # a request with service_tier "flex" would rather wait than be refused
@@ -93,6 +94,22 @@ class Turn:
         replica = self.ticket.lane.replica
         self.replicas.append(replica.id)
         return replica
+
+    async def writer(self, within_s: float) -> Replica:
+        """Return where the answer is written to a prompt that is read elsewhere; wait for somebody so long.
+
+        Raises RejectedError when there was nobody in that time.
+        """
+        until_s = self._now_s() + within_s
+        while not (lane := self._dispatcher.hand_over(self.ticket, self._now_s())):
+            if self._now_s() >= until_s:
+                raise self._nobody(NOT_SERVED)
+            await asyncio.sleep(NO_WRITER_S)
+        self.replicas.append(lane.replica.id)
+        return lane.replica
+
+    def has_read(self) -> None:
+        self._dispatcher.has_read(self.ticket, self._now_s())
 
     def move(self, avoid: frozenset[str] = frozenset()) -> None:
         """Give its place up for one elsewhere; without names it is its own replica that is to be avoided."""
@@ -245,7 +262,8 @@ class Completions:
         """Return what an engine is asked; its answer will be edited accordingly."""
         if request.endpoint != RESPONSES:
             return read_asked(request.endpoint, request.body)
-        if self._passages.make_responses(str(_field(request.body, "model"))):
+        model = str(_field(request.body, "model"))
+        if self._passages.make_responses(self._dispatcher.replicas_of(model)):
             reply.edit = Own()
             return read_own(request.body)
         body, asked = as_chat(request.body)

@@ -11,7 +11,7 @@ Requests wait here, those of one client to one model in the order they came; a r
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,6 +29,7 @@ Draw = Callable[[], int]
 
 PATIENCE = 3  # how much longer than its deadline a request may wait that was taken in, before it is told
 LEAST_WAIT_S = 10.0
+ROLES = {"both": dispatch.BOTH, "prefill": dispatch.READS, "decode": dispatch.WRITES}
 NO_BLOCKS: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
@@ -44,12 +45,18 @@ class Lane:
     doubted: bool = False  # likewise, because it failed requests
     ready: bool = False  # it gets work
     running: int = 0
+    keeping: int = 0  # caches of prompts it has read, which others fetch
     share_s: float = 0.0  # time a request would have had that had run from the beginning, sharing it evenly
     settled_s: float = 0.0  # up to when that has been counted
 
     @property
     def backlog_tokens(self) -> int:
         return int(self.rows.desk.replicas.backlog_tokens[self.row])
+
+    @property
+    def writes_only(self) -> bool:
+        """Whether it takes requests over from those that read prompts, and gets none else."""
+        return self.replica.role == "decode"
 
     def settle(self, now_s: float) -> None:
         """Count the time up to now; call it before `running` changes."""
@@ -67,7 +74,8 @@ class Service:
     ttft_s: float
     lanes: list[Lane] = field(default_factory=list)
     max_context_tokens: int = 0  # of the replica that takes most, in service or not
-    gpu_s_per_token: float = 0.0  # of a prompt or an answer, when all its replicas are full
+    gpu_s_per_prompt_token: float = 0.0  # when all its replicas are full …
+    gpu_s_per_output_token: float = 0.0  # … likewise; the same, unless prompts are read apart
     usd_per_gpu_s: float = 0.0
     lines: dict[int, deque["Ticket"]] = field(default_factory=dict)  # by client; those in which somebody waits
     returned: list["Ticket"] = field(default_factory=list)  # of these, who has begun before and goes first
@@ -81,20 +89,29 @@ class Service:
         return sum(lane.running for lane in self.lanes)
 
     @property
+    def ready(self) -> int:
+        """How many replicas take requests; none where nobody is left to read, or nobody to write."""
+        roles = [lane.replica.role for lane in self.lanes if lane.ready]
+        return len(roles) if _are_whole(roles) else 0
+
+    @property
     def has_hope(self) -> bool:
-        """Whether who waits waits for somebody."""
-        return any(lane.up or lane.held for lane in self.lanes)
+        """Whether who waits waits for somebody: who reads, and who writes."""
+        return _are_whole(lane.replica.role for lane in self.lanes if lane.up or lane.held)
 
     def cost_gpu_s(self, prompt_tokens: int, output_tokens: int) -> float:
         """Return the GPU time that tokens cost, whatever else runs beside them."""
-        return (prompt_tokens + output_tokens) * self.gpu_s_per_token
+        return prompt_tokens * self.gpu_s_per_prompt_token + output_tokens * self.gpu_s_per_output_token
 
     def recount(self) -> None:
         """Sum up; called when a replica has come or gone. What is left of a model without any stays as it was."""
         if replicas := [lane.replica for lane in self.lanes]:
             gpus = sum(replica.layout.gpus for replica in replicas)
             self.max_context_tokens = max(replica.max_context_tokens for replica in replicas)
-            self.gpu_s_per_token = gpus / sum(replica.tokens_per_s for replica in replicas)
+            if readers := [replica for replica in replicas if replica.role != "decode"]:
+                self.gpu_s_per_prompt_token = _gpu_s_per_token(readers)
+            if writers := [replica for replica in replicas if replica.role != "prefill"]:
+                self.gpu_s_per_output_token = _gpu_s_per_token(writers)
             self.usd_per_gpu_s = sum(replica.usd_per_hour for replica in replicas) / gpus / HOUR_S
 
 
@@ -117,6 +134,10 @@ class Ticket:
     turn: Turn
     lane: Lane | None = None  # where it runs, or ran last
     running: bool = False
+    writer: Lane | None = None  # who takes it over, while its prompt is read elsewhere
+    keeper: Lane | None = None  # who has read its prompt and keeps the cache, until it is fetched
+    was_read: bool = False
+    read_gpu_s: float = 0.0  # what that has taken
     unread: bool = False
     unread_tokens: int = 0
     avoids: frozenset[str] = frozenset()  # replicas where it failed
@@ -240,7 +261,8 @@ class Dispatcher:
         return ticket
 
     def first_token(self, ticket: Ticket) -> None:
-        """Its prompt has been read; told again, this changes nothing."""
+        """Its prompt has been read, or its cache fetched; told again, this changes nothing."""
+        self._fetched(ticket)
         if ticket.unread and ticket.running and ticket.lane:
             ticket.unread = False
             dispatch.first_token(
@@ -252,9 +274,7 @@ class Dispatcher:
 
         Its tenant is charged for the time it had on its replica, times the GPUs: `gpu_s` where somebody knows better.
         """
-        if ticket.running:
-            self._stop(ticket, now_s, gpu_s)
-        else:
+        if not self._take_off(ticket, now_s, gpu_s):
             self._unline(ticket)
             dispatch.gave_up(self.rows.desk, ticket.service.row, ticket.client, ticket.cost_gpu_s)
         ticket.clients.go(ticket.client)
@@ -268,12 +288,65 @@ class Dispatcher:
         """
         service = ticket.service
         ticket.avoids, ticket.until_s = avoid, math.inf
-        if ticket.running:
-            self._stop(ticket, now_s)
+        if self._take_off(ticket, now_s):
             dispatch.come_back(self.rows.desk, service.row, ticket.client, ticket.cost_gpu_s)
             service.lines.setdefault(ticket.client, deque()).appendleft(ticket)
             service.returned.append(ticket)
         self._advance(service, now_s)
+
+    # --- Requests whose prompt is read on one replica, and the answer written on another ----------------------------
+
+    def hand_over(self, ticket: Ticket, now_s: float) -> Lane | None:
+        """Choose who writes the answer to a prompt that has been read, or is being read; None while there is nobody.
+
+        Where nobody takes over any more, those are asked that drain, or did not answer lately.
+        """
+        service = ticket.service
+        avoided = self._avoided(service, ticket, writers=True)
+        self._set_serving(avoided, 0)
+        row = dispatch.take_over(self.rows.desk, service.row, ticket.output_tokens, ticket.tokens, self._draw())
+        self._set_serving(avoided, 1)
+        lane = self._lane_at[row] if row != NOBODY else self._leaving_writer(ticket)
+        if not lane:
+            return None
+        lane.settle(now_s)
+        lane.running += 1
+        ticket.writer = lane
+        if not ticket.running:
+            self._pass_on(ticket)
+        return lane
+
+    def has_read(self, ticket: Ticket, now_s: float) -> None:
+        """The prompt has been read, and the next may be; its cache is kept until it is fetched, see `first_token`."""
+        reader = ticket.lane
+        assert reader  # noqa: S101 - it runs there
+        self.first_token(ticket)
+        ticket.read_gpu_s = self._leave_lane(ticket, reader, ticket.begun_share_s, now_s)
+        ticket.running, ticket.was_read, ticket.keeper = False, True, reader
+        reader.keeping += 1
+        if ticket.writer:
+            self._pass_on(ticket)
+        self._advance(ticket.service, now_s)
+
+    def _pass_on(self, ticket: Ticket) -> None:
+        """Let a request run where it is written."""
+        assert ticket.writer  # noqa: S101 - that has been chosen
+        ticket.lane, ticket.writer, ticket.running = ticket.writer, None, True
+        ticket.begun_share_s = ticket.lane.share_s
+
+    def _fetched(self, ticket: Ticket) -> None:
+        if ticket.keeper:
+            ticket.keeper.keeping -= 1
+            ticket.keeper = None
+
+    def _leaving_writer(self, ticket: Ticket) -> Lane | None:
+        """Return who would be done first of those that write, are there, and get no more."""
+        lanes = [lane for lane in ticket.service.lanes if lane.writes_only and lane.held and not lane.doubted]
+        able = [lane for lane in lanes if _longest_tokens(lane.replica) >= ticket.tokens]
+        lane = min(able, key=lambda one: one.backlog_tokens / one.replica.tokens_per_s, default=None)
+        if lane:
+            self.rows.desk.replicas.backlog_tokens[lane.row] += ticket.output_tokens
+        return lane
 
     def tick(self, now_s: float) -> None:
         """Let the accounts forget, and tell those whose turn does not come; once a second."""
@@ -285,10 +358,15 @@ class Dispatcher:
             for ticket in [ticket for line in service.lines.values() for ticket in line if ticket.until_s < now_s]:
                 ticket.turn(False)  # noqa: FBT003 - a callback of one argument
 
-    def replicas_of(self, model: str) -> list[str]:
-        """Return the ids of a model's replicas, in service or not; none where it is not known."""
+    def replicas_of(self, model: str) -> list[Replica]:
+        """Return a model's replicas, in service or not; none where it is not known."""
         service = self.services.get(model)
-        return [lane.replica.id for lane in service.lanes] if service else []
+        return [lane.replica for lane in service.lanes] if service else []
+
+    def stand_ins(self, replica: Replica) -> list[str]:
+        """Return the ids of those that do what a replica does, itself among them; none of a model that is gone."""
+        alike = (one for one in self.replicas_of(replica.model) if (one.role == "decode") == (replica.role == "decode"))
+        return [one.id for one in alike]
 
     def under_way(self, tenant: str) -> int:
         """Return how many requests of a tenant wait or run."""
@@ -307,11 +385,12 @@ class Dispatcher:
             self.rows.desk,
             lane.row,
             service.row,
+            role=ROLES[replica.role],
             gpus=replica.layout.gpus,
             slots=replica.max_batch,
             longest_tokens=_longest_tokens(replica),
-            tokens_per_s=replica.tokens_per_s,
-            prefill_tokens_per_s=replica.prefill_tokens_per_s,
+            tokens_per_s=_tokens_per_s(replica),
+            prefill_tokens_per_s=_reads_per_s(replica),
         )
         dispatch.set_in_service(self.rows.desk, [lane.row], serves=False)
 
@@ -320,8 +399,8 @@ class Dispatcher:
         lane = self.lanes[replica.id]
         free_slots = self.rows.desk.replicas.free_slots
         free_slots[lane.row] += replica.max_batch - lane.replica.max_batch
-        self.rows.desk.replicas.tokens_per_s[lane.row] = replica.tokens_per_s
-        self.rows.desk.replicas.prefill_tokens_per_s[lane.row] = replica.prefill_tokens_per_s
+        self.rows.desk.replicas.tokens_per_s[lane.row] = _tokens_per_s(replica)
+        self.rows.desk.replicas.prefill_tokens_per_s[lane.row] = _reads_per_s(replica)
         self.rows.desk.models.holds_tokens[lane.row] = _longest_tokens(replica)
         lane.replica = replica
         self.services[replica.model].recount()
@@ -396,14 +475,8 @@ class Dispatcher:
 
     def _start(self, service: Service, ticket: Ticket, now_s: float) -> bool:
         """Start a request where it has not failed before, if there is anybody else; tell whether there is a slot."""
-        serves = self.rows.desk.replicas.serves
-        avoided = []
-        if ticket.avoids:
-            ready = [lane for lane in service.lanes if lane.ready]
-            avoided = [lane.row for lane in ready if lane.replica.id in ticket.avoids]
-            avoided = avoided if len(avoided) < len(ready) else []
-        for row in avoided:
-            serves[row] = 0
+        avoided = self._avoided(service, ticket, writers=False)
+        self._set_serving(avoided, 0)
         replica, cached_tokens, _ = dispatch.start(
             self.rows.desk,
             service.row,
@@ -416,12 +489,23 @@ class Dispatcher:
             ticket.blocks,
             self._draw(),
         )
-        for row in avoided:
-            serves[row] = 1
+        self._set_serving(avoided, 1)
         if replica != NOBODY:
             self._unline(ticket)
             self._run(ticket, replica, cached_tokens, now_s)
         return replica != NOBODY
+
+    def _avoided(self, service: Service, ticket: Ticket, *, writers: bool) -> Sequence[int]:
+        """Return the rows where a request has failed before, if there is anybody else for it."""
+        if not ticket.avoids:
+            return ()
+        ready = [lane for lane in service.lanes if lane.ready and lane.writes_only == writers]
+        avoided = [lane.row for lane in ready if lane.replica.id in ticket.avoids]
+        return avoided if len(avoided) < len(ready) else ()
+
+    def _set_serving(self, rows: Sequence[int], serves: int) -> None:
+        for row in rows:
+            self.rows.desk.replicas.serves[row] = serves
 
     def _run(self, ticket: Ticket, row: int, cached_tokens: int, now_s: float) -> None:
         lane = self._lane_at[row]
@@ -432,18 +516,33 @@ class Dispatcher:
         ticket.begun_share_s, ticket.start_s = lane.share_s, now_s
         ticket.turn(True)  # noqa: FBT003 - a callback of one argument
 
-    def _stop(self, ticket: Ticket, now_s: float, gpu_s: float | None = None) -> None:
-        """Take a request off its replica, and charge what it had there instead of what was expected."""
-        lane, model = ticket.lane, ticket.service.row
-        assert lane  # noqa: S101 - it runs somewhere
-        self.first_token(ticket)
-        dispatch.left(self.rows.desk, model, lane.row, ticket.output_tokens)
+    def _take_off(self, ticket: Ticket, now_s: float, gpu_s: float | None = None) -> bool:
+        """Take a request off its replica, and charge what it had there instead of what was expected.
+
+        What it had where its prompt was read counts in. False when it waits for its turn, and has nothing to give up.
+        """
+        if not (ticket.running or ticket.was_read):
+            return False
+        had_gpu_s = ticket.read_gpu_s
+        if ticket.running and ticket.lane:
+            self.first_token(ticket)
+            had_gpu_s += self._leave_lane(ticket, ticket.lane, ticket.begun_share_s, now_s)
+        if ticket.writer:  # it has not begun there
+            self._leave_lane(ticket, ticket.writer, ticket.writer.share_s, now_s)
+            ticket.writer = None
+        self._fetched(ticket)
+        ticket.running, ticket.was_read, ticket.read_gpu_s = False, False, 0.0
+        had_gpu_s = had_gpu_s if gpu_s is None else gpu_s
+        ticket.gpu_s += had_gpu_s
+        dispatch.settle(self.rows.desk, ticket.service.row, ticket.client, had_gpu_s - ticket.cost_gpu_s)
+        return True
+
+    def _leave_lane(self, ticket: Ticket, lane: Lane, begun_share_s: float, now_s: float) -> float:
+        """Take a request off one replica; return the GPU time it had there since its share was at the beginning."""
+        dispatch.left(self.rows.desk, ticket.service.row, lane.row, ticket.output_tokens)
         lane.settle(now_s)
         lane.running -= 1
-        ticket.running = False
-        had_gpu_s = (lane.share_s - ticket.begun_share_s) * lane.replica.layout.gpus if gpu_s is None else gpu_s
-        ticket.gpu_s += had_gpu_s
-        dispatch.settle(self.rows.desk, model, ticket.client, had_gpu_s - ticket.cost_gpu_s)
+        return (lane.share_s - begun_share_s) * lane.replica.layout.gpus
 
     def _unline(self, ticket: Ticket) -> None:
         """Take a request out of its line; those who have begun before stand first."""
@@ -469,6 +568,26 @@ class Dispatcher:
 
 def _longest_tokens(replica: Replica) -> int:
     return min(replica.max_context_tokens, replica.cache_tokens)
+
+
+def _are_whole(roles: Iterable[str]) -> bool:
+    """Whether replicas of these roles answer requests together."""
+    known = set(roles)
+    return "both" in known or known == {"prefill", "decode"}
+
+
+def _tokens_per_s(replica: Replica) -> float:
+    """Return the rate at which it does all its work; of one that reads prompts only, that is reading."""
+    return replica.prefill_tokens_per_s if replica.role == "prefill" else replica.tokens_per_s
+
+
+def _reads_per_s(replica: Replica) -> float:
+    """Return the rate at which it reads prompts; who only writes has none to read, at any rate."""
+    return replica.tokens_per_s if replica.role == "decode" else replica.prefill_tokens_per_s
+
+
+def _gpu_s_per_token(replicas: Sequence[Replica]) -> float:
+    return sum(replica.layout.gpus for replica in replicas) / sum(map(_tokens_per_s, replicas))
 
 
 def block_keys(prompt: bytes, block_bytes: int) -> Iterable[int]:

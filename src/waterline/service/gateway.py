@@ -96,7 +96,7 @@ class Gateway:
             engines,
             states,
             connections,
-            replicas_of=self.dispatcher.replicas_of,
+            replicas_of=self.dispatcher.stand_ins,
             on_doubt=self._doubt,
             now_s=self.now_s,
         )
@@ -202,8 +202,9 @@ class Gateway:
         self.dispatcher.remove(replica_id)
 
     def under_way(self, replica_id: str) -> int:
-        """Return how many requests a replica works on."""
-        return self.dispatcher.lanes[replica_id].running
+        """Return how many requests a replica works on, or keeps something for."""
+        lane = self.dispatcher.lanes[replica_id]
+        return lane.running + lane.keeping
 
     def take_loads(self) -> dict[tuple[str, str], tuple[int, int]]:
         """Return what each tenant has asked of each model since this was asked last, refused or not.
@@ -274,7 +275,7 @@ class Gateway:
         """Say 200 when each model has a replica that takes requests, else 503."""
         models = {
             model: {
-                "ready": sum(lane.ready for lane in service.lanes),
+                "ready": service.ready,
                 "total": len(service.lanes),
             }
             for model, service in self.dispatcher.services.items()

@@ -104,7 +104,7 @@ class Health:
     """The replicas as their traffic shows them.
 
     Args:
-        replicas_of: returns the ids of a model's replicas.
+        replicas_of: returns the ids of those that do what a replica does, itself among them.
         on_doubt: told that a replica is ejected, or back.
         probe: asks a replica something, and says whether it has answered.
         clock, sleep: of the event loop, or of a test.
@@ -112,7 +112,7 @@ class Health:
 
     def __init__(
         self,
-        replicas_of: Callable[[str], Iterable[str]],
+        replicas_of: Callable[[Replica], Iterable[str]],
         on_doubt: Callable[[str, bool], None],
         probe: Callable[[Replica], Awaitable[bool]],
         *,
@@ -171,7 +171,7 @@ class Health:
 
     def _eject(self, vitals: Vitals) -> None:
         replica = vitals.replica
-        all_ids = list(self._replicas_of(replica.model))
+        all_ids = list(self._replicas_of(replica))
         out = sum(id_ in self._vitals and self._vitals[id_].ejected for id_ in all_ids)
         if 2 * (out + 1) > len(all_ids):
             return

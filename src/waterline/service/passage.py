@@ -21,12 +21,14 @@ import orjson
 from waterline.plan import Replica
 from waterline.service.asgi import Headers, Reply
 from waterline.service.body import COMPLETIONS, Asked
-from waterline.service.connections import Connections
+from waterline.service.connections import Connections, Response
 from waterline.service.continuation import RefusedError, ended, missing_reason, missing_usage, resume, wishes
 from waterline.service.engines import Engine
+from waterline.service.engines.dialect import AT_ONCE
 from waterline.service.errors import RejectedError
 from waterline.service.events import DONE, BadEventError
 from waterline.service.health import Health, Watch
+from waterline.service.pairs import Handover, Pairs, Wanted, trial
 from waterline.service.response_relay import Relay
 from waterline.service.responses import RESPONSES
 from waterline.service.said import Said
@@ -57,6 +59,17 @@ class Placement(Protocol):
         """
         ...
 
+    async def writer(self, within_s: float) -> Replica:
+        """Return where the answer is written to a prompt that is read where it is now; wait for somebody so long.
+
+        Raises RejectedError when there was nobody in that time.
+        """
+        ...
+
+    def has_read(self) -> None:
+        """Its prompt has been read there; where it is written, `first_token` says that its cache has been fetched."""
+        ...
+
     def move(self, avoid: frozenset[str]) -> None:
         """Give its place up for one elsewhere, at the front, and not at these replicas while there is another."""
         ...
@@ -78,6 +91,9 @@ class Passage:
     progress: Progress = field(default_factory=Progress)
     said: Said = field(default_factory=Said)
     silences: int = 0  # engines that let it wait in vain
+    at: Replica = field(init=False)  # where it is
+    pid: int | None = None  # … and the process of that
+    handover: Handover | None = None  # from who reads its prompt, where another writes the answer
 
     @property
     def endpoint(self) -> str:
@@ -102,7 +118,7 @@ class Passages:
         engines: of the replicas by id.
         states: of the replicas by id; somebody else keeps them up to date, and calls `cut` for one that is gone.
         connections: to the engines.
-        replicas_of: returns the ids of a model's replicas.
+        replicas_of: returns the ids of those that do what a replica does, itself among them.
         on_doubt: told that a replica should get no new work, or may get it again.
         now_s: the time since the service started.
     """
@@ -113,7 +129,7 @@ class Passages:
         states: Mapping[str, ReplicaState],
         connections: Connections,
         *,
-        replicas_of: Callable[[str], Iterable[str]],
+        replicas_of: Callable[[Replica], Iterable[str]],
         on_doubt: Callable[[str, bool], None],
         now_s: Callable[[], float],
     ) -> None:
@@ -124,14 +140,15 @@ class Passages:
         self._now_s = now_s
         self.health = Health(replicas_of, on_doubt, self._probe, clock=now_s)
         self._watches: dict[str, set[Watch]] = {}  # by replica
+        self._pairs = Pairs(engines, states, self._post)
         self._looking: asyncio.TimerHandle | None = None
         self._looked_s = 0.0
         self._chores: set[asyncio.Task[None]] = set()
 
-    def make_responses(self, model: str) -> bool:
-        """Whether all replicas of a model make OpenAI's responses themselves."""
-        replicas = list(self._replicas_of(model))
-        return bool(replicas) and all(self._engines[replica].dialect.responses for replica in replicas)
+    def make_responses(self, replicas: Iterable[Replica]) -> bool:
+        """Whether all these replicas make OpenAI's responses themselves; no two of them do so together."""
+        known = list(replicas)
+        return bool(known) and all(one.role == "both" and self._engines[one.id].dialect.responses for one in known)
 
     def cut(self, replica_id: str) -> None:
         """End what is under way on a replica that is gone, as if it had broken off."""
@@ -161,25 +178,25 @@ class Passages:
         """
         failures = Failures(until_s=self._now_s() + passage.patience_s)
         while True:
-            replica = await passage.place.replica(PATIENCE_S if reply.begun else passage.patience_s)
-            said, pid = passage.said.pieces, self._pid(replica.id)
+            passage.at = await passage.place.replica(_patience_s(passage, reply))
+            said, passage.pid, passage.handover = passage.said.pieces, self._pid(passage.at.id), None
             try:
-                await self._ask(passage, replica, reply, last=len(failures.fruitless) >= ATTEMPTS - 1)
+                await self._go(passage, reply, last=len(failures.fruitless) >= ATTEMPTS - 1)
             except UnansweredError as error:
                 if passage.said.pieces > said:
                     failures = Failures(until_s=self._now_s() + PATIENCE_S, accused=failures.accused)
-                await self._bear(error, failures, replica, pid, reply)
+                await self._bear(error, failures, *self._at_fault(passage), reply)
                 if reply.begun and passage.endpoint == RESPONSES:
                     raise BrokenStreamError(f"{error} No other can go on with its response.") from error
                 if reply.begun and await _end_alone(passage, reply):
                     break
-                passage.place.move(frozenset(failures.avoid))
+                passage.place.move(frozenset(failures.avoid) | _asked_with_it(passage))
             except (RefusedError, RejectedError) as why:
                 if not reply.begun:
                     raise
                 raise BrokenStreamError(f"The engine broke off, and nobody can go on: {why}") from why
             else:
-                self.health.served(replica)
+                self.health.served(passage.at)
                 break
         for other in failures.accused:  # somebody could answer: so it was not the request
             self.health.failed(other)
@@ -189,7 +206,7 @@ class Passages:
     ) -> None:
         """Take a failure into account. Raises it when it was one too many, for the client to see."""
         failures.avoid.add(replica.id)
-        others = set(self._replicas_of(replica.model)) - failures.avoid
+        others = set(self._replicas_of(replica)) - failures.avoid
         untried = any(self._status(other) == "ready" for other in others)
         if not untried:
             failures.avoid = {replica.id}  # another round
@@ -210,20 +227,45 @@ class Passages:
         if len(failures.fruitless) - died >= ATTEMPTS or died >= DEATHS:
             raise BrokenStreamError(str(error)) if reply.begun else error
 
+    async def _go(self, passage: Passage, reply: Reply, *, last: bool) -> None:
+        """Have it answered where it is, or read there and answered elsewhere; then it is there."""
+        try:
+            await self._ask(passage, passage.at, reply, last=last)
+            if handover := passage.handover:
+                self.health.served(passage.at)
+                passage.at = handover.writer or await passage.place.writer(_patience_s(passage, reply))
+                passage.pid = self._pid(passage.at.id)
+                await self._ask(passage, passage.at, reply, last=last)
+        finally:
+            if passage.handover:
+                passage.handover.close()
+
+    def _at_fault(self, passage: Passage) -> tuple[Replica, int | None]:
+        """Return who has failed a request, and its process: where it is, unless the cache it needs is gone."""
+        handover = passage.handover
+        if handover and passage.at != handover.reader:
+            id_ = handover.reader.id
+            if self._pid(id_) != handover.reader_pid or self._status(id_) not in ALIVE:
+                return handover.reader, handover.reader_pid
+        return passage.at, passage.pid
+
     # --- One engine -------------------------------------------------------------------------------------------------
 
     async def _ask(self, passage: Passage, replica: Replica, reply: Reply, *, last: bool) -> None:
         asked, place, vitals = passage.asked, passage.place, self.health.of(replica)
         # An answer that comes whole does not show when its prompt was read; the plan knows how long that takes.
-        reading = asyncio.get_running_loop().call_later(NEVER_S if asked.stream else replica.ttft_s, place.first_token)
-        vitals.unread_tokens += asked.prompt_tokens
+        shows = asked.stream or replica.role != "both"
+        reading = asyncio.get_running_loop().call_later(NEVER_S if shows else replica.ttft_s, place.first_token)
+        vitals.unread_tokens += _unread_tokens(asked, replica)
         watch = Watch(vitals=vitals, patience=math.inf if last else WAITS_LONGER**passage.silences)
         watches = self._watches.setdefault(replica.id, set())
         watches.add(watch)
         self._look_soon()
         try:
             async with asyncio.timeout(None) as watch.within:  # `cut` and silence set an end to it
-                if asked.stream and asked.endpoint == RESPONSES:
+                if replica.role == "prefill":
+                    await self._read(passage, replica, reply, watch)
+                elif asked.stream and asked.endpoint == RESPONSES:
                     await self._relay(passage, replica, reply, watch)
                 elif asked.stream:
                     await self._stream(passage, replica, reply, watch)
@@ -237,24 +279,15 @@ class Passages:
             raise UnansweredError(str(error)) from error
         finally:
             watches.discard(watch)
-            vitals.unread_tokens -= 0 if watch.heard else asked.prompt_tokens
+            vitals.unread_tokens -= 0 if watch.heard else _unread_tokens(asked, replica)
             reading.cancel()
 
     async def _stream(self, passage: Passage, replica: Replica, reply: Reply, watch: Watch) -> None:
-        asked, path, weave = passage.asked, passage.endpoint, None
-        engine, state = self._engines[replica.id], self._states[replica.id]
-        wished = wishes(asked, path, engine.dialect)
-        if reply.begun:
-            going_on = resume(asked, path, passage.said, engine.dialect, replica.max_context_tokens)
-            path, weave = going_on.path, going_on.weave
-            body = orjson.dumps({**going_on.fields, "model": state.served_name})
-        else:
-            passage.said = Said()
-            body = _body(asked, state.served_name, wished)
+        wanted = self._wanted(passage, replica, reply)
         watch.since_s = begun_s = _now_s()
-        response = await ask(self._connections, engine, state.url + path, body, passage.headers, stream=True)
+        response = await self._begun(passage, replica, wanted, stream=True)
         try:
-            hides_ids = bool(wished) or (bool(weave) and b'"return_token_ids"' not in asked.body)
+            weave, hides_ids = wanted.weave, wanted.hides_ids
             stream = Stream(response, passage.said, passage.progress, reply, weave=weave, hides_ids=hides_ids)
             await stream.relay(watch, lambda: self._heard(passage, watch))
             await stream.end()
@@ -281,29 +314,65 @@ class Passages:
         response.close_unless_ended(LAST_BYTES_WITHIN_S)
 
     async def _whole(self, passage: Passage, replica: Replica, reply: Reply, watch: Watch) -> None:
-        asked, engine, state = passage.asked, self._engines[replica.id], self._states[replica.id]
-        rid = {"rid": f"waterline-{uuid.uuid4().hex}"} if engine.dialect.abort else {}
-        body = _body(asked, state.served_name, rid)
+        asked, wanted = passage.asked, self._wanted(passage, replica, reply)
         watch.whole_tokens = replica.max_context_tokens if asked.most_tokens is None else max(1, asked.most_tokens)
         watch.since_s = asyncio.get_running_loop().time()
+        response = await self._begun(passage, replica, wanted, stream=False)
         try:
-            url = state.url + passage.endpoint
-            response = await ask(self._connections, engine, url, body, passage.headers, stream=False)
-            try:
-                data = await read_whole(response, passage.progress)
-            finally:
-                response.close()
-        except asyncio.CancelledError:  # the client has left, or it took too long
-            if rid:
-                self._abort(engine, state.url, rid)
-            raise
+            data = await read_whole(response, passage.progress)
+        finally:
+            response.close()
         watch.since_s = math.inf
         self._heard(passage, watch)
         await reply.whole(200, data, passed_back(response))
 
+    def _wanted(self, passage: Passage, replica: Replica, reply: Reply) -> Wanted:
+        """Return what an engine is asked: the client's request, or the rest of its answer. Raises RefusedError."""
+        asked, path, dialect = passage.asked, passage.endpoint, self._engines[replica.id].dialect
+        name = self._states[replica.id].served_name
+        if passage.handover:
+            return passage.handover.of_writer(name)
+        named = dialect.abort and (not asked.stream or replica.role == "prefill")
+        rid = {"rid": f"waterline-{uuid.uuid4().hex}"} if named else {}
+        if not asked.stream:
+            return Wanted(path=path, body=_body(asked, name, rid), rid=rid)
+        wished = wishes(asked, path, dialect)
+        if not reply.begun:
+            passage.said = Said()
+            return Wanted(path=path, body=_body(asked, name, wished | rid), hides_ids=bool(wished), rid=rid)
+        going_on = resume(asked, path, passage.said, dialect, replica.max_context_tokens)
+        body = orjson.dumps({**going_on.fields, **rid, "model": name})
+        hides_ids = bool(wished) or b'"return_token_ids"' not in asked.body
+        return Wanted(path=going_on.path, body=body, weave=going_on.weave, hides_ids=hides_ids, rid=rid)
+
+    async def _begun(self, passage: Passage, replica: Replica, wanted: Wanted, *, stream: bool) -> Response:
+        """Return the answer of an engine that has begun well: of one that was asked already, or is asked now."""
+        if passage.handover and (answer := passage.handover.take()):
+            return await answer
+        return await self._post(replica, wanted, passage.headers, stream=stream)
+
+    async def _post(self, replica: Replica, wanted: Wanted, headers: Headers, *, stream: bool) -> Response:
+        engine, url = self._engines[replica.id], self._states[replica.id].url
+        try:
+            return await ask(self._connections, engine, url + wanted.path, wanted.body, headers, stream=stream)
+        except asyncio.CancelledError:  # the client has left, or it took too long
+            if wanted.rid:
+                self._abort(engine, url, wanted.rid)
+            raise
+
+    async def _read(self, passage: Passage, replica: Replica, reply: Reply, watch: Watch) -> None:
+        """Have a prompt read, and leave in the passage what the one is told that writes the answer."""
+        wanted = self._wanted(passage, replica, reply)
+        handover = passage.handover = Handover(reader=replica, reader_pid=self._pid(replica.id), wanted=wanted)
+        watch.since_s = _now_s()
+        if self._engines[replica.id].dialect.hand_over == AT_ONCE:
+            handover.writer = await passage.place.writer(_patience_s(passage, reply))
+        await self._pairs.read(handover, passage.headers, answers=passage.asked.answers, stream=passage.asked.stream)
+        passage.place.has_read()
+
     def _heard(self, passage: Passage, watch: Watch) -> None:
         watch.heard = True
-        watch.vitals.unread_tokens -= passage.asked.prompt_tokens
+        watch.vitals.unread_tokens -= _unread_tokens(passage.asked, watch.vitals.replica)
         if math.isnan(passage.progress.first_token_s):
             passage.progress.first_token_s = self._now_s()
         passage.place.first_token()
@@ -326,7 +395,8 @@ class Passages:
     async def _probe(self, replica: Replica) -> bool:
         """Whether a replica answers a request of one token; that it refuses it is an answer too."""
         engine, state = self._engines[replica.id], self._states[replica.id]
-        body = orjson.dumps({"model": state.served_name, "prompt": "1", "max_tokens": 1})
+        beside = trial(engine.dialect, replica.role)
+        body = orjson.dumps({"model": state.served_name, "prompt": "1", "max_tokens": 1, **beside})
         try:
             async with asyncio.timeout(self.health.of(replica).first_within_s):
                 url = state.url + COMPLETIONS
@@ -370,7 +440,7 @@ class Passages:
                     watch.within.reschedule(0.0)
 
     def _has_others(self, replica: Replica) -> bool:
-        return any(self._status(other) == "ready" for other in self._replicas_of(replica.model) if other != replica.id)
+        return any(self._status(other) == "ready" for other in self._replicas_of(replica) if other != replica.id)
 
     def _pid(self, replica_id: str) -> int | None:
         return self._states[replica_id].pid if replica_id in self._states else None
@@ -389,6 +459,22 @@ def _body(asked: Asked, served_name: str, wished: Mapping[str, Any]) -> bytes:
     if not wished:
         return asked.body
     return orjson.dumps(wished)[:-1] + b"," + asked.body.lstrip()[1:]
+
+
+def _patience_s(passage: Passage, reply: Reply) -> float:
+    """Return how long it waits for a place while there is none."""
+    return PATIENCE_S if reply.begun else passage.patience_s
+
+
+def _unread_tokens(asked: Asked, replica: Replica) -> int:
+    """Return what a replica has to read of a prompt, as far as is known."""
+    return 0 if replica.role == "decode" else asked.prompt_tokens
+
+
+def _asked_with_it(passage: Passage) -> frozenset[str]:
+    """Return who was asked at once with the one that failed: which of them it was, is not always to be seen."""
+    writer = passage.handover.writer if passage.handover else None
+    return frozenset({writer.id}) if writer else frozenset()
 
 
 async def _end_alone(passage: Passage, reply: Reply) -> bool:

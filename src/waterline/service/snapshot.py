@@ -150,7 +150,7 @@ def _model(service: Service, slo: Slo) -> ModelNow:
     ready = [lane for lane in service.lanes if lane.ready]
     return ModelNow(
         model=service.planned.model,
-        ready=len(ready),
+        ready=service.ready,
         replicas=len(service.lanes),
         running=service.running,
         slots=sum(lane.replica.max_batch for lane in ready),

@@ -6,6 +6,7 @@ from typing import Any
 
 CHAT = "/chat/completions"
 COMPLETIONS = "/completions"
+IN_TURN, AT_ONCE = "in turn", "at once"  # how one that has read a prompt lets another write; see `service.pairs`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +18,8 @@ class Dialect:
     prefill: Mapping[str, Any] | None = None  # what a chat says to have its last message, the assistant's, gone on with
     prefill_thinking: bool = False  # … also where that message has only thoughts yet, as `reasoning_content`
     responses: bool = False  # it makes OpenAI's responses itself, and more of them than could be made of its chats
+    hand_over: str = ""  # IN_TURN or AT_ONCE
+    meeting_port: int = 0  # AT_ONCE: where one that reads is found by those that write; 0: where it is asked
     abort: str = ""  # where a request is ended by its `rid`, for an engine that is slow to notice who has hung up
 
 
@@ -29,14 +32,16 @@ VLLM = Dialect(
     token_ids=(CHAT, COMPLETIONS),
     completion_tokens=16,
     prefill={"continue_final_message": True, "add_generation_prompt": False},
+    hand_over=IN_TURN,
 )
 SGLANG = Dialect(
     token_ids=(COMPLETIONS,),
     completion_tokens=16,
     prefill={"continue_final_message": True},
+    hand_over=AT_ONCE,
     abort="/abort_request",
 )
 LLAMACPP = Dialect(prefill={}, prefill_thinking=True)
-FAKE = Dialect(token_ids=VLLM.token_ids, prefill=VLLM.prefill)
+FAKE = Dialect(token_ids=VLLM.token_ids, prefill=VLLM.prefill, hand_over=VLLM.hand_over)
 
 OWNERS = {"vllm": VLLM, "sglang": SGLANG, "llamacpp": LLAMACPP, "fake": FAKE}  # as /v1/models says `owned_by`

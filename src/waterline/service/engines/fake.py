@@ -3,6 +3,8 @@
 It batches continuously as real engines do: every step decodes one token of each running request and reads a chunk of
 the next prompts, first come, first served. A step takes `StepCost.step_ps` of real time. Unlike `waterline.rehearsal`
 it never runs out of cache; there are `max_batch` places and that is all.
+
+One that is planned to read only, or to write only, hands its caches over as real ones do; see `fake_cache`.
 """
 
 import asyncio
@@ -21,10 +23,10 @@ import click
 import msgspec
 import orjson
 
-from waterline.cost import StepCost, replica_step_cost
+from waterline.cost import StepCost, replica_step_cost, transfer_s
 from waterline.cost.step import prefill_pairs
 from waterline.errors import WaterlineError
-from waterline.plan import Plan, Replica
+from waterline.plan import Plan, Replica, Role
 from waterline.service.asgi import (
     JSON,
     ClientGoneError,
@@ -36,9 +38,10 @@ from waterline.service.asgi import (
     read_body,
     unless_disconnected,
 )
-from waterline.service.body import BYTES_PER_TOKEN, CHAT, COMPLETIONS, TOKENS_PER_MESSAGE, Asked, read_asked
+from waterline.service.body import BYTES_PER_TOKEN, CHAT, COMPLETIONS, TOKENS_PER_MESSAGE, Asked, loaded, read_asked
 from waterline.service.engines import ask
 from waterline.service.engines.dialect import FAKE, Dialect
+from waterline.service.engines.fake_cache import PATH, TOLD, Caches
 from waterline.service.engines.lifeline import announce, end_with_parent
 from waterline.service.errors import RejectedError
 from waterline.units import PICOSECONDS_PER_S
@@ -74,19 +77,33 @@ class Part:
     max_batch: int
     max_context_tokens: int
     expected_output_tokens: int  # of a request without a limit
+    role: Role = "both"
+    sent_s_per_token: float = 0.0  # for the cache of a prompt to be with the one that writes
 
 
 def prepare(plan: Plan, replica: Replica) -> Fake:
-    expected = next(model.output_tokens for model in plan.models if model.model == replica.model)
+    planned = next(model for model in plan.models if model.model == replica.model)
     part = Part(
         model=replica.model,
         step=replica_step_cost(plan.fleet, replica),
         max_batch=replica.max_batch,
         max_context_tokens=replica.max_context_tokens,
-        expected_output_tokens=expected,
+        expected_output_tokens=planned.output_tokens,
+        role=replica.role,
+        sent_s_per_token=_sent_s(plan, replica, planned.prompt_tokens) / planned.prompt_tokens,
     )
     command = (sys.executable, "-m", "waterline.service.engines.fake")
     return Fake(command=command, input=msgspec.json.encode(part, enc_hook=list) + b"\n", name=replica.model)
+
+
+def _sent_s(plan: Plan, replica: Replica, prompt_tokens: int) -> float:
+    """Return how long the cache of a prompt is on its way to the replicas that write."""
+    if replica.role != "prefill":
+        return 0.0
+    fleet = plan.fleet
+    others = [one for one in plan.replicas_of(replica.model) if one.role == "decode"]
+    gpus = [fleet.gpu_of(fleet.pool(one.pool)) for one in (replica, *others)]
+    return transfer_s(fleet.llm_of(fleet.model(replica.model)), replica.layout, prompt_tokens, gpus)
 
 
 # --- The steps ------------------------------------------------------------------------------------------------------
@@ -174,8 +191,9 @@ class Batch:
 class FakeApp:
     """Answers as an engine would: chat and completions, streamed or not, models and health."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, caches: Caches) -> None:
         self.part = part
+        self.caches = caches
         self.batch = Batch(part.step, part.max_batch)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -187,9 +205,13 @@ class FakeApp:
             elif path == "/v1/models":
                 models = {"object": "list", "data": [{"id": self.part.model, "object": "model", "owned_by": "fake"}]}
                 await reply.whole(200, orjson.dumps(models), [JSON])
+            elif path.startswith(PATH):
+                cache = await self.caches.give(path.removeprefix(PATH))
+                await reply.whole(200, orjson.dumps(cache), [JSON])
             elif path in {f"/v1{CHAT}", f"/v1{COMPLETIONS}"}:
-                asked = read_asked(path.removeprefix("/v1"), await read_body(scope, receive))
-                await unless_disconnected(self._answer(asked, path == f"/v1{CHAT}", reply), scope, receive)
+                body, told = self._told(await read_body(scope, receive))
+                asked = read_asked(path.removeprefix("/v1"), body)
+                await unless_disconnected(self._answer(asked, told, path == f"/v1{CHAT}", reply), scope, receive)
             else:
                 raise RejectedError(f"There is nothing at {path}.", status=404)
         except WaterlineError as error:
@@ -197,9 +219,29 @@ class FakeApp:
         except ClientGoneError:
             pass
 
-    async def _answer(self, asked: Asked, chat: bool, reply: Reply) -> None:  # noqa: FBT001 - chat, or completion
+    def _told(self, body: bytes) -> tuple[bytes, dict[str, Any]]:
+        """Take out of a body what only a gateway says, about caches."""
+        if self.part.role == "both":
+            return body, {}
+        fields = loaded(body)
+        told = {name: fields.pop(name) for name in TOLD if name in fields}
+        return orjson.dumps(fields) if told else body, told
+
+    async def _answer(
+        self,
+        asked: Asked,
+        told: Mapping[str, Any],
+        chat: bool,  # noqa: FBT001 - chat, or completion
+        reply: Reply,
+    ) -> None:
         answer = Answer(asked, self.part, chat=chat)
+        room = told.get("bootstrap_room") if self.part.role == "prefill" else None
+        if room is not None:
+            answer.shorten()
+            await self.caches.wait_for_writer(room)
         job = Job(prompt_tokens=answer.usage["prompt_tokens"], output_tokens=answer.output_tokens)
+        if self.part.role == "decode" and await self.caches.fetch(told, answer.prompt_ids):
+            job.read_tokens = job.prompt_tokens - 1  # the last one is read again to produce one
         try:
             if answer.output_tokens:
                 self.batch.add(job)
@@ -211,9 +253,19 @@ class FakeApp:
             else:
                 for _ in range(job.output_tokens):
                     await job.produced.get()
+                if self.part.role == "prefill":
+                    self._keep(answer, told)
                 await reply.whole(200, orjson.dumps(answer.whole()), [JSON])
         finally:
             self.batch.drop(job)
+
+    def _keep(self, answer: "Answer", told: Mapping[str, Any]) -> None:
+        """Keep the cache of a prompt that was read, if somebody else is to go on with it."""
+        if "bootstrap_room" in told:
+            self.caches.keep_for_room(told["bootstrap_room"], answer.prompt_ids)
+        elif (told.get("kv_transfer_params") or {}).get("do_remote_decode"):
+            kept = self.caches.keep(answer.prompt_ids) if answer.finish == "length" else None
+            answer.beside = {"kv_transfer_params": kept}
 
 
 class Answer:
@@ -237,6 +289,7 @@ class Answer:
         self.asked, self.chat = asked, chat
         self.finish: Literal["stop", "length"] = "stop" if expected <= most else "length"
         self.ids, self.words = _words(self.prompt_ids, begun, self.output_tokens)
+        self.beside: dict[str, Any] = {}  # what else is said, when it comes whole
         self.tells_ids = fields.get("return_token_ids") is True
         self.stamp = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -250,12 +303,20 @@ class Answer:
             "total_tokens": prompt_tokens + self.output_tokens,
         }
 
+    def shorten(self) -> None:
+        """Say one word: all the rest is said elsewhere."""
+        if self.output_tokens > 1:
+            self.output_tokens, self.finish = 1, "length"
+            self.ids, self.words = self.ids[:1], self.words[:1]
+            prompt_tokens = self.usage["prompt_tokens"]
+            self.usage |= {"completion_tokens": 1, "total_tokens": prompt_tokens + 1}
+
     def whole(self) -> dict[str, Any]:
         text = "".join(self.words)
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         kind = "chat.completion" if self.chat else "text_completion"
         choice = {"index": 0, "finish_reason": self.finish, "logprobs": None, **said}
-        return {**self.stamp, "object": kind, "choices": [choice], "usage": self.usage}
+        return {**self.stamp, "object": kind, "choices": [choice], "usage": self.usage, **self.beside}
 
     async def events(self, job: Job) -> AsyncIterator[bytes]:
         """Yield the events of a stream, each token as it is produced."""
@@ -365,11 +426,13 @@ def _words(prompt_ids: list[int], begun: int, count: int) -> tuple[list[int], li
 
 async def _serve(part: Part) -> None:
     listening = socket.create_server(("127.0.0.1", 0))
-    app = FakeApp(part)
-    announce(f"http://127.0.0.1:{listening.getsockname()[1]}/v1")
-    steps = asyncio.create_task(app.batch.run())
-    await HttpServer(app).serve(sockets=[listening])
-    steps.cancel()
+    host, port = listening.getsockname()
+    async with aiohttp.ClientSession() as session:
+        app = FakeApp(part, Caches(host, port, part.sent_s_per_token, session))
+        announce(f"http://{host}:{port}/v1")
+        steps = asyncio.create_task(app.batch.run())
+        await HttpServer(app).serve(sockets=[listening])
+        steps.cancel()
 
 
 @click.command()

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from waterline.errors import EngineError
 from waterline.plan import Replica
 from waterline.service.engines import ask
 from waterline.service.engines import seat as seats
@@ -49,11 +48,6 @@ def host(replica: Replica, command: Command, dialect: Dialect) -> Hosted:
     """Return the engine that runs a command here. Raises EngineError for a replica that belongs elsewhere."""
     arguments, environment = command
     seats.check_here(replica)
-    if replica.role != "both":
-        raise EngineError(
-            f"replica '{replica.id}' is planned for role '{replica.role}', and the gateway cannot hand a request from "
-            "one replica to the next. Start it as waterline launch PLAN says, with a router that can."
-        )
     return Hosted(
         name=replica.model,
         dialect=dialect,

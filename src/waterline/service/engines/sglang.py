@@ -1,5 +1,7 @@
 """SGLang, on CUDA and on ROCm: the command of one process, and the engine that runs it here."""
 
+from dataclasses import replace
+
 from waterline.catalog.engines import find_engine
 from waterline.plan import Plan, Replica
 from waterline.service.engines import seat as seats
@@ -50,7 +52,8 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
 def prepare(plan: Plan, replica: Replica) -> Hosted:
     """Return the engine of a replica on this machine. Raises EngineError."""
     arguments, environment = command(plan, replica, Seat())
-    return host(replica, (arguments, environment | QUICK_HEALTH), SGLANG)
+    dialect = replace(SGLANG, meeting_port=_meeting_port(replica)) if replica.role == "prefill" else SGLANG
+    return host(replica, (arguments, environment | QUICK_HEALTH), dialect)
 
 
 def _nodes(replica: Replica, seat: Seat) -> tuple[str, ...]:
@@ -64,12 +67,17 @@ def _nodes(replica: Replica, seat: Seat) -> tuple[str, ...]:
 def _role(replica: Replica) -> tuple[str, ...]:
     if replica.role == "both":
         return ()
-    port = str(seats.inner_port(replica, 0, seats.TRANSFER))
+    port = str(_meeting_port(replica))
     return (
         *("--disaggregation-mode", replica.role),
         *("--disaggregation-transfer-backend", "nixl"),
         *(("--disaggregation-bootstrap-port", port) if replica.role == "prefill" else ()),
     )
+
+
+def _meeting_port(replica: Replica) -> int:
+    """Return where one that reads prompts is found by those that write the answers."""
+    return seats.inner_port(replica, 0, seats.TRANSFER)
 
 
 def _aiter(target: str) -> dict[str, str]:

@@ -71,7 +71,8 @@ def _nodes(replica: Replica, seat: Seat) -> tuple[str, ...]:
 def _transfer(replica: Replica) -> tuple[str, ...]:
     if replica.role not in KV_ROLES:
         return ()
-    return ("--kv-transfer-config", json.dumps({"kv_connector": "NixlConnector", "kv_role": KV_ROLES[replica.role]}))
+    config = {"kv_connector": "NixlConnector", "kv_role": KV_ROLES[replica.role], "kv_load_failure_policy": "fail"}
+    return ("--kv-transfer-config", json.dumps(config))  # a cache that is lost: the gateway has it read again
 
 
 def _side_channel(replica: Replica, seat: Seat) -> dict[str, str]:
