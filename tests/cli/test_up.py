@@ -165,7 +165,7 @@ from waterline.service.engines import fake
 from waterline.service.engines.fake import Fake
 async def ready(self, session, url): return self.name
 Fake.served_name = ready
-fake.prepare = lambda plan, replica: Fake(command=(sys.executable, "-c", {code!r}), input=b"", name=replica.model)
+fake.prepare = lambda plan, replica, seat: Fake(command=(sys.executable, "-c", {code!r}), input=b"", name=replica.model)
 sys.argv = ["waterline", "up", "--engine", "fake", "--port", "0", "--json"]
 from waterline.cli import main
 main()

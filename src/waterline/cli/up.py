@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from waterline.outcome import Completion, Summary
     from waterline.plan import Plan
+    from waterline.service.ray_cluster import RayCluster
 
 LAPTOP = Path(__file__).with_name("laptop.toml")
 SUMMARISED = 100_000  # latest requests that the last words are about
@@ -39,6 +40,7 @@ STANDARD_ERROR = 2  # the last of the three
     "--proxy", "proxies", multiple=True, metavar="ADDRESS", help="Believe its X-Forwarded-For; may be given again."
 )
 @click.option("--engine", default="", metavar="NAME", help="Use this engine for every replica, for example: fake.")
+@click.option("--ray", default="", metavar="ADDRESS", help="Start engines on the nodes of this Ray cluster.")
 @ledger_option
 @click.option("--json", "as_json", is_flag=True, help="Print what runs, and at the end the summary, as lines of JSON.")
 def up(
@@ -49,6 +51,7 @@ def up(
     admin_port: int | None,
     proxies: tuple[str, ...],
     engine: str,
+    ray: str,
     ledger: str,
     *,
     as_json: bool,
@@ -61,10 +64,11 @@ def up(
     waterline up
     waterline up examples/mixed.toml --engine fake
     waterline up plan.json --port 8001
+    waterline up plan.json --ray 10.0.0.1:6379
     """  # noqa: D301 - click wants the character, not its name
     try:
         _fill_standard_streams()
-        _up(fleet, host, port, admin_host, admin_port, proxies, engine, ledger, as_json=as_json)
+        _up(fleet, host, port, admin_host, admin_port, proxies, engine, ray, ledger, as_json=as_json)
     except KeyboardInterrupt:  # before the service listens to signals
         sys.exit(128 + signal.SIGINT)
 
@@ -84,12 +88,14 @@ def _up(
     admin_port: int | None,
     proxies: tuple[str, ...],
     engine: str,
+    ray: str,
     ledger: str,
     *,
     as_json: bool,
 ) -> None:
     from waterline.cli.admin import open_admin
     from waterline.ledger import Ledger
+    from waterline.service.child import Child
     from waterline.service.engines import prepare_engines
     from waterline.service.logs import log_to
     from waterline.service.server import Outlet, Source, listen, serve
@@ -98,7 +104,9 @@ def _up(
     _check_engine(engine)
     plan = _plan(fleet or LAPTOP, engine)
     _check_proxies(proxies)
-    engines = prepare_engines(plan, engine, fleet=str(fleet or "FLEET"))
+    cluster = _cluster(ray)
+    prepare = partial(cluster.prepare if cluster else prepare_engines, instead=engine, fleet=str(fleet or "FLEET"))
+    engines = prepare(plan)
     listening = listen(host, port)
     api_port = listening.getsockname()[1]
     url = f"http://{_reachable(host)}:{api_port}/v1"
@@ -124,14 +132,17 @@ def _up(
             listening,
             on_ready=on_ready,
             on_completion=completions.append,
-            prepare=partial(prepare_engines, instead=engine, fleet=str(fleet or "FLEET")),
+            prepare=prepare,
             source=Source(path=fleet, read=partial(_plan, fleet, engine), on_plan=note)
             if fleet and fleet.is_file()
             else None,
             admin=admin,
             ledger=books,
             proxies=proxies,
+            launch=cluster.launch if cluster else Child.start,
         )
+    if cluster:
+        cluster.leave()
     if completions:
         say(_goodbye(plan, completions, monotonic() - begun_s, usd, as_json=as_json))
 
@@ -149,6 +160,14 @@ def _plan(path: Path, engine: str) -> "Plan":
     plan = replace(plan, replicas=plan.together)  # no replica is moved yet
     check_pairs(plan, lambda replica: engine or replica.engine)
     return plan
+
+
+def _cluster(address: str) -> "RayCluster | None":
+    if not address:
+        return None
+    from waterline.service.ray_cluster import RayCluster
+
+    return RayCluster(address)
 
 
 def _check_engine(engine: str) -> None:

@@ -4,14 +4,15 @@ import asyncio
 import os
 import signal
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import Protocol
 from urllib.parse import quote
 
 import orjson
 import structlog
 
 from waterline.errors import EngineError
-from waterline.service.engines import Engine
 from waterline.service.processes import end_marked
 from waterline.service.state import State
 
@@ -39,6 +40,37 @@ def mark_of(state: State, replica: str) -> str:
     return f"{state.mark}/{run_of(replica)}"
 
 
+class Startable(Protocol):
+    """What is started: as much of an `Engine` as a process needs."""
+
+    @property
+    def command(self) -> tuple[str, ...]: ...
+
+    @property
+    def environment(self) -> Mapping[str, str]: ...
+
+    @property
+    def input(self) -> bytes: ...
+
+
+class Running(Protocol):
+    """The process of an engine, wherever it runs; see `Child`."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def has_ended(self) -> bool: ...
+
+    async def announced_url(self) -> str: ...
+
+    async def ended(self) -> str: ...
+
+    async def last_words(self) -> str: ...
+
+    async def stop(self, *, verify: bool = True) -> None: ...
+
+
 class Child:
     """A running engine process in a process group of its own, so that a terminal's Ctrl-C does not reach it."""
 
@@ -49,7 +81,7 @@ class Child:
         self._readers = [asyncio.ensure_future(self._keep_errors())]
 
     @classmethod
-    async def start(cls, engine: Engine, state: State | None = None, replica: str = "") -> "Child":
+    async def start(cls, engine: Startable, state: State | None = None, replica: str = "") -> "Child":
         """Start the process and hand it its input. Raises EngineError when there is no such program.
 
         With the state of a service, its processes bear a mark and are found wherever they have gone.

@@ -23,6 +23,7 @@ from waterline.outcome import Completion
 from waterline.plan import Plan
 from waterline.service.asgi import App, HttpServer
 from waterline.service.batch_routes import offering_batches
+from waterline.service.child import Child
 from waterline.service.connections import Connections
 from waterline.service.engines import Engine, all_pretend, prepare_engines
 from waterline.service.gateway import Gateway
@@ -34,7 +35,7 @@ from waterline.service.processes import kill_marked
 from waterline.service.reload import keep_to_file
 from waterline.service.shore import Prepare, Shore
 from waterline.service.state import State, claim_state
-from waterline.service.supervisor import ReplicaState, Supervisor
+from waterline.service.supervisor import Launch, ReplicaState, Supervisor
 
 BACKLOG = 2048  # connections that may wait to be accepted
 
@@ -112,6 +113,7 @@ def serve(
     admin: AdminListener | None = None,
     ledger: Ledger | None = None,
     proxies: Sequence[str] = (),
+    launch: Launch = Child.start,
 ) -> dict[str, float]:
     """Serve a plan until SIGINT, SIGTERM or a closed terminal; a second one ends all on the spot.
 
@@ -131,13 +133,14 @@ def serve(
         admin: where operators look at it, if they do.
         ledger: of keys, and of what became of requests; None: nobody has a key, and nothing is written down.
         proxies: see `HttpServer`.
+        launch: starts the process of an engine.
 
     Raises:
         EngineError: an engine cannot be started; the message holds its last words.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(
-            _serve(plan, engines, listening, on_ready, on_completion, prepare, source, admin, ledger, proxies)
+            _serve(plan, engines, listening, on_ready, on_completion, prepare, source, admin, ledger, proxies, launch)
         )
 
 
@@ -152,8 +155,9 @@ async def _serve(
     admin: AdminListener | None,
     ledger: Ledger | None,
     proxies: Sequence[str],
+    launch: Launch,
 ) -> dict[str, float]:
-    async with running(plan, engines, listening, on_completion, prepare, admin, ledger, proxies) as service:
+    async with running(plan, engines, listening, on_completion, prepare, admin, ledger, proxies, launch) as service:
         hangup = service.operator.hangup = asyncio.Event() if source else None
         stop = _stop_on_signals(service.state, hangup)
         starting = asyncio.create_task(service.supervisor.start())
@@ -189,6 +193,7 @@ async def running(
     admin: AdminListener | None = None,
     ledger: Ledger | None = None,
     proxies: Sequence[str] = (),
+    launch: Launch = Child.start,
 ) -> AsyncIterator[Service]:
     """Answer HTTP inside the block; starting the engines is left to it. At its end everything ends.
 
@@ -215,7 +220,7 @@ async def running(
             log_failure(completion)
             on_completion(completion)
 
-        supervisor = Supervisor(engines, session, on_change, under_way=under_way, state=state)
+        supervisor = Supervisor(engines, session, on_change, under_way=under_way, state=state, launch=launch)
         jobs = Jobs(plan.fleet, state, on_run_change)
         gateway = Gateway(
             plan,

@@ -10,7 +10,7 @@ import aiohttp
 import structlog
 
 from waterline.errors import EngineError
-from waterline.service.child import ENDED_WITHIN_S, ENGINES, Child, StillbornError, mark_of
+from waterline.service.child import ENDED_WITHIN_S, ENGINES, Child, Running, StillbornError, mark_of
 from waterline.service.engines import Engine, NotReadyError
 from waterline.service.processes import end_marked, marked
 from waterline.service.state import State
@@ -29,6 +29,7 @@ LOOK_EVERY_S = 0.05  # whether a draining replica has finished
 
 log = structlog.get_logger()
 
+Launch = Callable[[Engine, State | None, str], Awaitable[Running]]
 Status = Literal["starting", "ready", "suspect", "backing off", "draining", "stopped"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
@@ -62,6 +63,7 @@ class Supervisor:
         on_change: told the id of a replica and its new state.
         under_way: how many requests a replica has; a drain waits for them.
         state: whose mark the processes bear; None: only their groups are known.
+        launch: starts the process of an engine.
         clock, sleep: of the event loop, or of a test.
     """
 
@@ -73,6 +75,7 @@ class Supervisor:
         *,
         under_way: Callable[[str], int] = lambda _replica: 0,
         state: State | None = None,
+        launch: Launch = Child.start,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -82,9 +85,10 @@ class Supervisor:
         self._on_change = on_change
         self._under_way = under_way
         self._state = state
+        self._launch = launch
         self._clock = clock
         self._sleep = sleep
-        self._children: dict[str, Child] = {}
+        self._children: dict[str, Running] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._draining: set[str] = set()
         self._stopping = False
@@ -184,7 +188,7 @@ class Supervisor:
         engine, child, ready_s = self.engines[replica], None, float("inf")
         try:
             if engine.command:
-                child = self._children[replica] = await Child.start(engine, self._state, replica)
+                child = self._children[replica] = await self._launch(engine, self._state, replica)
             url, name = await self._until_ready(engine, child)
             ready_s = self._clock()
             pid = child.pid if child else None
@@ -200,7 +204,7 @@ class Supervisor:
             problem = EngineError(f"a bug in Waterline, {error!r}.")
         return max(0.0, self._clock() - ready_s), problem
 
-    async def _until_ready(self, engine: Engine, child: Child | None) -> tuple[str, str]:
+    async def _until_ready(self, engine: Engine, child: Running | None) -> tuple[str, str]:
         """Return where the engine listens and what it calls the model. Raises EngineError when it fails before."""
         if not child:
             return engine.url, await engine.served_name(self._session, engine.url)
@@ -220,7 +224,7 @@ class Supervisor:
                     raise EngineError(f"{error} (waited {engine.start_within_s:g} s)") from error
             await self._sleep(PROBE_STARTING_EVERY_S)
 
-    async def _until_failed(self, replica: str, ready: ReplicaState, child: Child | None) -> EngineError:
+    async def _until_failed(self, replica: str, ready: ReplicaState, child: Running | None) -> EngineError:
         """Watch a ready engine; return why it is no longer. From the first missed probe on it gets no new work."""
         engine, failed = self.engines[replica], 0
         ended = asyncio.ensure_future(child.ended()) if child else asyncio.get_running_loop().create_future()

@@ -72,7 +72,7 @@ class Engine(Protocol):
         ...
 
 
-# name -> the file that knows it; its `prepare(plan, replica)` returns an Engine
+# name -> the file that knows it; its `prepare(plan, replica, seat)` returns an Engine
 STARTABLE = {
     "vllm": "waterline.service.engines.vllm",
     "sglang": "waterline.service.engines.sglang",
@@ -85,10 +85,13 @@ COMMANDED = ("vllm", "sglang", "llamacpp")
 PROGRAMS = {"vllm": "pip install vllm", "sglang": "pip install sglang"}  # looked for on the path, and how to get them
 
 
-def prepare_engines(plan: Plan, instead: str = "", *, fleet: str = "FLEET") -> dict[str, Engine]:
+def prepare_engines(
+    plan: Plan, instead: str = "", *, fleet: str = "FLEET", seat_of: Callable[[Replica], Seat] | None = None
+) -> dict[str, Engine]:
     """Return an engine for each replica of the plan, by its id; `instead` of what was planned where it is given.
 
-    `fleet` is what the person has called the fleet, for the remedy in the message.
+    `fleet` is what the person has called the fleet, for the remedy in the message. `seat_of` says where the first
+    process of a replica runs; None: all of them on this machine.
 
     Raises EngineError or MissingExtraError before anything is started.
     """
@@ -96,7 +99,7 @@ def prepare_engines(plan: Plan, instead: str = "", *, fleet: str = "FLEET") -> d
     absent = {
         replica.model: names[replica.id]
         for replica in plan.replicas
-        if names[replica.id] in PROGRAMS and shutil.which(names[replica.id]) is None
+        if seat_of is None and names[replica.id] in PROGRAMS and shutil.which(names[replica.id]) is None
     }
     if absent:
         models = ", ".join(f"'{model}' ({name})" for model, name in absent.items())
@@ -107,7 +110,10 @@ def prepare_engines(plan: Plan, instead: str = "", *, fleet: str = "FLEET") -> d
             'with engine = "openai" and url = "http://…/v1" in the fleet file. Or run the whole fleet in the time of '
             f"the cost model: waterline up {fleet} --engine fake"
         )
-    return {replica.id: _prepare(names[replica.id])(plan, replica) for replica in plan.replicas}
+    return {
+        replica.id: _prepare(names[replica.id])(plan, replica, seat_of(replica) if seat_of else None)
+        for replica in plan.replicas
+    }
 
 
 def all_pretend(engines: Mapping[str, Engine]) -> bool:
@@ -121,8 +127,8 @@ def command_of(plan: Plan, replica: Replica, seat: Seat) -> Command:
     return command
 
 
-def _prepare(name: str) -> Callable[[Plan, Replica], Engine]:
-    prepare: Callable[[Plan, Replica], Engine] = import_module(STARTABLE[name]).prepare
+def _prepare(name: str) -> Callable[[Plan, Replica, Seat | None], Engine]:
+    prepare: Callable[[Plan, Replica, Seat | None], Engine] = import_module(STARTABLE[name]).prepare
     return prepare
 
 

@@ -43,6 +43,7 @@ from waterline.service.engines import ask
 from waterline.service.engines.dialect import FAKE, Dialect
 from waterline.service.engines.fake_cache import PATH, TOLD, Caches
 from waterline.service.engines.lifeline import announce, end_with_parent
+from waterline.service.engines.seat import Seat
 from waterline.service.errors import RejectedError
 from waterline.units import PICOSECONDS_PER_S
 
@@ -78,10 +79,11 @@ class Part:
     max_context_tokens: int
     expected_output_tokens: int  # of a request without a limit
     role: Role = "both"
+    host: str = "127.0.0.1"  # where it listens
     sent_s_per_token: float = 0.0  # for the cache of a prompt to be with the one that writes
 
 
-def prepare(plan: Plan, replica: Replica) -> Fake:
+def prepare(plan: Plan, replica: Replica, seat: Seat | None = None) -> Fake:
     planned = next(model for model in plan.models if model.model == replica.model)
     part = Part(
         model=replica.model,
@@ -90,6 +92,7 @@ def prepare(plan: Plan, replica: Replica) -> Fake:
         max_context_tokens=replica.max_context_tokens,
         expected_output_tokens=planned.output_tokens,
         role=replica.role,
+        host=(seat or Seat()).host,
         sent_s_per_token=_sent_s(plan, replica, planned.prompt_tokens) / planned.prompt_tokens,
     )
     command = (sys.executable, "-m", "waterline.service.engines.fake")
@@ -425,7 +428,7 @@ def _words(prompt_ids: list[int], begun: int, count: int) -> tuple[list[int], li
 
 
 async def _serve(part: Part) -> None:
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = socket.create_server((part.host, 0))
     host, port = listening.getsockname()
     async with aiohttp.ClientSession() as session:
         app = FakeApp(part, Caches(host, port, part.sent_s_per_token, session))

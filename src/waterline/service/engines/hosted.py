@@ -17,7 +17,6 @@ import aiohttp
 
 from waterline.plan import Replica
 from waterline.service.engines import ask
-from waterline.service.engines import seat as seats
 from waterline.service.engines.dialect import Dialect
 from waterline.service.engines.lifeline import announce
 from waterline.service.engines.seat import Command
@@ -45,15 +44,14 @@ class Hosted:
 
 
 def host(replica: Replica, command: Command, dialect: Dialect) -> Hosted:
-    """Return the engine that runs a command here. Raises EngineError for a replica that belongs elsewhere."""
+    """Return the engine that runs a command."""
     arguments, environment = command
-    seats.check_here(replica)
-    return Hosted(
-        name=replica.model,
-        dialect=dialect,
-        command=(sys.executable, "-m", "waterline.service.engines.hosted", *arguments),
-        environment=environment,
-    )
+    return Hosted(name=replica.model, dialect=dialect, command=hosted(arguments), environment=environment)
+
+
+def hosted(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the command of the process between, for a command of somebody else's."""
+    return (sys.executable, "-m", "waterline.service.engines.hosted", *arguments)
 
 
 # --- The process between --------------------------------------------------------------------------------------------
@@ -61,16 +59,20 @@ def host(replica: Replica, command: Command, dialect: Dialect) -> Hosted:
 
 def main() -> None:
     """Run the program on the command line on a free port until standard input ends; leave with its exit code."""
+    host = sys.argv[sys.argv.index("--host") + 1]
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((host, 0))
         port = free.getsockname()[1]
-    program = subprocess.Popen(  # noqa: S603 - the command was made from the plan
-        [*sys.argv[1:], "--port", str(port)],
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr,  # our own output is for announcing
-    )
+    try:
+        program = subprocess.Popen(  # noqa: S603 - the command was made from the plan
+            [*sys.argv[1:], "--port", str(port)],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,  # our own output is for announcing
+        )
+    except FileNotFoundError:
+        sys.exit(f"{sys.argv[1]} is not on the path of {socket.gethostname()}. Install it there.")
     threading.Thread(target=_end_with_input, args=(program,), daemon=True).start()
-    announce(f"http://127.0.0.1:{port}/v1")
+    announce(f"http://{host}:{port}/v1")
     code = program.wait()
     sys.exit(code if code >= 0 else 128 - code)
 

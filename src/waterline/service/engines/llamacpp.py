@@ -104,18 +104,18 @@ def _http_threads(slots: int) -> int:
     return 2 * slots + 4
 
 
-def prepare(plan: Plan, replica: Replica) -> LlamaCpp | Hosted:
+def prepare(plan: Plan, replica: Replica, seat: Seat | None = None) -> LlamaCpp | Hosted:
     """Return the server of a replica: on cards llama-server where it is installed, else the wheel's.
 
     Raises MissingExtraError, or EngineError for a model without a GGUF file.
     """
     vendor = plan.fleet.gpu_of(plan.fleet.pool(replica.pool)).vendor
     if vendor in seats.VISIBLE_DEVICES and shutil.which("llama-server"):
-        return host(replica, command(plan, replica, Seat()), LLAMACPP)
+        return host(replica, command(plan, replica, seats.at(seat, replica)), LLAMACPP)
     if find_spec("xllamacpp") is None:
         raise MissingExtraError(f"The engine 'llamacpp' of model '{replica.model}'", extra="embedded")
     weights = _weights_file(plan, replica)
-    seats.check_here(replica)
+    seat = seats.at(seat, replica)
     return LlamaCpp(
         name=replica.model,
         command=(
@@ -124,8 +124,9 @@ def prepare(plan: Plan, replica: Replica) -> LlamaCpp | Hosted:
             *("--alias", replica.model),
             *("--slots", str(_slots(replica))),
             *("--context", str(replica.max_context_tokens)),
+            *("--host", seat.host),
         ),
-        environment=seats.devices(plan.fleet.gpu_of(plan.fleet.pool(replica.pool)), replica, Seat()),
+        environment=seats.devices(plan.fleet.gpu_of(plan.fleet.pool(replica.pool)), replica, seat),
     )
 
 
@@ -134,7 +135,8 @@ def prepare(plan: Plan, replica: Replica) -> LlamaCpp | Hosted:
 @click.option("--alias", required=True, help="What requests call the model.")
 @click.option("--slots", required=True, type=int, help="Requests decoded together.")
 @click.option("--context", required=True, type=int, help="Tokens of one request, prompt and output.")
-def main(model: str, alias: str, slots: int, context: int) -> None:
+@click.option("--host", required=True, help="The address to listen on.")
+def main(model: str, alias: str, slots: int, context: int, host: str) -> None:
     """Serve one model on a free port of this machine until standard input ends."""
     end_with_parent()
     import xllamacpp  # noqa: PLC0415 - an extra, and only this process needs it
@@ -146,7 +148,7 @@ def main(model: str, alias: str, slots: int, context: int) -> None:
     parameters.n_parallel = slots
     parameters.n_ctx = slots * context  # shared out evenly among the slots
     parameters.n_threads_http = _http_threads(slots)
-    parameters.hostnames = ["127.0.0.1"]
+    parameters.hostnames = [host]
     parameters.port = 0
     parameters.cpuparams.n_threads = threads
     parameters.cpuparams_batch.n_threads = threads

@@ -12,6 +12,7 @@ from waterline.fleet import Model
 from waterline.plan import Plan, Replica
 from waterline.service.engines import ANSWER_S, NotReadyError, ask
 from waterline.service.engines.dialect import OPENAI, OWNERS, Dialect
+from waterline.service.engines.seat import Seat
 
 FAULTS = {"context length": "context_length_exceeded", "context size": "context_length_exceeded"}  # vLLM's, llama.cpp's
 
@@ -65,7 +66,7 @@ async def _lacks_responses(session: aiohttp.ClientSession, url: str, headers: Ma
         return True
 
 
-def prepare(plan: Plan, replica: Replica) -> Attached:
+def prepare(plan: Plan, replica: Replica, _seat: Seat | None = None) -> Attached:
     url = plan.fleet.model(replica.model).url.rstrip("/")
     if not url:
         raise EngineError(

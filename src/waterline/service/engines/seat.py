@@ -108,12 +108,19 @@ def batch_of_rank(replica: Replica) -> int:
     return math.ceil(replica.max_batch / replica.layout.dp)
 
 
+def at(seat: Seat | None, replica: Replica) -> Seat:
+    """Return where a replica's first process runs: on this machine, unless that is said. Raises EngineError."""
+    if seat is None:
+        check_here(replica)
+    return seat or Seat()
+
+
 def check_here(replica: Replica) -> None:
     """Raise EngineError for a replica that is not planned on this machine, which is the first node of its pool."""
     far = next((place.node for place in replica.places if place.node > 0), None)
     if far is not None:
         raise EngineError(
             f"replica '{replica.id}' is planned on node {far} of pool '{replica.pool}', but engines are started on "
-            "this machine only. Write nodes = 1 there, or start the server on that node yourself and attach to it with "
-            'engine = "openai" and url = "http://…/v1".'
+            "this machine only. Let Ray start them on their nodes (waterline up … --ray ADDRESS), or start the server "
+            'there yourself and attach to it with engine = "openai" and url = "http://…/v1".'
         )

@@ -49,9 +49,9 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
     return arguments, seats.devices(gpu, replica, seat) | _aiter(gpu.target)
 
 
-def prepare(plan: Plan, replica: Replica) -> Hosted:
-    """Return the engine of a replica on this machine. Raises EngineError."""
-    arguments, environment = command(plan, replica, Seat())
+def prepare(plan: Plan, replica: Replica, seat: Seat | None = None) -> Hosted:
+    """Return the engine of a replica, on this machine or where its seat is. Raises EngineError."""
+    arguments, environment = command(plan, replica, seats.at(seat, replica))
     dialect = replace(SGLANG, meeting_port=_meeting_port(replica)) if replica.role == "prefill" else SGLANG
     return host(replica, (arguments, environment | QUICK_HEALTH), dialect)
 

@@ -47,9 +47,9 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
     return arguments, seats.devices(gpu, replica, seat) | _aiter(gpu.target) | _side_channel(replica, seat)
 
 
-def prepare(plan: Plan, replica: Replica) -> Hosted:
-    """Return the engine of a replica on this machine. Raises EngineError."""
-    return host(replica, command(plan, replica, Seat()), VLLM)
+def prepare(plan: Plan, replica: Replica, seat: Seat | None = None) -> Hosted:
+    """Return the engine of a replica, on this machine or where its seat is. Raises EngineError."""
+    return host(replica, command(plan, replica, seats.at(seat, replica)), VLLM)
 
 
 def _nodes(replica: Replica, seat: Seat) -> tuple[str, ...]:

@@ -1,0 +1,158 @@
+"""Engines on the nodes of a Ray cluster: which node is which, and what becomes of it when something dies."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from serving import QUESTION, Served, fake_plan, served, until
+
+from waterline.errors import EngineError, MissingExtraError
+from waterline.fleet import Pool
+from waterline.plan import Place, Plan
+from waterline.service.processes import find_process
+from waterline.service.ray_cluster import Node, RayCluster, match, too_few, wanted_pools
+
+H100, MI300X = "h100-sxm-80g", "mi300x"
+
+
+def plan_of(*pools: Pool) -> Plan:
+    plan = fake_plan()
+    return replace(plan, fleet=replace(plan.fleet, pools=pools))
+
+
+def pool(name: str, gpu: str = H100, nodes: int = 1, gpus: int = 8) -> Pool:
+    return Pool(name=name, gpu=gpu, nodes=nodes, gpus_per_node=gpus, usd_per_gpu_hour=1.0)
+
+
+def node(number: int, gpus: int = 8, kind: str = "", label: str = "") -> Node:
+    return Node(id=f"id-{number}", address=f"10.0.0.{number}", gpus=gpus, cpus=64, kind=kind, pool=label)
+
+
+def matched(plan: Plan, *nodes: Node, known: dict[Any, Node] | None = None) -> dict[str, int]:
+    """Return the last part of the address of each node of the fleet."""
+    found = match(plan.fleet, [one.name for one in plan.fleet.pools], nodes, known or {})
+    return {f"{name}/{number}": int(one.address.rpartition(".")[2]) for (name, number), one in found.items()}
+
+
+def test_nodes_are_told_apart_by_the_kind_of_their_gpus_and_by_how_many_they_have() -> None:
+    plan = plan_of(pool("nvidia", H100, 2), pool("amd", MI300X, 1), pool("small", "a100-sxm-80g", 1, gpus=2))
+    kinds = node(1, kind="AMD-Instinct-MI300X-OAM"), node(2, kind="H100"), node(3, gpus=2, kind="A100")
+    assert matched(plan, *kinds, node(4, kind="H100")) == {"nvidia/0": 2, "nvidia/1": 4, "amd/0": 1, "small/0": 3}
+
+
+def test_a_label_decides_and_what_ray_does_not_know_is_taken_by_its_gpus() -> None:
+    plan = plan_of(pool("left", nodes=1), pool("right", nodes=1))
+    assert matched(plan, node(1), node(2, label="left"), node(3, gpus=4)) == {"left/0": 2, "right/0": 1}
+    assert matched(plan, node(1, label="right"), node(2, gpus=16)) == {"right/0": 1, "left/0": 2}
+
+
+def test_nodes_stay_what_they_are_and_one_that_has_left_is_replaced() -> None:
+    plan = plan_of(pool("box", nodes=2))
+    known = {("box", 0): node(2), ("box", 1): node(1)}
+    assert matched(plan, node(1), node(2), node(3), known=known) == {"box/0": 2, "box/1": 1}
+    assert matched(plan, node(1), node(3), known=known) == {"box/0": 3, "box/1": 1}
+    assert matched(plan, node(1), known=known) == {"box/1": 1}
+
+
+def test_a_cluster_that_is_too_small_is_described_with_what_to_do() -> None:
+    plan = plan_of(pool("h100", nodes=2))
+    nodes = [node(1), node(2, gpus=4, kind="A100")]
+    said = too_few(plan.fleet, "h100", match(plan.fleet, ["h100"], nodes, {}), nodes, "10.0.0.1:6379")
+    assert "pool 'h100' wants 2 nodes of 8 GPUs (h100-sxm-80g); the Ray cluster has 1 for it" in said
+    assert "10.0.0.1 (8 GPUs), 10.0.0.2 (4 GPUs, A100)" in said
+    assert "ray start --address 10.0.0.1:6379 --labels pool=h100" in said
+
+
+def test_only_pools_where_something_is_started_need_nodes() -> None:
+    plan = plan_of(pool("box"), pool("spare"))
+    assert wanted_pools(plan) == {"box"}
+    attached = replace(plan, replicas=tuple(replace(one, engine="openai") for one in plan.replicas))
+    assert wanted_pools(attached) == set()
+
+
+def test_without_ray_a_person_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"waterline-llm\[ray\]"):
+        RayCluster("auto")
+
+
+# --- A cluster of two nodes on this machine -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Yield a cluster of one node with two GPUs, which are only a number here; the other comes later."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'waterline-llm[ray]'")
+    utils = pytest.importorskip("ray.cluster_utils")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2] / 'src'}:{os.environ.get('PYTHONPATH', '')}")
+    made = utils.Cluster()
+    made.add_node(num_cpus=1, num_gpus=2, include_dashboard=False)
+    yield made
+    made.shutdown()
+
+
+def two_nodes() -> Plan:
+    plan = fake_plan({"chat": 2}, output_tokens=5)
+    places = [Place(node=number, gpus=(0,)) for number in range(2)]
+    replicas = tuple(replace(one, places=(place,)) for one, place in zip(plan.replicas, places, strict=True))
+    return replace(plan, fleet=replace(plan.fleet, pools=(pool("box", nodes=2, gpus=2),)), replicas=replicas)
+
+
+async def asked(service: Served) -> str:
+    reply = await service.openai.chat.completions.create(model="chat", messages=QUESTION)
+    return reply.choices[0].message.content or ""
+
+
+def parent(service: Served, replica: str) -> int:
+    """Return the process that holds a replica: the actor of its node."""
+    process = find_process(service.supervisor.states[replica].pid or 0)
+    assert process
+    return process.parent
+
+
+def test_engines_run_on_their_nodes_and_come_back_when_they_or_their_node_die(cluster: Any) -> None:
+    ray = RayCluster(cluster.address)
+
+    async def case() -> None:
+        plan = two_nodes()
+        with pytest.raises(EngineError, match="pool 'box' wants 2 nodes of 2 GPUs .*; the Ray cluster has 1 for it"):
+            ray.prepare(plan)
+        cluster.add_node(num_cpus=1, num_gpus=2)
+        async with served(plan, prepare=ray.prepare, launch=ray.launch) as service:
+            states = service.supervisor.states
+            said = await asked(service)
+            holders = {parent(service, "chat/0"), parent(service, "chat/1")}
+            assert len(holders) == 2, "one on each node"
+
+            os.kill(states["chat/0"].pid or 0, signal.SIGKILL)
+            await until(lambda: states["chat/0"].restarts == 1 and states["chat/0"].status == "ready")
+            assert parent(service, "chat/0") in holders, "on its node again"
+
+            last = {replica: state.pid or 0 for replica, state in states.items()}
+            os.kill(parent(service, "chat/1"), signal.SIGKILL)  # as when the node goes
+            await until(lambda: states["chat/1"].status == "backing off")
+            assert "node box/1" in states["chat/1"].reason
+            assert await asked(service) == said
+            await until(lambda: find_process(last["chat/1"]) is None)
+            await until(lambda: states["chat/1"].status == "ready")
+            assert parent(service, "chat/1") not in holders
+
+            draining = service.shore.drain("chat/1", within_s=5.0)
+            pid = states["chat/1"].pid or 0
+            await draining
+            assert find_process(pid) is None
+            assert await asked(service) == said
+            pids = [state.pid or 0 for state in states.values()]
+        assert not any(map(find_process, pids)), "nothing is left"
+
+    try:
+        asyncio.run(case())
+    finally:
+        ray.leave()
