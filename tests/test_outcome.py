@@ -1,6 +1,7 @@
 """Completions and summaries, against numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,11 @@ def test_an_slo_is_met_only_when_both_times_hold() -> None:
     assert not done(ttft_s=0.75, tpot_s=0.25).meets(slo)
     assert not done(ttft_s=0.5, tpot_s=0.5).meets(slo)
     assert not done(status="cancelled").meets(slo)
+    whole = replace(done(ttft_s=2.5, tpot_s=0.0, output_tokens=9), whole=True)
+    assert whole.meets(slo), "2.5 s, where 0.5 and 8 x 0.25 are due"
+    assert not replace(whole, finish_s=whole.finish_s + 0.25).meets(slo)
+    [total, _] = summarize([whole], {whole.model: slo}, 60.0, {"": 0.0})
+    assert total.within_slo == 1
     assert not refused().meets(slo)
 
 

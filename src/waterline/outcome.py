@@ -50,6 +50,7 @@ class Completion:
     preemptions: int = 0  # how often its cache was taken and what it held had to be computed again
     reason: str = ""  # why it was refused or failed
     client: str = ""  # "": not named
+    whole: bool = False  # its answer came in one piece: nobody saw how long its first token took, and the others
 
     @property
     def ttft_s(self) -> float:
@@ -63,6 +64,8 @@ class Completion:
         return (self.finish_s - self.first_token_s) / later_tokens if later_tokens > 0 else 0.0
 
     def meets(self, slo: Slo) -> bool:
+        if self.status == "ok" and self.whole:
+            return self.finish_s - self.arrival_s <= slo.ttft_s + slo.tpot_s * max(self.output_tokens - 1, 0)
         return self.status == "ok" and self.ttft_s <= slo.ttft_s and self.tpot_s <= slo.tpot_s
 
 
@@ -193,12 +196,14 @@ class Tally:
         replica: Integers,  # its index, or NOWHERE
         busy_s: Reals,  # share of the replica's time
         retry_s: Reals,  # after which it was told to come back; 0: it was not
+        within_slo: Integers | None = None,  # 0 or 1, where somebody knows better than TTFT and TPOT
     ) -> None:
         """Count requests, those of a model in the order of their arrival; arrays by request."""
         pair = tenant * len(self.models) + model
         cell = self._cells(clients, client, pair, self._pool_of[replica + 1])
         ok, rows = status == OK, len(self.cells)
         within = ok & (ttft_s <= self._slo_ttft_s[model]) & (tpot_s <= self._slo_tpot_s[model])
+        within = within if within_slo is None else within_slo
         self._counts[:, : len(STATUSES)] += np.bincount(
             cell * len(STATUSES) + status, minlength=rows * len(STATUSES)
         ).reshape(rows, -1)
@@ -440,6 +445,7 @@ def summarize(
             replica=np.array([index[one.replica] if one.gpu_s else NOWHERE for one in ordered]),
             busy_s=np.array([one.gpu_s for one in ordered]),
             retry_s=np.zeros(len(ordered)),
+            within_slo=np.array([int(one.meets(slos[one.model])) for one in ordered]),
         )
     usd = {replica: per_hour * duration_s / HOUR_S for replica, per_hour in usd_per_hour.items()}
     spent = Spent(duration_s=duration_s, usd=usd)

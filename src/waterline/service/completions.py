@@ -361,15 +361,14 @@ class Completions:
             model=asked.model,
             replica=visit.turn.replicas[-1] if visit.turn.replicas else "",
             status=status,
-            arrival_s=ticket.start_s
-            if ticket and visit.request.spare
-            else visit.arrival_s,  # who has a day is not late
+            arrival_s=ticket.start_s if ticket and visit.request.spare else visit.arrival_s,  # a day is no lateness
             first_token_s=progress.first_token_s,
             finish_s=progress.first_token_s if came_whole else self._now_s(),
             prompt_tokens=tokens[0] or asked.prompt_tokens,
             output_tokens=tokens[1],
             gpu_s=ticket.gpu_s if ticket else 0.0,
             reason=reason,
+            whole=came_whole,
         )
         seen = replace(completion, status="cancelled") if visit.over_quota else completion
         self._metrics.count(seen)

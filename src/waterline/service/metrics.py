@@ -121,7 +121,7 @@ class _Requests:
         self._prompt_tokens.inc(completion.prompt_tokens)
         self._output_tokens.inc(completion.output_tokens)
         self._gpu_s.inc(completion.gpu_s)
-        if not math.isnan(completion.ttft_s):
+        if not (math.isnan(completion.ttft_s) or completion.whole):
             self._ttft.observe(completion.ttft_s)
         if completion.tpot_s > 0:
             self._tpot.observe(completion.tpot_s)

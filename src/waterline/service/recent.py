@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isnan
+from math import isnan, nan
 
 from waterline.outcome import Completion, Percentiles
 from waterline.snapshot import EjectionNow, LatencyNow, MoveNow
@@ -17,7 +17,7 @@ MOST = 2000  # of one tenant and model; of more than 33 requests a second the wi
 @dataclass(frozen=True, slots=True)
 class _Ended:
     finish_s: float
-    ttft_s: float  # NaN where no token came
+    ttft_s: float  # NaN where no token came, or nobody saw it come
     tpot_s: float  # 0 for a single token
     ok: bool
     within_slo: bool
@@ -43,7 +43,7 @@ class Recent:
         self._ended[key].append(
             _Ended(
                 completion.finish_s,
-                completion.ttft_s,
+                nan if completion.whole else completion.ttft_s,
                 completion.tpot_s,
                 completion.status == "ok",
                 completion.meets(self._slos[completion.model]),
