@@ -125,6 +125,17 @@ def test_who_takes_what_is_spare_goes_last_and_is_on_an_account_of_its_own() -> 
     assert desk.under_way("enterprise") == 1
 
 
+def test_who_takes_what_is_spare_goes_after_who_borrows_however_little_it_has_had() -> None:
+    desk, turns = dispatcher(max_batch=1), Turns()
+    first = enter(desk, turns, "public 0", tenant="public")
+    enter(desk, turns, "batch", spare=True)
+    enter(desk, turns, "public 1", tenant="public")
+    desk.desk.accounts.used_gpu_s[1] = 1e6  # far more than it deserves
+    desk.tick(1.0)
+    desk.leave(first, 1.0)
+    assert turns.begun == ["public 0", "public 1"]
+
+
 def test_what_is_spare_stays_below_the_limit_of_its_tenant_and_leaves_it_its_own_turns() -> None:
     limited = (Tenant(name="enterprise", deserved=0.1, limit=0.1), Tenant(name="public", deserved=0.5))
     plan = plan_of(1, max_batch=1)

@@ -12,6 +12,7 @@ from waterline.plan import Plan
 from waterline.policy import admission, dispatch
 from waterline.service.errors import RejectedError
 
+SPARE_SHARE = 1e-3  # beside which nobody's share of what it deserves is much
 SPARE_ROWS = 8  # for models and tenants that a new plan brings
 FIRST_CLIENTS = 8  # rows of each tenant; there are twice as many whenever they are all taken
 MOST_CLIENTS = 10_000  # rows of one tenant, from when on those who have nothing under way are forgotten
@@ -105,13 +106,18 @@ class Rows:
         return self._spare[tenant]
 
     def limit_spare(self) -> None:
-        """Leave to those who take what is spare what their tenant has left of its limit."""
+        """Leave to those who take what is spare what their tenant has left of its limit.
+
+        Something is always on their account: of those who borrow, who has used nothing would go first.
+        """
         accounts = self.desk.accounts
+        least_gpu_s = SPARE_SHARE * accounts.gpus[0] * accounts.memory_s[0]
         for tenant, clients in self._spare.items():
             row = self.tenants[tenant].tenant
             has_limit = accounts.limit[row] < 1.0
             left = max(0.0, accounts.limit[row] - admission.share_of(accounts, row)) if has_limit else 1.0
             accounts.limit[clients.tenant] = left
+            accounts.used_gpu_s[clients.tenant] = max(accounts.used_gpu_s[clients.tenant], least_gpu_s)
 
     def under_way(self, tenant: str) -> int:
         """Return how many requests of a tenant wait or run."""
