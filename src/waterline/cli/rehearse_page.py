@@ -337,7 +337,8 @@ def _gpu_hours(one: "Rehearsed") -> str:
     for owner, hours in owned.items():
         used = [hours["used"] if user == owner else lent.get((owner, user), 0.0) for user in tenants]
         figures = [hours["deserved"], *used, hours["idle"]]
-        rows.append([owner or "(nobody's)", *map(hours_text, figures)])
+        if any(figure > 1e-6 for figure in figures):
+            rows.append([owner or "(nobody's)", *map(hours_text, figures)])
     heads = ["whose", "GPU-h", *(f"used by {tenant}" for tenant in tenants), "left idle"]
     return table("Whose they were by what tenants deserve, and who used them", heads, rows)
 
