@@ -22,6 +22,7 @@ from waterline.plan import (
     Share,
     TenantPlan,
 )
+from waterline.policy.decisions import BELOW_GUARANTEE, FIELDS, RULES, is_about_replicas
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -87,3 +88,12 @@ def test_no_class_of_errors_is_without_use() -> None:
     for kind in WaterlineError.__subclasses__():
         for leaf in (kind, *kind.__subclasses__()):
             assert leaf.__name__ in sources, f"nothing raises or catches {leaf.__name__}"
+
+
+def test_the_guide_to_rehearsing_says_what_every_rule_of_the_decision_log_means() -> None:
+    page = (DOCS / "rehearsing.md").read_text()
+    logged = {code: words for code, words in RULES.items() if code < BELOW_GUARANTEE or is_about_replicas(code)}
+    section = page.split("| rule | what it says |", 1)[1].split("\n\n", 1)[0]
+    assert re.findall(r"(?m)^\| ([a-z, ]+) \| (.+) \|$", section) == [words for _, words in sorted(logged.items())]
+    keys = page.split("| key | about a request |", 1)[1].split("\n\n", 1)[0]
+    assert re.findall(r"(?m)^\| `(\w+)` \|", keys) == list(FIELDS)
