@@ -141,6 +141,15 @@ def test_tenants_that_go_first_are_ahead_and_those_that_borrow_are_not() -> None
     assert work_ahead_gpu_s(books, queue, 2, 1.0) == (20, 10)
 
 
+def test_of_tenants_of_equal_standing_as_much_is_ahead_as_they_deserve_beside_ones_own() -> None:
+    books, queue = accounts((0.0, 0.4, 1.0), (0.0, 0.2, 1.0)), new_queue(2, [0, 1])
+    for client in range(2):
+        for _ in range(10):
+            enter(queue, client, 0, 1.0)
+    assert work_ahead_gpu_s(books, queue, 0, 1.0) == (0, 10 + 0.5 * (10 + 1))
+    assert work_ahead_gpu_s(books, queue, 1, 1.0) == (0, 10 + 10), "twice as much would be, but there is no more"
+
+
 def test_the_wait_follows_the_pace_at_which_work_was_begun_and_what_goes_first_leaves_of_it() -> None:
     """Ten GPUs that begin 8 GPU-seconds a second, 6 of them of a tenant that goes first."""
     books, queue = accounts((0.5, 0.5, 1.0), (0.0, 0.1, 1.0)), new_queue(2, [0, 1])

@@ -106,6 +106,33 @@ def test_a_borrower_of_higher_priority_outbids_a_loan_and_leaves_what_is_deserve
     assert (fleet.gpus_of("public"), fleet.gpus_of("research")) == (8, 8)
 
 
+@pytest.mark.parametrize(("deserved", "outbids"), [(4, True), (6, False)])
+def test_a_loan_is_outbid_only_as_far_as_its_tenant_keeps_what_it_deserves(deserved: int, outbids: bool) -> None:
+    shares = {"public": (0, 0, 8), "research": (0, deserved, 8)}
+    fleet = Fleet((8,), shares, {"public": 1}, model_gpus=((4,), (4,))).run("research", 2).want(public=4, research=INF)
+    assert (("drain", "outbid loan") in said(fleet.moves())) == outbids
+
+
+@pytest.mark.parametrize(("guarantee", "reclaims"), [(0, True), (4, False)])
+def test_a_replica_that_would_take_its_tenant_below_the_guarantee_stays(guarantee: int, reclaims: bool) -> None:
+    fleet = Fleet((8,), {"a": (0, 2, 8), "b": (guarantee, 6, 8)}, model_gpus=((2,), (8,))).run("b").want(a=2, b=8)
+    assert (("drain", "reclaim") in said(fleet.moves())) == reclaims, "it has 8, more than the 6 it deserves"
+
+
+@pytest.mark.parametrize(("limit", "claims"), [(8, True), (6, False)])
+def test_nobody_claims_beyond_its_limit(limit: int, claims: bool) -> None:
+    fleet = Fleet((8,), {"public": (0, 0, limit), "research": (0, 0, 8)}, {"public": 1}, model_gpus=((4,), (4,)))
+    fleet.run("public").run("research").want(public=8, research=INF)
+    assert (("drain", "outbid loan") in said(fleet.moves())) == claims
+
+
+def test_when_nobody_can_give_alone_those_give_first_who_have_the_most_over_what_they_deserve() -> None:
+    shares = {"a": (0, 8, 8), "b": (0, 3, 8), "c": (0, 2, 8), "d": (0, 1, 8)}
+    fleet = Fleet((12,), shares, model_gpus=((8,), (4,), (4,), (4,)))
+    fleet.run("b").run("c").run("d").want(a=8, b=4, c=4, d=4)
+    assert fleet.moves().victim.tolist() == [NOBODY, 2, 1], "d has four times what it deserves, c twice, b 4 of 3"
+
+
 def test_a_loan_moves_to_the_node_where_least_is_lost() -> None:
     fleet = two_nodes().want(public=8, research=INF)
     fleet.run("research", 2, node=0, lost_gpu_s=50).run("research", 1, node=1, lost_gpu_s=90).run("research", 1, node=1)
@@ -203,6 +230,12 @@ def test_what_could_be_spared_for_five_minutes_is_handed_back_with_a_deadline() 
     moves = next(moves for moves in handed_back if len(moves.kind))
     assert said(moves) == [("hand back", "surplus")] * 5, "a tenth more than is needed stays"
     assert moves.deadline_s.tolist() == [330 + 30] * 5
+
+
+def test_no_replica_goes_back_before_its_minimum_runtime() -> None:
+    fleet = Fleet((8,), {"public": (0, 0, 8)}, min_runtime_s=600).run("public", 8).want(public=2)
+    times_s = [fleet.now_s for _ in range(80) if len(fleet.step().kind)]
+    assert times_s == [610], "decided at 600 s, though they could be spared from 300 s on"
 
 
 def test_what_loads_is_no_reason_to_hand_back_what_answers() -> None:
