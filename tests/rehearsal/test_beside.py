@@ -63,6 +63,10 @@ def test_an_error_of_ones_own_is_not_hidden_by_one_behind() -> None:
     def fail(error: Exception) -> None:
         raise error
 
-    with pytest.raises(KeyError, match="own"), Behind() as behind:
-        behind.do(partial(fail, ValueError("the disk is full")))
-        fail(KeyError("own"))
+    def tell_and_fail() -> None:
+        with Behind() as behind:
+            behind.do(partial(fail, ValueError("the disk is full")))
+            fail(KeyError("own"))
+
+    with pytest.raises(KeyError, match="own"):
+        tell_and_fail()

@@ -84,26 +84,64 @@ def _cheapest_node(
 ) -> tuple[int, int]:
     """Return the node where a claim loses the least, and the rule by which it is legal; NOBODY if it is nowhere.
 
-    What a claim costs is remembered as long as nothing has moved on the node, and looked at again for the node that is
-    taken: what has been decided since may have made it illegal.
+    What a claim costs is remembered as long as nothing has moved on the node, and looked at again before a node is
+    taken: what has been decided since may have made it dearer, or illegal. It counts as no less than was remembered.
     """
     if tally.donor[service] != only:
         tally.donor[service] = only
         tally.cost[service, :] = UNKNOWN
-    while True:
-        best, best_cost = NOBODY, np.inf
-        for node in range(len(tally.free)):
-            if tally.cost[service, node] == UNKNOWN:
-                cost, _ = _claim_cost(tenants, services, layouts, replicas, tally, service, node, only, now_s)
-                tally.cost[service, node] = cost
-            if tally.cost[service, node] < best_cost:
-                best, best_cost = node, tally.cost[service, node]
-        if best == NOBODY:
-            return NOBODY, RECLAIM
-        cost, rule = _claim_cost(tenants, services, layouts, replicas, tally, service, best, only, now_s)
-        if cost <= best_cost:
-            return best, rule
-        tally.cost[service, best] = cost
+    _note_givers(tenants, services, tally, service, only)
+    known, found = tally.cost[service], tally.found
+    best, best_cost = NOBODY, np.inf
+    for node in range(len(known)):
+        if known[node] >= best_cost:
+            continue  # UNKNOWN is below all costs
+        cost, _ = _claim_cost(tenants, services, layouts, replicas, tally, service, node, only, now_s)
+        known[node] = cost if known[node] == UNKNOWN else known[node]
+        found[node] = max(cost, known[node])
+        if found[node] < best_cost:
+            best, best_cost = node, found[node]
+    for node in range(len(known)):  # only of those that seemed better is it remembered that they are not
+        if known[node] < best_cost or (known[node] == best_cost and node < best):
+            known[node] = found[node]
+    if best == NOBODY:
+        return NOBODY, RECLAIM
+    known[best] = best_cost
+    _, rule = _claim_cost(tenants, services, layouts, replicas, tally, service, best, only, now_s)
+    return best, rule
+
+
+@jit
+def _note_givers(tenants: Tenants, services: Services, tally: Tally, service: int, only: int) -> None:
+    """Write into the tally what is the same for all nodes: whose replicas may be stopped, and which idle GPUs are kept.
+
+    Nobody gives who is not noted; who is may still have to keep what it has on a node. See `_legal`.
+    """
+    mine, deserved = services.tenant[service], tenants.deserved_gpus
+    for giver in range(len(services.tenant)):
+        tenant, lower = services.tenant[giver], services.priority[giver] < services.priority[service]
+        over = tally.usage[tenant] > deserved[tenant] + DUST
+        borrows = lower and tally.usage[tenant] >= deserved[tenant] - DUST
+        if tenant == mine:
+            spares = services.priority[giver] == services.priority[service] and tally.spare[giver] >= 0.0
+            tally.gives[giver] = giver != service and (lower or spares)
+        else:
+            tally.gives[giver] = (only < 0 or only == tenant) and (over or borrows)  # below 0: NOBODY
+    tally.idle[0] = tally.free.sum()
+    tally.idle[1] = promised_gpus(tenants, services, tally, mine, OWN_IDLE)
+    tally.idle[2] = promised_gpus(tenants, services, tally, mine, BORROW_IDLE)
+
+
+@jit
+def _somebody_gives(
+    tenants: Tenants, services: Services, replicas: Replicas, tally: Tally, node: int, now_s: float
+) -> bool:
+    """Whether there is a replica on a node that might be stopped."""
+    for row in range(tally.first[node], tally.first[node + 1]):
+        replica = tally.rows[row]
+        if tally.gives[replicas.service[replica]] and may_stop(tenants, services, replicas, tally, replica, now_s):
+            return True
+    return False
 
 
 @jit
@@ -119,13 +157,12 @@ def _claim_cost(
     now_s: float,
 ) -> tuple[float, int]:
     """Return what a claim on a node would lose, and the first rule by which it is legal; inf if there is none."""
-    tenant, gpus = services.tenant[service], layouts.gpus[services.model[service], node]
-    if gpus == 0:
+    gpus = layouts.gpus[services.model[service], node]
+    if gpus == 0 or tally.free[node] >= gpus or not _somebody_gives(tenants, services, replicas, tally, node, now_s):
         return np.inf, RECLAIM
-    idle_left = tally.free.sum() - min(tally.free[node], gpus) if tally.free[node] > 0 else 0
+    idle_left = tally.idle[0] - min(tally.free[node], gpus) if tally.free[node] > 0 else 0
     for rule in (OWN_SURPLUS, RECLAIM, OUTBID_LOAN):
-        promise = BORROW_IDLE if rule == OUTBID_LOAN else OWN_IDLE
-        if tally.free[node] > 0 and idle_left < promised_gpus(tenants, services, tally, tenant, promise) - DUST:
+        if tally.free[node] > 0 and idle_left < tally.idle[2 if rule == OUTBID_LOAN else 1] - DUST:
             continue
         victims = _victims(tenants, services, layouts, replicas, tally, service, node, rule, only, now_s)
         if victims > 0:

@@ -51,7 +51,10 @@ class Tally(NamedTuple):
     thrift: NDArray[np.float64]  # [model] fewest GPUs for a unit of work a second, of all nodes; inf: it runs nowhere
     least: NDArray[np.float64]  # [model] GPUs of its smallest replica; inf: it runs nowhere
     cost: NDArray[np.float64]  # [service, node] of a claim there when it was looked at; inf: not legal; UNKNOWN
+    found: NDArray[np.float64]  # [node] the same of the claim that is looked at, as things are
     donor: NDArray[np.int64]  # [service] who alone might give, in those costs
+    gives: NDArray[np.int64]  # [service] 1 if replicas of it might be stopped for the claim that is looked at
+    idle: NDArray[np.float64]  # [3] GPUs, then: of them kept for others from who is in its right, and from who borrows
 
 
 @jit
@@ -84,7 +87,10 @@ def take_stock(
         np.full(len(layouts.gpus), np.inf),
         np.full(len(layouts.gpus), np.inf),
         np.full((len(services.tenant), len(free_gpus)), UNKNOWN),
+        np.zeros(len(free_gpus)),
         np.full(len(services.tenant), NOBODY, np.int64),
+        np.zeros(len(services.tenant), np.int64),
+        np.zeros(3),
     )
     _measure(layouts, tally)
     for replica in range(count):
