@@ -203,6 +203,16 @@ def test_who_gives_up_or_closes_ends_the_connection_at_once(begun: bool) -> None
     run(case)
 
 
+def test_a_connection_that_ends_before_anything_was_asked_is_no_bug_of_ours() -> None:
+    async def case() -> None:
+        connection = module.Connection(lambda _: None, lambda _: None)
+        connection.connection_lost(ConnectionResetError("reset by peer"))
+        with pytest.raises(BrokenOffError):
+            await connection.ask(b"POST / HTTP/1.1\r\n\r\n", b"")
+
+    run(case)
+
+
 def test_an_engine_waits_for_a_reader_that_is_slow_and_nothing_is_lost() -> None:
     pieces, piece = 400, b"%x\r\n%b\r\n" % (2**16, b"x" * 2**16)
 

@@ -182,13 +182,14 @@ class Connection(asyncio.Protocol):
 
     def ask(self, request: bytes, body: bytes) -> "Future[Response]":
         """Send a request; the answer is there when it has begun. Its future raises BrokenOffError."""
-        assert self._transport  # noqa: S101 - it was opened
-        self._asked = asyncio.get_running_loop().create_future()
-        if len(body) < MOST_UNREAD_BYTES:
+        asked = self._asked = asyncio.get_running_loop().create_future()
+        if not self._transport:  # it ended as soon as it was there
+            self._fail(BrokenOffError("The connection ended."))
+        elif len(body) < MOST_UNREAD_BYTES:
             self._transport.write(request + body)
         else:
             self._transport.writelines((request, body))
-        return self._asked
+        return asked
 
     def close(self) -> None:
         if self._transport:
