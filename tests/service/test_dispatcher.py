@@ -130,7 +130,7 @@ def test_who_takes_what_is_spare_goes_after_who_borrows_however_little_it_has_ha
     first = enter(desk, turns, "public 0", tenant="public")
     enter(desk, turns, "batch", spare=True)
     enter(desk, turns, "public 1", tenant="public")
-    desk.desk.accounts.used_gpu_s[1] = 1e6  # far more than it deserves
+    desk.rows.desk.accounts.used_gpu_s[1] = 1e6  # far more than it deserves
     desk.tick(1.0)
     desk.leave(first, 1.0)
     assert turns.begun == ["public 0", "public 1"]
