@@ -12,7 +12,7 @@ from serving import QUESTION, fake_plan, served
 from waterline.fleet import Fleet, Tenant
 from waterline.ledger import Key
 from waterline.plan import Plan
-from waterline.service.access import DEFAULT_TENANTS, Access, anonymous_tenant
+from waterline.service.access import DEFAULT_TENANTS, Access, anonymous_tenant, line_of
 from waterline.service.asgi import HttpServer
 from waterline.service.errors import RejectedError
 from waterline.service.server import is_loopback, listen
@@ -89,6 +89,15 @@ def test_without_a_key_one_is_the_anonymous_tenants_and_waits_in_the_line_of_its
         assert (caller.tenant, caller.client, caller.line) == ("public", "anonymous", "10.0.0.7")
     with pytest.raises(RejectedError, match="not valid"):  # it was meant to be a key of ours
         access.caller(scope("Bearer wl-mistyped"))
+
+
+def test_an_address_is_one_subscriber() -> None:
+    assert [line_of(address) for address in ("10.0.0.7", "::ffff:10.0.0.7", "2001:db8::1", "2001:db8::ffff:2")] == [
+        "10.0.0.7", "10.0.0.7", "2001:db8::/64", "2001:db8::/64",
+    ]  # fmt: skip
+    assert [line_of(address) for address in ("2001:db8:0:1::1", "fe80::1%eth0", "unknown", "")] == [
+        "2001:db8:0:1::/64", "fe80::/64", "anonymous", "anonymous",
+    ]  # fmt: skip
 
 
 def test_a_fleet_that_names_no_tenants_is_open_to_its_own_machine_alone() -> None:

@@ -6,6 +6,8 @@ the time it takes; a key that is made or revoked elsewhere is known within a sec
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import ip_address, ip_network
 from typing import Protocol
 
 from waterline.fleet import Fleet, Tenant
@@ -99,10 +101,22 @@ class Access:
             )
         if self._anonymous and not secret.startswith(OURS):  # clients that must send a key send any
             address = scope.get("client")
-            return Caller(tenant=self._anonymous, client=NAMELESS, line=address[0] if address else NAMELESS)
+            return Caller(tenant=self._anonymous, client=NAMELESS, line=line_of(address[0]) if address else NAMELESS)
         if not shown:
             raise _refused("There is no key. Send one: Authorization: Bearer wl-…")
         raise _refused("This key is not valid." if secret else "That is no key. Send one: Authorization: Bearer wl-…")
+
+
+@lru_cache(maxsize=4096)
+def line_of(address: str) -> str:
+    """Return in which line somebody without a key waits: of IPv6 that of the whole /64, which is one subscriber's."""
+    try:
+        ip = ip_address(address.partition("%")[0])
+    except ValueError:  # a proxy may say anything
+        return NAMELESS
+    if ip.version == 4:
+        return str(ip)
+    return str(ip.ipv4_mapped or ip_network((ip, 64), strict=False))
 
 
 def is_local(scope: Scope) -> bool:
