@@ -17,13 +17,17 @@ from openai.types import Batch
 from serving import Served, engine_that, fake_plan, served, until
 from sqlalchemy import text
 
-from waterline.ledger import Ledger, files
+from waterline.ledger import Ledger, files, utc_us
+from waterline.ledger.files import Batch as Batch_
 from waterline.ledger.files import Client
 from waterline.plan import Plan
 from waterline.service import batch_routes
-from waterline.service.batches import request_id
+from waterline.service.asgi import Reply
+from waterline.service.batches import _Run, request_id
+from waterline.service.completions import Request
 
 CHAT = "/v1/chat/completions"
+DAY_US = 86_400_000_000
 
 
 def request(number: int, **body: Any) -> dict[str, Any]:
@@ -297,6 +301,35 @@ def test_people_do_not_wait_for_a_batch(tmp_path: Path) -> None:
             await ended(service, begun.id)
 
     asyncio.run(case())
+
+
+def test_as_demand_a_batch_is_one_request_at_a_time_until_it_is_late() -> None:
+    async def counted(passed_h: float, ok: int) -> list[bool]:
+        seen: list[bool] = []
+        answered = asyncio.Event()
+
+        async def submit(request: Request, reply: Reply) -> None:
+            assert request.spare
+            seen.append(request.counts)
+            await answered.wait()
+            await reply.whole(200, b"{}", [])
+
+        created_us = utc_us() - round(passed_h * 3.6e9)
+        batch = Batch_(
+            id="batch_1", tenant="public", client="alice", key_id="", endpoint=CHAT, input_file_id="", ok=ok,
+            status="in_progress", metadata={}, requests=100, created_us=created_us, expires_us=created_us + DAY_US,
+        )  # fmt: skip
+        run = _Run(None, batch, submit, lambda _model: 9, Counter())
+        asking = [asyncio.create_task(run._ask(number, request(number))) for number in range(3)]
+        await until(lambda: len(seen) == 3)
+        answered.set()
+        await asyncio.gather(*asking)
+        await run._ask(3, request(3))
+        return seen
+
+    assert asyncio.run(counted(0.9, ok=0)) == [True, False, False, True], "the first hour is not judged"
+    assert asyncio.run(counted(12.0, ok=51)) == [True, False, False, True], "it will be done in time"
+    assert asyncio.run(counted(12.0, ok=49)) == [True] * 4
 
 
 FLEET = """
