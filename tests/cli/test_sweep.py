@@ -164,6 +164,8 @@ def test_a_sweep_is_of_a_fleet_file_and_of_no_page(fleet: Path, tmp_path: Path) 
     error = run(fleet, "--sweep", "pools.a.100.nodes=1", "--html", tmp_path / "x.html").exception
     assert "a sweep is of one fleet file" in str(error)
     assert "a sweep is of one fleet file" in str(run(fleet, "--ray", "local").exception)
+    twice = ("--sweep", "pools.a.100.nodes=1", "--sweep", "pools.a.100.nodes=2")
+    assert "--sweep pools.a.100.nodes=… is given 2 times. Give it once" in str(run(fleet, *twice).exception)
     (tmp_path / "plan.json").write_text("{}")
     error = run(tmp_path / "plan.json", "--sweep", "pools.a.100.nodes=1").exception
     assert "is a plan, and a sweep changes the fleet file it was made from" in str(error)

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -74,6 +75,9 @@ def sweep(
     if is_plan(path):
         raise InputError(f"{path} is a plan, and a sweep changes the fleet file it was made from. Give that one.")
     data, parsed, policies = read_fleet_file(path), [parse_sweep(text) for text in sweeps], policies_of(policy)
+    for key, times in Counter(one.key for one in parsed).items():
+        if times > 1:
+            raise InputError(f"--sweep {key}=… is given {times} times. Give it once, with all its values: {key}=A,B,C")
     combinations = list(itertools.product(*(one.values for one in parsed), policies))
     if len(combinations) > MOST_POINTS:
         raise InputError(f"this sweep has {len(combinations):,} points, more than {MOST_POINTS:,}. Take larger steps.")
