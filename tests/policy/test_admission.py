@@ -27,6 +27,7 @@ from waterline.policy.admission import (
     start_at_once,
     start_within_s,
     take,
+    tell,
     until_below_limit_s,
     until_turn_s,
     work_ahead_gpu_s,
@@ -96,6 +97,18 @@ def test_a_refused_client_is_taken_in_when_it_comes_back_as_told() -> None:
     assert ask(books, queue, 0)[0] == WAITS_FOR_SLOT
 
 
+def test_who_is_refused_is_told_to_come_back_after_those_who_were_told_before() -> None:
+    queue, gpus = new_queue(2, [0, 1]), np.array([10.0])
+    told = [tell(queue, 0, 0, 2.0, 10.0, 1.5) for _ in range(4)]
+    assert told == pytest.approx([1.5 + 0.4 * before for before in range(4)]), "of 10 GPUs half are for them"
+    assert tell(queue, 1, 0, 2.0, 10.0, 1.5) == 1.5, "those of another tenant are not ahead of it"
+    keep_pace(queue, 1.0, gpus)
+    assert tell(queue, 0, 0, 2.0, 10.0, 1.5) == pytest.approx(1.5 + (4 * 2.0 - 5.0) / 5.0), "a second later 5 are due"
+    keep_pace(queue, 60.0, gpus)
+    assert tell(queue, 0, 0, 1e6, 10.0, 1.5) == 1.5
+    assert tell(queue, 0, 0, 2.0, 10.0, 1.5) == 3600.0, "nobody is told more than an hour"
+
+
 def test_a_client_holds_no_more_places_than_are_free_so_there_is_one_for_the_next() -> None:
     books, queue = accounts(*ONE, gpus=1e6), new_queue(1, [0, 0, 0])
     held = []
@@ -157,7 +170,7 @@ def test_the_wait_follows_the_pace_at_which_work_was_begun_and_what_goes_first_l
     for _ in range(100):
         enter(queue, 1, 0, 1.0)
     assert until_turn_s(books, queue, 1, 0, 1.0, 10.0) == 10.0, "as long as nothing is known"
-    keep_pace(queue, 1.0)
+    keep_pace(queue, 1.0, np.array([10.0]))
     for _ in range(120):
         for _ in range(6):
             enter(queue, 0, 0, 1.0)
@@ -166,7 +179,7 @@ def test_the_wait_follows_the_pace_at_which_work_was_begun_and_what_goes_first_l
             take(books, queue, 1, 0, 1.0)
             enter(queue, 1, 0, 1.0)
         books.used_gpu_s[:] = np.array([0.1, 0.5]) * 10 * MEMORY_S
-        keep_pace(queue, 1.0)
+        keep_pace(queue, 1.0, np.array([10.0]))
     assert until_turn_s(books, queue, 1, 0, 1.0, 10.0) == pytest.approx(100 / 2, rel=0.3)
     enter(queue, 0, 0, 1.0)
     assert until_turn_s(books, queue, 0, 0, 1.0, 10.0) == pytest.approx(1 / 8, rel=0.05)

@@ -13,8 +13,9 @@ client therefore delay another client's first request by about one request.
 
 **A request is charged what it is expected to cost when it starts, and what it did cost when it ends** (`take`,
 `settle`). It is taken in when the work ahead of it leaves time to start before its deadline; who is refused is told
-when that work will have shrunk enough. Work ahead is the work of those whose turn comes first, so a greedy client is
-refused while a quiet one is taken in. How soon it is done is seen from how soon work like it was begun lately.
+when that work will have shrunk enough, and whoever has been told so before will have come back (`tell`). Work ahead is
+the work of those whose turn comes first, so a greedy client is refused while a quiet one is taken in. How soon it is
+done is seen from how soon work like it was begun lately.
 
 The caller keeps one `Accounts` for the fleet and one `FairQueue` for all models, and the requests of each client to
 each model, its *line*, in the order they came. It tells `enter` when one begins to wait, `take` when one starts,
@@ -45,6 +46,8 @@ NOBODY = -1
 HALF_LIFE_S = 60.0
 PACE_S = 15.0  # half of the pace at which work began is forgotten
 CAUTION = 0.7  # of its time a request should be expected to wait for its turn: turns scatter, and most must be in time
+RETURNS = 0.5  # of its pace, that a tenant leaves to requests that were refused before
+MOST_TOLD_S = 3600.0
 UNKNOWN_S = 2.0  # of waiting, after which what was seen counts for more than what is expected
 MEMORY_S = HALF_LIFE_S * 1.4426950408889634  # what a GPU that never idles has on its account in the end: half-life/ln 2
 LEAST_MEMORY_S = 15.0  # at first, because requests are charged for some time ahead
@@ -87,6 +90,7 @@ class FairQueue(NamedTuple):
     started_gpu_s: NDArray[np.float64]  # [group] work begun while somebody waited; half is forgotten every PACE_S …
     queued_s: NDArray[np.float64]  # [model] … and for how long somebody did, likewise
     was_waiting: NDArray[np.int64]  # [model] 1 if somebody waited when `keep_pace` was called last
+    told_gpu_s: NDArray[np.float64]  # [group] work of those who were told to come back, and are not due yet
 
 
 def new_accounts(
@@ -130,6 +134,7 @@ def new_queue(tenants: int, tenant_of_client: Sequence[int] | NDArray[np.int64],
         started_gpu_s=np.zeros(groups),
         queued_s=np.zeros(models),
         was_waiting=np.zeros(models, np.int64),
+        told_gpu_s=np.zeros(groups),
     )
 
 
@@ -149,6 +154,7 @@ def with_clients(queue: FairQueue, tenant_of_client: Sequence[int] | NDArray[np.
         "started_gpu_s",
         "queued_s",
         "was_waiting",
+        "told_gpu_s",
     ):
         getattr(more, name)[:] = getattr(queue, name)
     for group, count in enumerate(queue.lines):
@@ -207,6 +213,25 @@ def admit(
         turn_gpu_s = queue.waiting_gpu_s[line] / max(queue.waiting[line], 1) * max(queue.lines[group], 1)
         return QUEUE_FULL, max(turn_gpu_s, request_gpu_s) / gpus
     return WAITS_FOR_SLOT, wait_s
+
+
+@swift
+def tell(queue: FairQueue, line: int, model: int, request_gpu_s: float, gpus: float, seconds: float) -> float:
+    """Return when somebody who is refused should come back, and count on it.
+
+    After `seconds`, when the work ahead would leave time for it, and after those of its tenant who have been told to
+    come back before: half of the pace is for them, the other half for those who come for the first time.
+    """
+    group = queue.group[line]
+    due_s = queue.told_gpu_s[group] / max(_returns_per_s(queue, group, model, gpus), LEAST_SHARE)
+    queue.told_gpu_s[group] += request_gpu_s
+    return float(min(seconds + due_s, MOST_TOLD_S))
+
+
+@swift
+def _returns_per_s(queue: FairQueue, group: int, model: int, gpus: float) -> float:
+    """Return the work a second that those of a group may bring who come back; all `gpus`, until a pace is known."""
+    return float(RETURNS * (queue.started_gpu_s[group] + gpus * UNKNOWN_S) / (queue.queued_s[model] + UNKNOWN_S))
 
 
 @swift
@@ -391,12 +416,19 @@ def age(accounts: Accounts, now_s: float, serves: bool) -> None:  # noqa: FBT001
 
 
 @swift
-def keep_pace(queue: FairQueue, passed_s: float) -> None:
+def keep_pace(queue: FairQueue, passed_s: float, gpus: NDArray[np.float64]) -> None:
     """Note for how long somebody waited, and let the pace at which work began forget what lies back.
 
-    What began counts when somebody waited at the last call already, and so does the time until this one.
+    What began counts when somebody waited at the last call already, and so does the time until this one. Whoever was
+    told to come back in this time is not waited for any longer; `gpus` that serve each model, see `admit`.
     """
     kept = half_to_the(passed_s / PACE_S)
+    tenants = len(queue.started_gpu_s) // len(queue.queued_s)
+    for group in range(len(queue.told_gpu_s)):
+        if queue.told_gpu_s[group] > 0.0:
+            model = group // tenants
+            due_gpu_s = passed_s * _returns_per_s(queue, group, model, gpus[model])
+            queue.told_gpu_s[group] = max(queue.told_gpu_s[group] - due_gpu_s, 0.0)
     for model in range(len(queue.queued_s)):
         queue.queued_s[model] *= kept
         if queue.was_waiting[model]:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from waterline.policy import admission, routing
 from waterline.policy.admission import Accounts, FairQueue
-from waterline.policy.decisions import NO_REPLICA, NOT_SERVED, SLOT_FREE, TOO_LONG, WAITS_FOR_SLOT
+from waterline.policy.decisions import NO_REPLICA, NOT_SERVED, SLOT_FREE, TOO_LATE, TOO_LONG, WAITS_FOR_SLOT
 from waterline.policy.jit import compiled, swift
 from waterline.policy.routing import NOBODY, Prefixes, Ready, Replicas
 
@@ -333,6 +333,8 @@ def arrive(
         rule = WAITS_FOR_SLOT  # the free slots are of replicas that cannot hold it
     if rule == WAITS_FOR_SLOT:
         admission.enter(desk.queue, line, model, gpu_s)
+    if rule == TOO_LATE:
+        seconds = admission.tell(desk.queue, line, model, gpu_s, desk.models.gpus[model], seconds)
     return Arrival(rule, NOBODY, 0, seconds, gpu_s)
 
 
@@ -442,7 +444,7 @@ def tick(desk: Desk, now_s: float) -> None:
         for model in range(len(desk.models.gpus)):
             serves = serves or desk.models.gpus[model] > 0.0
         admission.age(desk.accounts, now_s, serves)
-        admission.keep_pace(desk.queue, passed_s)
+        admission.keep_pace(desk.queue, passed_s, desk.models.gpus)
 
 
 @swift

@@ -41,6 +41,7 @@ HABIT_GAIN = 0.3  # of one more day, at least
 ERROR_GAIN = 0.02  # of one more error, in the bound
 JUDGED_S = DAY_S / 2  # for which opinions are remembered to have been wrong
 LARGEST_RESIDUAL = 4.0  # in usual ones
+FIRST_USUAL = 0.25  # of the load, while no residual is known
 LEAST_RELATIVE = 0.02  # of the mean load: what counts as usual at least, and as a quiet hour at most
 TINY = 1e-12
 NEVER = -1
@@ -125,11 +126,12 @@ def forecast(series: Series, one: int, now_step: int, ahead_steps: int) -> tuple
     """Return the load so many steps from now, and the bound below which it stays four times of five.
 
     The bound is that of the series' horizon; for a step further ahead it is too narrow. Before three steps have been
-    observed, both are the load observed last, 0 when there is none.
+    observed, both are what the day is believed to be like; without such a belief the load observed last, or 0.
     """
     if series.step[one] == NEVER:
-        last = series.last_load[one, 1]
-        return float(last), float(last)
+        known = _known(series, one, now_step + ahead_steps)
+        said = _typical(series, one, now_step + ahead_steps) if known else float(series.last_load[one, 1])
+        return said, said
     expected = _both(series, one, now_step + ahead_steps)
     return expected, expected + series.error[one, 1]
 
@@ -155,8 +157,7 @@ def needs(series: Series, one: int, now_step: int) -> tuple[float, float]:
 def _learn(series: Series, one: int, step: int, load: float) -> None:
     """Take in what is known for certain of a step."""
     if series.step[one] == NEVER:
-        series.mean[one] = load
-        series.level[one, MOMENTUM] = load
+        _begin(series, one, step, load)
     series.mean[one] += (load - series.mean[one]) * min(1.0, series.step_s[0] / (DAY_S / 4))
     _follow(series, one, MOMENTUM, step, load, 1.0)
     _judge(series, one, step, series.level[one, MOMENTUM])
@@ -173,6 +174,17 @@ def _learn(series: Series, one: int, step: int, load: float) -> None:
     habit = _known(series, one, step) and _known(series, one, target)
     series.foreseen[one, HABIT, ring] = _opinion(series, one, HABIT, target) if habit else np.nan
     series.foreseen[one, 2, ring] = _both(series, one, target)
+
+
+@jit
+def _begin(series: Series, one: int, step: int, load: float) -> None:
+    """Begin with what the day is believed to be like, else with the first load; nobody knows yet how it scatters."""
+    known = _known(series, one, step)
+    expected = _typical(series, one, step) if known else load
+    series.mean[one] = series.level[one, MOMENTUM] = expected
+    series.usual[one, MOMENTUM] = FIRST_USUAL * expected
+    if known:
+        series.level[one, HABIT], series.usual[one, HABIT] = 1.0, FIRST_USUAL
 
 
 @jit
