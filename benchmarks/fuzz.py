@@ -137,8 +137,8 @@ def mutated_bytes(dice: random.Random, data: bytes) -> bytes:
 
 
 def request_of(path: str, body: bytes) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
 # --- The engine -----------------------------------------------------------------------------------------------------

@@ -235,7 +235,8 @@ def test_a_client_that_reads_now_and_then_gets_every_byte_and_its_engine_waits_f
                 "127.0.0.1", int(service.url.rpartition(":")[2]), limit=2**16
             )
             writer.write(
-                b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
+                + body
             )
             await reader.readuntil(b"\r\n\r\n")
             await until(lambda: sent >= 2_000_000)
