@@ -260,7 +260,7 @@ def verdict(answer: bytes, *, must_answer: bool, engine_is_bad: bool) -> str:
     if code == 500 or (code > 500 and not engine_is_bad):
         return f"!{code}"
     head, _, body = answer.partition(b"\r\n\r\n")
-    if b"text/event-stream" not in head:
+    if b"text/event-stream" not in head.lower():  # a type has no case
         return str(code) if is_json(body) else f"!{code} that is no JSON: {body[:200]!r}"
     return f"{code} streamed, " + stream_verdict(answer)
 
