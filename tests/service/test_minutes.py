@@ -26,7 +26,7 @@ from waterline.service.minutes import decision_lines, lends, replay_record, star
 from waterline.service.processes import marked
 from waterline.service.shore import gpus_of
 
-SPEED = 200.0  # a step of 10 s takes 50 ms, and what is spare for 300 s is handed back after 1.5 s
+SPEED = 100.0  # a step of 10 s takes 100 ms, and what is spare for 300 s is handed back after 3 s
 WORKER = """
 import os, pathlib, signal, sys, time
 checkpoint = pathlib.Path(os.environ["WATERLINE_CHECKPOINT"])
