@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from waterline.ledger import Key, Quotas, Usage
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+UNCHECKED = "No fleet has been up with this ledger, so tenant and models are not checked; --fleet FILE does that."
 TOKENS = click.IntRange(min=0)
 
 
@@ -71,8 +72,10 @@ def create(
     )
     allowed = [name.strip() for name in models.split(",") if name.strip()]
     engine = connect(ledger)
-    _check(engine, fleet, tenant, allowed)
+    is_checked = _check(engine, fleet, tenant, allowed)
     key, secret = create_key(engine, tenant=tenant, client=client, models=allowed, quotas=quotas)
+    if not is_checked:
+        click.echo(UNCHECKED, err=True)
     if as_json:
         click.echo(msgspec.json.encode({"secret": secret, **msgspec.structs.asdict(key)}).decode())
         return
@@ -118,8 +121,8 @@ def revoke(key: str, ledger: str) -> None:
     )
 
 
-def _check(engine: "Engine", fleet: Path | None, tenant: str, models: Iterable[str]) -> None:
-    """Refuse names that the fleet does not know; where no fleet is known, every name will do."""
+def _check(engine: "Engine", fleet: Path | None, tenant: str, models: Iterable[str]) -> bool:
+    """Refuse names that the fleet does not know; where no fleet is known, every name will do, and this is False."""
     from waterline.errors import UnknownNameError, nearest
     from waterline.ledger import noted_fleet
 
@@ -131,11 +134,10 @@ def _check(engine: "Engine", fleet: Path | None, tenant: str, models: Iterable[s
         tenants, served = [one.name for one in loaded.tenants], [one.name for one in loaded.models]
     else:
         (tenants, served), whose = noted_fleet(engine), "the fleet that was up last; --fleet FILE names another"
-    if not tenants:
-        click.echo("No fleet has been up with this ledger, so the names are not checked; --fleet FILE does.", err=True)
     for what, name, known in (("tenant", tenant, tenants), *(("model", model, served) for model in models)):
         if known and name not in known:
             raise UnknownNameError(f"no {what} is called '{name}' in {whose}. {nearest(name, known)}")
+    return bool(tenants)
 
 
 def _limits(quotas: "Quotas") -> list[str]:
