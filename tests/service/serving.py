@@ -15,16 +15,15 @@ from waterline.ledger import Ledger
 from waterline.outcome import Completion
 from waterline.plan import Layout, ModelPlan, Place, Plan, Replica, TenantPlan
 from waterline.planner import make_plan
-from waterline.service.child import Child
 from waterline.service.engines import Engine, prepare_engines
 from waterline.service.gateway import Gateway
 from waterline.service.jobs import Jobs
 from waterline.service.keeper import Keeper
 from waterline.service.operator import Operator
-from waterline.service.server import listen, running
+from waterline.service.server import Nodes, listen, running
 from waterline.service.shore import Prepare, Shore
 from waterline.service.state import State
-from waterline.service.supervisor import Launch, Supervisor
+from waterline.service.supervisor import Supervisor
 from waterline.workload import Slo
 
 LAPTOP = Path(waterline.__file__).parent / "cli" / "laptop.toml"
@@ -133,7 +132,7 @@ async def served(
     engines: Mapping[str, Engine] | None = None,
     ledger: Ledger | None = None,
     prepare: Prepare = prepare_engines,
-    launch: Launch = Child.start,
+    nodes: Nodes | None = None,
 ) -> AsyncIterator[Served]:
     """Serve a plan on a free port, with its engines started unless a test does that itself."""
     listening = listen("127.0.0.1", 0)
@@ -141,7 +140,7 @@ async def served(
     completions: list[Completion] = []
     async with (
         running(
-            plan, engines or prepare(plan), listening, completions.append, prepare, ledger=ledger, launch=launch
+            plan, engines or prepare(plan), listening, completions.append, prepare, ledger=ledger, nodes=nodes
         ) as service,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as openai,
     ):

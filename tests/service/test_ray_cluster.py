@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from serving import QUESTION, Served, fake_plan, served, until
 
 from waterline.errors import EngineError, MissingExtraError
-from waterline.fleet import Pool
+from waterline.fleet import Job, Pool
 from waterline.plan import Place, Plan
 from waterline.service.processes import find_process
 from waterline.service.ray_cluster import Node, RayCluster, match, too_few, wanted_pools
@@ -110,6 +110,10 @@ async def asked(service: Served) -> str:
     return reply.choices[0].message.content or ""
 
 
+def said(path: Path) -> str:
+    return path.read_text()
+
+
 def parent(service: Served, replica: str) -> int:
     """Return the process that holds a replica: the actor of its node."""
     process = find_process(service.supervisor.states[replica].pid or 0)
@@ -117,7 +121,29 @@ def parent(service: Served, replica: str) -> int:
     return process.parent
 
 
-def test_engines_run_on_their_nodes_and_come_back_when_they_or_their_node_die(cluster: Any) -> None:
+async def a_job_saves_its_work_on_its_node(service: Served, checkpoint: Path, holder: int) -> None:
+    jobs = service.jobs
+    command = f'trap "echo $CUDA_VISIBLE_DEVICES > {checkpoint}; exit 3" TERM; while :; do sleep 0.05; done'
+    one = Job(name="train", tenant="enterprise", command=("sh", "-c", command), checkpoint=str(checkpoint), load_s=0.1)
+    jobs.fleet = replace(jobs.fleet, jobs=(one,))
+    name = jobs.start(one, 0, "box", Place(node=1, gpus=(1,)))
+    await until(lambda: jobs.states[name].status == "running")
+    process = find_process(jobs.states[name].pid or 0)
+    assert process
+    assert process.parent == holder, "beside the engine of that node"
+    await jobs.stop(name, 5.0)
+    assert jobs.states[name].status == "stopped", "it yields, whatever its exit code"
+    assert said(checkpoint) == "1\n"
+    assert find_process(process.pid) is None
+
+
+async def start_again(service: Served) -> str:
+    name = service.jobs.start(service.jobs.fleet.jobs[0], 0, "box", Place(node=1, gpus=(1,)))
+    await until(lambda: service.jobs.states[name].status == "running")
+    return name
+
+
+def test_engines_run_on_their_nodes_and_come_back_when_they_or_their_node_die(cluster: Any, tmp_path: Path) -> None:
     ray = RayCluster(cluster.address)
 
     async def case() -> None:
@@ -125,18 +151,24 @@ def test_engines_run_on_their_nodes_and_come_back_when_they_or_their_node_die(cl
         with pytest.raises(EngineError, match="pool 'box' wants 2 nodes of 2 GPUs .*; the Ray cluster has 1 for it"):
             ray.prepare(plan)
         cluster.add_node(num_cpus=1, num_gpus=2)
-        async with served(plan, prepare=ray.prepare, launch=ray.launch) as service:
+        async with served(plan, prepare=ray.prepare, nodes=ray) as service:
             states = service.supervisor.states
             said = await asked(service)
             holders = {parent(service, "chat/0"), parent(service, "chat/1")}
             assert len(holders) == 2, "one on each node"
+
+            await a_job_saves_its_work_on_its_node(service, tmp_path / "saved", parent(service, "chat/1"))
 
             os.kill(states["chat/0"].pid or 0, signal.SIGKILL)
             await until(lambda: states["chat/0"].restarts == 1 and states["chat/0"].status == "ready")
             assert parent(service, "chat/0") in holders, "on its node again"
 
             last = {replica: state.pid or 0 for replica, state in states.items()}
-            os.kill(parent(service, "chat/1"), signal.SIGKILL)  # as when the node goes
+            (tmp_path / "saved").unlink()  # noqa: ASYNC240 - nobody waits for us
+            name = await start_again(service)
+            ray._ray.kill(ray._hosts[ray._nodes["box", 1].id])  # as Ray does when we are killed ourselves
+            await until((tmp_path / "saved").exists)
+            await service.jobs.stop(name, 5.0)
             await until(lambda: states["chat/1"].status == "backing off")
             assert "node box/1" in states["chat/1"].reason
             assert await asked(service) == said

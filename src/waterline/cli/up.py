@@ -95,7 +95,6 @@ def _up(
 ) -> None:
     from waterline.cli.admin import open_admin
     from waterline.ledger import Ledger
-    from waterline.service.child import Child
     from waterline.service.engines import prepare_engines
     from waterline.service.logs import log_to
     from waterline.service.server import Outlet, Source, listen, serve
@@ -139,7 +138,7 @@ def _up(
             admin=admin,
             ledger=books,
             proxies=proxies,
-            launch=cluster.launch if cluster else Child.start,
+            nodes=cluster,
         )
     if cluster:
         cluster.leave()

@@ -18,15 +18,16 @@ import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import BinaryIO, Literal, Protocol, get_args
 from urllib.parse import quote
 
 import structlog
 
+from waterline.errors import EngineError
 from waterline.fleet import Fleet, Job
 from waterline.plan import Place
 from waterline.service.engines.seat import VISIBLE_DEVICES
@@ -47,6 +48,7 @@ COPY = "{copy}"  # in a command and the path of a checkpoint: the number of the 
 
 log = structlog.get_logger()
 
+Spot = tuple[str, int]  # pool, and the number of a node in it
 RunStatus = Literal["loading", "running", "backing off", "stopping", "stuck", "stopped", "done", "given up"]
 RUN_STATUSES: tuple[RunStatus, ...] = get_args(RunStatus)
 SAID: Mapping[RunStatus, str] = {"loading": "starting", "stopping": "checkpointing", "stopped": "waiting"}  # to people
@@ -67,6 +69,81 @@ class RunState:
     starts: int = 0
     reason: str = ""  # why it is backing off, stuck or given up
     log: str = ""  # the file it writes to
+
+
+class Holding(Protocol):
+    """The process that holds a run, wherever it is."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def tell(self, data: bytes) -> None:
+        """Write to its standard input."""
+        ...
+
+    async def wait(self) -> int:
+        """Return its exit code, once it is gone."""
+        ...
+
+
+class Machines(Protocol):
+    """Where runs are; `spot` is a pool and the number of a node in it."""
+
+    async def hold(self, spot: Spot, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Holding:
+        """Start the holder with these arguments. Raises OSError where its log cannot be written, or EngineError."""
+        ...
+
+    async def end(self, spot: Spot, mark: str, grace_s: float) -> list[int]:
+        """End who bears a mark, if there is anybody, within a grace; return the pids of those who hang."""
+        ...
+
+
+class ThisMachine:
+    """All nodes are this machine."""
+
+    async def hold(self, _spot: Spot, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Holding:
+        with open_log(log) as output:
+            return await Held.start(arguments, environment, output)
+
+    async def end(self, _spot: Spot, mark: str, grace_s: float) -> list[int]:
+        return await end_runs(mark, grace_s)
+
+
+class Held:
+    """A holder on this machine."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(cls, arguments: Sequence[str], environment: Mapping[str, str], output: BinaryIO) -> "Held":
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", HOLDER, *arguments),
+            stdin=PIPE,  # kept open: it ends the run when we are gone, however we ended
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+        return cls(process)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def tell(self, data: bytes) -> None:
+        if self._process.stdin:
+            with suppress(OSError, RuntimeError):  # it is gone already
+                self._process.stdin.write(data)
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+
+async def end_runs(mark: str, grace_s: float) -> list[int]:
+    """End who bears a mark on this machine, if there is anybody; return the pids of those who hang in the kernel."""
+    grace_s = grace_s if await asyncio.to_thread(marked, mark) else 0.0
+    return [process.pid for process in await end_marked(mark, grace_s)]
 
 
 def run_name(job: str, copy: int) -> str:
@@ -95,16 +172,24 @@ def saved_at_s(checkpoint: Path | None) -> float:
 
 
 class Jobs:
-    """The runs of jobs that are under way on this machine, by name ("job/copy").
+    """The runs of jobs that are under way, by name ("job/copy").
 
     Args:
         fleet: whose jobs they are, and whose GPUs.
         state: where they write, and what marks their processes.
         on_change: told the name of a run and its new state.
+        machines: where the nodes are.
     """
 
-    def __init__(self, fleet: Fleet, state: State, on_change: Callable[[str, RunState], None]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        state: State,
+        on_change: Callable[[str, RunState], None],
+        machines: Machines | None = None,
+    ) -> None:
         self.fleet = fleet
+        self._machines = machines or ThisMachine()
         self.states: dict[str, RunState] = {}
         self._state = state
         self._on_change = on_change
@@ -129,7 +214,7 @@ class Jobs:
         }
         log_path = self._state.log_of(f"{job.name}.{copy}")
         first = RunState(job=job.name, copy=copy, pool=pool, place=place, status="loading", log=str(log_path))
-        run = Run(job, first, environment, grace_s, f"{self._state.mark}/{mark}", self._changed)
+        run = Run(job, first, environment, grace_s, f"{self._state.mark}/{mark}", self._changed, self._machines)
         self._runs[name] = run
         self.states[name], self._tenants[name] = first, job.tenant
         run.begin()
@@ -191,6 +276,7 @@ class Run:
         grace_s: float,
         mark: str,
         on_change: Callable[[str, RunState], None],
+        machines: Machines,
     ) -> None:
         self.grace_s = grace_s
         self.state = first
@@ -202,8 +288,10 @@ class Run:
         self._environment = environment
         self._mark = mark
         self._on_change = on_change
+        self._machines = machines
+        self._spot = first.pool, first.place.node
         self.saved_s = 0.0  # when it saved its work last, since it started; 0: it has not
-        self._process: Process | None = None
+        self._process: Holding | None = None
         self._stopping = asyncio.Event()
         self._within_s = grace_s
         self._keeper: asyncio.Task[None] | None = None
@@ -222,9 +310,8 @@ class Run:
 
     def hurry(self, within_s: float) -> None:
         """Pass on to the holder how much time is left."""
-        if self._process and self._process.stdin:
-            with suppress(OSError, RuntimeError):  # it is gone already
-                self._process.stdin.write(f"{within_s}\n".encode())
+        if self._process:
+            self._process.tell(f"{within_s}\n".encode())
 
     async def _keep(self) -> None:
         crashes, delay_s = 0, 0.0
@@ -256,20 +343,16 @@ class Run:
     async def _run(self) -> str:
         """Run it once, to the end of all its processes; return what went wrong, nothing if it is done."""
         starts = self.state.starts + 1
+        command = [word.replace(COPY, str(self.state.copy)) for word in self._job.command]
+        environment = {**self._environment, "WATERLINE_START": str(starts)}
         try:
-            output = _open_log(Path(self.state.log))
+            self._process = await self._machines.hold(
+                self._spot, (f"{self.grace_s}", *command), environment, Path(self.state.log)
+            )
         except OSError as error:
             return f"cannot write its log: {error.strerror}"
-        with output:
-            command = [word.replace(COPY, str(self.state.copy)) for word in self._job.command]
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", HOLDER, f"{self.grace_s}", *command),
-                stdin=PIPE,  # kept open: it ends the run when we are gone, however we ended
-                stdout=output,
-                stderr=output,
-                env={**os.environ, **self._environment, "WATERLINE_START": str(starts)},
-                start_new_session=True,
-            )
+        except EngineError as error:
+            return str(error).rstrip(".")
         self.state = replace(self.state, pid=self._process.pid, starts=starts)
         self._change("loading")
         if self._stopping.is_set():
@@ -299,10 +382,10 @@ class Run:
 
     async def _verify(self) -> None:
         """Return when none of its processes is left; end who has stayed behind because its holder was killed."""
-        grace_s = self.grace_s if await asyncio.to_thread(marked, self._mark) else 0.0
-        while left := await end_marked(self._mark, grace_s):
+        grace_s = self.grace_s
+        while left := await self._machines.end(self._spot, self._mark, grace_s):
             grace_s = 0.0
-            pids = ", ".join(str(process.pid) for process in left)
+            pids = ", ".join(map(str, left))
             self._change("stuck", f"Its processes {pids} hang in the kernel: its GPUs are not free.")
             await asyncio.sleep(LOOK_AGAIN_S)
 
@@ -319,7 +402,7 @@ def _devices(fleet: Fleet, pool: str, place: Place) -> dict[str, str]:
     return {mask: ",".join(map(str, place.gpus))} if mask else {}
 
 
-def _open_log(path: Path) -> BinaryIO:
+def open_log(path: Path) -> BinaryIO:
     if path.exists() and path.stat().st_size > LOG_BYTES:
         path.replace(path.with_suffix(".log.1"))
     return path.open("ab", buffering=0)

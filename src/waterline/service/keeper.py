@@ -21,7 +21,7 @@ class Keeper:
 
     Args:
         shore, jobs, gateway, state: of the service.
-        everywhere: whether all nodes of the fleet are this machine, as for engines that pretend.
+        everywhere: whether jobs can be started on all nodes of the fleet, and not only on the first of each pool.
     """
 
     def __init__(self, shore: Shore, jobs: Jobs, gateway: Gateway, state: State, *, everywhere: bool) -> None:

@@ -77,7 +77,7 @@ class Minutes:
         state: where the record is kept.
         begun_s: seconds since midnight, by now.
         finished: runs of jobs that are not started again.
-        everywhere: whether all nodes of the fleet are this machine, as for engines that pretend.
+        everywhere: whether jobs can be started on all nodes of the fleet, and not only on the first of each pool.
         speed: seconds of the tide in one of the clock; above 1 for a test that has no time.
         clock: of the machine, or of a test.
     """

@@ -7,12 +7,14 @@ Ray again. Engines listen on their node's address, and the gateway asks them the
 
 import asyncio
 import re
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -27,17 +29,19 @@ from waterline.service.engines import COMMANDED, Engine, command_of, prepare_eng
 from waterline.service.engines.dialect import Dialect
 from waterline.service.engines.hosted import hosted
 from waterline.service.engines.seat import VISIBLE_DEVICES, Seat
+from waterline.service.jobs import Holding, Spot
+from waterline.service.processes import MARK
 from waterline.service.ray_host import Host, Said, Started
 from waterline.service.state import State
 
 HOST_WITHIN_S = 60.0  # a node starts our actor; its interpreter has to load us
 CALLS = 1000  # that may wait on a node at once: two or so for each engine
+# Ray would kill our actor's children before they can end what they have started themselves, and jobs save their work.
+LEAVES_CHILDREN = {"RAY_kill_child_processes_on_worker_exit": "0"}
 LABEL = "pool"  # of a Ray node: which of the fleet's pools it belongs to
 TYPE = re.compile(r"accelerator_type:(.+)")
 
 log = structlog.get_logger()
-
-Spot = tuple[str, int]  # pool, and the number of a node in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,36 +188,55 @@ class RayCluster:
         child = RemoteChild(replica)
         try:
             for rank, (spot, started) in enumerate(zip(engine.spots, (first, *engine.others), strict=False)):
-                host, node = await self._host(spot, state)
-                await child.start(host, f"{spot[0]}/{spot[1]} ({node.address})", f"{replica} {rank}", started)
+                host, node = await self._host(spot, state.mark if state else "")
+                await child.start(host, _where(spot, node), f"{replica} {rank}", started)
         except BaseException:
             await child.stop()
             raise
         return child
 
-    async def _host(self, spot: Spot, state: State | None) -> tuple[Any, Node]:
+    async def hold(self, spot: Spot, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Holding:
+        """Start the holder of a run of a job on its node; see `jobs.Machines`."""
+        self._match([spot])
+        host, node = await self._host(spot, environment[MARK].rpartition("/jobs/")[0])
+        key, where = environment["WATERLINE_RUN"], _where(spot, node)
+        said = await _said(host.hold.remote(key, tuple(arguments), dict(environment), str(log)), where)
+        return RemoteRun(host, key, where, said.value)
+
+    async def end(self, spot: Spot, mark: str, grace_s: float) -> list[int]:
+        """End who bears a mark on a node; one that is gone has ended them."""
+        host = self._hosts.get(self._nodes[spot].id) if spot in self._nodes else None
+        if host is None:
+            return []
+        try:
+            left: list[int] = (await _said(host.end.remote(mark, grace_s), str(spot))).value
+        except EngineError:
+            return []
+        return left
+
+    async def _host(self, spot: Spot, mark: str) -> tuple[Any, Node]:
         """Return who starts processes on a node, and which that is now."""
         node = self._nodes[spot]
         async with self._making.setdefault(node.id, asyncio.Lock()):
             host = self._hosts.get(node.id)
             if host is None or not await _answers(host):
-                host = self._hosts[node.id] = await self._make_host(spot, node, state)
+                host = self._hosts[node.id] = await self._make_host(spot, node, mark)
         return host, node
 
-    async def _make_host(self, spot: Spot, node: Node, state: State | None) -> Any:
+    async def _make_host(self, spot: Spot, node: Node, mark: str) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415 - an extra
 
         where = f"node {spot[1]} of pool '{spot[0]}' ({node.address})"
-        mark = f"{socket.gethostname()}:{state.mark if state else ''}/{spot[0]}.{spot[1]}"  # nodes may share a machine
         host = (
             self._ray.remote(Host)
             .options(
                 num_cpus=0,
                 num_gpus=node.gpus,
                 max_concurrency=CALLS,
+                runtime_env={"env_vars": LEAVES_CHILDREN},
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
             )
-            .remote(mark)
+            .remote(f"{socket.gethostname()}:{mark}/{spot[0]}.{spot[1]}")  # nodes may share a machine
         )
         if not await _answers(host):
             self._ray.kill(host)
@@ -266,6 +289,28 @@ class RemoteChild:
             end.cancel()
         stops = [_said(host.stop.remote(key, self._replica), where) for host, key, where in self._parts]
         await asyncio.gather(*stops, return_exceptions=True)  # a node that is gone has ended them
+
+
+class RemoteRun:
+    """The holder of a run on its node: a `Holding`."""
+
+    def __init__(self, host: Any, key: str, where: str, pid: int) -> None:
+        self._host, self._key, self._where = host, key, where
+        self.pid = pid
+
+    def tell(self, data: bytes) -> None:
+        self._host.tell.remote(self._key, data)
+
+    async def wait(self) -> int:
+        try:
+            code: int = (await _said(self._host.left.remote(self._key), self._where)).value
+        except EngineError:  # its node is gone, and it with it
+            return -signal.SIGKILL
+        return code
+
+
+def _where(spot: Spot, node: Node) -> str:
+    return f"{spot[0]}/{spot[1]} ({node.address})"
 
 
 async def _answers(host: Any) -> bool:

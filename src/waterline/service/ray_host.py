@@ -8,14 +8,15 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from waterline.errors import EngineError
 from waterline.service.child import Child, StillbornError, mark_of
-from waterline.service.processes import end_marked, marked
+from waterline.service.jobs import Held, end_runs, open_log
+from waterline.service.processes import MARK, end_marked, marked
 from waterline.service.state import State
 
 LOOK_AGAIN_S = 5.0  # for processes that hang in the kernel
@@ -49,6 +50,7 @@ class Host:
     def __init__(self, mark: str) -> None:
         self._state = State(path=Path(mark))
         self._children: dict[str, Child] = {}
+        self._held: dict[str, Held] = {}
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._run(end_marked(mark))
@@ -82,6 +84,34 @@ class Host:
             self._run(child.stop())
             while marked(mark_of(self._state, replica)):
                 time.sleep(LOOK_AGAIN_S)
+
+    def hold(self, key: str, arguments: Sequence[str], environment: Mapping[str, str], log: str) -> Said:
+        """Start the holder of a run; it writes its log here."""
+        try:
+            Path(log).parent.mkdir(parents=True, exist_ok=True)
+            with open_log(Path(log)) as output:
+                held = self._held[key] = self._run(Held.start(arguments, self._marked(environment), output))
+        except OSError as error:
+            return Said(problem=f"cannot write its log {log}: {error.strerror}.")
+        return Said(value=held.pid)
+
+    def tell(self, key: str, data: bytes) -> None:
+        self._loop.call_soon_threadsafe(self._held[key].tell, data)
+
+    def left(self, key: str) -> Said:
+        """Return the exit code of a holder, once it is gone."""
+        return Said(value=self._run(self._held[key].wait()))
+
+    def end(self, mark: str, grace_s: float) -> Said:
+        """End who bears a mark; return the pids of those who hang."""
+        return Said(value=self._run(end_runs(self._here(mark), grace_s)))
+
+    def _marked(self, environment: Mapping[str, str]) -> dict[str, str]:
+        return {**environment, MARK: self._here(environment[MARK])}
+
+    def _here(self, mark: str) -> str:
+        """Return the mark that a run bears on this node: ours, and what follows the service's own."""
+        return f"{self._state.mark}/jobs/{mark.rpartition('/jobs/')[2]}"
 
     def _try(self, work: Coroutine[Any, Any, Any]) -> Said:
         try:

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 import aiohttp
 import structlog
@@ -23,11 +23,11 @@ from waterline.outcome import Completion
 from waterline.plan import Plan
 from waterline.service.asgi import App, HttpServer
 from waterline.service.batch_routes import offering_batches
-from waterline.service.child import Child
+from waterline.service.child import Child, Running
 from waterline.service.connections import Connections
 from waterline.service.engines import Engine, all_pretend, prepare_engines
 from waterline.service.gateway import Gateway
-from waterline.service.jobs import Jobs, RunState
+from waterline.service.jobs import Jobs, Machines, RunState
 from waterline.service.keeper import Keeper
 from waterline.service.logs import log_failure
 from waterline.service.operator import Operator
@@ -35,7 +35,7 @@ from waterline.service.processes import kill_marked
 from waterline.service.reload import keep_to_file
 from waterline.service.shore import Prepare, Shore
 from waterline.service.state import State, claim_state
-from waterline.service.supervisor import Launch, ReplicaState, Supervisor
+from waterline.service.supervisor import ReplicaState, Supervisor
 
 BACKLOG = 2048  # connections that may wait to be accepted
 
@@ -53,6 +53,14 @@ class Service:
     keeper: Keeper
     state: State
     operator: Operator
+
+
+class Nodes(Machines, Protocol):
+    """The machines of a fleet, where they are not all this one."""
+
+    async def launch(self, engine: Engine, state: State | None = None, replica: str = "") -> Running:
+        """Start the processes of a replica. Raises EngineError."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +121,7 @@ def serve(
     admin: AdminListener | None = None,
     ledger: Ledger | None = None,
     proxies: Sequence[str] = (),
-    launch: Launch = Child.start,
+    nodes: Nodes | None = None,
 ) -> dict[str, float]:
     """Serve a plan until SIGINT, SIGTERM or a closed terminal; a second one ends all on the spot.
 
@@ -133,14 +141,14 @@ def serve(
         admin: where operators look at it, if they do.
         ledger: of keys, and of what became of requests; None: nobody has a key, and nothing is written down.
         proxies: see `HttpServer`.
-        launch: starts the process of an engine.
+        nodes: of the fleet; None: they are all this machine.
 
     Raises:
         EngineError: an engine cannot be started; the message holds its last words.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(
-            _serve(plan, engines, listening, on_ready, on_completion, prepare, source, admin, ledger, proxies, launch)
+            _serve(plan, engines, listening, on_ready, on_completion, prepare, source, admin, ledger, proxies, nodes)
         )
 
 
@@ -155,9 +163,9 @@ async def _serve(
     admin: AdminListener | None,
     ledger: Ledger | None,
     proxies: Sequence[str],
-    launch: Launch,
+    nodes: Nodes | None,
 ) -> dict[str, float]:
-    async with running(plan, engines, listening, on_completion, prepare, admin, ledger, proxies, launch) as service:
+    async with running(plan, engines, listening, on_completion, prepare, admin, ledger, proxies, nodes) as service:
         hangup = service.operator.hangup = asyncio.Event() if source else None
         stop = _stop_on_signals(service.state, hangup)
         starting = asyncio.create_task(service.supervisor.start())
@@ -193,7 +201,7 @@ async def running(
     admin: AdminListener | None = None,
     ledger: Ledger | None = None,
     proxies: Sequence[str] = (),
-    launch: Launch = Child.start,
+    nodes: Nodes | None = None,
 ) -> AsyncIterator[Service]:
     """Answer HTTP inside the block; starting the engines is left to it. At its end everything ends.
 
@@ -220,8 +228,9 @@ async def running(
             log_failure(completion)
             on_completion(completion)
 
+        launch = nodes.launch if nodes else Child.start
         supervisor = Supervisor(engines, session, on_change, under_way=under_way, state=state, launch=launch)
-        jobs = Jobs(plan.fleet, state, on_run_change)
+        jobs = Jobs(plan.fleet, state, on_run_change, nodes)
         gateway = Gateway(
             plan,
             supervisor.engines,
@@ -236,7 +245,7 @@ async def running(
         if ledger:
             await stack.enter_async_context(offering_batches(gateway, ledger))
         shore = Shore(plan, supervisor, gateway, prepare)
-        keeper = Keeper(shore, jobs, gateway, state, everywhere=all_pretend(engines))
+        keeper = Keeper(shore, jobs, gateway, state, everywhere=nodes is not None or all_pretend(engines))
         doors = [(HttpServer(gateway, proxies=proxies), listening)]
         if admin:
             doors.append((HttpServer(admin.app(operator, state.path), grace_s=0), admin.listening))
