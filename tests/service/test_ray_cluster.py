@@ -164,7 +164,7 @@ def test_engines_run_on_their_nodes_and_come_back_when_they_or_their_node_die(cl
             assert parent(service, "chat/0") in holders, "on its node again"
 
             last = {replica: state.pid or 0 for replica, state in states.items()}
-            (tmp_path / "saved").unlink()  # noqa: ASYNC240 - nobody waits for us
+            (tmp_path / "saved").unlink()
             name = await start_again(service)
             ray._ray.kill(ray._hosts[ray._nodes["box", 1].id])  # as Ray does when we are killed ourselves
             await until((tmp_path / "saved").exists)
