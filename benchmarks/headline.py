@@ -1,12 +1,14 @@
 """A day of 10^8 requests on 60,000 GPUs in 7,500 replicas and jobs, three tenants, lending on: time and memory.
 
-    .venv/bin/python benchmarks/headline.py [--part F]
+    .venv/bin/python benchmarks/headline.py [--part F] [--html FILE]
 
 7,500 nodes of eight H800 serve a reasoning model, a node each replica; what idles trains. The day is DeepSeek's of
 27 February 2025 (open-infra-index, day 6, CC0-1.0) for the public and enterprises; research samples at night. `--part
-0.01` takes a hundredth of nodes and requests. Goal: 300 s and 6 GB on two cores.
+0.01` takes a hundredth of nodes and requests; `--html FILE` writes the page that `waterline rehearse --html` would.
+Goal: 300 s and 6 GB on two cores. The first run on a machine compiles for a minute; the next ones are measured.
 """
 
+import os
 import resource
 import sys
 import time
@@ -14,6 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from waterline.cli.rehearse import Rehearsed
+from waterline.cli.rehearse_page import write_page
 from waterline.fleet import Demand, Fleet, Job, Model, Pool, Tenant, check_fleet
 from waterline.planner import make_plan
 from waterline.rehearsal import prepare, rehearse
@@ -77,15 +81,20 @@ def main() -> None:
         f"({planned_s:.1f} CPU-s to plan)"
     )
     console.print(
-        f"{cpu_s:,.0f} CPU-s ({took_s:,.0f} s), {total.requests / cpu_s:,.0f} requests a CPU-s, peak {peak_gb:.2f} GB; "
-        f"{len(done.moves):,} moves, digest {done.digest[:16]}"
+        f"{took_s:,.0f} s, {cpu_s:,.0f} CPU-s, {total.requests / cpu_s:,.0f} requests a CPU-s, peak {peak_gb:.2f} GB; "
+        f"load of the machine {os.getloadavg()[1]:.1f}"
     )
+    console.print(f"{len(done.moves):,} moves, digest {done.digest[:16]}")
     for one in done.by_tenant:
         console.print(f"{one.tenant}: {one.requests:,} requests, {one.slo_fraction:.3%} in SLO")
     for job in done.jobs:
         console.print(
             f"{job.job}: {job.gpu_hours:,.0f} GPU-h kept, {job.lost_gpu_hours:,.0f} lost, {job.stops:,} times"
         )
+    if "--html" in sys.argv:
+        page = Path(sys.argv[sys.argv.index("--html") + 1])
+        write_page([Rehearsed(name="headline", plan=plan, policy="waterline", happened=done, took_s=took_s)], page)
+        console.print(f"Written to {page}: {page.stat().st_size / 1e6:.2f} MB.")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ second strikes, patience ends, requests arrive. Everything here is compiled when
 whole numbers in flat arrays (see `state`), floats only where `policy` decides. Times are in picoseconds.
 """
 
-from typing import Any
-
 from waterline.policy import dispatch
 from waterline.policy.decisions import GAVE_UP, NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
 from waterline.policy.routing import NOBODY
@@ -69,6 +67,7 @@ from waterline.rehearsal.state import (
     TIMERS,
     UNDER_WAY,
     UNFINISHED,
+    Asked,
     Memory,
 )
 from waterline.rehearsal.steptime import span, steps_until
@@ -78,33 +77,17 @@ MOST_STILL = 4000  # ticks; by then every account has forgotten everything, and 
 
 
 @compiled
-def run(  # noqa: C901, PLR0912 - all that can happen, in one place: to call parts would copy every array's description
-    memory: Memory,
-    arrivals: Any,
-    prompts: Any,
-    outputs: Any,
-    cached: Any,
-    models: Any,
-    clients: Any,
-    patience: Any,
-    start: int,
-    row: int,
-    last: int,
-    changed: int,
-    failed: int,
-    draining: int,
+def run(  # noqa: C901 - all that can happen, in one place
+    memory: Memory, asked: Asked, start: int, row: int, last: int, changed: int, failed: int, draining: int
 ) -> int:
     """Let everything happen up to and including `last`, but for steps that begin then.
 
+    Of what happens at one time, steps end first; then caches arrive, a second ends, patience does, requests arrive, and
+    replicas change.
+
     Args:
         memory: of the fleet.
-        arrivals: of requests, and by request its prompt, output and cached tokens, model, client and patience.
-        prompts: …
-        outputs: …
-        cached: …
-        models: …
-        clients: …
-        patience: …
+        asked: who arrives, in this order.
         start: the first of them that has not been dealt with.
         row: of the results, for request 0.
         last: when to stop.
@@ -116,88 +99,75 @@ def run(  # noqa: C901, PLR0912 - all that can happen, in one place: to call par
         The number of requests that were dealt with: fewer than all where there is no room for the next one, or when
         time has run out.
     """
-    index, count = start, len(arrivals)
+    index, count = start, len(asked.arrivals)
     while True:
-        arrival = arrivals[index] if index < count else last
+        arrival = asked.arrivals[index] if index < count else last
         at = min(arrival, memory.counters[NEXT_TICK_PS], memory.coming[0], memory.timers[0])
-        replica, begins = NONE, False
-        first = beyond = 0  # models at which somebody may start
-        now = at
         if len(memory.due_ps) > 0 and memory.due_ps[0] <= at:
-            now, entry = memory.due_ps[0], memory.due_replica[0]
-            replica, begins = entry & (ENDS - 1), entry < ENDS
-            if not begins:
-                accepted = memory.replicas[replica * REPLICA + ACCEPTED]
-                end(memory, replica, now)
-                if memory.replicas[replica * REPLICA + ACCEPTED] != accepted:
-                    first = memory.fixed[replica * FIXED + MODEL]
-                    beyond = first + 1
+            step(memory, at)
         elif memory.coming[0] == at:
             arrive_to_be_written(memory, at)
         elif memory.counters[NEXT_TICK_PS] == at:
             if draining and (memory.counters[UNDER_WAY] == 0 or memory.counters[STILL] >= MOST_STILL):
                 return count
             tick(memory)
-            beyond = len(memory.ttft_s)
+            start_all_waiting(memory, at)
         elif memory.timers[0] == at:
             give_up(memory, at)
         elif index < count:
-            if memory.counters[OUT_OF_TIME]:
+            if not has_room(memory):
                 return index
-            if memory.counters[FREE_SLOT] == NONE or 2 * memory.counters[TIMERS] >= len(memory.timers):
-                return index
-            model = models[index]
-            if arrive(
-                memory,
-                at,
-                row + index,
-                prompts[index],
-                outputs[index],
-                cached[index],
-                model,
-                clients[index],
-                patience[index],
-            ):
-                first, beyond = model, model + 1
+            if arrive(memory, asked, index, row + index):
+                start_waiting(memory, asked.models[index], at)
             index += 1
         elif changed:
             changed = False
             if failed != NONE:
                 fail(memory, failed, at)
-            beyond = len(memory.ttft_s)
+            start_all_waiting(memory, at)
         else:
             return count
-        for model in range(first, beyond):
-            start_waiting(memory, model, now)
-        if replica == NONE:
-            continue
-        if not begins:
-            if is_idle(memory, replica):
-                reschedule(memory, replica, NEVER_PS, 0)
-                continue
-            # Somebody may still come at this instant, unless it is certain that nothing else happens at it.
-            if now >= min(at, memory.coming[0]) or not alone(memory, replica, now):
-                reschedule(memory, replica, now + 1, 0)
-                continue
-        reschedule(memory, replica, begin(memory, replica), ENDS)
+
+
+@inlined
+def step(memory: Memory, at: int) -> None:
+    """Let the steps of the replica that is due end, and its next ones begin; nothing else happens before `at`."""
+    now, entry = memory.due_ps[0], memory.due_replica[0]
+    replica = entry & (ENDS - 1)
+    if entry >= ENDS:
+        accepted = memory.replicas[replica * REPLICA + ACCEPTED]
+        end(memory, replica, now)
+        if memory.replicas[replica * REPLICA + ACCEPTED] != accepted:
+            start_waiting(memory, memory.fixed[replica * FIXED + MODEL], now)
+        if is_idle(memory, replica):
+            reschedule(memory, replica, NEVER_PS, 0)
+            return
+        # Somebody may still come at this instant, unless it is certain that nothing else happens at it.
+        if now >= min(at, memory.coming[0]) or not alone(memory, replica, now):
+            reschedule(memory, replica, now + 1, 0)
+            return
+    reschedule(memory, replica, begin(memory, replica), ENDS)
+
+
+@inlined
+def has_room(memory: Memory) -> bool:
+    """Whether another request can be taken in, and there is time left for it."""
+    room: bool = (
+        memory.counters[OUT_OF_TIME] == 0
+        and memory.counters[FREE_SLOT] != NONE
+        and 2 * memory.counters[TIMERS] < len(memory.timers)
+    )
+    return room
 
 
 # --- Requests ---------------------------------------------------------------------------------------------------------
 
 
 @inlined
-def arrive(
-    memory: Memory,
-    now: int,
-    request: int,
-    prompt: int,
-    output: int,
-    cached: int,
-    model: int,
-    client: int,
-    patience: int,
-) -> bool:
-    """Ask the desk about a request; return whether it waits although a slot is free."""
+def arrive(memory: Memory, asked: Asked, index: int, request: int) -> bool:
+    """Ask the desk about a request; return whether it waits although a slot may be free."""
+    now, model, client = asked.arrivals[index], asked.models[index], asked.clients[index]
+    prompt, output, cached = asked.prompts[index], asked.outputs[index], asked.cached[index]
     answer = dispatch.arrive(
         memory.desk,
         model,
@@ -236,6 +206,7 @@ def arrive(
     else:
         memory.slots[memory.line_tails[line] * SLOT + NEXT] = slot
     memory.line_tails[line] = slot
+    patience = asked.patience[index]
     if patience < NEVER_PS - now:
         memory.results[request * RESULT + STARTED_AT] = -2 - (now + patience)
         push(memory.timers, memory.counters[TIMERS], now + patience, memory.counters[SEQUENCE], slot)
@@ -264,6 +235,20 @@ def write_result(memory: Memory, request: int, client: int, finish: int, served_
 @inlined
 def start_waiting(memory: Memory, model: int, now: int) -> None:
     """Give those who wait at the desk to replicas, while there are slots for them."""
+    if memory.desk.queue.model_waiting[model] > 0 and memory.desk.models.free_slots[model] > 0:
+        start_those(memory, model, now)
+
+
+@inlined
+def start_all_waiting(memory: Memory, now: int) -> None:
+    """Do so for all models."""
+    for model in range(len(memory.ttft_s)):
+        start_waiting(memory, model, now)
+
+
+@apart
+def start_those(memory: Memory, model: int, now: int) -> None:
+    """Start one after the other, as long as there is a slot for the one whose turn it is."""
     while True:
         client, _ = dispatch.next_turn(memory.desk, model)
         if client == NOBODY:

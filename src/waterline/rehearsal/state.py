@@ -166,6 +166,18 @@ class Memory(NamedTuple):
     first_block: Any  # [request and one more] … and where each one's begin
 
 
+class Asked(NamedTuple):
+    """Requests in the order of their arrival; all [request]."""
+
+    arrivals: Any
+    prompts: Any
+    outputs: Any
+    cached: Any
+    models: Any
+    clients: Any
+    patience: Any
+
+
 def aligned(count: int, fill: int = 0) -> Integers:
     """Return so many whole numbers that begin on a line of the cache."""
     raw = np.full(count + 8, fill, np.int64)

@@ -50,6 +50,7 @@ from waterline.rehearsal.state import (
     TICK_PS,
     TIMERS,
     UNFINISHED,
+    Asked,
     Integers,
     Kind,
     Memory,
@@ -213,19 +214,17 @@ class Station:
             _refuse_time()
         zeros = np.zeros(count, np.int64)
         never = np.full(count, NEVER_PS) if patience_ps is None else patience_ps
-        columns = [
-            np.ascontiguousarray(zeros if one is None else one, np.int64)
-            for one in (arrival_ps, prompt_tokens, output_tokens, cached_tokens, model, client, never)
-        ]
+        given = arrival_ps, prompt_tokens, output_tokens, cached_tokens, model, client, never
+        asked = Asked(*(np.ascontiguousarray(zeros if one is None else one, np.int64) for one in given))
         self._make_rows(count, blocks, zeros if block_counts is None else block_counts)
         first = self.rows
         self.rows += count
         done = 0
         while done < count:
             at_ps = self._changes.next_ps
-            until = int(np.searchsorted(columns[0], at_ps))  # changes come before arrivals
+            until = int(np.searchsorted(asked.arrivals, at_ps))  # changes come before arrivals
             if until > done:
-                self._run(columns, done, until, first, int(columns[0][until - 1]))
+                self._run(asked, done, until, first)
                 done = until
             if done < count:
                 self.advance(at_ps)
@@ -285,19 +284,18 @@ class Station:
 
     # --- The event loop -----------------------------------------------------------------------------------------------
 
-    def _run(self, columns: list[Integers], start: int, until: int, row: int, last_ps: int) -> None:
-        arrivals, prompts, outputs, cached, models, clients, patience = (seen(column[:until]) for column in columns)
-        asked = arrivals, prompts, outputs, cached, models, clients, patience
+    def _run(self, asked: Asked, start: int, until: int, row: int) -> None:
+        """Serve some requests, up to the last one's arrival; `row` of the results is for the first of all."""
+        some, last_ps = Asked(*(seen(column[:until]) for column in asked)), int(asked.arrivals[until - 1])
         done = start
         while done < until:
-            done = run(self._seen(), *asked, done, row, last_ps, 0, NONE, 0)
+            done = run(self._seen(), some, done, row, last_ps, 0, NONE, 0)
             self._check()
             if done < until:
                 self._make_room()
 
     def _nothing_comes(self, until_ps: int, *, changed: int = 0, failed: int = NONE, draining: int = 0) -> None:
-        none = seen(NOBODY)
-        run(self._seen(), none, none, none, none, none, none, none, 0, 0, until_ps, changed, failed, draining)
+        run(self._seen(), Asked(*[seen(NOBODY)] * len(Asked._fields)), 0, 0, until_ps, changed, failed, draining)
         self._check()
 
     def _change(self) -> None:
