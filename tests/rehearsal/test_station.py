@@ -19,13 +19,16 @@ from hypothesis import strategies as st
 
 from waterline.cost.step import AttentionCost, StepCost
 from waterline.errors import InputError
+from waterline.plan import Role
 from waterline.policy.decisions import GAVE_UP, NOT_SERVED, OVER_LIMIT, TOO_LATE, TOO_LONG
 from waterline.rehearsal import jit, state, station, steptime
 from waterline.rehearsal.capacity import NEVER, Ask, Capacity, Change, Terms
 from waterline.rehearsal.oracle import serve
 from waterline.rehearsal.station import Changes, Station
 
-MODULES = [f"waterline.rehearsal.{name}" for name in ("jit", "heaps", "steptime", "life", "kernel", "station")]
+MODULES = [
+    f"waterline.rehearsal.{name}" for name in ("jit", "blocks", "heaps", "steptime", "life", "kernel", "station")
+]
 
 
 def without_numba() -> ModuleType:
@@ -119,7 +122,7 @@ requests = st.builds(
     st.one_of(st.just(0), st.integers(1, 60)),
     model=st.integers(0, 1),
     client=st.integers(0, 3),
-    blocks=st.one_of(st.just(()), st.lists(st.integers(1, 3), max_size=3).map(lambda made: tuple(np.cumsum(made)))),
+    blocks=st.just(()),
 )
 traffics = st.lists(requests, min_size=1, max_size=60).map(lambda made: sorted(made, key=lambda one: one.arrival_ps))
 shares = st.sampled_from(
@@ -207,6 +210,7 @@ FIELDS = (
     "read_busy_ps",
     "lost_gpu_ps",
     "restarts",
+    "cached_tokens",
 )
 
 
@@ -231,6 +235,7 @@ def by_steps(
             passage.read_busy_ps,
             passage.lost_gpu_ps,
             passage.restarts,
+            passage.found_tokens,
         )
         for passage in serve(fleet, asked, house, changes=changes)
     ]
@@ -262,6 +267,43 @@ def test_skipping_equals_step_by_step_to_the_picosecond(
     assert list(by_events(STATIONS[name], fleet, asked, house, changes, pieces)) == by_steps(
         fleet, asked, house, changes
     )
+
+
+# Stories in blocks of two tokens; the first two begin alike, and so do their prompts as far as they go.
+STORIES = (tuple(range(1, 13)), (*range(1, 5), *range(25, 33)), tuple(range(41, 53)), ())
+
+
+@pytest.mark.parametrize("name", STATIONS)
+@settings(max_examples=40)
+@given(
+    fleet=st.lists(capacities, min_size=3, max_size=3),
+    seed=st.integers(0, 2**32),
+    pieces=st.integers(1, 4),
+    affinity=st.booleans(),
+    roles=st.sampled_from([("both",) * 3, ("prefill", "decode", "prefill"), ("decode", "prefill", "decode")]),
+)
+def test_what_each_replica_has_of_prompts_is_the_same_too(
+    name: str, fleet: list[Capacity], seed: int, pieces: int, affinity: bool, roles: tuple[Role, ...]
+) -> None:
+    house = Terms(ttft_s=(1e9,), output_tokens=(10,), block_tokens=2, affinity=affinity)
+    dice = np.random.Generator(np.random.PCG64(seed))
+    fleet = [
+        replace(one, replica=f"a/{index}", model=0, role=role, cache_tokens=90, max_batch=9, max_context_tokens=64)
+        for index, (one, role) in enumerate(zip(fleet, roles, strict=True))
+    ]
+    asked = [
+        Ask(
+            arrival_ps=arrival_ps,
+            prompt_tokens=int(dice.integers(1, 25)),
+            output_tokens=int(dice.integers(1, 30)),
+            blocks=STORIES[dice.integers(len(STORIES))],
+        )
+        for arrival_ps in (1000 * np.cumsum(dice.choice([0, 0, 3, 20], 100))).tolist()
+    ]
+    fails = Change(at_ps=1000 * int(dice.integers(50, 700)), kind="fail", replica=int(dice.integers(3)))
+    changes = changes_of(fleet, [fails], [])
+    stepped = by_steps(fleet, asked, house, changes)
+    assert list(by_events(STATIONS[name], fleet, asked, house, changes, pieces)) == stepped
 
 
 @pytest.mark.parametrize("name", STATIONS)

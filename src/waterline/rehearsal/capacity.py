@@ -55,6 +55,7 @@ class Terms:
     gpus: float = 0.0  # of the fleet, of which those are fractions; 0: of those in service
     block_tokens: int = 512  # of the blocks of prompts
     prefix_places: int = PREFIX_PLACES
+    affinity: bool = True  # whether routing looks who has read the beginning of a prompt
     dice: tuple[int, int] = (1_234_567, 7_654_321)  # with which the draws of routing begin
 
 

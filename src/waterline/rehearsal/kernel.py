@@ -27,6 +27,7 @@ from waterline.rehearsal.state import (
     FIRST_PS,
     FIRST_TOKEN_AT,
     FIXED,
+    FOUND,
     FREE_SLOT,
     GPUS,
     GROWTH_PS,
@@ -226,6 +227,7 @@ def write_result(memory: Memory, request: int, client: int, finish: int, served_
     memory.results[result + PREEMPTED] = 0
     memory.results[result + STARTED_AT] = NONE
     memory.results[result + CLIENT] = client
+    memory.results[result + FOUND] = 0
     memory.extras[extra + READ_BY] = NONE
     memory.extras[extra + READ_SHARE] = 0
     memory.extras[extra + LOST_GPU_PS] = 0

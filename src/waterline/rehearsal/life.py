@@ -13,12 +13,14 @@ one by one; there are two or three for each request.
 """
 
 from waterline.policy import dispatch
+from waterline.rehearsal.blocks import hold, let_go, shrink
 from waterline.rehearsal.heaps import ENDS, add_finish, push, remove_finish, reschedule
 from waterline.rehearsal.jit import apart, inlined
 from waterline.rehearsal.state import (
     ACCEPTED,
     ADMISSIONS,
     BEGIN_PS,
+    BLOCK_TOKENS,
     BUSY_PS,
     CACHED,
     CLIENT,
@@ -32,11 +34,13 @@ from waterline.rehearsal.state import (
     FIRST_PS,
     FIRST_TOKEN_AT,
     FIXED,
+    FOUND,
     FREE,
     FREE_SLOT,
     GPUS,
     GROWTH_PS,
     HEAD,
+    IDLE,
     ITERATION,
     KIND,
     LATEST_PS,
@@ -89,16 +93,12 @@ S_PER_PS = 1e-12
 
 @inlined
 def accept(memory: Memory, replica: int, slot: int, now: int, cached: int) -> None:
-    """Queue a request that the desk gives to a replica, with so much of its prompt cached there, as the desk knows."""
+    """Queue a request that the desk gives to a replica, with so much of its prompt cached there, as the desk thinks."""
     row, at = replica * REPLICA, slot * SLOT
     result = memory.slots[at + REQUEST] * RESULT
     if memory.results[result + STARTED_AT] < 0:
         memory.results[result + STARTED_AT] = now
     memory.slots[at + UNREAD] = memory.slots[at + PROMPT] + memory.slots[at + PRODUCED] - cached
-    if memory.kinds[memory.fixed[replica * FIXED + KIND] + READS_CACHED]:
-        memory.slots[at + READ] = 0
-    else:
-        memory.slots[at + READ] = min(memory.slots[at + READ], -cached)
     queue(memory, row, replica, slot, now)
 
 
@@ -195,6 +195,9 @@ def join(memory: Memory, replica: int) -> None:
         held = memory.slots[at + READ]
         if held + 1 > memory.replicas[row + FREE] - memory.replicas[row + DECODES]:
             return
+        if memory.counters[BLOCK_TOKENS]:
+            shrink(memory, replica, memory.replicas[row + FREE])
+            hold(memory, replica, slot)
         memory.replicas[row + FREE] -= held
         memory.replicas[row + HEAD] = memory.slots[at + NEXT]
         memory.slots[at + NEXT] = NONE
@@ -235,10 +238,10 @@ def fill_step(memory: Memory, replica: int) -> tuple[int, int]:
             needed = memory.slots[at + PROMPT] + memory.slots[at + PRODUCED] + 1
             if needed > free - decodes:
                 break
-            free -= needed
             memory.replicas[row + HEAD] = memory.slots[at + NEXT]
             memory.slots[at + NEXT] = NONE
-            memory.slots[at + READ] = -memory.slots[at + READ]  # what is cached
+            memory.slots[at + READ] = find_cached(memory, replica, slot, free - decodes)
+            free -= needed
             if before == NONE:
                 memory.replicas[row + READER] = slot
             else:
@@ -255,6 +258,22 @@ def fill_step(memory: Memory, replica: int) -> tuple[int, int]:
     return prefill, pairs
 
 
+@inlined
+def find_cached(memory: Memory, replica: int, slot: int, free: int) -> int:
+    """Return how much of what a request would read is cached where it is admitted, and need not be read.
+
+    `free` of the cache before that, in which idle blocks are.
+    """
+    at = slot * SLOT
+    cached = -memory.slots[at + READ]
+    if memory.counters[BLOCK_TOKENS]:
+        shrink(memory, replica, free)
+        cached = max(cached, hold(memory, replica, slot))
+    if memory.slots[at + PRODUCED] == 0:
+        memory.results[memory.slots[at + REQUEST] * RESULT + FOUND] = cached
+    return 0 if memory.kinds[memory.fixed[replica * FIXED + KIND] + READS_CACHED] else cached
+
+
 @apart
 def preempt_latest(memory: Memory, replica: int) -> None:
     """Send the request that was admitted last back to the front of the queue, with nothing read."""
@@ -268,6 +287,8 @@ def preempt_latest(memory: Memory, replica: int) -> None:
         slot = stop_decoding(memory, replica)
         at = slot * SLOT
         memory.replicas[row + FREE] += memory.slots[at + PROMPT] + memory.slots[at + PRODUCED]
+    if memory.counters[BLOCK_TOKENS]:
+        let_go(memory, replica, slot)
     memory.slots[at + READ] = 0
     memory.results[memory.slots[at + REQUEST] * RESULT + PREEMPTED] += 1
     memory.slots[at + NEXT] = memory.replicas[row + HEAD]
@@ -310,6 +331,8 @@ def end(memory: Memory, replica: int, now: int) -> None:
     memory.replicas[row + ITERATION] = iteration
     memory.replicas[row + CACHED] += decodes * steps
     memory.replicas[row + FREE] -= decodes * steps
+    if memory.replicas[row + IDLE]:
+        shrink(memory, replica, memory.replicas[row + FREE])
     divided = now - memory.replicas[row + BEGIN_PS] + memory.replicas[row + UNDIVIDED_PS]
     tokens = decodes + memory.replicas[row + PREFILL]  # of each step; several have no prompts
     token_ps = divided // tokens
@@ -392,6 +415,8 @@ def send(memory: Memory, replica: int, slot: int, now: int, tokens: int) -> None
     memory.extras[extra + READ_SHARE] = memory.slots[at + BUSY_PS]
     memory.slots[at + BUSY_PS] = 0
     memory.slots[at + NEXT] = NONE
+    if memory.counters[BLOCK_TOKENS]:
+        let_go(memory, replica, slot)
     memory.replicas[row + FREE] += memory.slots[at + PROMPT] + memory.slots[at + PRODUCED]
     memory.replicas[row + ACCEPTED] -= 1
     model = memory.fixed[fixed + MODEL]
@@ -411,6 +436,8 @@ def leave(memory: Memory, replica: int, slot: int, now: int) -> None:
     memory.results[result + FINISH_AT] = now
     memory.results[result + SHARE] = memory.slots[at + BUSY_PS]
     memory.results[result + SERVED_BY] = replica
+    if memory.counters[BLOCK_TOKENS]:
+        let_go(memory, replica, slot)
     memory.replicas[row + FREE] += memory.slots[at + PROMPT] + memory.slots[at + OUTPUT]
     memory.replicas[row + ACCEPTED] -= 1
     model = memory.fixed[fixed + MODEL]

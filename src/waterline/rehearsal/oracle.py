@@ -29,10 +29,17 @@ chunk, and finishes; and when nobody runs, the cache is empty and the head of th
 request come back in the step that took its cache: it needs one token more than it held, and somebody has claimed at
 least one of those.
 
-**Part of a prompt may be in the cache already** (`Request.cached_tokens`, less than all of it). When a request is first
-admitted, that part need not be read: its chunks begin behind it, and see it. It occupies cache like all other tokens,
-for each request anew: which prompts begin alike is not known. After a preemption all is read again. Where an owner has
-measured rates, they count cached tokens as read, and so does the replica (`Capacity.reads_cached`).
+**Part of a prompt may be in the cache already.** When a request is admitted, that part need not be read: its chunks
+begin behind it, and see it. It occupies cache like all other tokens, for each request anew. Where an owner has measured
+rates, they count cached tokens as read, and so does the replica (`Capacity.reads_cached`). How much is known
+
+- because the trace says so (`Ask.cached_tokens`, less than all of the prompt), on whatever replica. After a preemption
+  all is read again;
+- because the prompt comes with the keys of its blocks (`Ask.blocks`). Then each replica has a prefix cache
+  (`PrefixCache`): whenever a request is admitted it finds the blocks with which the prompt begins, up to the first that
+  is not there, but never the prompt's last token. A block is there from the admission of a request that has it, or its
+  joining. When nobody who runs has it any more it is idle, and lies in the part of the cache that is free. As that gets
+  smaller, the blocks go that were used longest ago: of one prompt the last block first.
 
 **Requests wait at the desk** (`policy.dispatch`) and not at replicas: one goes to a replica when that has a slot, of
 which there are `Capacity.max_batch`. There it may still wait for cache. The desk is told of every first token and every
@@ -58,7 +65,7 @@ away the slots that it left; caches arrive; the desk's second strikes (accounts 
 go; requests arrive; steps begin.
 """
 
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -114,6 +121,42 @@ class Passage:
     read_busy_ps: int = 0
     lost_gpu_ps: int = 0  # that it had had on replicas that failed
     restarts: int = 0
+    found_tokens: int = 0  # of its prompt, in the cache when it was read
+
+
+class PrefixCache:
+    """The blocks of prompts that a replica still has."""
+
+    def __init__(self, block_tokens: int) -> None:
+        """Begin without any."""
+        self.block_tokens = block_tokens
+        self.users: Counter[int] = Counter()  # of each block, requests that run
+        self.idle: OrderedDict[int, None] = OrderedDict()  # blocks that nobody uses, in the order of their last use
+
+    def blocks(self, ask: Ask) -> tuple[int, ...]:
+        """Return the blocks of a prompt; what lies behind its end is none of it."""
+        return ask.blocks[: -(-ask.prompt_tokens // self.block_tokens)]
+
+    def hold(self, ask: Ask) -> int:
+        """Let a request use its blocks; return how many tokens of its prompt were there."""
+        there = [key in self.idle or self.users[key] > 0 for key in self.blocks(ask)]
+        for key in self.blocks(ask):
+            self.idle.pop(key, None)
+            self.users[key] += 1
+        found = [*there, False].index(False)
+        return min(found * self.block_tokens, ask.prompt_tokens - 1)
+
+    def let_go(self, ask: Ask) -> None:
+        """Let a request use its blocks no longer."""
+        for key in reversed(self.blocks(ask)):
+            self.users[key] -= 1
+            if self.users[key] == 0:
+                self.idle[key] = None
+
+    def shrink(self, free_tokens: int) -> None:
+        """Forget the idle blocks that do not fit any more."""
+        while len(self.idle) * self.block_tokens > free_tokens:
+            self.idle.popitem(last=False)
 
 
 class SteppedReplica:
@@ -123,6 +166,7 @@ class SteppedReplica:
         self.index, self.capacity, self.fleet, self.steps = index, capacity, fleet, steps
         self.alive = False  # from when it is ready until it fails
         self.free_tokens = capacity.cache_tokens
+        self.prefixes = PrefixCache(fleet.terms.block_tokens)
         self.waiting: deque[Passage] = deque()
         self.decoding: list[Passage] = []  # in the order of their admission, as are those below, who came after them
         self.reading: list[Passage] = []  # between steps at most one
@@ -137,11 +181,10 @@ class SteppedReplica:
         return bool(self.decoding or self.reading or self.waiting)
 
     def accept(self, passage: Passage, cached_tokens: int, now_ps: int) -> None:
-        """Queue a request that the desk gives to this replica, with so much of it cached here, as the desk knows."""
+        """Queue a request that the desk gives to this replica, with so much of it cached here, as the desk thinks."""
         if passage.started_ps == NEVER:
             passage.started_ps = now_ps
         passage.unread_tokens = passage.tokens - cached_tokens
-        passage.cached_tokens = 0 if self.capacity.reads_cached else max(passage.cached_tokens, cached_tokens)
         passage.replica = self.index
         self.waiting.append(passage)
 
@@ -166,6 +209,7 @@ class SteppedReplica:
             passage = self.reading[len(self.chunks)]
             self.chunks.append(min(budget, passage.tokens - passage.read_tokens))
             budget -= self.chunks[-1]
+        self.prefixes.shrink(self.free_tokens)
 
         prefill_tokens = sum(self.chunks)
         pairs = sum(
@@ -188,6 +232,7 @@ class SteppedReplica:
         else:
             passage = self.decoding.pop()
             self.free_tokens += passage.tokens
+        self.prefixes.let_go(passage.ask)
         passage.read_tokens = passage.cached_tokens = 0
         passage.preemptions += 1
         self.waiting.appendleft(passage)
@@ -201,6 +246,7 @@ class SteppedReplica:
         tokens = self.waiting[0].tokens
         if tokens + 1 > self.free_tokens - len(self.decoding):
             return False
+        self._hold(self.waiting[0])
         self.free_tokens -= tokens
         self.decoding.append(self.waiting.popleft())
         return True
@@ -216,11 +262,18 @@ class SteppedReplica:
         needed_tokens = self.waiting[0].tokens + 1
         if needed_tokens > self.free_tokens:
             return False
-        self.free_tokens -= needed_tokens
         passage = self.waiting.popleft()
-        passage.read_tokens = passage.cached_tokens
+        cached_tokens = max(passage.cached_tokens, self._hold(passage))
+        self.free_tokens -= needed_tokens
+        passage.read_tokens = 0 if self.capacity.reads_cached else cached_tokens
+        if passage.produced_tokens == 0:
+            passage.found_tokens = cached_tokens
         self.reading.append(passage)
         return True
+
+    def _hold(self, passage: Passage) -> int:
+        self.prefixes.shrink(self.free_tokens)
+        return self.prefixes.hold(passage.ask)
 
     def end_step(self) -> bool:
         """Return whether somebody has left."""
@@ -254,6 +307,7 @@ class SteppedReplica:
             self.fleet.is_sent(self, passage)
         else:
             return True
+        self.prefixes.let_go(passage.ask)
         self.free_tokens += passage.tokens
         return False
 
@@ -532,7 +586,7 @@ def new_desk(terms: Terms, capacities: Sequence[Capacity]) -> Desk:
         models=len(terms.ttft_s),
         rows=len(capacities),
         gpus=terms.gpus,
-        block_tokens=terms.block_tokens,
+        block_tokens=terms.block_tokens if terms.affinity else 0,
         prefix_places=terms.prefix_places,
     )
     for row, one in enumerate(capacities):

@@ -43,7 +43,8 @@ TICK_PS = 10**12  # between two ticks of the desk
     TAIL,  # … and of the last
     READER,  # slot of the first request whose prompt is being read
     ACCEPTED,  # requests that have not left it
-) = range(15)
+    IDLE,  # blocks of prompts in its free cache, see `blocks`
+) = range(16)
 REPLICA = 16
 
 # What seldom changes about a replica.
@@ -81,7 +82,8 @@ SLOT = 8
     PREEMPTED,
     STARTED_AT,  # when it was first given to a replica; before, NONE, or -2 less the time at which it gives up
     CLIENT,
-) = range(7)
+    FOUND,  # tokens of its prompt in the cache, when it was read
+) = range(8)
 RESULT = 8
 UNFINISHED = -2  # a finish that is no time yet
 RETRY_S, COST_GPU_S = range(2)  # when to come back; what it was charged when it started
@@ -111,6 +113,20 @@ KIND_FIELDS = 16
 WINDOW_TOKENS, WINDOW_SLOPE_TABLE, WINDOW_PS_PER_PAIR = range(3)
 WINDOW = 4
 
+# A block of a prompt on a replica, and the ends of a replica's list of idle ones.
+(
+    KEY,
+    OWNER,  # the replica
+    USERS,  # requests that run there and have it in their prompts; 0: idle, NONE: of a free page
+    OLDER,  # of idle ones: the page used before it, or NONE
+    NEWER,  # … and after it
+    BEHIND,  # the next one in its bucket, or of free ones
+) = range(6)
+PAGE = 8
+SPREAD = 2_654_435_761  # for buckets: an odd number whose digits are all over the place
+OLDEST, NEWEST = range(2)
+CACHE = 2
+
 # Of a model.
 EXPECTED_OUTPUT, TELLS_CACHED = range(2)  # TELLS_CACHED: 1 when the desk is told what is cached of a prompt
 MODEL_FIELDS = 2
@@ -130,7 +146,9 @@ MODEL_FIELDS = 2
     FIRST_DICE,
     SECOND_DICE,
     FINISHES_USED,  # entries of `Memory.finishes` that have been given out
-) = range(13)
+    BLOCK_TOKENS,  # of the blocks of prompts; 0 until some come
+    FREE_PAGE,
+) = range(15)
 COUNTERS = 16
 
 STEP_BITS = 37  # a finish is one number: its step, and below it the slot; so are caches and timers
@@ -164,6 +182,9 @@ class Memory(NamedTuple):
     extras: Any  # [request x EXTRA]
     blocks: Any  # [all blocks] keys of prompts …
     first_block: Any  # [request and one more] … and where each one's begin
+    caches: Any  # [replica x CACHE]
+    pages: Any  # [page x PAGE]
+    buckets: Any  # [a power of two] the first page of each, or NONE
 
 
 class Asked(NamedTuple):
@@ -196,11 +217,12 @@ def make_memory(terms: Terms, slots: int) -> Memory:
         models=models,
         rows=0,
         gpus=terms.gpus,
-        block_tokens=terms.block_tokens,
+        block_tokens=terms.block_tokens if terms.affinity else 0,
         prefix_places=terms.prefix_places,
     )
     counters = aligned(COUNTERS)
     counters[FREE_SLOT] = NONE
+    counters[FREE_PAGE] = NONE
     counters[NEXT_TICK_PS] = TICK_PS
     counters[FIRST_DICE], counters[SECOND_DICE] = terms.dice
     of_models = aligned(models * MODEL_FIELDS)
@@ -230,6 +252,9 @@ def make_memory(terms: Terms, slots: int) -> Memory:
         extras=aligned(0),
         blocks=aligned(0),
         first_block=aligned(1),
+        caches=aligned(0),
+        pages=aligned(0),
+        buckets=aligned(1, NONE),
     )
     return with_slots(memory, slots)
 
@@ -302,9 +327,38 @@ def _with_rows(memory: Memory, rows: int) -> Memory:
         due_ps=longer(memory.due_ps, rows, NEVER_PS),
         due_replica=longer(memory.due_replica, rows),
         due_place=longer(memory.due_place, rows),
+        caches=longer(memory.caches, rows * CACHE, NONE),
     )
     memory.due_replica[before:] = memory.due_place[before:] = np.arange(before, rows)
     return memory
+
+
+def pages_of(capacity: Capacity, block_tokens: int) -> int:
+    """Return the most pages a replica has at a time.
+
+    Those in use lie in the occupied part of the cache, but for the last of each request, which need not be whole; idle
+    ones in the free part. Before room is made for a request that is admitted, its own come on top.
+    """
+    return (capacity.cache_tokens + capacity.longest_tokens) // block_tokens + capacity.max_batch + 2
+
+
+def with_pages(memory: Memory, pages: int) -> Memory:
+    """Return the memory with at least so many pages; when there are more, all are put into buckets anew."""
+    if pages * PAGE <= len(memory.pages):
+        return memory
+    pages = 1 << (pages - 1).bit_length()
+    grown, buckets = longer(memory.pages, pages * PAGE, NONE), aligned(2 * pages, NONE)
+    rows = grown.reshape(-1, PAGE)
+    free, used = np.flatnonzero(rows[:, USERS] == NONE), np.flatnonzero(rows[:, USERS] != NONE)
+    rows[free, BEHIND] = [*free[1:], NONE]
+    memory.counters[FREE_PAGE] = free[0]
+    bucket = (rows[used, KEY] + rows[used, OWNER] * SPREAD) & (len(buckets) - 1)
+    order = np.argsort(bucket, kind="stable")
+    used, bucket = used[order], bucket[order]
+    rows[used, BEHIND] = np.where(bucket == np.append(bucket[1:], NONE), np.append(used[1:], NONE), NONE)
+    first = bucket != np.append(NONE, bucket[:-1])
+    buckets[bucket[first]] = used[first]
+    return memory._replace(pages=grown, buckets=buckets)
 
 
 def put(desk: Desk, row: int, capacity: Capacity) -> None:

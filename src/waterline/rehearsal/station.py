@@ -22,11 +22,13 @@ from waterline.rehearsal.kernel import run
 from waterline.rehearsal.state import (
     ACCEPTED,
     ALIVE,
+    BLOCK_TOKENS,
     CLIENT,
     EXTRA,
     FINISH_AT,
     FIRST_TOKEN_AT,
     FIXED,
+    FOUND,
     FREE_SLOT,
     LATEST_PS,
     LOST_GPU_PS,
@@ -57,6 +59,8 @@ from waterline.rehearsal.state import (
     Reals,
     longer,
     make_memory,
+    pages_of,
+    with_pages,
     with_replicas,
     with_slots,
 )
@@ -82,6 +86,7 @@ class Passages:
     read_busy_ps: Integers  # share of its steps; `busy_ps` is that of the other
     lost_gpu_ps: Integers  # GPU time that it had had on replicas that failed
     restarts: Integers  # how many of them
+    cached_tokens: Integers  # of the prompt, in the cache of the replica that read it
 
     def __len__(self) -> int:
         return len(self.finish_ps)
@@ -138,6 +143,7 @@ class Station:
     def __init__(self, terms: Terms) -> None:
         """Prepare a fleet without replicas."""
         self.capacities: list[Capacity] = []  # of all replicas that ever came
+        self.block_tokens = terms.block_tokens
         self.memory = make_memory(terms, FIRST_SLOTS)
         self.models = len(terms.ttft_s)
         self.rows = 0  # of the results, in use …
@@ -156,6 +162,8 @@ class Station:
         rows = range(len(self.capacities), len(self.capacities) + len(capacities))
         self.capacities += capacities
         self.memory = with_replicas(self.memory, rows.start, capacities, self._kinds)
+        if self.memory.counters[BLOCK_TOKENS]:
+            self._make_pages()
         for row in rows:
             self._changes.add(Change(at_ps=ready_ps, kind="ready", replica=row))
         return rows
@@ -265,6 +273,7 @@ class Station:
             read_busy_ps=extras[:, READ_SHARE],
             lost_gpu_ps=extras[:, LOST_GPU_PS],
             restarts=extras[:, RESTARTS],
+            cached_tokens=results[:, FOUND],
         )
 
     @property
@@ -338,9 +347,17 @@ class Station:
             )
         before = memory.first_block[self.rows]
         memory.first_block[self.rows + 1 : needed + 1] = before + np.cumsum(counts)
-        if blocks is not None:
+        if blocks is not None and len(blocks):
             memory = memory._replace(blocks=np.concatenate([memory.blocks[:before], np.asarray(blocks, np.int64)]))
         self.memory = memory
+        if blocks is not None and len(blocks) and not memory.counters[BLOCK_TOKENS]:
+            memory.counters[BLOCK_TOKENS] = self.block_tokens
+            self._make_pages()
+
+    def _make_pages(self) -> None:
+        """Make room for the blocks of all replicas; done only when prompts come with theirs."""
+        pages = sum(pages_of(one, self.block_tokens) for one in self.capacities)
+        self.memory = with_pages(self.memory, pages)
 
     def _forget(self, count: int) -> None:
         """Give the rows of so many requests back, once they are more than those still in use."""
