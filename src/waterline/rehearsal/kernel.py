@@ -428,6 +428,8 @@ def come_back(memory: Memory, replica: int, slot: int) -> None:
     memory.extras[extra + RESTARTS] += 1
     memory.slots[at + BUSY_PS] = 0
     memory.slots[at + READ] = 0
+    if memory.slots[at + PRODUCED] == 0:
+        memory.results[request * RESULT + FOUND] = 0
     unread = memory.slots[at + PROMPT] + memory.slots[at + PRODUCED]
     cost_gpu_s = dispatch.expected_gpu_s(
         memory.desk, model, unread, memory.models[model * MODEL_FIELDS + EXPECTED_OUTPUT]

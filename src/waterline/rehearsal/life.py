@@ -20,7 +20,6 @@ from waterline.rehearsal.state import (
     ACCEPTED,
     ADMISSIONS,
     BEGIN_PS,
-    BLOCK_TOKENS,
     BUSY_PS,
     CACHED,
     CLIENT,
@@ -40,7 +39,6 @@ from waterline.rehearsal.state import (
     GPUS,
     GROWTH_PS,
     HEAD,
-    IDLE,
     ITERATION,
     KIND,
     LATEST_PS,
@@ -195,7 +193,7 @@ def join(memory: Memory, replica: int) -> None:
         held = memory.slots[at + READ]
         if held + 1 > memory.replicas[row + FREE] - memory.replicas[row + DECODES]:
             return
-        if memory.counters[BLOCK_TOKENS]:
+        if len(memory.remembers) > 0:
             shrink(memory, replica, memory.replicas[row + FREE])
             hold(memory, replica, slot)
         memory.replicas[row + FREE] -= held
@@ -266,10 +264,10 @@ def find_cached(memory: Memory, replica: int, slot: int, free: int) -> int:
     """
     at = slot * SLOT
     cached = -memory.slots[at + READ]
-    if memory.counters[BLOCK_TOKENS]:
+    if len(memory.remembers) > 0:
         shrink(memory, replica, free)
         cached = max(cached, hold(memory, replica, slot))
-    if memory.slots[at + PRODUCED] == 0:
+    if cached and memory.slots[at + PRODUCED] == 0:
         memory.results[memory.slots[at + REQUEST] * RESULT + FOUND] = cached
     return 0 if memory.kinds[memory.fixed[replica * FIXED + KIND] + READS_CACHED] else cached
 
@@ -287,10 +285,13 @@ def preempt_latest(memory: Memory, replica: int) -> None:
         slot = stop_decoding(memory, replica)
         at = slot * SLOT
         memory.replicas[row + FREE] += memory.slots[at + PROMPT] + memory.slots[at + PRODUCED]
-    if memory.counters[BLOCK_TOKENS]:
+    if len(memory.remembers) > 0:
         let_go(memory, replica, slot)
     memory.slots[at + READ] = 0
-    memory.results[memory.slots[at + REQUEST] * RESULT + PREEMPTED] += 1
+    result = memory.slots[at + REQUEST] * RESULT
+    memory.results[result + PREEMPTED] += 1
+    if memory.slots[at + PRODUCED] == 0:
+        memory.results[result + FOUND] = 0
     memory.slots[at + NEXT] = memory.replicas[row + HEAD]
     if memory.replicas[row + HEAD] == NONE:
         memory.replicas[row + TAIL] = slot
@@ -331,7 +332,7 @@ def end(memory: Memory, replica: int, now: int) -> None:
     memory.replicas[row + ITERATION] = iteration
     memory.replicas[row + CACHED] += decodes * steps
     memory.replicas[row + FREE] -= decodes * steps
-    if memory.replicas[row + IDLE]:
+    if len(memory.remembers) > 0:
         shrink(memory, replica, memory.replicas[row + FREE])
     divided = now - memory.replicas[row + BEGIN_PS] + memory.replicas[row + UNDIVIDED_PS]
     tokens = decodes + memory.replicas[row + PREFILL]  # of each step; several have no prompts
@@ -415,7 +416,7 @@ def send(memory: Memory, replica: int, slot: int, now: int, tokens: int) -> None
     memory.extras[extra + READ_SHARE] = memory.slots[at + BUSY_PS]
     memory.slots[at + BUSY_PS] = 0
     memory.slots[at + NEXT] = NONE
-    if memory.counters[BLOCK_TOKENS]:
+    if len(memory.remembers) > 0:
         let_go(memory, replica, slot)
     memory.replicas[row + FREE] += memory.slots[at + PROMPT] + memory.slots[at + PRODUCED]
     memory.replicas[row + ACCEPTED] -= 1
@@ -436,7 +437,7 @@ def leave(memory: Memory, replica: int, slot: int, now: int) -> None:
     memory.results[result + FINISH_AT] = now
     memory.results[result + SHARE] = memory.slots[at + BUSY_PS]
     memory.results[result + SERVED_BY] = replica
-    if memory.counters[BLOCK_TOKENS]:
+    if len(memory.remembers) > 0:
         let_go(memory, replica, slot)
     memory.replicas[row + FREE] += memory.slots[at + PROMPT] + memory.slots[at + OUTPUT]
     memory.replicas[row + ACCEPTED] -= 1

@@ -234,6 +234,8 @@ class SteppedReplica:
             self.free_tokens += passage.tokens
         self.prefixes.let_go(passage.ask)
         passage.read_tokens = passage.cached_tokens = 0
+        if passage.produced_tokens == 0:
+            passage.found_tokens = 0
         passage.preemptions += 1
         self.waiting.appendleft(passage)
 
@@ -568,6 +570,8 @@ class SteppedFleet:
             passage.lost_gpu_ps += passage.read_busy_ps * self.capacities[passage.read_by].gpus
         passage.read_by, passage.read_busy_ps, passage.busy_ps = NOBODY, 0, 0
         passage.read_tokens = passage.cached_tokens = 0
+        if passage.produced_tokens == 0:
+            passage.found_tokens = 0
         passage.unread_tokens = NEVER
         passage.restarts += 1
         expected = self.terms.output_tokens[model]

@@ -146,7 +146,7 @@ MODEL_FIELDS = 2
     FIRST_DICE,
     SECOND_DICE,
     FINISHES_USED,  # entries of `Memory.finishes` that have been given out
-    BLOCK_TOKENS,  # of the blocks of prompts; 0 until some come
+    BLOCK_TOKENS,  # of the blocks of prompts
     FREE_PAGE,
 ) = range(15)
 COUNTERS = 16
@@ -185,6 +185,7 @@ class Memory(NamedTuple):
     caches: Any  # [replica x CACHE]
     pages: Any  # [page x PAGE]
     buckets: Any  # [a power of two] the first page of each, or NONE
+    remembers: Any  # () until prompts come with their blocks, then (1,): compiled code is another for either
 
 
 class Asked(NamedTuple):
@@ -222,7 +223,7 @@ def make_memory(terms: Terms, slots: int) -> Memory:
     )
     counters = aligned(COUNTERS)
     counters[FREE_SLOT] = NONE
-    counters[FREE_PAGE] = NONE
+    counters[FREE_PAGE], counters[BLOCK_TOKENS] = NONE, terms.block_tokens
     counters[NEXT_TICK_PS] = TICK_PS
     counters[FIRST_DICE], counters[SECOND_DICE] = terms.dice
     of_models = aligned(models * MODEL_FIELDS)
@@ -255,6 +256,7 @@ def make_memory(terms: Terms, slots: int) -> Memory:
         caches=aligned(0),
         pages=aligned(0),
         buckets=aligned(1, NONE),
+        remembers=(),
     )
     return with_slots(memory, slots)
 

@@ -22,7 +22,6 @@ from waterline.rehearsal.kernel import run
 from waterline.rehearsal.state import (
     ACCEPTED,
     ALIVE,
-    BLOCK_TOKENS,
     CLIENT,
     EXTRA,
     FINISH_AT,
@@ -162,7 +161,7 @@ class Station:
         rows = range(len(self.capacities), len(self.capacities) + len(capacities))
         self.capacities += capacities
         self.memory = with_replicas(self.memory, rows.start, capacities, self._kinds)
-        if self.memory.counters[BLOCK_TOKENS]:
+        if self.memory.remembers:
             self._make_pages()
         for row in rows:
             self._changes.add(Change(at_ps=ready_ps, kind="ready", replica=row))
@@ -350,8 +349,8 @@ class Station:
         if blocks is not None and len(blocks):
             memory = memory._replace(blocks=np.concatenate([memory.blocks[:before], np.asarray(blocks, np.int64)]))
         self.memory = memory
-        if blocks is not None and len(blocks) and not memory.counters[BLOCK_TOKENS]:
-            memory.counters[BLOCK_TOKENS] = self.block_tokens
+        if len(memory.blocks) and not memory.remembers:
+            self.memory = memory._replace(remembers=(1,))
             self._make_pages()
 
     def _make_pages(self) -> None:
@@ -398,7 +397,7 @@ def shown(memory: Memory) -> Memory:
     """Return the memory as the event loop wants it, compiled or not."""
     if seen(NOBODY) is NOBODY:
         return memory
-    return Memory(dispatch.plain(memory.desk), *[seen(array) for array in memory[1:]])
+    return Memory(dispatch.plain(memory.desk), *[seen(array) for array in memory[1:-1]], memory.remembers)
 
 
 def _refuse_time() -> NoReturn:
