@@ -30,10 +30,9 @@ from waterline.planner import make_plan
 from waterline.policy import tide as tides
 from waterline.rehearsal import prepare
 from waterline.rehearsal.acting import Tidal
-from waterline.rehearsal.arrivals import Piece, Traffic, traffic
+from waterline.rehearsal.arrivals import Piece, Traffic, piece_of, traffic
 from waterline.rehearsal.recorder import Recorder
 from waterline.units import PICOSECONDS_PER_S
-from waterline.workload.stream import UNSAID
 
 QUIET_S, RISE_S = 900.0, 600.0
 DESERVED = 16
@@ -87,9 +86,8 @@ class Ramp:
         )
         zeros = np.zeros(total, np.int64)
         return [
-            Piece(arrival_ps, np.minimum(prompts, 16_000), np.minimum(outputs, 4000), zeros, zeros.astype(np.int32),
-                  np.full(total, UNSAID, np.int32))
-        ]  # fmt: skip
+            piece_of(arrival_ps, np.minimum(prompts, 16_000), np.minimum(outputs, 4000), zeros, zeros.astype(np.int32))
+        ]
 
 
 def live(policy: str, quiet_per_s: float, high_s: float, seed: int) -> tuple[int, int, float]:

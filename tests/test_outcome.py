@@ -220,6 +220,7 @@ def asked(count: int, **columns: Any) -> dict[str, Any]:
         "arrival_s": np.arange(count, dtype=np.float64), "ttft_s": 0.5 * ones, "tpot_s": 0.05 * ones,
         "latency_s": 1.0 * ones, "prompt_tokens": 100 * ones, "output_tokens": 11 * ones, "busy_s": 0.25 * ones,
         "retry_s": 0.0 * ones,
+        "cached_tokens": np.full(count, 3),
     }  # fmt: skip
     return usual | {name: np.broadcast_to(np.asarray(value), count) for name, value in columns.items()}
 

@@ -27,7 +27,9 @@ MOST_WATCHED = 100_000  # refusals at a time, to see whether the client comes ba
 TIME_BITS = 43  # of microseconds: 100 days
 
 OK, REFUSED, FAILED, CANCELLED = range(len(STATUSES))
-WITHIN, PROMPT, OUTPUT, SERVED, TOLD, RETURNED, HONOURED, FIELDS = range(len(STATUSES), len(STATUSES) + 8)  # counted
+WITHIN, PROMPT, READ, CACHED, OUTPUT, SERVED, TOLD, RETURNED, HONOURED, FIELDS = range(
+    len(STATUSES), len(STATUSES) + 10
+)  # counted
 
 Reals = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -46,6 +48,7 @@ class Completion:
     finish_s: float  # when the last token came, or when it was refused, failed or was cancelled
     prompt_tokens: int
     output_tokens: int  # produced
+    cached_tokens: int = 0  # of the prompt, in the cache of the replica that read it
     gpu_s: float = 0.0  # its share of the replica's step time, times the replica's GPUs
     preemptions: int = 0  # how often its cache was taken and what it held had to be computed again
     reason: str = ""  # why it was refused or failed
@@ -100,6 +103,8 @@ class Summary(Struct, frozen=True, kw_only=True):
     goodput_per_s: float  # requests within their SLO, per second of the time summarised
     slo_fraction: float  # of all but the cancelled; who was refused did not get what was promised
     prompt_tokens: int
+    cached_tokens: int  # of the prompts of those that were completed, in the caches of the replicas that read them
+    cached_fraction: float  # of the tokens of their prompts: the hit rate of the prefix caches
     output_tokens: int
     gpu_hours: float  # of computing
     usd: float
@@ -196,6 +201,7 @@ class Tally:
         replica: Integers,  # its index, or NOWHERE
         busy_s: Reals,  # share of the replica's time
         retry_s: Reals,  # after which it was told to come back; 0: it was not
+        cached_tokens: Integers,  # of the prompt, in the cache of the replica that read it
         within_slo: Integers | None = None,  # 0 or 1, where somebody knows better than TTFT and TPOT
     ) -> None:
         """Count requests, those of a model in the order of their arrival; arrays by request."""
@@ -210,6 +216,8 @@ class Tally:
         for field, amount in (
             (WITHIN, within),
             (PROMPT, prompt_tokens),
+            (READ, ok * prompt_tokens),
+            (CACHED, ok * cached_tokens),
             (OUTPUT, output_tokens),
             (SERVED, ok * (prompt_tokens + output_tokens)),
         ):
@@ -323,6 +331,8 @@ class Tally:
             goodput_per_s=counts[WITHIN] / duration_s if duration_s > 0 else 0.0,
             slo_fraction=counts[WITHIN] / counted if counted else 0.0,
             prompt_tokens=counts[PROMPT],
+            cached_tokens=counts[CACHED],
+            cached_fraction=counts[CACHED] / counts[READ] if counts[READ] else 0.0,
             output_tokens=counts[OUTPUT],
             gpu_hours=float(self._gpu_s[rows].sum()) / HOUR_S,
             usd=paid_usd,
@@ -445,6 +455,7 @@ def summarize(
             replica=np.array([index[one.replica] if one.gpu_s else NOWHERE for one in ordered]),
             busy_s=np.array([one.gpu_s for one in ordered]),
             retry_s=np.zeros(len(ordered)),
+            cached_tokens=np.array([one.cached_tokens for one in ordered]),
             within_slo=np.array([int(one.meets(slos[one.model])) for one in ordered]),
         )
     usd = {replica: per_hour * duration_s / HOUR_S for replica, per_hour in usd_per_hour.items()}

@@ -25,7 +25,7 @@ def served(notes: Recorder, replica: int, arrival_ps: int, finish_ps: int, busy_
     notes.add(
         tenant=0 * one, model=0 * one, arrival_ps=arrival_ps * one, prompt_tokens=1000 * one, output_tokens=200 * one,
         first_token_ps=(arrival_ps + 1) * one, finish_ps=finish_ps * one, replica=replica * one, busy_ps=busy_ps * one,
-        preemptions=0 * one, retry_s=np.zeros(1), read_by=-1 * one, read_busy_ps=0 * one,
+        preemptions=0 * one, retry_s=np.zeros(1), cached_tokens=0 * one, read_by=-1 * one, read_busy_ps=0 * one,
     )  # fmt: skip
 
 

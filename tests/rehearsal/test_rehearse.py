@@ -18,6 +18,7 @@ from waterline.plan import Plan
 from waterline.planner import make_plan
 from waterline.rehearsal import Progress, Rehearsal, house
 from waterline.workload import Request, Slo, Trace, read_trace
+from waterline.workload.files import open_trace
 
 
 def rehearse(plan: Plan, *arguments: Any, policy: str = "plan", **options: Any) -> Rehearsal:
@@ -281,4 +282,21 @@ def test_a_plan_that_counts_on_cached_prompts_holds_its_slo_when_they_are_and_no
     # Rates that were measured count cached tokens as read: there it makes no difference.
     rates = Measured(gpu="h100-sxm-80g", gpus=1, prompt_tokens_per_s=40_000, output_tokens_per_s=4000)
     with_hits, without = (rehearse(planned(hit, (rates,)), duration_s=60).summaries for hit in (0.4, 0.0))
-    assert with_hits == without
+    assert with_hits[0].cached_fraction == pytest.approx(0.4, abs=0.001)
+    assert [replace(one, cached_tokens=0, cached_fraction=0.0) for one in with_hits] == list(without)
+
+
+def test_who_does_not_want_to_wait_gives_up_and_counts_neither_way(tmp_path: Path) -> None:
+    rows = "".join(f"0.{number:03},2000,50,{'' if number % 2 else '0.5'}\n" for number in range(900))
+    path = tmp_path / "crowd.csv"
+    path.write_text(f"arrival_s,prompt_tokens,output_tokens,patience_s\n{rows}")
+    slo = Slo(ttft_s=1000.0, tpot_s=10.0)
+    plan = small_plan()
+    plan = replace(plan, fleet=replace(plan.fleet, models=tuple(replace(one, slo=slo) for one in plan.fleet.models)))
+    happened = rehearse(plan, open_trace(path))
+    total = happened.summaries[0]
+    gone = [one for one in happened.completions if one.status == "cancelled"]
+    assert total.cancelled == len(gone) > 0
+    assert {round(one.finish_s - one.arrival_s, 9) for one in gone} == {0.5}
+    assert total.slo_fraction == total.within_slo / (total.requests - total.cancelled)
+    assert not any(one.status == "cancelled" for one in happened.completions[1::2]), "the others wait"

@@ -23,7 +23,7 @@ from waterline.workload.files import open_trace
 from waterline.workload.mooncake import EndlessCache, read_mooncake
 from waterline.workload.servegen import read_servegen
 from waterline.workload.source import Source
-from waterline.workload.stream import Stream, measure
+from waterline.workload.stream import ENDLESS, Stream, measure
 
 MAPPED = parse_columns("arrival=ts,prompt=in_tokens,output=out_tokens,tenant=team")
 
@@ -152,6 +152,25 @@ def test_a_wrong_row_of_a_table_is_named(tmp_path: Path, row: str, complaint: st
     assert complaint in str(caught.value)
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_how_long_a_client_waits_is_a_column_and_empty_where_it_waits_for_ever(tmp_path: Path, ending: str) -> None:
+    lines = ["t,p,o,cancel_after_s", "0,9,1,2.5", "1,9,1,", "2,9,1,1e-12", "3,9,1,3e3", ""]
+    stream = open_trace(
+        written(tmp_path, ending.join(lines)), columns="arrival=t,prompt=p,output=o,patience=cancel_after_s"
+    )
+    assert stream.whole().patience_ns.tolist() == [2_500_000_000, ENDLESS, 1, 3_000_000_000_000]
+    own = written(tmp_path, "arrival_s,prompt_tokens,output_tokens,patience_s\n0,9,1,4\n")
+    assert open_trace(own).whole().patience_ns.tolist() == [4_000_000_000]
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "-0.0", "nan", "inf", "soon", "1e12"])
+def test_patience_that_is_none_is_named(tmp_path: Path, value: str) -> None:
+    path = written(tmp_path, f"arrival_s,prompt_tokens,output_tokens,patience_s\n0,9,1,1\n0,9,1,{value}\n")
+    with pytest.raises(TraceError) as caught:
+        open_trace(path)
+    assert f"line 3: column patience_s: '{value}' is not a number of seconds above 0, or empty" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -269,6 +288,24 @@ def test_a_wrong_row_of_parquet_is_named(tmp_path: Path, column: str, values: li
     assert complaint in str(caught.value)
 
 
+def test_patience_of_parquet_may_be_missing_but_not_below_zero(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = {"arrival_s": [0, 1, 2], "prompt_tokens": [5, 5, 5], "output_tokens": [1, 1, 1]}
+    for values, patience_ns in (
+        ([1.5, None, 3.0], [1_500_000_000, ENDLESS, 3_000_000_000]),
+        ([1, None, 3], [1_000_000_000, ENDLESS, 3_000_000_000]),
+    ):
+        parquet.write_table(arrow.table({**table, "patience_s": values}), tmp_path / "right")
+        assert open_trace(tmp_path / "right").whole().patience_ns.tolist() == patience_ns
+    for value in (-1.0, 0.0, float("nan")):
+        parquet.write_table(arrow.table({**table, "patience_s": [1.0, value, 2.0]}), tmp_path / "wrong")
+        with pytest.raises(TraceError, match=f"line 2: column patience_s: {value} is not a number of seconds above 0"):
+            open_trace(tmp_path / "wrong")
+    parquet.write_table(arrow.table({**table, "patience_s": ["1", "2", "3"]}), tmp_path / "text")
+    with pytest.raises(TraceError, match="column patience_s holds string. Expected a number of seconds above 0"):
+        open_trace(tmp_path / "text")
+
+
 def test_parquet_without_pyarrow_says_the_pip_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = written(tmp_path, b"PAR1 and more")
@@ -300,6 +337,8 @@ def test_a_prompt_finds_the_blocks_that_were_asked_before_it(tmp_path: Path) -> 
     assert rows(stream) == [(0.0, 1500, 10), (0.5, 1600, 20), (0.5005, 1024, 30), (0.9, 600, 40)]
     assert stream.whole().cached_tokens.tolist() == [0, 1024, 1023, 0]
     assert stream.whole().cached_tokens.tolist() == [0, 1024, 1023, 0]  # read again, the cache begins empty
+    assert stream.whole().blocks.values.tolist() == [1, 2, 3, 1, 2, 4, 5, 1, 2, 9, 2]
+    assert stream.whole().blocks.counts.tolist() == [3, 4, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from waterline.errors import TraceError
-from waterline.workload import operators
+from waterline.workload import operators, ragged
 from waterline.workload.grammar import duration_s, parse_surge, parse_traffic
 from waterline.workload.stream import Chunk, Names, Stream, chunk_of, cut, measure
 
@@ -30,6 +30,7 @@ def stream_of(
         tenant=names.indices(list(tenants)) if tenants else None,
         client=users.indices(list(clients)) if clients else None,
         line=np.arange(2, 2 + count),
+        blocks=ragged.ragged([[1, 2 + number % 2] for number in range(count)]),
     )
     return Stream(name="mine.csv", read=lambda: cut(whole, size), tenants=names, clients=users, clock_ns=clock_s * S)
 
@@ -43,7 +44,9 @@ def tenants(stream: Stream) -> list[str]:
 
 
 def same(one: Chunk, other: Chunk) -> bool:
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in Chunk.__slots__)
+    columns = [(getattr(one, name), getattr(other, name)) for name in Chunk.__slots__ if name != "blocks"]
+    columns += [(one.blocks.values, other.blocks.values), (one.blocks.ends, other.blocks.ends)]
+    return all(np.array_equal(own, others) for own, others in columns)
 
 
 times = st.lists(st.integers(0, 10**6), min_size=1, max_size=60).map(sorted)
@@ -148,6 +151,20 @@ def test_one_trace_follows_another_with_its_names() -> None:
 
 
 # --- Lengths -----------------------------------------------------------------------------------------------------------
+
+
+def test_copies_repeats_and_other_traces_are_other_people_whose_prompts_begin_alike_among_each_other() -> None:
+    def firsts(stream: Stream) -> list[int]:
+        whole = stream.whole()
+        assert (whole.blocks.counts == 2).all()
+        return whole.blocks.values[::2].tolist()
+
+    one = stream_of([0, 10 * S, 20 * S])
+    for other in (operators.repeat(one, 2), operators.splice(one, one), operators.scale(one, 2.0)):
+        assert sorted(map(firsts(other).count, set(firsts(other)))) == [3, 3], "three of either"
+    thrice = operators.splice(operators.splice(one, one), one)
+    assert len(set(firsts(thrice))) == 3
+    assert len(set(firsts(operators.scale(operators.repeat(one, 2), 2.0)))) == 4
 
 
 def test_what_is_too_long_is_cut_or_dropped() -> None:

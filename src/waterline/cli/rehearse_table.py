@@ -54,13 +54,19 @@ def show(found: "Rehearsed") -> None:
 
 def _draw_summaries(screen: "Console", title: str, parts: "Sequence[Summary]", total: "Summary") -> None:
     ttft, tpot = "TTFT p50/p90/p99", "TPOT p50/p90/p99"
+    heads = ["tenant", "model", "requests", "refused", "gave up", "cached", ttft, tpot, "in SLO", "goodput/s", "GPU-h"]
+    heads += ["cost", "per M tokens"]
+    nothing = {name for name, sum_ in (("gave up", total.cancelled), ("cached", total.cached_tokens)) if not sum_}
+    shown = [index for index, head in enumerate(heads) if head not in nothing]
+    spare = ("GPU-h", "per M tokens", "goodput/s", "gave up", tpot, "cost", "cached", "refused", ttft)
     rows = [
         (
             summary.tenant or "all",
             summary.model,
             f"{summary.requests:,}",
             f"{summary.refused:,}",
-            *([f"{summary.cancelled:,}"] if total.cancelled else []),
+            f"{summary.cancelled:,}",
+            f"{summary.cached_fraction:.1%}",
             percentiles_text(summary.ttft_s),
             percentiles_text(summary.tpot_s),
             f"{summary.slo_fraction:.1%}",
@@ -74,13 +80,10 @@ def _draw_summaries(screen: "Console", title: str, parts: "Sequence[Summary]", t
     draw(
         screen,
         title,
-        (
-            *("tenant", "model", "requests", "refused", *(["gave up"] if total.cancelled else [])),
-            *(ttft, tpot, "in SLO", "goodput/s", "GPU-h", "cost", "per M tokens"),
-        ),
-        rows,
+        [heads[index] for index in shown],
+        [[row[index] for index in shown] for row in rows],
         text_columns=2,
-        spare=("GPU-h", "per M tokens", "goodput/s", tpot, "cost", "refused", ttft),
+        spare=[name for name in spare if name not in nothing],
         last_apart=True,
     )
 

@@ -192,7 +192,7 @@ class Moving(House):
         return super().start_all(replicas, ready_ps)
 
     def _terms(self) -> Terms:
-        terms, shares = super()._terms(), self.setting.shares
+        terms, shares = replace(super()._terms(), affinity=self.setting.affinity), self.setting.shares
         if shares is None:
             return terms
         guarantee, deserved, limit = (tuple(column) for column in zip(*shares, strict=True))

@@ -18,12 +18,14 @@ from waterline.errors import InputError, TraceError
 from waterline.fleet import DEFAULT_CONTEXT_TOKENS, HOURS, Demand
 from waterline.plan import Plan
 from waterline.rehearsal.beside import ahead
+from waterline.rehearsal.capacity import NEVER
 from waterline.rehearsal.dealing import dealt
 from waterline.units import DAY_S, GIGA, HOUR_S, PICOSECONDS_PER_S
-from waterline.workload import LENGTH_SIGMA, TICKS_PER_S, Request, Trace, operators
+from waterline.workload import LENGTH_SIGMA, TICKS_PER_S, Request, Trace, operators, ragged
 from waterline.workload.files import open_trace
 from waterline.workload.operators import Surge, until
-from waterline.workload.stream import DAY_NS, UNSAID, Chunk, Names, Stream, measure
+from waterline.workload.ragged import Ragged
+from waterline.workload.stream import DAY_NS, ENDLESS, UNSAID, Chunk, Names, Stream, measure
 
 DEFAULT_DURATION_S = 15 * 60.0
 MOST_DRAWN = 2_000_000_000  # requests; an hour or more of work
@@ -47,6 +49,8 @@ class Piece:
     row: Integers  # index of the row of the demand that asks
     cached_tokens: NDArray[np.int32]  # of the prompt; at least one token of it is not
     client: NDArray[np.int32]  # index of its name in `Traffic.clients`, or UNSAID
+    patience_ps: Integers  # how long it waits for its turn, or NEVER: as long as it takes
+    blocks: Ragged  # keys of its prompt, see `policy.routing`
 
     def __len__(self) -> int:
         return len(self.arrival_ps)
@@ -56,6 +60,21 @@ class Piece:
 
 
 COLUMNS = tuple(column.name for column in fields(Piece))
+
+
+def piece_of(
+    arrival_ps: Integers,
+    prompt_tokens: Integers,
+    output_tokens: Integers,
+    row: Integers,
+    cached_tokens: NDArray[np.int32],
+) -> Piece:
+    """Return requests of clients without a name or an end of patience, whose prompts have nothing to do with others."""
+    count = len(arrival_ps)
+    nobody, endless = np.full(count, UNSAID, np.int32), np.full(count, NEVER)
+    return Piece(
+        arrival_ps, prompt_tokens, output_tokens, row, cached_tokens, nobody, endless, ragged.empty(count)
+    )  # fmt: skip
 
 
 class Traffic:
@@ -187,11 +206,13 @@ class _Recorded:
 
     def prefix_hit(self, row: Demand) -> float:
         """Return what the demand says is cached of each prompt, where the trace does not say it of any."""
-        return 0.0 if self.measured.cached_tokens else row.prefix_hit
+        return 0.0 if self.measured.cached_tokens or self.measured.blocks else row.prefix_hit
 
     def cached_notes(self, rows: Sequence[Demand]) -> Iterator[str]:
-        if self.measured.cached_tokens:
-            share = self.measured.cached_fraction
+        share = self.measured.cached_fraction
+        if self.measured.blocks:
+            yield f"{share:.1%} of its prompts' tokens had been asked before; what a replica still has is not read"
+        elif self.measured.cached_tokens:
             yield f"{share:.1%} of its prompts' tokens had been asked before, and are not read again"
         elif any(row.prefix_hit for row in rows):
             yield "it does not tell what was cached of its prompts: taken from prefix_hit"
@@ -278,10 +299,13 @@ class _Dealt:
         self.recorded, self.asked, self.surges = recorded, asked, surges
         self.clients = asked.clients
         self.prefix_hits = np.array([recorded.prefix_hit(row) for row in rows])
+        models = sorted({row.model for row in rows})
+        self.model_of_row = np.array([models.index(row.model) for row in rows])
 
     def pieces(self) -> Iterator[Piece]:
         for chunk in self.asked.chunks():
-            yield from _cut(_piece(chunk, chunk.model, self.prefix_hits[chunk.model]))
+            piece = _piece(chunk, chunk.model, self.prefix_hits[chunk.model])
+            yield from _cut(replace(piece, blocks=piece.blocks.apart(1 + self.model_of_row[piece.row], "model")))
 
     def notes(
         self, rows: Sequence[Demand], counts: Sequence[int], spans_ps: Sequence[tuple[int, int] | None]
@@ -392,8 +416,7 @@ class _Asked:
             generator=Generator(PCG64([self.seed, index, number])),
         )
         cached = _cached(prompts, row.prefix_hit)
-        nobody = np.full(len(prompts), UNSAID, np.int32)
-        drawn = Piece(begin_ps + arrivals_ps, prompts, outputs, np.full(len(prompts), index), cached, nobody)
+        drawn = piece_of(begin_ps + arrivals_ps, prompts, outputs, np.full(len(prompts), index), cached)
         if not surges:
             return drawn
         clock_ns = self.hour * HOUR_NS + drawn.arrival_ps // PICOSECONDS_PER_NS
@@ -423,7 +446,8 @@ class _Cursor:
             if chunk is None:
                 break
             chunk = replace(chunk, client=self._among_all(chunk.client))
-            taken.append(_piece(chunk, np.full(len(chunk), self._row), self._prefix_hit))
+            piece = _piece(chunk, np.full(len(chunk), self._row), self._prefix_hit)
+            taken.append(replace(piece, blocks=piece.blocks.apart(1 + piece.row, "row")))
         whole = joined(taken)
         end = len(whole) if end_ps is None else int(np.searchsorted(whole.arrival_ps, end_ps))
         self._rest = [whole[end:]] if end < len(whole) else []
@@ -440,7 +464,8 @@ class _Cursor:
 def _piece(chunk: Chunk, row: NDArray[Any], prefix_hit: float | NDArray[np.float64]) -> Piece:
     """Return a chunk as a piece. `prefix_hit`: of a trace that does not tell what was cached."""
     prompts = chunk.prompt_tokens.astype(np.int64)
-    told = np.minimum(chunk.cached_tokens, chunk.prompt_tokens - 1)
+    told = np.where(chunk.blocks.counts > 0, 0, np.minimum(chunk.cached_tokens, chunk.prompt_tokens - 1))
+    patient = (chunk.patience_ns == ENDLESS) | (chunk.patience_ns > LONGEST_DAYS * DAY_S * GIGA)
     return Piece(
         chunk.arrival_ns * PICOSECONDS_PER_NS,
         prompts,
@@ -448,6 +473,8 @@ def _piece(chunk: Chunk, row: NDArray[Any], prefix_hit: float | NDArray[np.float
         row.astype(np.int64),
         np.maximum(told, _cached(prompts, prefix_hit)),
         chunk.client,
+        np.where(patient, NEVER, chunk.patience_ns * PICOSECONDS_PER_NS),
+        chunk.blocks,
     )
 
 
@@ -550,8 +577,8 @@ def joined(parts: Sequence[Piece]) -> Piece:
     if len(parts) == 1:
         return parts[0]
     none = np.zeros(0, np.int64)
-    parts = [Piece(none, none, none, none, none.astype(np.int32), none.astype(np.int32)), *parts]
-    return Piece(*(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS))
+    parts = [piece_of(none, none, none, none, none.astype(np.int32)), *parts]
+    return Piece(*(ragged.joined([getattr(part, name) for part in parts]) for name in COLUMNS))
 
 
 def _cut(asked: Piece) -> Iterator[Piece]:

@@ -16,10 +16,10 @@ from waterline.policy.decisions import GAVE_UP, NOT_SERVED, OVER_LIMIT, QUEUE_FU
 from waterline.rehearsal.arrivals import Piece, joined
 from waterline.rehearsal.capacity import NEVER, Capacity, Terms
 from waterline.rehearsal.recorder import Recorder
-from waterline.rehearsal.state import Integers, Reals
+from waterline.rehearsal.state import NEVER_PS, Integers, Reals
 from waterline.rehearsal.station import Passages, Station
 from waterline.units import HOUR_S, PICOSECONDS_PER_S
-from waterline.workload.stream import UNSAID, Names
+from waterline.workload.stream import BLOCK_TOKENS, UNSAID, Names
 
 PICOSECONDS_PER_HOUR = HOUR_S * PICOSECONDS_PER_S
 
@@ -64,6 +64,7 @@ class House:
             limit=tuple(float(one.limit) for one in tenants) or (1.0,) * len(self.tenants),
             tenant_of_client=tuple(self.tenants.index(row.tenant) for row in self.rows),
             gpus=float(self.plan.fleet.gpus),
+            block_tokens=BLOCK_TOKENS,
         )
 
     # --- Replicas -----------------------------------------------------------------------------------------------------
@@ -143,6 +144,9 @@ class House:
             asked.cached_tokens,
             model=self._model_of_row[asked.row],
             client=self._clients(asked),
+            patience_ps=np.where(asked.patience_ps == NEVER, NEVER_PS, asked.patience_ps),
+            blocks=asked.blocks.values,
+            block_counts=asked.blocks.counts,
         )
         self._unsettled.append(asked)
 
@@ -277,6 +281,7 @@ class Settled:
             busy_ps=passages.busy_ps,
             preemptions=passages.preemptions,
             retry_s=passages.retry_s,
+            cached_tokens=passages.cached_tokens,
             read_by=known[passages.read_by],
             read_busy_ps=passages.read_busy_ps,
             status=self.status,
@@ -298,6 +303,7 @@ class Settled:
             passages.replica,
             passages.preemptions,
             passages.retry_s,
+            passages.cached_tokens,
             self._gpu_ps(),
             self.status,
         )
@@ -312,6 +318,7 @@ class Settled:
             replica,
             preempted,
             retry_s,
+            cached,
             gpu_ps,
             status,
         ) in zip(*(column.tolist() for column in columns), strict=True):
@@ -324,6 +331,7 @@ class Settled:
                 first_token_s=first_ps / PICOSECONDS_PER_S if first_ps != NEVER else float("nan"),
                 finish_s=finish_ps / PICOSECONDS_PER_S,
                 prompt_tokens=prompt,
+                cached_tokens=cached,
                 output_tokens=output if replica >= 0 else 0,
                 gpu_s=gpu_ps / PICOSECONDS_PER_S,
                 preemptions=preempted,

@@ -3,8 +3,8 @@
 - `waterline`: what the live service runs.
 - `plan`: replicas come and go at the hours of the plan, whatever is asked.
 - `static`: a fixed split. Each tenant has what it deserves all day, for replicas and jobs of its own; nobody lends.
-- `fcfs`: one queue, first come, first served, and no shares. Replicas start on idle GPUs when the load has grown, and
-  stop when it has fallen; jobs keep what they have.
+- `fcfs`: one queue, first come, first served, and no shares; requests go to whoever has least to do, whatever was read
+  there before. Replicas start on idle GPUs when the load has grown, and stop when it has fallen; jobs keep theirs.
 - `priority`: whoever has the higher priority comes first, at the desk and in taking GPUs, and nobody is promised
   anything. It reacts to the load as it is.
 
@@ -37,6 +37,7 @@ class Setting:
     roster: Roster
     shares: tuple[tuple[float, float, float], ...] | None = None  # of each tenant at the desk; None: the fleet's
     one_queue: bool = False  # everybody is one client of one tenant
+    affinity: bool = True  # requests go where the beginning of their prompt has been read
     warm: bool = False  # what is started at the beginning has loaded before
     names: dict[str, str] = field(default_factory=dict)  # of models, where the plan has others than the fleet
 
@@ -142,7 +143,7 @@ def _fcfs(plan: Plan, rows: tuple[Demand, ...], roster: Roster) -> Setting:
     tenants.deserved_gpus[:], tenants.limit_gpus[:] = 0.0, 0.0
     tenants.deserved_gpus[0] = tenants.limit_gpus[0] = float(tide.free_gpus.sum() + tide.replicas.gpus.sum())
     shares = ((0.0, ALL, ALL),) * len(roster.tenants)
-    return Setting(plan=plan, rows=rows, roster=roster, shares=shares, one_queue=True)
+    return Setting(plan=plan, rows=rows, roster=roster, shares=shares, one_queue=True, affinity=False)
 
 
 def _priority(plan: Plan, rows: tuple[Demand, ...], roster: Roster) -> Setting:

@@ -117,6 +117,7 @@ class Recorder:
         busy_ps: Integers,  # its share of the replica's steps
         preemptions: Integers,
         retry_s: Reals,  # after which it was told to come back; 0: it was not
+        cached_tokens: Integers,  # of the prompt, in the cache where it was read
         read_by: Integers,  # the replica that read the prompt where another one wrote the answer, or NOWHERE
         read_busy_ps: Integers,
         status: Integers | None = None,  # indices of STATUSES; None: "ok" of those that reached a replica
@@ -146,6 +147,7 @@ class Recorder:
             replica=replica,
             busy_s=busy_ps / PICOSECONDS_PER_S,
             retry_s=retry_s,
+            cached_tokens=np.where(replica >= 0, cached_tokens, 0),
         )
         split = read_by != NOWHERE
         self.sampler.add(

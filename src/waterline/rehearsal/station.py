@@ -397,7 +397,7 @@ def shown(memory: Memory) -> Memory:
     """Return the memory as the event loop wants it, compiled or not."""
     if seen(NOBODY) is NOBODY:
         return memory
-    return Memory(dispatch.plain(memory.desk), *[seen(array) for array in memory[1:-1]], memory.remembers)
+    return Memory(dispatch.plain(memory.desk), *[*map(seen, memory[1:-1]), memory.remembers])
 
 
 def _refuse_time() -> NoReturn:

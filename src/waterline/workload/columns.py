@@ -10,8 +10,9 @@ from waterline.workload.source import shown
 SECONDS_NS = GIGA
 UNITS_NS = {"arrival": SECONDS_NS, "arrival_ms": 10**6, "arrival_us": 10**3, "arrival_ns": 1}
 COUNTS = ("prompt", "output", "cached")
+PATIENCE = "patience"
 LABELS = ("tenant", "model", "client")
-KEYS = (*UNITS_NS, *COUNTS, *LABELS)
+KEYS = (*UNITS_NS, *COUNTS, *LABELS, PATIENCE)
 EXAMPLE = "arrival=ts,prompt=in_tokens,output=out_tokens,tenant=team"
 
 
@@ -26,12 +27,13 @@ class ColumnMap:
     tenant: str = ""
     model: str = ""
     client: str = ""
+    patience: str = ""  # seconds
     unit_ns: int = SECONDS_NS  # what an arrival of 1 is
 
     @property
     def named(self) -> dict[str, str]:
         """The columns that are there, by what they are."""
-        both = {key: getattr(self, key) for key in ("arrival", *COUNTS, *LABELS)}
+        both = {key: getattr(self, key) for key in ("arrival", *COUNTS, *LABELS, PATIENCE)}
         return {key: name for key, name in both.items() if name}
 
 
@@ -44,6 +46,7 @@ OWN = ColumnMap(
     tenant="tenant",
     model="model",
     client="client",
+    patience="patience_s",
 )
 HEADER = ",".join((AZURE.arrival, AZURE.prompt, AZURE.output))
 

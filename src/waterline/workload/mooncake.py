@@ -12,14 +12,15 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from waterline.workload import ragged
 from waterline.workload.source import Source, shown
-from waterline.workload.stream import Chunk, chunk_of
+from waterline.workload.stream import BLOCK_TOKENS, Chunk, chunk_of
 
-BLOCK_TOKENS = 512
 NS_PER_MS = 10**6
 EXPECTED = '{"timestamp": 0, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1, 2]}'
 
 Tokens = Annotated[int, Meta(ge=1, le=999_999_999)]
+Hash = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class Row(msgspec.Struct):
@@ -28,7 +29,7 @@ class Row(msgspec.Struct):
     timestamp: Annotated[float, Meta(ge=0, le=9e12)]  # ms
     input_length: Tokens
     output_length: Tokens
-    hash_ids: list[int] = []
+    hash_ids: list[Hash] = []
 
 
 class EndlessCache:
@@ -57,7 +58,7 @@ class EndlessCache:
 
 
 def read_mooncake(source: Source, cache: EndlessCache | None = None) -> Iterator[Chunk]:
-    """Yield the requests, in the order of the file; the tokens found in the cache are those of an endless one.
+    """Yield the requests, in the order of the file, with their blocks; cached tokens are those of an endless cache.
 
     Raises:
         TraceError: naming the line, what is wrong with it and what a line looks like.
@@ -86,4 +87,5 @@ def read_mooncake(source: Source, cache: EndlessCache | None = None) -> Iterator
             np.array([row.output_length for row in rows], np.int32),
             cached_tokens=np.array(cached, np.int32),
             line=np.array(numbers, np.int64),
+            blocks=ragged.ragged([row.hash_ids for row in rows]),
         )

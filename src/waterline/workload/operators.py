@@ -115,7 +115,7 @@ def multiplied(chunks: Iterator[Chunk], chosen: Callable[[Chunk], tuple[Flags, F
         end = len(pool)
         if part and len(places) and (places[-1] > 0 or end < FARTHEST):
             end = int(places[-1])
-        ready = _copied(pool, places, copies, end, place_dice)
+        ready = _copied(pool, places, copies, end, place_dice, seed)
         held = (pool[end:], mine[end:], copies[end:]) if end < len(pool) else None
         if len(ready):
             yield ready
@@ -140,8 +140,11 @@ def _appended(held: tuple[Chunk, Flags, Longs] | None, more: tuple[Chunk, Flags,
     return joined([held[0], more[0]]), np.concatenate([held[1], more[1]]), np.concatenate([held[2], more[2]])
 
 
-def _copied(pool: Chunk, places: Longs, copies: Longs, end: int, dice: Generator) -> Chunk:
-    """Return the copies of the requests before `end`; `places` are those that belong together."""
+def _copied(pool: Chunk, places: Longs, copies: Longs, end: int, dice: Generator, seed: int) -> Chunk:
+    """Return the copies of the requests before `end`; `places` are those that belong together.
+
+    All first copies are other people than all originals, and so on: their prompts begin alike among each other only.
+    """
     own = places[places < end]
     gap_ns = np.zeros(end, np.int64)
     if len(own):
@@ -150,6 +153,8 @@ def _copied(pool: Chunk, places: Longs, copies: Longs, end: int, dice: Generator
     index = np.repeat(np.arange(end), copies[:end])
     later = np.flatnonzero(index == np.concatenate([[-1], index[:-1]]))  # copies but the first
     ready = pool[index]
+    copy = np.arange(len(index)) - np.searchsorted(index, index)
+    ready = replace(ready, blocks=ready.blocks.apart(copy, f"copies {seed}"))
     arrival_ns = ready.arrival_ns.copy()
     arrival_ns[later] += (dice.random(len(later)) * gap_ns[index[later]]).astype(np.int64)
     return replace(ready, arrival_ns=arrival_ns)[np.argsort(arrival_ns, kind="stable")]
@@ -198,7 +203,9 @@ def repeat(stream: Stream, times: int, *, every_ns: int = 0) -> Stream:
             )
         for number in range(times):
             begin_ns = number * (every_ns or whole.lasts_ns)
-            yield from (replace(chunk, arrival_ns=chunk.arrival_ns + begin_ns) for chunk in stream.chunks())
+            for chunk in stream.chunks():
+                blocks = chunk.blocks.apart(np.full(len(chunk), number), "repeat")
+                yield replace(chunk, arrival_ns=chunk.arrival_ns + begin_ns, blocks=blocks)
 
     return replace(stream, read=read)
 
@@ -217,6 +224,7 @@ def splice(first: Stream, second: Stream, *, at_ns: int | None = None) -> Stream
                 tenant=_renamed(chunk.tenant, second.tenants, first.tenants),
                 model=_renamed(chunk.model, second.models, first.models),
                 client=_renamed(chunk.client, second.clients, first.clients),
+                blocks=chunk.blocks.apart(np.ones(len(chunk), np.int64), f"then {first.name}"),
             )
 
     return replace(first, name=f"{first.name} then {second.name}", read=read, notes=(*first.notes, *second.notes))

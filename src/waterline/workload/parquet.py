@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 
 from waterline.errors import MissingExtraError
-from waterline.workload.columns import LABELS, UNITS_NS, ColumnMap, find_columns
+from waterline.workload.columns import LABELS, PATIENCE, SECONDS_NS, UNITS_NS, ColumnMap, find_columns
 from waterline.workload.digits import Longs
 from waterline.workload.source import Source
-from waterline.workload.stream import CHUNK, Chunk, Ints, Names, chunk_of
+from waterline.workload.stream import CHUNK, ENDLESS, Chunk, Ints, Names, chunk_of
 
 LATEST_NS = 2**63 - 1
 MOST_TOKENS = 999_999_999
+NUMBERS = ("int", "uint", "float", "double", "halffloat")  # types
+EXPECTED_PATIENCE = "a number of seconds above 0, or missing where it has no end"
 
 
 def read_parquet(source: Source, columns: ColumnMap | None, names: dict[str, Names]) -> Iterator[Chunk]:
@@ -48,13 +50,15 @@ class _Batch:
 
     def chunk(self, names: dict[str, Names]) -> Chunk:
         own = self.columns.named
+        named: dict[str, Any] = {key: self._labels(key, names[key]) for key in LABELS if key in own}
         return chunk_of(
             self._arrivals(),
             self._tokens("prompt", 1),
             self._tokens("output", 1),
             line=self.line,
             cached_tokens=self._tokens("cached", 0) if "cached" in own else None,
-            **{key: self._labels(key, names[key]) for key in LABELS if key in own},
+            patience_ns=self._patience() if PATIENCE in own else None,
+            **named,
         )
 
     def _column(self, key: str) -> Any:
@@ -65,11 +69,17 @@ class _Batch:
         name = self.columns.named[key]
         self.source.refuse(f"column {name}: {value!r} is not {expected}.", int(self.line[row]))
 
-    def _numbers(self, key: str, least: int, most: int, unit: int, expected: str) -> Longs:
-        """Return the values times a unit, whole; refuse the first that is none, NaN or beyond the limits."""
+    def _numbers(self, key: str, least: int, most: int, unit: int, expected: str, filler: int | None = None) -> Longs:
+        """Return the values times a unit, whole; refuse the first that is none, NaN or beyond the limits.
+
+        `filler` stands for what is missing, where that is no mistake.
+        """
         column = self._column(key)
+        numbers = str(column.type).startswith(NUMBERS)
+        if filler is not None and numbers:
+            column = column.fill_null(filler)
         values = column.to_numpy(zero_copy_only=False)
-        if values.dtype.kind not in "iuf":
+        if not numbers or values.dtype.kind not in "iuf":
             kind = str(column.type)
             self.source.refuse(f"column {self.columns.named[key]} holds {kind}. Expected {expected}.")
         with np.errstate(invalid="ignore"):
@@ -96,6 +106,15 @@ class _Batch:
     def _tokens(self, key: str, least: int) -> Ints:
         expected = f"a whole number from {least} to {MOST_TOKENS}"
         return self._numbers(key, least, MOST_TOKENS, 1, expected).astype(np.int32)
+
+    def _patience(self) -> Longs:
+        values = self._numbers(PATIENCE, 0, LATEST_NS, SECONDS_NS, EXPECTED_PATIENCE, filler=1)
+        column = self._column(PATIENCE)
+        missing = column.is_null().to_numpy(zero_copy_only=False)
+        none = np.flatnonzero(~missing & (column.fill_null(1).to_numpy(zero_copy_only=False) == 0))
+        if len(none):
+            self._refuse(PATIENCE, int(none[0]), EXPECTED_PATIENCE)
+        return np.where(missing, ENDLESS, np.maximum(values, 1))
 
     def _labels(self, key: str, names: Names) -> Ints:
         encoded = self._column(key).cast("string").dictionary_encode()

@@ -11,11 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterline.units import DAY_S, GIGA
+from waterline.workload import ragged
+from waterline.workload.ragged import Ragged
 
 CHUNK = 1 << 16  # requests, about
 UNSAID = -1  # of a tenant, model or client that the trace does not name
+ENDLESS = -1  # patience
 UNMET = -2  # of a name that has not been met
 DAY_NS = DAY_S * GIGA
+BLOCK_TOKENS = 512  # as Mooncake's traces have them
 
 Longs = NDArray[np.int64]
 Ints = NDArray[np.int32]
@@ -33,6 +37,8 @@ class Chunk:
     model: Ints
     client: Ints
     line: Longs  # of the file, where an error should point to; 0 where it was drawn
+    patience_ns: Longs  # how long the client waits for its turn, above 0, or ENDLESS
+    blocks: Ragged  # keys of the prompt's blocks, of `BLOCK_TOKENS` each: equal keys mean prompts that are equal so far
 
     def __len__(self) -> int:
         return len(self.arrival_ns)
@@ -59,6 +65,8 @@ def chunk_of(
     tenant: Ints | None = None,
     model: Ints | None = None,
     client: Ints | None = None,
+    patience_ns: Longs | None = None,
+    blocks: Ragged | None = None,
 ) -> Chunk:
     """Make a chunk; what is left out is 0 or unsaid."""
     count = len(arrival_ns)
@@ -72,6 +80,8 @@ def chunk_of(
         model=unsaid if model is None else model,
         client=unsaid if client is None else client,
         line=np.zeros(count, np.int64) if line is None else line,
+        patience_ns=np.full(count, ENDLESS, np.int64) if patience_ns is None else patience_ns,
+        blocks=ragged.empty(count) if blocks is None else blocks,
     )
 
 
@@ -79,7 +89,7 @@ def joined(chunks: Sequence[Chunk]) -> Chunk:
     """Return chunks as one, in the order they are given; there must be one."""
     if len(chunks) == 1:
         return chunks[0]
-    return Chunk(*(np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in COLUMNS))
+    return Chunk(*(ragged.joined([getattr(chunk, name) for chunk in chunks]) for name in COLUMNS))
 
 
 class Names:
@@ -148,6 +158,7 @@ class Measured:
     prompt_tokens: int  # sums
     output_tokens: int
     cached_tokens: int
+    blocks: int  # whose keys are known
 
     @property
     def prompt_mean(self) -> float:
@@ -170,15 +181,17 @@ class Measured:
 
 def measure(stream: Stream) -> Measured:
     """Read a stream and say what it comes to."""
-    first_ns, last_ns, requests = None, 0, 0
+    first_ns, last_ns, requests, blocks = None, 0, 0, 0
     sums = dict.fromkeys(("prompt_tokens", "output_tokens", "cached_tokens"), 0)
     for chunk in stream.chunks():
         first_ns = int(chunk.arrival_ns[0]) if first_ns is None else first_ns
         last_ns = int(chunk.arrival_ns[-1])
         requests += len(chunk)
+        blocks += len(chunk.blocks.values)
         for name in sums:
             sums[name] += int(getattr(chunk, name).sum(dtype=np.int64))
-    return Measured(requests=requests, span_ns=last_ns - (first_ns or 0), last_ns=last_ns, **sums)
+    span_ns = last_ns - (first_ns or 0)
+    return Measured(requests=requests, span_ns=span_ns, last_ns=last_ns, blocks=blocks, **sums)
 
 
 def cut(chunk: Chunk, size: int = CHUNK) -> Iterator[Chunk]:
