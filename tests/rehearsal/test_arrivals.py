@@ -19,6 +19,7 @@ from waterline.rehearsal.arrivals import busiest_hour, poisson_trace, traffic
 from waterline.rehearsal.dealing import deal
 from waterline.workload import Request, Trace, read_trace, write_trace
 from waterline.workload.files import open_trace
+from waterline.workload.operators import shift
 from waterline.workload.stream import Stream
 
 ROOT = Path(__file__).parents[2]
@@ -270,3 +271,11 @@ def test_where_a_trace_tells_what_was_cached_it_is_believed_and_else_the_demand(
 def test_a_prompt_that_is_cached_whole_is_refused() -> None:
     with pytest.raises(TraceError, match="request 1 of the trace 'whole' has 10 cached tokens of a prompt of 10"):
         Trace(name="whole", requests=[Request(arrival_s=0.0, prompt_tokens=10, output_tokens=1, cached_tokens=10)])
+
+
+def test_a_trace_of_which_nothing_is_left_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n1,10,5\n")
+    late = shift(open_trace(path), 3600 * 10**9)
+    with pytest.raises(TraceError, match="log.csv: none of its requests is left of that time. Take more of it with"):
+        traffic(plan_with(row("public")), late, seed=0, duration_s=60.0)

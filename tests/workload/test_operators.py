@@ -218,6 +218,12 @@ def test_who_is_not_listed_or_not_named_is_an_error() -> None:
 # --- Grammar -----------------------------------------------------------------------------------------------------------
 
 
+def test_by_a_column_that_a_request_does_not_have_nobody_is_named() -> None:
+    stream = operators.by_value(stream_of([0], tenants=" "), "tenant", "client", {"b": "public"})
+    with pytest.raises(TraceError, match=r"mine.csv, line 2: no client is named. Write \*=… for those"):
+        stream.whole()
+
+
 def test_changes_are_made_from_left_to_right(tmp_path: Path) -> None:
     (tmp_path / "other file.csv").write_text("arrival_s,prompt_tokens,output_tokens\n5,1,1\n6,1,1\n")
     own = stream_of([0, 10 * S])
@@ -255,6 +261,7 @@ def test_two_changes_have_dice_of_their_own() -> None:
         ("shift 3x", "needs a time like 90s, 15m, 2h or 1h30m where '3x' is"),
         ("repeat", "needs how often. Write it like repeat 7"),
         ("repeat 0", "needs how often, from 1 to 100,000"),
+        ("repeat 7 every 0s", "'repeat 7 every 0s' needs a time above 0"),
         ("repeat 7 each 24h", "needs how often. Write it like repeat 7, or repeat 7 every 24h"),
         ("then", "needs a trace file"),
         ("then nowhere.csv", "cannot read the trace nowhere.csv: No such file"),

@@ -180,6 +180,11 @@ class _Recorded:
         self.longest_tokens, self.too_long = longest_tokens, 0
         self.measured = measure(replace(self.stream, read=self._counted))
         self.length_s = self.measured.span_ns / GIGA
+        if not self.measured.requests:
+            raise TraceError(
+                f"{self.stream.name}: none of its requests is left of that time. Take more of it with --duration, or "
+                "change less with --traffic."
+            )
         if self.measured.last_ns > LONGEST_DAYS * DAY_S * GIGA:
             raise InputError(
                 f"a rehearsal holds {LONGEST_DAYS} days, but '{stream.name}' goes on for "

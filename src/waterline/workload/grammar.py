@@ -121,7 +121,7 @@ def _repeat(text: str, words: list[str]) -> Change:
     if not 1 <= times <= MOST_TIMES:
         raise _wrong("repeat", text, f"how often, from 1 to {MOST_TIMES:,}")
     every_ns = _duration_ns("repeat", text, words[2]) if len(words) == 3 else 0
-    if every_ns < 0:
+    if len(words) == 3 and every_ns <= 0:
         raise _wrong("repeat", text, "a time above 0")
     return lambda stream, _: operators.repeat(stream, times, every_ns=every_ns)
 

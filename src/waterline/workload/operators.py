@@ -307,10 +307,13 @@ def by_value(stream: Stream, label: Label, column: Label, values: Mapping[str, s
             named = index[getattr(chunk, column)]
             if (named == UNSAID).any():
                 first = int(np.flatnonzero(named == UNSAID)[0])
-                value = known[int(getattr(chunk, column)[first])]
+                said = int(getattr(chunk, column)[first])
+                where = f"{stream.name}, line {chunk.line[first]}"
+                if said == UNSAID:
+                    raise TraceError(f"{where}: no {column} is named. Write *=… for those, or name its column.")
+                name = known[said]
                 raise TraceError(
-                    f"{stream.name}, line {chunk.line[first]}: the {column} '{value}' is not listed. Write "
-                    f"{value or ANY}=…, or *=… for whatever is not."
+                    f"{where}: the {column} '{name}' is not listed. Write {name}=…, or *=… for whatever is not."
                 )
             yield _labelled(chunk, label, named)
 

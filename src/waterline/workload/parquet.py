@@ -38,7 +38,8 @@ def read_parquet(source: Source, columns: ColumnMap | None, names: dict[str, Nam
             yield reader.chunk(names)
             source.line += batch.num_rows
     except (ArrowException, OSError) as error:
-        source.refuse(f"it cannot be read as Parquet: {str(error).splitlines()[0]}. Write it again.", source.line)
+        why = str(error).splitlines()[0].rstrip(".")
+        source.refuse(f"it cannot be read as Parquet: {why}. Write it again.", source.line)
 
 
 class _Batch:
