@@ -38,3 +38,8 @@ def test_a_stream_that_breaks_off_within_an_event_ends_it_first() -> None:
 
 def test_whole_answers_pass() -> None:
     assert WithoutUsage().whole(b'{"usage":{}}') == b'{"usage":{}}'
+
+
+def test_of_an_event_that_is_taken_out_no_line_stays() -> None:
+    stream = WORD + b"\n\n" + USAGE + b"\ndata: \nid: 7\n\n" + DONE + b"\n\n"
+    assert WithoutUsage().chunk(stream) == WORD + b"\n\n" + DONE + b"\n\n"

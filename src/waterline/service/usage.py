@@ -12,7 +12,7 @@ class WithoutUsage:
     """Takes the event that holds nothing but the usage out of a stream; all other bytes pass as they are."""
 
     def __init__(self) -> None:
-        self._dropped = False  # the event before: the blank line that ends it is still to come
+        self._dropped = False  # the event that is under way: the blank line that ends it is still to come
         self._end = b"\n\n"  # the last bytes that passed
 
     def whole(self, data: bytes) -> bytes:
@@ -31,8 +31,8 @@ class WithoutUsage:
         return b"\n" * (self._end != b"\n\n") + broken_event(error)
 
     def _passes(self, line: bytes) -> bool:
-        if self._dropped and not line.strip():
-            self._dropped = False
+        if self._dropped:
+            self._dropped = bool(line.strip())
             return False
         self._dropped = USAGE in line and _is_usage(line)
         return not self._dropped
