@@ -62,9 +62,7 @@ class Accounts(NamedTuple):
     used_gpu_s: NDArray[np.float64]  # [tenant] half of it is forgotten every HALF_LIFE_S
     gpus: NDArray[np.float64]  # [1] that serve, of all models
     aged_s: NDArray[np.float64]  # [1] when `age` was called last
-    memory_s: NDArray[
-        np.float64
-    ]  # [1] what a GPU that never idled would have on its account by now: MEMORY_S in the end
+    memory_s: NDArray[np.float64]  # [1] what a GPU that never idled would have on its account: MEMORY_S in the end
 
 
 class FairQueue(NamedTuple):
