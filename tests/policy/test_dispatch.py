@@ -67,6 +67,12 @@ def test_a_request_starts_while_there_is_a_slot_and_then_waits_at_the_desk() -> 
     assert dispatch.next_turn(made, 0)[0] == NOBODY
 
 
+def test_a_replica_without_a_slot_gets_nothing_though_it_would_be_done_first() -> None:
+    made = desk((0, BOTH), (0, BOTH))
+    made.replicas.tokens_per_s[0] = made.replicas.prefill_tokens_per_s[0] = 1e9
+    assert [ask(made, PUBLIC).replica for _ in range(2)] == [0, 1]
+
+
 def test_whose_turn_it_is_depends_on_the_tenant_then_on_the_client() -> None:
     made = desk((0, BOTH))
     for client in (PUBLIC, PUBLIC, PUBLIC, OTHER, PAID):

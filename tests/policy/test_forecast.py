@@ -44,6 +44,13 @@ def test_a_growing_load_is_ahead_of_itself() -> None:
     assert bound >= expected
 
 
+def test_what_runs_while_the_load_falls_is_kept_until_it_has_fallen() -> None:
+    """It falls by 1 a step, to 51: in four steps there will be 47, but until then up to 51 have to be served."""
+    wanted, kept = needs(follow([90.0] * 50 + [90.0 - step for step in range(40)]), 0, 89)
+    assert wanted == pytest.approx(51 - 4, rel=0.03)
+    assert kept == pytest.approx(51, rel=0.03)
+
+
 def test_nothing_is_learnt_from_a_spike_of_one_step() -> None:
     quiet, spiked = follow([40.0] * 200), follow([40.0] * 150 + [4000.0] + [40.0] * 49)
     for one, other in zip(quiet, spiked, strict=True):

@@ -89,7 +89,7 @@ def _figures(one: "Rehearsed") -> str:
             (
                 "waterline, at most",
                 f"{float(public.max()) / fleet.gpus:.1%}",
-                f"from {gpus_text(float(public.min()))} GPUs to {gpus_text(float(public.max()))} of {fleet.gpus:,}",
+                f"from {gpus_text(float(public.min()))} to {gpus_text(float(public.max()))} of {fleet.gpus:,} GPUs",
             )
         )
     if total.kwh is not None:

@@ -186,7 +186,7 @@ def energy_said(happened: "Rehearsal") -> list[str]:
 
 
 def kwh_text(kwh: float) -> str:
-    return f"{kwh:,.0f} kWh" if kwh >= 100 else f"{kwh:.3g} kWh"
+    return f"{kwh:,.0f} kWh" if kwh >= 100 or kwh < 1e-9 else f"{kwh:.3g} kWh"
 
 
 def over_time(values: "Reals", length: int) -> str:
