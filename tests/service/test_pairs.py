@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 import aiohttp
@@ -124,11 +125,10 @@ def test_what_is_asked_is_what_the_proxies_of_the_engines_ask() -> None:
 
 
 @WAYS
-@pytest.mark.parametrize("fault", ["500", "hang"])
-def test_when_one_that_reads_fails_another_reads_and_nobody_sees_it(way: str, fault: str) -> None:
+def test_when_one_that_reads_fails_another_reads_and_nobody_sees_it(way: str) -> None:
     plan = split_plan(2, 2)
 
-    async def case() -> None:
+    async def case(fault: str) -> None:
         async with played(plan, way) as (engines, apps), served(plan, engines=engines) as service:
             apps["r0"].fault = fault
             expected = "".join(single(apps["r1"]).words)
@@ -138,15 +138,18 @@ def test_when_one_that_reads_fails_another_reads_and_nobody_sees_it(way: str, fa
             assert len(apps["r1"].read_tokens) == 4
             await until(lambda: all(app.under_way == 0 for app in apps.values()), within_s=5)
 
-    asyncio.run(case())
+    asyncio.run(at_the_same_time(case("500"), case("hang")))
+
+
+async def at_the_same_time(*cases: Awaitable[None]) -> None:
+    await asyncio.gather(*cases)
 
 
 @WAYS
-@pytest.mark.parametrize("fault", ["500", "cut@5"])
-def test_when_one_that_writes_fails_another_goes_on_and_nobody_sees_it(way: str, fault: str) -> None:
+def test_when_one_that_writes_fails_another_goes_on_and_nobody_sees_it(way: str) -> None:
     plan = split_plan(1, 2)
 
-    async def case() -> None:
+    async def case(fault: str) -> None:
         async with played(plan, way) as (engines, apps), served(plan, engines=engines) as service:
             apps["w0"].fault = fault
             expected = "".join(single(apps["w1"]).words)
@@ -160,7 +163,7 @@ def test_when_one_that_writes_fails_another_goes_on_and_nobody_sees_it(way: str,
             await until(lambda: all(app.under_way == 0 for app in apps.values()), within_s=5)
             assert all(lane.running == lane.keeping == 0 for lane in service.gateway.dispatcher.lanes.values())
 
-    asyncio.run(case())
+    asyncio.run(at_the_same_time(case("500"), case("cut@5")))
 
 
 def test_a_cache_that_is_gone_is_read_again() -> None:

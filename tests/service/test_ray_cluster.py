@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 from serving import QUESTION, Served, fake_plan, served, until
 
-from waterline.errors import EngineError, MissingExtraError
+from waterline.errors import EngineError, InputError, MissingExtraError
 from waterline.fleet import Job, Pool
 from waterline.plan import Place, Plan
 from waterline.service.processes import find_process
@@ -80,6 +81,15 @@ def test_without_ray_a_person_is_told_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"waterline-llm\[ray\]"):
         RayCluster("auto")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense"])
+def test_where_no_cluster_answers_that_is_said_at_once(address: str) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'waterline-llm[ray]'")
+    begun_s = time.monotonic()
+    with pytest.raises(InputError, match=f"no Ray cluster answers at '{address}': .*Start one"):
+        RayCluster(address)
+    assert time.monotonic() - begun_s < 10
 
 
 # --- A cluster of two nodes on this machine -------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from waterline.service.ray_host import Host, Said, Started
 from waterline.service.state import State
 
 HOST_WITHIN_S = 60.0  # a node starts our actor; its interpreter has to load us
+REACHED_WITHIN_S = 5.0
 CALLS = 1000  # that may wait on a node at once: two or so for each engine
 # Ray would kill our actor's children before they can end what they have started themselves, and jobs save their work.
 LEAVES_CHILDREN = {"RAY_kill_child_processes_on_worker_exit": "0"}
@@ -116,12 +117,13 @@ class RayCluster:
         except ImportError as error:
             raise MissingExtraError("a fleet on a Ray cluster", "ray") from error
         try:
+            _reach(address)  # Ray would try for minutes
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"no Ray cluster answers at '{address}': {str(error).splitlines()[0]}. Start one (ray start --head on "
-                "this machine, ray start --address HOST:6379 on the others) and write HOST:6379, or auto on one of its "
-                "nodes."
+                f"no Ray cluster answers at '{address}': {str(error).splitlines()[0].rstrip('.')}. Start one (ray "
+                "start --head on this machine, ray start --address HOST:6379 on the others) and write HOST:6379, or "
+                "auto on one of its nodes."
             ) from error
         self._ray = ray
         self._address = address
@@ -246,6 +248,13 @@ class RayCluster:
             )
         log.info("has a node", pool=spot[0], node=spot[1], address=node.address, gpus=node.gpus)
         return host
+
+
+def _reach(address: str) -> None:
+    """Raise OSError where nobody listens at host and port."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=REACHED_WITHIN_S).close()
 
 
 class RemoteChild:
