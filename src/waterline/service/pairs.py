@@ -45,12 +45,7 @@ FROM_HERE: Mapping[str, Any] = {
     "remote_port": None,
 }
 NOT_OF_READING = ("stream_options", "min_tokens", "min_completion_tokens")  # of a request for a single token
-OF_THE_PROMPT = (
-    b"echo",
-    b"prompt_logprobs",
-    b"best_of",
-    b"use_beam_search",
-)  # who writes would have to read it as well
+OF_THE_PROMPT = (b"echo", b"prompt_logprobs", b"best_of", b"use_beam_search")  # who writes would have to read it too
 ROOMS = 2**63
 NOBODY = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}  # SGLang's own name for a meeting with nobody, to be tried
 
@@ -132,6 +127,13 @@ def where_it_lies(answer: bytes) -> Mapping[str, Any]:
     """Return what the one that writes is told beside the request; nothing when there is nothing to fetch."""
     said = orjson.loads(answer).get("kv_transfer_params")
     return {"kv_transfer_params": said} if said else {}
+
+
+def discreet(answer: bytes) -> bytes:
+    """Return an answer that comes whole without what engines tell one another about caches: that is no client's."""
+    if b'"kv_transfer_params"' not in answer:
+        return answer
+    return orjson.dumps({name: value for name, value in orjson.loads(answer).items() if name != "kv_transfer_params"})
 
 
 def where_to_meet(dialect: Dialect, url: str) -> Mapping[str, Any]:

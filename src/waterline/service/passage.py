@@ -28,7 +28,7 @@ from waterline.service.engines.dialect import AT_ONCE
 from waterline.service.errors import RejectedError
 from waterline.service.events import DONE, BadEventError
 from waterline.service.health import Health, Watch
-from waterline.service.pairs import Handover, Pairs, Wanted, trial
+from waterline.service.pairs import Handover, Pairs, Wanted, discreet, trial
 from waterline.service.response_relay import Relay
 from waterline.service.responses import RESPONSES
 from waterline.service.said import Said
@@ -324,6 +324,8 @@ class Passages:
             response.close()
         watch.since_s = math.inf
         self._heard(passage, watch)
+        if passage.handover:
+            data = discreet(data)
         await reply.whole(200, data, passed_back(response))
 
     def _wanted(self, passage: Passage, replica: Replica, reply: Reply) -> Wanted:

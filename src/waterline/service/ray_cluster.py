@@ -229,6 +229,8 @@ class RayCluster:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415 - an extra
 
         where = f"node {spot[1]} of pool '{spot[0]}' ({node.address})"
+        assert self._fleet  # noqa: S101 - from `prepare`
+        grace_s = max(tenant.grace_s for tenant in self._fleet.tenants)
         host = (
             self._ray.remote(Host)
             .options(
@@ -238,9 +240,9 @@ class RayCluster:
                 runtime_env={"env_vars": LEAVES_CHILDREN},
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
             )
-            .remote(f"{socket.gethostname()}:{mark}/{spot[0]}.{spot[1]}")  # nodes may share a machine
+            .remote(f"{socket.gethostname()}:{mark}/{spot[0]}.{spot[1]}", grace_s)  # nodes may share a machine
         )
-        if not await _answers(host):
+        if not await _answers(host, HOST_WITHIN_S + grace_s):
             self._ray.kill(host)
             raise EngineError(
                 f"{where} did not start our actor within {HOST_WITHIN_S:g} s. Are its {node.gpus} GPUs free (ray "
@@ -322,9 +324,9 @@ def _where(spot: Spot, node: Node) -> str:
     return f"{spot[0]}/{spot[1]} ({node.address})"
 
 
-async def _answers(host: Any) -> bool:
+async def _answers(host: Any, within_s: float = HOST_WITHIN_S) -> bool:
     with suppress(Exception):  # Ray has many for an actor that is dead, or cannot be reached
-        async with asyncio.timeout(HOST_WITHIN_S):
+        async with asyncio.timeout(within_s):
             return bool(await host.ready.remote())
     return False
 

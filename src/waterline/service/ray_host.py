@@ -45,15 +45,16 @@ class Host:
 
     Args:
         mark: of the service and the node; who bears it already was left behind by an earlier one, and is ended.
+        grace_s: for jobs among them to save their work.
     """
 
-    def __init__(self, mark: str) -> None:
+    def __init__(self, mark: str, grace_s: float) -> None:
         self._state = State(path=Path(mark))
         self._children: dict[str, Child] = {}
         self._held: dict[str, Held] = {}
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._run(end_marked(mark))
+        self._run(end_marked(mark, grace_s))
 
     def ready(self) -> bool:
         return True

@@ -245,6 +245,7 @@ class FakeApp:
         job = Job(prompt_tokens=answer.usage["prompt_tokens"], output_tokens=answer.output_tokens)
         if self.part.role == "decode" and await self.caches.fetch(told, answer.prompt_ids):
             job.read_tokens = job.prompt_tokens - 1  # the last one is read again to produce one
+            answer.beside = {"kv_transfer_params": None}  # as vLLM says
         try:
             if answer.output_tokens:
                 self.batch.add(job)
