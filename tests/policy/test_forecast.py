@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from waterline.policy import forecast as module
-from waterline.policy.forecast import Series, new_series
+from waterline.policy.forecast import Series, expect_day, new_series
 from waterline.policy.jit import compiled
 
 observe, forecast, needs = (compiled(one) for one in (module.observe, module.forecast, module.needs))
@@ -31,6 +31,22 @@ def ahead(series: Series, step: int, steps: int = 4) -> tuple[float, float]:
 def test_before_three_steps_are_known_the_forecast_is_the_last_load() -> None:
     assert ahead(follow([]), 0) == (0.0, 0.0)
     assert ahead(follow([5.0]), 0) == (5.0, 5.0)
+
+
+def test_where_the_plan_expects_nothing_and_nothing_comes_nothing_is_needed() -> None:
+    series = new_series([4], 30.0)
+    expect_day(series, 0, np.zeros(24))
+    for step in range(100):
+        observe(series, 0, step, 0.0)
+        assert needs(series, 0, step) == (0.0, 0.0)
+
+
+def test_it_begins_with_the_day_of_the_plan() -> None:
+    series = new_series([4], 30.0)
+    expect_day(series, 0, np.full(24, 40.0))
+    for step, load in enumerate([60.0, 30.0, 50.0]):
+        observe(series, 0, step, load)
+        assert needs(series, 0, step)[0] == pytest.approx(40.0, rel=0.1)
 
 
 def test_a_steady_load_stays() -> None:

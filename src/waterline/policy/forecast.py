@@ -44,6 +44,7 @@ LARGEST_RESIDUAL = 4.0  # in usual ones
 FIRST_USUAL = 0.25  # of the load, while no residual is known
 LEAST_RELATIVE = 0.02  # of the mean load: what counts as usual at least, and as a quiet hour at most
 TINY = 1e-12
+QUIETEST = 1e-9  # load of a time of day, so that something can be relative to it
 NEVER = -1
 MOMENTUM, HABIT = 0, 1
 
@@ -130,7 +131,7 @@ def forecast(series: Series, one: int, now_step: int, ahead_steps: int) -> tuple
     """
     if series.step[one] == NEVER:
         known = _known(series, one, now_step + ahead_steps)
-        said = _typical(series, one, now_step + ahead_steps) if known else float(series.last_load[one, 1])
+        said = _believed(series, one, now_step + ahead_steps) if known else float(series.last_load[one, 1])
         return said, said
     expected = _both(series, one, now_step + ahead_steps)
     return expected, expected + series.error[one, 1]
@@ -180,10 +181,10 @@ def _learn(series: Series, one: int, step: int, load: float) -> None:
 def _begin(series: Series, one: int, step: int, load: float) -> None:
     """Begin with what the day is believed to be like, else with the first load; nobody knows yet how it scatters."""
     known = _known(series, one, step)
-    expected = _typical(series, one, step) if known else load
+    expected = _believed(series, one, step) if known else load
     series.mean[one] = series.level[one, MOMENTUM] = expected
     series.usual[one, MOMENTUM] = FIRST_USUAL * expected
-    if known:
+    if known and expected > 0.0:
         series.level[one, HABIT], series.usual[one, HABIT] = 1.0, FIRST_USUAL
 
 
@@ -300,7 +301,14 @@ def _typical(series: Series, one: int, step: int) -> float:
     left = int(position + 1.0) - 1  # rounds down from -1 on
     part = position - left
     usual = series.typical[one, left % times] * (1.0 - part) + series.typical[one, (left + 1) % times] * part
-    return float(max(usual, LEAST_RELATIVE * series.mean[one], 1e-9))
+    return float(max(usual, LEAST_RELATIVE * series.mean[one], QUIETEST))
+
+
+@jit
+def _believed(series: Series, one: int, step: int) -> float:
+    """Return the usual load of a time of day, which may be nothing at all: then nothing is needed."""
+    usual = _typical(series, one, step)
+    return float(usual) if usual > QUIETEST else 0.0
 
 
 @jit
