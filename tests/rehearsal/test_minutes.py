@@ -80,6 +80,17 @@ def test_a_surge_takes_gpus_from_jobs_in_time_and_hands_them_back(surged: Rehear
     assert public.slo_fraction > 1.3 * next(one for one in planned.by_tenant if one.tenant == "public").slo_fraction
 
 
+def test_an_idle_guarantee_serves_the_surge_of_another_tenant_of_the_model() -> None:
+    plan = a_plan(jobs=0)
+    guaranteed = tuple(replace(tenant, guarantee=0.0 if tenant.name == "public" else 0.6, deserved=share)
+                       for tenant, share in zip(plan.fleet.tenants, (0.1, 0.6), strict=True))  # fmt: skip
+    plan = replace(plan, fleet=replace(plan.fleet, tenants=guaranteed))
+    done = rehearse(plan, surges=[SURGE], duration_s=1.2 * 3600, keep=False)
+    hosted = [move for move in done.moves if move.rule == "hosts"]
+    assert {move.tenant for move in hosted} == {"research"}
+    assert 3600 < min(move.at_s for move in hosted) <= 3660, "when what idles beside it is used"
+
+
 def test_what_a_job_did_is_kept_or_lost_and_nothing_else(surged: Rehearsal) -> None:
     (job,) = surged.jobs
     had = sum(move.gpus for move in surged.moves if move.kind == "start" and move.target == "train")
