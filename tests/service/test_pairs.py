@@ -182,6 +182,23 @@ def test_a_cache_that_is_gone_is_read_again() -> None:
     asyncio.run(case())
 
 
+def test_a_cache_that_has_gone_with_its_reader_is_not_the_fault_of_the_one_that_writes() -> None:
+    plan = split_plan(2, 1)
+
+    async def case() -> None:
+        async with played(plan, IN_TURN) as (engines, apps), served(plan, engines=engines) as service:
+            states = service.supervisor.states
+            apps["r0"].fault = "forget"
+            states["r0"] = replace_state(states["r0"], "backing off")  # which the desk has not heard of yet
+            text, _ = await stream(service)
+            assert text == "".join(single(apps["r1"]).words)
+            assert [len(app.asked) for app in apps.values()] == [1, 1, 2]
+            health = service.gateway._passages.health
+            assert {one.id: health.of(one).failures for one in plan.replicas}["w0"] == 0.0
+
+    asyncio.run(case())
+
+
 def test_who_wants_several_answers_is_served_whole_where_answers_are_written() -> None:
     plan = split_plan(1, 1)
 
