@@ -133,11 +133,10 @@ def parent(service: Served, replica: str) -> int:
 
 async def a_job_saves_its_work_on_its_node(service: Served, checkpoint: Path, holder: int) -> None:
     jobs = service.jobs
-    command = f'trap "echo $CUDA_VISIBLE_DEVICES > {checkpoint}; exit 3" TERM; while :; do sleep 0.05; done'
+    command = f'trap "echo $CUDA_VISIBLE_DEVICES > {checkpoint}; exit 3" TERM; touch {checkpoint}.up; while :; do sleep 0.05; done'
     one = Job(name="train", tenant="enterprise", command=("sh", "-c", command), checkpoint=str(checkpoint), load_s=0.1)
     jobs.fleet = replace(jobs.fleet, jobs=(one,))
-    name = jobs.start(one, 0, "box", Place(node=1, gpus=(1,)))
-    await until(lambda: jobs.states[name].status == "running")
+    name = await begun(service, checkpoint)
     process = find_process(jobs.states[name].pid or 0)
     assert process
     assert process.parent == holder, "beside the engine of that node"
@@ -147,10 +146,18 @@ async def a_job_saves_its_work_on_its_node(service: Served, checkpoint: Path, ho
     assert find_process(process.pid) is None
 
 
-async def start_again(service: Served) -> str:
+async def begun(service: Served, checkpoint: Path) -> str:
+    """Start a run of the job on the second node, and wait until it has begun and would save its work."""
+    up = checkpoint.with_suffix(".up")
+    remove(up, checkpoint)
     name = service.jobs.start(service.jobs.fleet.jobs[0], 0, "box", Place(node=1, gpus=(1,)))
-    await until(lambda: service.jobs.states[name].status == "running")
+    await until(lambda: up.exists() and service.jobs.states[name].status == "running")
     return name
+
+
+def remove(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def test_engines_run_on_their_nodes_and_come_back_when_they_or_their_node_die(cluster: Any, tmp_path: Path) -> None:
@@ -174,8 +181,7 @@ def test_engines_run_on_their_nodes_and_come_back_when_they_or_their_node_die(cl
             assert parent(service, "chat/0") in holders, "on its node again"
 
             last = {replica: state.pid or 0 for replica, state in states.items()}
-            (tmp_path / "saved").unlink()
-            name = await start_again(service)
+            name = await begun(service, tmp_path / "saved")
             ray._ray.kill(ray._hosts[ray._nodes["box", 1].id])  # as Ray does when we are killed ourselves
             await until((tmp_path / "saved").exists)
             await service.jobs.stop(name, 5.0)
