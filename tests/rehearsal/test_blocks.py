@@ -57,7 +57,7 @@ def test_one_replica_that_forgets_nothing_finds_what_the_prompts_alone_say() -> 
     endless = EndlessCache()
     alone = sum(endless.hit_tokens(length, keys) for length, keys in zip(lengths.tolist(), told, strict=True))
     arrival_ns, blocks = np.arange(2000) * 10**7, ragged.ragged(told)
-    assert found(arrival_ns, lengths, blocks, replicas=1, cache_tokens=10**9, affinity=True) == alone
+    assert found(arrival_ns, lengths, blocks, replicas=1, cache_tokens=10**8, affinity=True) == alone
     with_little_room = found(arrival_ns, lengths, blocks, replicas=1, cache_tokens=100_000, affinity=True)
     assert 0 < with_little_room < alone / 2
 
@@ -75,8 +75,8 @@ def test_of_the_published_prompts_many_replicas_find_as_much_only_where_requests
     stream = published(shared_data)
     alone, whole = measure(stream).cached_tokens, stream.whole()
     asked = whole.arrival_ns, whole.prompt_tokens.astype(np.int64), whole.blocks
-    assert found(*asked, replicas=1, cache_tokens=10**9, affinity=True) == alone
-    near, anywhere = (found(*asked, replicas=16, cache_tokens=10**9, affinity=affinity) for affinity in (True, False))
+    assert found(*asked, replicas=1, cache_tokens=10**8, affinity=True) == alone
+    near, anywhere = (found(*asked, replicas=16, cache_tokens=10**7, affinity=affinity) for affinity in (True, False))
     assert 0.9 * alone < near <= alone
     assert anywhere < 0.5 * alone
 
