@@ -10,7 +10,8 @@ from serving import fake_plan
 from waterline.fleet import Tenant
 from waterline.plan import Plan
 from waterline.policy.decisions import NOT_SERVED, TOO_LATE
-from waterline.service.dispatcher import Dispatcher, Refusal, Ticket, Turn, block_keys
+from waterline.service.dispatcher import Dispatcher, block_keys
+from waterline.service.lines import Refusal, Ticket, Turn
 from waterline.service.rows import MOST_CLIENTS
 
 TENANTS = (Tenant(name="enterprise", guarantee=0.5, deserved=0.5), Tenant(name="public", deserved=0.5))

@@ -13,7 +13,8 @@ from waterline.plan import Plan
 from waterline.policy.decisions import QUEUE_FULL, TOO_LATE
 from waterline.rehearsal.capacity import Ask, Capacity, Terms
 from waterline.rehearsal.oracle import NEVER, Dice, Passage, serve
-from waterline.service.dispatcher import Dispatcher, Refusal, Ticket
+from waterline.service.dispatcher import Dispatcher
+from waterline.service.lines import Refusal, Ticket
 from waterline.units import PICOSECONDS_PER_S
 
 TENANTS = (Tenant(name="enterprise", guarantee=0.4, deserved=0.6), Tenant(name="public", deserved=0.4, limit=0.9))

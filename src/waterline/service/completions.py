@@ -18,9 +18,10 @@ from waterline.service.access import Access, Caller
 from waterline.service.asgi import ClientGoneError, Headers, Receive, Reply, Scope, read_body, unless_disconnected
 from waterline.service.body import BYTES_PER_TOKEN, CHAT, Asked, loaded, read_asked
 from waterline.service.books import OVER_QUOTA, UNLIMITED, Books, Entry
-from waterline.service.dispatcher import NO_BLOCKS, Dispatcher, Refusal, Service, Ticket, block_keys
+from waterline.service.dispatcher import NO_BLOCKS, Dispatcher, block_keys
 from waterline.service.errors import RejectedError, retry_after, shortened
 from waterline.service.limits import was_slow
+from waterline.service.lines import Refusal, Service, Ticket
 from waterline.service.metrics import Metrics
 from waterline.service.passage import Passage, Passages
 from waterline.service.response_relay import Own, read_own

@@ -12,149 +12,23 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from waterline.plan import ModelPlan, Plan, Replica
+from waterline.plan import Plan, Replica
 from waterline.policy import dispatch
 from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
 from waterline.policy.routing import MOST_DRAWN, NOBODY
-from waterline.service.rows import Clients, Rows
-from waterline.units import HOUR_S
+from waterline.service.lines import Lane, Refusal, Service, Ticket, Turn, most_tokens, reads_per_s, works_per_s
+from waterline.service.rows import Rows
 
-Turn = Callable[[bool], None]  # True: go ahead; False: there is no replica left to wait for
 Draw = Callable[[], int]
 
 PATIENCE = 3  # how much longer than its deadline a request may wait that was taken in, before it is told
 LEAST_WAIT_S = 10.0
 ROLES = {"both": dispatch.BOTH, "prefill": dispatch.READS, "decode": dispatch.WRITES}
 NO_BLOCKS: NDArray[np.int64] = np.zeros(0, np.int64)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Lane:
-    """One replica, with what it works on."""
-
-    replica: Replica
-    row: int
-    rows: Rows = field(repr=False)
-    up: bool = False  # its engine answers
-    held: bool = False  # it drains, or did not answer lately: it gets nothing, but is not given up
-    doubted: bool = False  # likewise, because it failed requests
-    ready: bool = False  # it gets work
-    running: int = 0
-    keeping: int = 0  # caches of prompts it has read, which others fetch
-    share_s: float = 0.0  # time a request would have had that had run from the beginning, sharing it evenly
-    settled_s: float = 0.0  # up to when that has been counted
-
-    @property
-    def backlog_tokens(self) -> int:
-        return int(self.rows.desk.replicas.backlog_tokens[self.row])
-
-    @property
-    def writes_only(self) -> bool:
-        """Whether it takes requests over from those that read prompts, and gets none else."""
-        return self.replica.role == "decode"
-
-    def settle(self, now_s: float) -> None:
-        """Count the time up to now; call it before `running` changes."""
-        if self.running:
-            self.share_s += (now_s - self.settled_s) / self.running
-        self.settled_s = now_s
-
-
-@dataclass(slots=True, kw_only=True)
-class Service:
-    """One model."""
-
-    row: int
-    planned: ModelPlan
-    ttft_s: float
-    lanes: list[Lane] = field(default_factory=list)
-    max_context_tokens: int = 0  # of the replica that takes most, in service or not
-    gpu_s_per_prompt_token: float = 0.0  # when all its replicas are full …
-    gpu_s_per_output_token: float = 0.0  # … likewise; the same, unless prompts are read apart
-    usd_per_gpu_s: float = 0.0
-    lines: dict[int, deque["Ticket"]] = field(default_factory=dict)  # by client; those in which somebody waits
-    returned: list["Ticket"] = field(default_factory=list)  # of these, who has begun before and goes first
-
-    @property
-    def waiting(self) -> int:
-        return sum(map(len, self.lines.values()))
-
-    @property
-    def running(self) -> int:
-        return sum(lane.running for lane in self.lanes)
-
-    @property
-    def ready(self) -> int:
-        """How many replicas take requests; none where nobody is left to read, or nobody to write."""
-        roles = [lane.replica.role for lane in self.lanes if lane.ready]
-        return len(roles) if _are_whole(roles) else 0
-
-    @property
-    def has_hope(self) -> bool:
-        """Whether who waits waits for somebody: who reads, and who writes."""
-        return _are_whole(lane.replica.role for lane in self.lanes if lane.up or lane.held)
-
-    def cost_gpu_s(self, prompt_tokens: int, output_tokens: int) -> float:
-        """Return the GPU time that tokens cost, whatever else runs beside them."""
-        return prompt_tokens * self.gpu_s_per_prompt_token + output_tokens * self.gpu_s_per_output_token
-
-    def recount(self) -> None:
-        """Sum up; called when a replica has come or gone. What is left of a model without any stays as it was."""
-        if replicas := [lane.replica for lane in self.lanes]:
-            gpus = sum(replica.layout.gpus for replica in replicas)
-            self.max_context_tokens = max(replica.max_context_tokens for replica in replicas)
-            if readers := [replica for replica in replicas if replica.role != "decode"]:
-                self.gpu_s_per_prompt_token = _gpu_s_per_token(readers)
-            if writers := [replica for replica in replicas if replica.role != "prefill"]:
-                self.gpu_s_per_output_token = _gpu_s_per_token(writers)
-            self.usd_per_gpu_s = sum(replica.usd_per_hour for replica in replicas) / gpus / HOUR_S
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Ticket:
-    """One request that was taken in, until it leaves."""
-
-    service: Service
-    client: int  # its row
-    clients: Clients  # among whom it has it
-    tenant: str
-    line: str
-    prompt_tokens: int
-    output_tokens: int  # expected, of all its answers
-    tokens: int  # it may come to; at most what a replica holds
-    blocks: NDArray[np.int64]
-    cost_gpu_s: float  # expected, and charged while it runs
-    arrival_s: float
-    until_s: float  # it waits, when those who go first keep coming
-    turn: Turn
-    lane: Lane | None = None  # where it runs, or ran last
-    running: bool = False
-    writer: Lane | None = None  # who takes it over, while its prompt is read elsewhere
-    keeper: Lane | None = None  # who has read its prompt and keeps the cache, until it is fetched
-    was_read: bool = False
-    read_gpu_s: float = 0.0  # what that has taken
-    unread: bool = False
-    unread_tokens: int = 0
-    avoids: frozenset[str] = frozenset()  # replicas where it failed
-    begun_share_s: float = 0.0
-    gpu_s: float = 0.0  # its part of the time of the replicas that worked on it, times their GPUs
-    start_s: float = math.nan  # where it runs, or ran last
-
-    def waited_s(self, now_s: float) -> float:
-        return now_s - self.arrival_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """Why a request was not taken in: a key of `decisions.RULES`."""
-
-    rule: int
-    retry_after_s: float
 
 
 class Dispatcher:
@@ -342,7 +216,7 @@ class Dispatcher:
     def _leaving_writer(self, ticket: Ticket) -> Lane | None:
         """Return who would be done first of those that write, are there, and get no more."""
         lanes = [lane for lane in ticket.service.lanes if lane.writes_only and lane.held and not lane.doubted]
-        able = [lane for lane in lanes if _longest_tokens(lane.replica) >= ticket.tokens]
+        able = [lane for lane in lanes if most_tokens(lane.replica) >= ticket.tokens]
         lane = min(able, key=lambda one: one.backlog_tokens / one.replica.tokens_per_s, default=None)
         if lane:
             self.rows.desk.replicas.backlog_tokens[lane.row] += ticket.output_tokens
@@ -388,9 +262,9 @@ class Dispatcher:
             role=ROLES[replica.role],
             gpus=replica.layout.gpus,
             slots=replica.max_batch,
-            longest_tokens=_longest_tokens(replica),
-            tokens_per_s=_tokens_per_s(replica),
-            prefill_tokens_per_s=_reads_per_s(replica),
+            longest_tokens=most_tokens(replica),
+            tokens_per_s=works_per_s(replica),
+            prefill_tokens_per_s=reads_per_s(replica),
         )
         dispatch.set_in_service(self.rows.desk, [lane.row], serves=False)
 
@@ -399,9 +273,9 @@ class Dispatcher:
         lane = self.lanes[replica.id]
         free_slots = self.rows.desk.replicas.free_slots
         free_slots[lane.row] += replica.max_batch - lane.replica.max_batch
-        self.rows.desk.replicas.tokens_per_s[lane.row] = _tokens_per_s(replica)
-        self.rows.desk.replicas.prefill_tokens_per_s[lane.row] = _reads_per_s(replica)
-        self.rows.desk.models.holds_tokens[lane.row] = _longest_tokens(replica)
+        self.rows.desk.replicas.tokens_per_s[lane.row] = works_per_s(replica)
+        self.rows.desk.replicas.prefill_tokens_per_s[lane.row] = reads_per_s(replica)
+        self.rows.desk.models.holds_tokens[lane.row] = most_tokens(replica)
         lane.replica = replica
         self.services[replica.model].recount()
         dispatch.set_in_service(self.rows.desk, [lane.row], serves=lane.ready)
@@ -564,30 +438,6 @@ class Dispatcher:
             dispatch.set_in_service(self.rows.desk, [lane.row], serves=ready)
             if ready:
                 self._advance(self.services[lane.replica.model], now_s)
-
-
-def _longest_tokens(replica: Replica) -> int:
-    return min(replica.max_context_tokens, replica.cache_tokens)
-
-
-def _are_whole(roles: Iterable[str]) -> bool:
-    """Whether replicas of these roles answer requests together."""
-    known = set(roles)
-    return "both" in known or known == {"prefill", "decode"}
-
-
-def _tokens_per_s(replica: Replica) -> float:
-    """Return the rate at which it does all its work; of one that reads prompts only, that is reading."""
-    return replica.prefill_tokens_per_s if replica.role == "prefill" else replica.tokens_per_s
-
-
-def _reads_per_s(replica: Replica) -> float:
-    """Return the rate at which it reads prompts; who only writes has none to read, at any rate."""
-    return replica.tokens_per_s if replica.role == "decode" else replica.prefill_tokens_per_s
-
-
-def _gpu_s_per_token(replicas: Sequence[Replica]) -> float:
-    return sum(replica.layout.gpus for replica in replicas) / sum(map(_tokens_per_s, replicas))
 
 
 def block_keys(prompt: bytes, block_bytes: int) -> Iterable[int]:

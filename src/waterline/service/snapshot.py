@@ -7,7 +7,8 @@ from datetime import datetime
 
 from waterline.ledger import Lag, Ledger
 from waterline.plan import Plan
-from waterline.service.dispatcher import Dispatcher, Lane, Service
+from waterline.service.dispatcher import Dispatcher
+from waterline.service.lines import Lane, Service
 from waterline.service.recent import Recent
 from waterline.service.supervisor import ReplicaState
 from waterline.snapshot import (
