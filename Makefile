@@ -14,7 +14,7 @@ check: .venv/.check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=auto --dist=loadfile
 
 # The recipe of the small model needs torch, which on Linux brings gigabytes of CUDA unless a CPU build is at hand.
 check-training: .venv/.check-training

@@ -27,6 +27,8 @@ COMMAND = re.compile(r"^\$ (.+(?:\n> .+)*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
 ADDRESS = "127.0.0.1:8000"
 STATE = tempfile.mkdtemp(prefix="waterline-docs-")  # what services keep does not go to the person who tests
 atexit.register(shutil.rmtree, STATE, ignore_errors=True)
+# What is printed is as wide as where nobody says how wide: workers of pytest-xdist are given the width of a terminal.
+os.environ.pop("COLUMNS", None)
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

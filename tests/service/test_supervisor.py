@@ -206,9 +206,11 @@ def test_a_killed_engine_is_restarted_and_requests_wait_for_it() -> None:
             states = service.supervisor.states
             old = states["chat/0"].pid
             assert old
-            os.kill(old, signal.SIGKILL)
+            os.kill(old, signal.SIGSTOP)  # so that it has the request when it dies
             chat = service.openai.chat.completions
             caught = asyncio.create_task(chat.create(model="chat", messages=QUESTION))
+            await until(lambda: service.gateway.dispatcher.services["chat"].running == 1)
+            os.kill(old, signal.SIGKILL)
             await until(lambda: states["chat/0"].status == "backing off")
             assert "SIGKILL" in states["chat/0"].reason
             async with aiohttp.ClientSession() as session, session.get(f"{service.url}/health") as health:
