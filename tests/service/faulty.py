@@ -69,7 +69,7 @@ class Engine:
                 headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 await self._answer(request.split()[1], body, headers, Line(reader, writer))
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):  # the last: at the loop's end
             pass
         finally:
             writer.close()
