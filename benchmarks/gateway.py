@@ -1,12 +1,15 @@
 """What the gateway costs: CPU time per request, the time it adds to the first token, memory of open streams, its start.
 
-    python benchmarks/gateway.py                     # about a minute; use a quiet machine
+    python benchmarks/gateway.py                     # about three minutes; use a quiet machine
     python benchmarks/gateway.py --requests 50       # does it work at all
 
 Three processes: an upstream that answers at once (or a token every 20 ms), `waterline up` attached to it, and this one,
 which asks, with a key. Everything is on: keys, shares, the ledger on the disk, metrics. CPU time is that of the
-gateway's process, all threads, from /proc: it stays meaningful where wall-clock rates are noise, though a busy machine
-adds to it.
+gateway's process, all threads, from /proc.
+
+What a call of the system costs differs by a factor of two between machines, and between one hour and the next on a
+shared one. So two peers that do nothing but pass bytes on are measured in turn with the gateway: the least that one can
+write with uvicorn and aiohttp, and nginx where it is installed. Compare with them rather than with a figure.
 
 Clients ask again as soon as they have their answer. Those of JSON and of streams without a pace keep the gateway busy
 all the time, so that what they wait for is each other. Paced streams begin spread evenly over the length of one, so
@@ -18,17 +21,24 @@ the first token is compared with that of the same load without the gateway. Goal
 import argparse
 import asyncio
 import json
+import os
 import re
+import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import sysconf
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import aiohttp
+import uvicorn
 import uvloop
 
 from waterline.ledger import connect, create_key
@@ -55,14 +65,28 @@ output_tokens = 50
 """
 
 # CPU ms a request at JSON c=64, instant streams c=64, streams of 20 ms a token c=256; one process each, replies of 50
-# tokens. Measured in November 2026 on two shared EPYC cores with this kind of upstream; compare ratios.
-PEERS = {
-    "Waterline before keys, shares and ledger": (0.52, 0.73, 1.50),  # in the same hour, with eight others at work
-    "nginx 1.22 (parses nothing)": (0.034, 0.126, 0.70),
+# tokens. Measured in November 2026 on two shared EPYC cores with this kind of upstream, in an hour in which uvicorn and
+# aiohttp took 0.158, 0.324 and 1.63, and nginx 0.034, 0.126 and 0.70.
+ELSEWHERE = {
     "SGLang router 0.3.2 (Rust)": (0.131, 0.445, 1.15),
-    "uvicorn + aiohttp, bare": (0.158, 0.324, 1.63),
     "LiteLLM 1.106.2": (12.5, 44.0, 60.0),
 }
+BARE = "uvicorn + aiohttp, bare"
+NGINX = """
+daemon off; master_process off; pid {folder}/nginx.pid; error_log {folder}/nginx.log;
+events {{ worker_connections 8192; }}
+http {{
+  access_log off; proxy_temp_path {folder}; client_body_temp_path {folder}; fastcgi_temp_path {folder};
+  uwsgi_temp_path {folder}; scgi_temp_path {folder};
+  upstream engine {{ server 127.0.0.1:{upstream}; keepalive 512; }}
+  server {{
+    listen 127.0.0.1:{port} backlog=2048; keepalive_requests 10000000;
+    location / {{
+      proxy_pass http://engine; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
+    }}
+  }}
+}}
+"""
 
 
 # --- The upstream ---------------------------------------------------------------------------------------------------
@@ -131,6 +155,66 @@ async def upstream() -> None:
     server = await asyncio.get_running_loop().create_server(Upstream, "127.0.0.1", 0, backlog=2048)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
+
+
+# --- The peers ------------------------------------------------------------------------------------------------------
+
+
+async def bare(upstream_port: int, port: int) -> None:
+    """Pass everything on, with aiohttp, and look at nothing."""
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            body, more = b"", True
+            while more:
+                message = await receive()
+                body, more = body + message.get("body", b""), message.get("more_body", False)
+            async with session.post(f"http://127.0.0.1:{upstream_port}{scope['path']}", data=body) as response:
+                kind = response.headers["content-type"].encode()
+                head = {"type": "http.response.start", "status": response.status, "headers": [(b"content-type", kind)]}
+                if length := response.headers.get("content-length"):
+                    head["headers"].append((b"content-length", length.encode()))
+                await send(head)
+                async for chunk in response.content.iter_any():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+
+        config = uvicorn.Config(app, port=port, http="httptools", lifespan="off", access_log=False, log_config=None)
+        await uvicorn.Server(config).serve()
+
+
+@contextmanager
+def peers(upstream_port: int, folder: str) -> Iterator[dict[str, tuple[int, int]]]:
+    """Yield the port and the process of each peer there is."""
+    ports = [free_port(), free_port()]
+    commands = {BARE: [sys.executable, __file__, "--bare", str(upstream_port), str(ports[0])]}
+    if nginx := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin"):
+        config = Path(folder) / "nginx.conf"
+        config.write_text(NGINX.format(folder=folder, upstream=upstream_port, port=ports[1]))
+        commands["nginx (parses nothing)"] = [nginx, "-p", folder, "-e", f"{folder}/nginx.log", "-c", str(config)]
+    started = {name: subprocess.Popen(command) for name, command in commands.items()}
+    try:
+        for port in ports[: len(started)]:
+            wait_for(port)
+        yield {name: (port, process.pid) for (name, process), port in zip(started.items(), ports, strict=False)}
+    finally:
+        for process in started.values():
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def wait_for(port: int) -> None:
+    for _ in range(100):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.1):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"nobody listens on port {port} after 10 s")
 
 
 # --- The client -----------------------------------------------------------------------------------------------------
@@ -256,26 +340,48 @@ def cpu_s(pid: int) -> float:
 # --- The table ------------------------------------------------------------------------------------------------------
 
 
-def measure(port: int, gateway_port: int, gateway_pid: int, requests: int, key: str) -> None:
-    heads = ("clients", "requests/s", "CPU ms/request", "/s/core", "tokens/s/core", "TTFT added p50", "p99")
-    print(f"{'':14}" + "".join(f"{head:>16}" for head in heads))
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    name: str
+    port: int
+    pid: int
+    key: str = ""
+
+
+def measure(upstream_port: int, gateways: Sequence[Peer], requests: int) -> None:
+    heads = ("requests/s", "CPU ms/request", "/s/core", "tokens/s/core", "TTFT added p50", "p99", "CPU x bare")
+    print(f"{'':32}" + "".join(f"{head:>16}" for head in heads))
     for load in LOADS:
         count = requests if "pace" not in load.fields else min(requests, 8 * load.clients)
-        _, direct_s = uvloop.run(run(port, load, count))
-        uvloop.run(run(gateway_port, load, min(count, load.clients), key))  # connections and caches
-        before_s = cpu_s(gateway_pid)
-        took_s, ttft_s = uvloop.run(run(gateway_port, load, count, key))
-        used_s = (cpu_s(gateway_pid) - before_s) / count or float("nan")
-        tokens = TOKENS / used_s if load.fields else float("nan")
-        added_ms = [(ttft_s[at] - direct_s[at]) * 1000 for at in (49, 98)]
-        rates = f"{count / took_s:16,.0f}{used_s * 1000:16.3f}{1 / used_s:16,.0f}{tokens:16,.0f}"
-        print(f"{load.name:14}{load.clients:16}{rates}{added_ms[0]:13.1f} ms{added_ms[1]:13.1f} ms")
+        print(f"{load.name}, {load.clients} clients")
+        _, direct_s = uvloop.run(run(upstream_port, load, count))
+        costs_ms = {peer.name: cost(peer, load, count, direct_s) for peer in gateways}
+        for name, (rate, cost_ms, *added_ms) in costs_ms.items():
+            tokens = f"{TOKENS / cost_ms * 1000:16,.0f}" if load.fields else " " * 16
+            added = "".join(f"{one:13.1f} ms" for one in added_ms)
+            times = cost_ms / costs_ms[BARE][1]
+            print(f"  {name:30}{rate:16,.0f}{cost_ms:16.3f}{1000 / cost_ms:16,.0f}{tokens}{added}{times:16.2f}")
+
+
+def cost(peer: Peer, load: Load, count: int, direct_s: Sequence[float]) -> tuple[float, float, float, float]:
+    """Return requests a second, CPU ms a request, and the ms added to the first token: median and 99th percentile."""
+    uvloop.run(run(peer.port, load, min(count, load.clients), peer.key))  # connections and caches
+    before_s = cpu_s(peer.pid)
+    took_s, ttft_s = uvloop.run(run(peer.port, load, count, peer.key))
+    used_s = (cpu_s(peer.pid) - before_s) / count or float("nan")
+    p50_ms, p99_ms = ((ttft_s[at] - direct_s[at]) * 1000 for at in (49, 98))
+    return count / took_s, used_s * 1000, p50_ms, p99_ms
+
+
+def report(upstream_port: int, gateway: Peer, requests: int, folder: str) -> None:
+    with peers(upstream_port, folder) as others:
+        everybody = [gateway, *(Peer(name=name, port=port, pid=pid) for name, (port, pid) in others.items())]
+        measure(upstream_port, everybody, requests)
     streams = min(1000, max(requests, 10))
-    print(
-        f"\n{streams} open streams: RSS {uvloop.run(hold(gateway_port, streams, key, gateway_pid)):.0f} MiB (goal: 200)"
-    )
-    print("\nCPU ms/request of others:                     JSON 64   stream 64   paced 256")
-    for name, (whole, stream, paced) in PEERS.items():
+    rss_mib = uvloop.run(hold(gateway.port, streams, gateway.key, gateway.pid))
+    print(f"\n{streams} open streams: RSS {rss_mib:.0f} MiB (goal: 200)")
+    print("\nCPU ms/request of others, in another hour:    JSON 64   stream 64   paced 256")
+    for name, (whole, stream, paced) in ELSEWHERE.items():
         print(f"  {name:42}{whole:9.3f}{stream:12.3f}{paced:12.2f}")
 
 
@@ -283,9 +389,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000, help="for each load; paced ones take fewer")
     parser.add_argument("--upstream", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--bare", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.upstream:
-        uvloop.run(upstream())
+    if arguments.upstream or arguments.bare:
+        uvloop.run(bare(*arguments.bare) if arguments.bare else upstream())
         return
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -305,7 +412,9 @@ def main() -> None:
                     assert gateway.stdout
                     url = json.loads(gateway.stdout.readline())["url"]
                     print(f"ready after {time.perf_counter() - begun_s:.2f} s (goal: 1.5)\n")
-                    measure(port, int(re.findall(r":(\d+)/", url)[0]), gateway.pid, arguments.requests, key)
+                    gateway_port = int(re.findall(r":(\d+)/", url)[0])
+                    ours = Peer(name="Waterline", port=gateway_port, pid=gateway.pid, key=key)
+                    report(port, ours, arguments.requests, folder)
                 finally:
                     gateway.terminate()
                     gateway.wait(5)

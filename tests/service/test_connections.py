@@ -15,6 +15,7 @@ import uvloop
 
 from waterline.service import connections as module
 from waterline.service.connections import MOST_UNREAD_BYTES, AbsentError, BrokenOffError, Connections
+from waterline.service.together import Together
 
 OK = b"HTTP/1.1 200 OK\r\n"
 WHOLE = OK + b"content-type: Application/JSON; charset=utf-8\r\ncontent-length: 2\r\n\r\n{}"
@@ -205,7 +206,7 @@ def test_who_gives_up_or_closes_ends_the_connection_at_once(begun: bool) -> None
 
 def test_a_connection_that_ends_before_anything_was_asked_is_no_bug_of_ours() -> None:
     async def case() -> None:
-        connection = module.Connection(lambda _: None, lambda _: None)
+        connection = module.Connection(lambda _: None, lambda _: None, Together())
         connection.connection_lost(ConnectionResetError("reset by peer"))
         with pytest.raises(BrokenOffError):
             await connection.ask(b"POST / HTTP/1.1\r\n\r\n", b"")

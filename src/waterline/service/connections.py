@@ -10,11 +10,14 @@ import ssl
 from asyncio import Future
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache, partial
 from typing import NamedTuple, Self, cast
 from urllib.parse import quote, unquote, urlsplit
 
 import httptools
+
+from waterline.service.together import Together
 
 CONNECT_WITHIN_S = 2.0
 KEPT_S = 3.0  # without a request; most servers wait 5 s
@@ -130,6 +133,8 @@ class Response:
         if self._tap and not self._parts and self._waiter and not self._waiter.done():
             try:
                 if self._tap(data):
+                    if self._connection:
+                        self._connection.runs()
                     return True
             except Exception as error:  # noqa: BLE001 - whoever waits raises it
                 self._waiter.set_exception(error)
@@ -152,10 +157,18 @@ class Connection(asyncio.Protocol):
     Args:
         on_free: told when it may be used for another request.
         on_lost: told when it is gone.
+        together: reads it while a stream runs by it, and by many others.
     """
 
-    def __init__(self, on_free: "Callable[[Connection], None]", on_lost: "Callable[[Connection], None]") -> None:
-        self._on_free, self._on_lost = on_free, on_lost
+    def __init__(
+        self,
+        on_free: "Callable[[Connection], None]",
+        on_lost: "Callable[[Connection], None]",
+        together: Together,
+    ) -> None:
+        self._on_free, self._on_lost, self._together = on_free, on_lost, together
+        self._runs = False  # a stream whose tokens pass at once
+        self._joined_fd = -1  # of its socket, while it is read together with others
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._is_paused = False
@@ -192,14 +205,36 @@ class Connection(asyncio.Protocol):
         return asked
 
     def close(self) -> None:
-        if self._transport:
-            self._transport.abort()
+        self._abort()
         self._fail(BrokenOffError("The connection was closed."))
 
     def resume(self) -> None:
         if self._is_paused and self._transport:
             self._is_paused = False
             self._transport.resume_reading()
+
+    def runs(self) -> None:
+        """Its tokens pass at once, until its answer ends: it may be read together with others."""
+        if not self._runs:
+            self._runs = True
+            self._together.running += 1
+        elif self._joined_fd < 0 and self._together.are_many:
+            self._join()
+
+    def _join(self) -> None:
+        """Be read together with others; TLS takes more than to read."""
+        if self._transport and self.is_open and self._transport.get_extra_info("sslcontext") is None:
+            self._transport.pause_reading()
+            self._joined_fd = self._transport.get_extra_info("socket").fileno()
+            self._together.join(self._joined_fd, self)
+
+    def part(self) -> None:
+        """Read for itself again, unless nobody is to read it."""
+        if self._joined_fd >= 0:
+            self._together.leave(self._joined_fd, self)
+            self._joined_fd = -1
+            if self._transport and self.is_open and not self._is_paused:
+                self._transport.resume_reading()
 
     # --- What the event loop calls ----------------------------------------------------------------------------------
 
@@ -228,6 +263,7 @@ class Connection(asyncio.Protocol):
             response.end()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._stop()
         self._transport = None
         self._on_lost(self)
         self._fail(BrokenOffError(str(error) if error else "The connection ended."))
@@ -271,25 +307,37 @@ class Connection(asyncio.Protocol):
             if not self._response.came(data) and self._transport and not self._is_paused:
                 self._is_paused = True
                 self._transport.pause_reading()
+                self.part()
         parts.clear()
 
     def _finish(self, *, keeps: bool) -> None:
         """The answer has come to its end: the connection is free for the next request, if both sides keep it."""
         response, self._response = self._response, None
+        self._stop()
         keeps = keeps and self._keeps and self.is_open
         if keeps and self._transport and not self._transport.get_write_buffer_size():
             self.resume()
             self._begin()
             self.kept_s = asyncio.get_running_loop().time()
             self._on_free(self)
-        elif self._transport:
-            self._transport.abort()
+        else:
+            self._abort()
         if response:
             response.end()
 
-    def _break_off(self, error: Exception | None) -> None:
+    def _stop(self) -> None:
+        """No stream runs by it any more."""
+        self.part()
+        self._together.running -= self._runs
+        self._runs = False
+
+    def _abort(self) -> None:
+        self._stop()
         if self._transport:
             self._transport.abort()
+
+    def _break_off(self, error: Exception | None) -> None:
+        self._abort()
         broken = BrokenOffError("What came is no HTTP.")
         broken.__cause__ = error
         self._fail(broken)
@@ -309,9 +357,13 @@ class Connections:
     Connections are kept for the next request, and some servers close theirs without a word (llama.cpp after a stream,
     all of them when idle for a while). So a request that finds a dead one is sent again on a fresh one; an answer has
     no effect but itself, so asking twice does no harm.
+
+    Args:
+        hold_back: see `Together`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hold_back: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
+        self._together = Together(hold_back)
         self._kept: defaultdict[Address, list[Connection]] = defaultdict(list)  # those used last stand last
         self._sweeping: asyncio.TimerHandle | None = None
 
@@ -321,6 +373,7 @@ class Connections:
     def __exit__(self, *_: object) -> None:
         if self._sweeping:
             self._sweeping.cancel()
+        self._together.close()
         for kept in self._kept.values():
             for connection in tuple(kept):
                 connection.close()
@@ -365,7 +418,7 @@ class Connections:
         try:
             async with asyncio.timeout(CONNECT_WITHIN_S):
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: Connection(partial(self._keep, address), partial(self._lose, address)),
+                    lambda: Connection(partial(self._keep, address), partial(self._lose, address), self._together),
                     address.host,
                     address.port,
                     ssl=trust,

@@ -5,7 +5,8 @@ uvicorn parses HTTP; this keeps whoever sends it within bounds, at no cost for a
 
 import asyncio
 import resource
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from functools import cache, partial
 from http import HTTPStatus
 from typing import Any, ClassVar, cast
@@ -45,6 +46,7 @@ class GuardedProtocol(HttpToolsProtocol):
     read_within_s: ClassVar[float] = 30.0  # for a client to make room in its full buffers; then it is cut
     rest_within_s: ClassVar[float] = 30.0  # of a body whose request was answered before its end
     most_connections: ClassVar[int] = 0  # of one server; 0: as many as files can be open
+    _held: "ClassVar[list[tuple[asyncio.Transport, bytes]] | None]" = None  # parts of streams, to be sent in a moment
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -135,8 +137,25 @@ class GuardedProtocol(HttpToolsProtocol):
         """Send a part of a stream: ASGI would take a coroutine and a message for each."""
         if cycle.disconnected:
             return False
-        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        part = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._held is None:
+            cycle.transport.write(part)
+        else:
+            self._held.append((cycle.transport, part))
         return not self.flow.write_paused
+
+    @staticmethod
+    @contextmanager
+    def hold_back() -> Iterator[None]:
+        """Hold back parts of streams that are to be sent at once, of all connections, until the end of this block."""
+        held = GuardedProtocol._held = []
+        try:
+            yield
+        finally:
+            GuardedProtocol._held = None
+            for transport, part in held:
+                if not transport.is_closing():
+                    transport.write(part)
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)

@@ -29,6 +29,7 @@ from waterline.service.engines import Engine, all_pretend, prepare_engines
 from waterline.service.gateway import Gateway
 from waterline.service.jobs import Jobs, Machines, RunState
 from waterline.service.keeper import Keeper
+from waterline.service.limits import GuardedProtocol
 from waterline.service.logs import log_failure
 from waterline.service.operator import Operator
 from waterline.service.processes import kill_marked
@@ -38,6 +39,7 @@ from waterline.service.state import State, claim_state
 from waterline.service.supervisor import ReplicaState, Supervisor
 
 BACKLOG = 2048  # connections that may wait to be accepted
+GARBAGE_OBJECTS = 10_000  # new ones between two looks for cycles, of which a request makes few
 
 log = structlog.get_logger()
 
@@ -175,6 +177,7 @@ async def _serve(
             if starting.done():
                 starting.result()
                 gc.freeze()  # what is there now stays: a collection need not look at it again, and takes no 50 ms
+                gc.set_threshold(GARBAGE_OBJECTS)
                 states = service.supervisor.states
                 on_ready([replica for replica, state in states.items() if state.status != "ready"])
                 service.keeper.lend()
@@ -210,7 +213,7 @@ async def running(
     async with AsyncExitStack() as stack:
         state = stack.enter_context(claim_state(plan.fleet.name))
         await state.end_orphans(max(tenant.grace_s for tenant in plan.fleet.tenants))
-        connections = stack.enter_context(Connections())
+        connections = stack.enter_context(Connections(GuardedProtocol.hold_back))
         session = await stack.enter_async_context(_session())
 
         def on_change(replica: str, state: ReplicaState) -> None:
