@@ -1,5 +1,6 @@
 """Who is taken in, where, and whose turn it is; no sockets, no clock. What is decided is the policy's, see its tests."""
 
+import math
 from typing import Any
 
 import msgspec
@@ -192,10 +193,53 @@ def test_who_would_wait_too_long_is_told_when_to_come_back() -> None:
     assert isinstance(patient, Ticket)
 
 
-def test_without_a_ready_replica_nobody_is_taken_in() -> None:
+def test_without_a_replica_that_is_expected_nobody_is_taken_in() -> None:
     desk, turns = dispatcher(ttft_s=3.0), Turns()
     desk.set_ready("chat/0", ready=False, now_s=0.0)
-    assert ask(desk, turns, "a") == Refusal(rule=NOT_SERVED, retry_after_s=3.0)
+    assert ask(desk, turns, "a") == Refusal(rule=NOT_SERVED, retry_after_s=math.inf)
+
+
+def test_who_asks_while_the_only_replica_starts_again_waits_if_its_deadline_lets_it() -> None:
+    desk, turns = dispatcher(ttft_s=10.0), Turns()
+    desk.set_ready("chat/0", ready=False, now_s=100.0, back_in_s=25.0)
+    assert ask(desk, turns, "early", now_s=101.0) == Refusal(rule=NOT_SERVED, retry_after_s=24.0)
+    enter(desk, turns, "flex", now_s=101.0, wait_s=600.0)
+    enter(desk, turns, "late", now_s=116.0)
+    assert turns.begun == []
+    desk.set_ready("chat/0", ready=True, now_s=125.0)
+    assert turns.begun == ["flex", "late"]
+    desk.set_ready("chat/0", ready=False, now_s=200.0, back_in_s=1.0)
+    assert ask(desk, turns, "overdue", now_s=221.0) == Refusal(rule=NOT_SERVED, retry_after_s=20.0), "as long again"
+
+
+def test_who_waits_for_a_replica_that_starts_is_no_more_than_it_can_begin_in_time() -> None:
+    desk, turns = dispatcher(max_batch=1, ttft_s=10.0, tokens_per_s=10.0), Turns()  # 1.5 s each
+    desk.set_ready("chat/0", ready=False, now_s=0.0, back_in_s=4.0)
+    asked = [ask(desk, turns, str(number)) for number in range(50)]
+    taken = sum(isinstance(one, Ticket) for one in asked)
+    assert 2 <= taken <= 4, "6 s are left, less half a second for its own prompt"
+    refused = asked[-1]
+    assert isinstance(refused, Refusal)
+    assert refused.rule == TOO_LATE
+    for now_s in range(1, 4):
+        desk.tick(float(now_s))
+    desk.set_ready("chat/0", ready=True, now_s=4.0)
+    assert len(turns.begun) == 1, "its one slot"
+
+
+def test_who_reads_and_who_writes_are_both_waited_for() -> None:
+    desk = dispatcher(3, ttft_s=10.0)
+    for lane, role in zip(desk.lanes.values(), ("prefill", "decode", "decode"), strict=True):
+        lane.replica = msgspec.structs.replace(lane.replica, role=role)
+    service = desk.services["chat"]
+    assert service.has_hope
+    desk.set_ready("chat/1", ready=False, now_s=0.0, back_in_s=8.0)
+    assert service.has_hope
+    desk.set_ready("chat/2", ready=False, now_s=0.0, back_in_s=5.0)
+    desk.set_ready("chat/0", ready=False, now_s=0.0, back_in_s=3.0)
+    assert (service.has_hope, service.ready_in_s(1.0)) == (False, 4.0)
+    desk.set_ready("chat/0", ready=False, now_s=2.0)
+    assert service.ready_in_s(2.0) == math.inf
 
 
 def test_who_waits_goes_where_a_slot_is_free_and_is_told_when_the_last_replica_is_gone() -> None:

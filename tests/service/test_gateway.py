@@ -343,7 +343,7 @@ def test_before_its_engine_is_ready_a_model_asks_for_patience() -> None:
         async with served(fake_plan(ttft_s=2.0), start=False) as service:
             with pytest.raises(openai.InternalServerError, match="chat/0 is stopped") as caught:
                 await service.openai.chat.completions.create(model="chat", messages=QUESTION)
-            assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "2")
+            assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "30")
 
     asyncio.run(case())
 

@@ -219,7 +219,7 @@ def test_without_anybody_who_writes_nobody_waits_in_vain() -> None:
     async def case() -> None:
         async with played(plan, IN_TURN) as (engines, _), served(plan, engines=engines) as service:
             state = service.supervisor.states["w0"]
-            service.gateway.replica_changed("w0", replace_state(state, "backing off"))
+            service.gateway.replica_changed("w0", replace_state(state, "stopped"))
             begun_s = time.monotonic()
             status, body = await ask(service)
             assert (status, body["error"]["code"]) == (503, "model_not_ready")

@@ -1,6 +1,7 @@
 """Engines are started, watched, restarted with patience and stopped; real processes."""
 
 import asyncio
+import math
 import os
 import signal
 import sys
@@ -215,17 +216,19 @@ def test_a_killed_engine_is_restarted_and_requests_wait_for_it() -> None:
             assert "SIGKILL" in states["chat/0"].reason
             async with aiohttp.ClientSession() as session, session.get(f"{service.url}/health") as health:
                 assert (health.status, (await health.json())["status"]) == (503, "not ready")
-            await until(lambda: states["chat/0"].status == "ready")
+            late = await chat.create(model="chat", messages=QUESTION)
+            assert late.choices, "who comes meanwhile waits too"
+            assert states["chat/0"].status == "ready"
             assert states["chat/0"].restarts == 1
             assert states["chat/0"].pid != old
             await caught
-            assert [one.status for one in service.completions] == ["ok"]
+            assert [one.status for one in service.completions] == ["ok", "ok"]
 
     asyncio.run(case())
 
 
 def test_who_cannot_wait_until_a_killed_engine_is_back_is_told_when_to_come_back() -> None:
-    async def case() -> openai.APIStatusError:
+    async def case() -> tuple[openai.APIStatusError, float]:
         async with served(fake_plan(ttft_s=0.1)) as service:
             pid = service.supervisor.states["chat/0"].pid
             assert pid
@@ -233,11 +236,13 @@ def test_who_cannot_wait_until_a_killed_engine_is_back_is_told_when_to_come_back
             await until(lambda: service.supervisor.states["chat/0"].status == "backing off")
             with pytest.raises(openai.APIStatusError) as caught:
                 await service.openai.chat.completions.create(model="chat", messages=QUESTION)
-            return caught.value
+            state = service.supervisor.states["chat/0"]
+            return caught.value, state.delay_s + state.load_s
 
-    refused = asyncio.run(case())
+    refused, back_in_s = asyncio.run(case())
     assert refused.status_code == 503
-    assert int(refused.response.headers["retry-after"]) >= 1
+    assert 0.6 < back_in_s < 30.0, "half a second, and what its start took"
+    assert 1 <= int(refused.response.headers["retry-after"]) <= math.ceil(back_in_s)
     assert refused.code == "model_not_ready"
 
 

@@ -429,7 +429,7 @@ def keep_pace(queue: FairQueue, passed_s: float, gpus: NDArray[np.float64]) -> N
             queue.told_gpu_s[group] = max(queue.told_gpu_s[group] - due_gpu_s, 0.0)
     for model in range(len(queue.queued_s)):
         queue.queued_s[model] *= kept
-        if queue.was_waiting[model]:
+        if queue.was_waiting[model] and gpus[model] > 0.0:  # while nobody serves, there is no pace
             queue.queued_s[model] += passed_s
         queue.was_waiting[model] = 1 if queue.model_waiting[model] > 0 else 0
     for group in range(len(queue.started_gpu_s)):

@@ -6,7 +6,8 @@ have one account each for the whole fleet; who waits, waits for a model.
 
 The caller keeps the requests themselves, those of each client to each model in the order they came, and tells the desk
 
-- `arrive`: one has come. It starts at once, waits, or is refused; the answer says which, and why;
+- `arrive`: one has come. It starts at once, waits, or is refused; the answer says which, and why; `arrive_ahead` of
+  replicas that are expected, where none is in service;
 - `next_turn`, then `start`, while they name somebody: whenever a slot or a replica has come free, somebody has begun
   to wait while there were slots, and after each `tick`;
 - `first_token`, `left` and `settle`: what becomes of it on its replica; `ended` is the last two together;
@@ -331,11 +332,44 @@ def arrive(
             _give(desk, model, replica, prompt_tokens, prompt_tokens - kept_tokens, output_tokens, blocks)
             return Arrival(SLOT_FREE, replica, kept_tokens, seconds, gpu_s)
         rule = WAITS_FOR_SLOT  # the free slots are of replicas that cannot hold it
-    if rule == WAITS_FOR_SLOT:
-        admission.enter(desk.queue, line, model, gpu_s)
-    if rule == TOO_LATE:
-        seconds = admission.tell(desk.queue, line, model, gpu_s, desk.models.gpus[model], seconds)
-    return Arrival(rule, NOBODY, 0, seconds, gpu_s)
+    return _answer(desk, model, line, gpu_s, desk.models.gpus[model], rule, seconds)
+
+
+@swift
+def arrive_ahead(
+    desk: Desk,
+    model: int,
+    client: int,
+    unread_tokens: int,
+    gpu_s: float,
+    ready_in_s: float,
+    gpus: float,
+    reader_tokens_per_s: float,
+    ttft_s: float,
+) -> Arrival:
+    """Decide about a request to a model of which no replica is in service, though some are expected to be.
+
+    It waits for them where it can start before its deadline, those ahead of it included; else it is refused.
+
+    Args:
+        desk: is written.
+        model: that is asked.
+        client: who asks.
+        unread_tokens: of its prompt.
+        gpu_s: what it should cost.
+        ready_in_s: when replicas will be in service, as far as is known; 0: at any moment, infinite: nobody knows.
+        gpus: of those replicas …
+        reader_tokens_per_s: … and the rate at which one of them reads prompts.
+        ttft_s: how long it may wait for its first token.
+    """
+    deadline_s = admission.start_within_s(ttft_s, unread_tokens, reader_tokens_per_s)
+    if ready_in_s > deadline_s:
+        return Arrival(NOT_SERVED, NOBODY, 0, ready_in_s, gpu_s)
+    line = line_of(desk, model, client)
+    rule, seconds = admission.admit(
+        desk.accounts, desk.queue, line, model, gpu_s, 0, PLACES, gpus, ready_in_s, deadline_s
+    )
+    return _answer(desk, model, line, gpu_s, gpus, rule, seconds)
 
 
 @swift
@@ -460,6 +494,16 @@ def expected_gpu_s(desk: Desk, model: int, unread_tokens: int, output_tokens: in
 def line_of(desk: Desk, model: int, client: int) -> int:
     """Return the line of a client at a model, see `FairQueue`."""
     return client * len(desk.models.gpus) + model
+
+
+@swift
+def _answer(desk: Desk, model: int, line: int, gpu_s: float, gpus: float, rule: int, seconds: float) -> Arrival:
+    """Put a request that has not started into its line, or say when it should come back."""
+    if rule == WAITS_FOR_SLOT:
+        admission.enter(desk.queue, line, model, gpu_s)
+    if rule == TOO_LATE:
+        seconds = admission.tell(desk.queue, line, model, gpu_s, gpus, seconds)
+    return Arrival(rule, NOBODY, 0, seconds, gpu_s)
 
 
 @swift

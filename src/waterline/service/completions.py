@@ -1,6 +1,7 @@
 """The way of a request for tokens: what it asks, its turn, its answer, and what is written down of it."""
 
 import asyncio
+import math
 from asyncio import Future
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -34,7 +35,7 @@ from waterline.service.usage import WithoutUsage
 WRITTEN_WITHIN_S = 2.0  # what an answer waits for the ledger; it is written all the same, and the lag is shown
 NO_WRITER_S = 1.0  # until who can write is looked for again: as long as in a rehearsal
 LAST_WORD_S = 0.2  # for the last event of a stream that is cut
-UNSERVED_S = 30.0  # after which to ask again for a model without a replica, at most: nobody knows when one is there
+UNSERVED_S = 30.0  # after which to ask again for a model without a replica, where nobody knows when there is one
 FLEX_S = 600.0  # a request with service_tier "flex" would rather wait than be refused
 INVALID = "invalid request"  # the client's own doing: it counts neither for nor against the SLO
 GONE, SLOW = "the client went away", "the client did not read its answer"
@@ -131,6 +132,7 @@ class Visit:
     service: Service
     entry: Entry
     turn: Turn
+    wait_s: float  # for its first token
     arrival_s: float
     ticket: Ticket | None = None  # once it was taken in
     progress: Progress = field(default_factory=Progress)
@@ -291,12 +293,16 @@ class Completions:
             arrival_us=utc_us(),
             usd_per_gpu_s=service.usd_per_gpu_s,
         )
-        turn = Turn(
-            self._dispatcher,
-            self._now_s,
-            lambda rule: self._refused(asked, Refusal(rule=rule, retry_after_s=service.ttft_s)),
+        patient_s = FLEX_S if asked.is_patient else service.ttft_s
+        return Visit(
+            request=request,
+            asked=asked,
+            service=service,
+            entry=entry,
+            turn=Turn(self._dispatcher, self._now_s, lambda rule: self._nobody(rule, asked, service)),
+            wait_s=patient_s if request.wait_s is None else request.wait_s,
+            arrival_s=arrival_s,
         )
-        return Visit(request=request, asked=asked, service=service, entry=entry, turn=turn, arrival_s=arrival_s)
 
     def _take_in(self, visit: Visit) -> None:
         """Ask for a place. Raises RejectedError when there is none."""
@@ -311,7 +317,7 @@ class Completions:
             line=request.caller.line,
             answers=asked.answers,
             blocks=_blocks(asked) if len(visit.service.lanes) > 1 else NO_BLOCKS,
-            wait_s=FLEX_S if asked.is_patient and request.wait_s is None else request.wait_s,
+            wait_s=visit.wait_s,
             spare=request.spare,
             counts=request.counts,
         )
@@ -337,7 +343,7 @@ class Completions:
             path=f"/v1{asked.endpoint}",
             headers=visit.request.headers,
             place=visit.turn,
-            patience_s=visit.service.ttft_s,
+            patience_s=min(visit.wait_s, FLEX_S),
             progress=visit.progress,
         )
         await self._passages.carry(passage, reply)
@@ -381,11 +387,14 @@ class Completions:
 
     # --- In words ---------------------------------------------------------------------------------------------------
 
+    def _nobody(self, rule: int, asked: Asked, service: Service) -> RejectedError:
+        again_s = service.ready_in_s(self._now_s()) if rule == NOT_SERVED else service.ttft_s
+        return self._refused(asked, Refusal(rule=rule, retry_after_s=again_s))
+
     def _refused(self, asked: Asked, refusal: Refusal) -> RejectedError:
-        unserved = refusal.rule in {NOT_SERVED, TOO_LONG}
-        headers = retry_after(min(refusal.retry_after_s, UNSERVED_S) if unserved else refusal.retry_after_s)
+        headers = retry_after(refusal.retry_after_s if math.isfinite(refusal.retry_after_s) else UNSERVED_S)
         again = f"Come back in {headers['retry-after']} s."
-        if unserved:
+        if refusal.rule in {NOT_SERVED, TOO_LONG}:
             lanes = self._dispatcher.services[asked.model].lanes
             said = ", ".join(f"{lane.replica.id} is {self._states[lane.replica.id].status}" for lane in lanes)
             return RejectedError(

@@ -94,20 +94,14 @@ class Dispatcher:
         tokens = min(prompt_tokens + output_tokens, self.rows.desk.models.longest_tokens[service.row] or 1)
         clients = self.rows.spare_of(tenant) if spare else self.rows.tenants[tenant]
         client, draw = self.rows.client(clients, line), self._draw()
+        within_s = service.ttft_s if wait_s is None else wait_s
         arrival = dispatch.arrive(
-            self.rows.desk,
-            service.row,
-            client,
-            prompt_tokens,
-            0,
-            output_tokens,
-            tokens,
-            service.ttft_s if wait_s is None else wait_s,
-            blocks,
-            draw,
+            self.rows.desk, service.row, client, prompt_tokens, 0, output_tokens, tokens, within_s, blocks, draw
         )
-        in_doubt = arrival.rule == NOT_SERVED and service.has_hope
-        if arrival.rule not in {SLOT_FREE, WAITS_FOR_SLOT} and not in_doubt:
+        if arrival.rule == NOT_SERVED:
+            cost_gpu_s = service.cost_gpu_s(prompt_tokens, output_tokens)
+            arrival = self._arrive_ahead(service, client, prompt_tokens, cost_gpu_s, within_s, now_s)
+        if arrival.rule not in {SLOT_FREE, WAITS_FOR_SLOT}:
             return Refusal(rule=arrival.rule, retry_after_s=arrival.seconds)
         ticket = Ticket(
             service=service,
@@ -119,17 +113,15 @@ class Dispatcher:
             output_tokens=output_tokens,
             tokens=tokens,
             blocks=blocks,
-            cost_gpu_s=arrival.gpu_s or service.cost_gpu_s(prompt_tokens, output_tokens),
+            cost_gpu_s=arrival.gpu_s,
             arrival_s=now_s,
-            until_s=now_s + PATIENCE * max(service.ttft_s if wait_s is None else wait_s, LEAST_WAIT_S),
+            until_s=now_s + PATIENCE * max(within_s, LEAST_WAIT_S),
             turn=turn,
         )
         clients.come(client)
         if arrival.rule == SLOT_FREE:
             self._run(ticket, arrival.replica, arrival.cached_tokens, now_s)
         else:
-            if in_doubt:  # all its replicas did not answer lately: that is over soon, one way or the other
-                dispatch.come_back(self.rows.desk, service.row, client, ticket.cost_gpu_s)
             service.lines.setdefault(client, deque()).append(ticket)
             self._advance(service, now_s)
         return ticket
@@ -289,10 +281,13 @@ class Dispatcher:
         service.recount()
         self.rows.replicas.append(lane.row)
 
-    def set_ready(self, replica_id: str, *, ready: bool, now_s: float) -> None:
-        """A replica has come up, or gone: when it was the last, who waits is told that there is nobody to wait for."""
+    def set_ready(self, replica_id: str, *, ready: bool, now_s: float, back_in_s: float = math.inf) -> None:
+        """A replica has come up, or gone, to be back in a while, which is infinite where nobody knows.
+
+        When it was the last, who waits is told that there is nobody now.
+        """
         lane = self.lanes[replica_id]
-        lane.up, lane.held = ready, False
+        lane.up, lane.held, lane.back_s = ready, False, now_s + back_in_s
         self._serve(lane, now_s)
         service = self.services[lane.replica.model]
         if not ready and not service.has_hope:
@@ -337,6 +332,25 @@ class Dispatcher:
         return loads
 
     # --- Inside -----------------------------------------------------------------------------------------------------
+
+    def _arrive_ahead(
+        self, service: Service, client: int, prompt_tokens: int, cost_gpu_s: float, within_s: float, now_s: float
+    ) -> dispatch.Arrival:
+        """Decide about a newcomer while nobody serves its model: it may wait for those who should be there first."""
+        there_s = service.there_s
+        coming = [lane.replica for lane in service.lanes if lane.there_s <= there_s]
+        readers = [replica for replica in coming if replica.role != "decode"]
+        return dispatch.arrive_ahead(
+            self.rows.desk,
+            service.row,
+            client,
+            prompt_tokens,
+            cost_gpu_s,
+            service.ready_in_s(now_s),
+            float(sum(replica.layout.gpus for replica in coming)),
+            sum(map(reads_per_s, readers)) / max(len(readers), 1),
+            within_s,
+        )
 
     def _advance(self, service: Service, now_s: float) -> None:
         """Start whoever may start: first those who have begun before."""

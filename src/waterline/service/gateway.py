@@ -1,6 +1,7 @@
 """The service over HTTP, as a bare ASGI application: which path leads where, and what is said about the service."""
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -176,9 +177,18 @@ class Gateway:
         if state.status in HELD:
             self.dispatcher.hold(replica_id, self.now_s())
             return
-        self.dispatcher.set_ready(replica_id, ready=state.status == "ready", now_s=self.now_s())
+        back_in_s = self._back_in_s(replica_id, state)
+        self.dispatcher.set_ready(replica_id, ready=state.status == "ready", now_s=self.now_s(), back_in_s=back_in_s)
         if state.status != "ready":
             self._passages.cut(replica_id)
+
+    def _back_in_s(self, replica_id: str, state: ReplicaState) -> float:
+        """Return when a replica should be ready that is not: as measured, else as planned; inf where nobody knows."""
+        if state.status not in {"starting", "backing off"}:
+            return math.inf
+        if not self.engines[replica_id].command:  # it is asked again, and may be there at once
+            return state.delay_s
+        return state.delay_s + (state.load_s or self.dispatcher.lanes[replica_id].replica.load_s)
 
     def _doubt(self, replica_id: str, doubted: bool) -> None:  # noqa: FBT001 - a callback of two arguments
         """Send no new work to a replica that fails requests, though it says that it is well; or do so again."""

@@ -28,6 +28,7 @@ class Lane:
     up: bool = False  # its engine answers
     held: bool = False  # it drains, or did not answer lately: it gets nothing, but is not given up
     doubted: bool = False  # likewise, because it failed requests
+    back_s: float = math.inf  # when it should be up again, while it is neither
     ready: bool = False  # it gets work
     running: int = 0
     keeping: int = 0  # caches of prompts it has read, which others fetch
@@ -37,6 +38,11 @@ class Lane:
     @property
     def backlog_tokens(self) -> int:
         return int(self.rows.desk.replicas.backlog_tokens[self.row])
+
+    @property
+    def there_s(self) -> float:
+        """Since when it is there for requests, or when it should be; infinite: nobody knows."""
+        return -math.inf if self.up or self.held else self.back_s
 
     @property
     def writes_only(self) -> bool:
@@ -81,8 +87,21 @@ class Service:
 
     @property
     def has_hope(self) -> bool:
-        """Whether who waits waits for somebody: who reads, and who writes."""
-        return _are_whole(lane.replica.role for lane in self.lanes if lane.up or lane.held)
+        """Whether who waits waits for somebody that is there: who reads, and who writes."""
+        return self.there_s == -math.inf
+
+    @property
+    def there_s(self) -> float:
+        """Since when, or from when on, somebody reads and somebody writes, as far as is known."""
+
+        def first_s(role: str) -> float:
+            return min((lane.there_s for lane in self.lanes if lane.replica.role == role), default=math.inf)
+
+        return min(first_s("both"), max(first_s("prefill"), first_s("decode")))
+
+    def ready_in_s(self, now_s: float) -> float:
+        """Return when it should answer, infinite where nobody knows; what is late is taken to need as long again."""
+        return 0.0 if self.has_hope else abs(self.there_s - now_s)
 
     def cost_gpu_s(self, prompt_tokens: int, output_tokens: int) -> float:
         """Return the GPU time that tokens cost, whatever else runs beside them."""

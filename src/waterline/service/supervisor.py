@@ -45,6 +45,7 @@ class ReplicaState:
     restarts: int = 0
     reason: str = ""  # why it is suspect or backing off
     delay_s: float = 0.0  # how long
+    load_s: float = 0.0  # what its start took the last time; 0 where that is not known
 
 
 def next_delay_s(delay_s: float, healthy_s: float) -> float:
@@ -91,6 +92,7 @@ class Supervisor:
         self._children: dict[str, Running] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._draining: set[str] = set()
+        self._load_s: dict[str, float] = {}
         self._stopping = False
 
     async def start(self) -> None:
@@ -138,7 +140,7 @@ class Supervisor:
         mark = mark_of(self._state, replica) if self._state else ""
         while mark and len(await asyncio.to_thread(marked, mark)):
             await self._sleep(LOOK_AGAIN_S)  # it hangs in the kernel, which has been said: its GPUs are not free
-        for known in (self._keepers, self.engines, self.states):
+        for known in (self._keepers, self.engines, self.states, self._load_s):
             known.pop(replica, None)
 
     async def stop(self) -> None:
@@ -157,8 +159,9 @@ class Supervisor:
         delay_s, restarts, ours = 0.0, 0, bool(self.engines[replica].command)
         try:
             while True:
+                load_s = self._load_s.get(replica, 0.0)
                 if ours or not restarts:  # to ask an attached server once more is not to start it
-                    self._change(replica, ReplicaState(status="starting", restarts=restarts))
+                    self._change(replica, ReplicaState(status="starting", restarts=restarts, load_s=load_s))
                 healthy_s, problem = await self._run(replica, restarts, first)
                 reason = f"The engine of replica '{replica}' failed: {problem}" if ours else str(problem)
                 hopeless = isinstance(problem, StillbornError) or restarts + 1 == START_ATTEMPTS
@@ -167,7 +170,8 @@ class Supervisor:
                     return
                 delay_s = next_delay_s(delay_s, healthy_s)
                 backing_off = ReplicaState(status="backing off", restarts=restarts, reason=reason, delay_s=delay_s)
-                self._change(replica, backing_off)  # before the grace of its process: no more work
+                load_s = self._load_s.get(replica, 0.0)
+                self._change(replica, replace(backing_off, load_s=load_s))  # before the grace of its process: no work
                 if not ours and not first.done():
                     first.set_result(None)
                 await self._end(replica)
@@ -185,13 +189,14 @@ class Supervisor:
 
     async def _run(self, replica: str, restarts: int, first: asyncio.Future[None]) -> tuple[float, EngineError]:
         """Run an engine until it fails; return for how long it was ready, and what went wrong."""
-        engine, child, ready_s = self.engines[replica], None, float("inf")
+        engine, child, begun_s, ready_s = self.engines[replica], None, self._clock(), float("inf")
         try:
             if engine.command:
                 child = self._children[replica] = await self._launch(engine, self._state, replica)
             url, name = await self._until_ready(engine, child)
             ready_s = self._clock()
             pid = child.pid if child else None
+            self._load_s[replica] = ready_s - begun_s if child else 0.0
             ready = ReplicaState(status="ready", url=url, served_name=name, pid=pid, restarts=restarts)
             self._change(replica, ready)
             if not first.done():
