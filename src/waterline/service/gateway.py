@@ -15,7 +15,7 @@ from waterline.errors import WaterlineError
 from waterline.ledger import Ledger, new_request_id
 from waterline.outcome import Completion
 from waterline.plan import Plan, Replica
-from waterline.service.access import Access
+from waterline.service.access import Access, is_local
 from waterline.service.asgi import JSON, ClientGoneError, Receive, Reply, Scope, Send
 from waterline.service.body import CHAT, COMPLETIONS, EMBEDDINGS
 from waterline.service.books import Books
@@ -281,19 +281,17 @@ class Gateway:
     def _model(self, model: str) -> dict[str, Any]:
         return {"id": model, "object": "model", "created": self._created, "owned_by": "waterline"}
 
-    async def _health(self, _scope: Scope, _receive: Receive, reply: Reply) -> None:
-        """Say 200 when each model has a replica that takes requests, else 503."""
-        models = {
-            model: {
-                "ready": service.ready,
-                "total": len(service.lanes),
-            }
-            for model, service in self.dispatcher.services.items()
-        }
+    async def _health(self, scope: Scope, _receive: Receive, reply: Reply) -> None:
+        """Say 200 when each model has a replica that takes requests, else 503; which it is, to this machine only."""
+        services = self.dispatcher.services
         stopping = self.completions.stopping
-        healthy = not stopping and all(counts["ready"] for counts in models.values())
-        status = "ok" if healthy else "stopping" if stopping else "not ready"
-        body = {"status": status, "models": models, "replicas": {key: self.states[key].status for key in self.states}}
+        healthy = not stopping and all(service.ready for service in services.values())
+        body: dict[str, Any] = {"status": "ok" if healthy else "stopping" if stopping else "not ready"}
+        if self.loopback and is_local(scope):
+            body["models"] = {
+                model: {"ready": service.ready, "total": len(service.lanes)} for model, service in services.items()
+            }
+            body["replicas"] = {replica: state.status for replica, state in self.states.items()}
         await reply.whole(200 if healthy else 503, orjson.dumps(body), [JSON])
 
 
