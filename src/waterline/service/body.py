@@ -9,6 +9,7 @@ import orjson
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from waterline.service.errors import RejectedError
+from waterline.service.media import Linked
 
 CHAT = "/chat/completions"
 COMPLETIONS = "/completions"
@@ -22,7 +23,7 @@ STEERING = ("kv_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap
 Tokens = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
-class _Part(Struct):
+class _Part(Linked):
     type: str = ""
     text: str | None = None
 
@@ -76,9 +77,10 @@ class _CompletionBody(_Body, kw_only=True):
     prompt: str | list[str | int | list[int]]
 
 
-class _EmbeddingBody(Struct, kw_only=True):
+class _EmbeddingBody(Steering, kw_only=True):
     model: str
     input: str | list[str | int | list[int]]
+    messages: list[_ChatMessage] = []  # which vLLM takes instead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,14 +136,24 @@ WITH_USAGE = b'{"stream_options":{"include_usage":true},'
 def _read_chat(asked: _ChatBody, body: bytes) -> Asked:
     if not asked.messages:
         raise RejectedError("'messages' is empty. Send at least one message.", param="messages", code="empty_array")
-    size = 0
-    for message in asked.messages:
-        content = message.content or ""
-        for part in [content] if isinstance(content, str) else content:
-            size += _size(part if isinstance(part, str) else part.text or "")
+    size = sum(map(_message_size, asked.messages))
     most_tokens = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
     prompt_tokens = size // BYTES_PER_TOKEN + TOKENS_PER_MESSAGE * len(asked.messages)
     return _asked(asked, body, most_tokens, prompt_tokens, size // LONGEST_TOKEN_BYTES)
+
+
+def _message_size(message: _ChatMessage) -> int:
+    """Return the bytes of its text. Raises RejectedError where it has an engine fetch what is not public."""
+    content, size = message.content or "", 0
+    if isinstance(content, str):
+        return _size(content)
+    for part in content:
+        if isinstance(part, str):
+            size += _size(part)
+        else:
+            size += _size(part.text or "")
+            part.check_links()
+    return size
 
 
 def _read_completion(asked: _CompletionBody, body: bytes) -> Asked:
@@ -150,7 +162,9 @@ def _read_completion(asked: _CompletionBody, body: bytes) -> Asked:
 
 
 def _read_embedding(asked: _EmbeddingBody, body: bytes) -> Asked:
+    asked.check()
     tokens, fewest, _ = _measured(asked.input, "input")
+    tokens += sum(map(_message_size, asked.messages)) // BYTES_PER_TOKEN
     return Asked(
         endpoint=EMBEDDINGS,
         model=asked.model,

@@ -29,6 +29,7 @@ from waterline.service.connections import Response
 from waterline.service.errors import error_json
 from waterline.service.events import LONGEST_EVENT_BYTES, UNREADABLE, BadEventError, check_text
 from waterline.service.health import Watch
+from waterline.service.media import Linked
 from waterline.service.responses import RESPONSES, check_stateless
 from waterline.service.upstream import Progress, UnansweredError, engine_words, passed_back
 
@@ -37,7 +38,7 @@ ENDS = ("response.completed", "response.incomplete")
 FAILS = ("response.failed", "error")
 
 
-class _Part(Struct):
+class _Part(Linked):
     text: str | None = None
 
 
@@ -104,6 +105,8 @@ def _size(item: _Item) -> int:
     texts = [item.arguments or ""]
     for said in (item.content, item.output):
         texts += [said or ""] if isinstance(said, str) or said is None else [part.text or "" for part in said]
+        for part in said if isinstance(said, list) else ():
+            part.check_links()
     return sum(len(text.encode()) for text in texts)
 
 
