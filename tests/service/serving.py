@@ -171,11 +171,13 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def engine_that(answer: Answer, model: str = "chat", *, responses: Answer | None = None) -> AsyncIterator[str]:
+async def engine_that(
+    answer: Answer, model: str = "chat", *, responses: Answer | None = None, owner: str = "nobody"
+) -> AsyncIterator[str]:
     """Yield the URL of an OpenAI-compatible engine that answers completions, and may be responses, as the test says."""
 
     async def models(_request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": model, "object": "model"}]})
+        return web.json_response({"object": "list", "data": [{"id": model, "object": "model", "owned_by": owner}]})
 
     app = web.Application()
     app.router.add_get("/v1/models", models)

@@ -66,9 +66,9 @@ async def no_chats(_request: web.Request) -> web.StreamResponse:
 
 
 @asynccontextmanager
-async def serving(*engines: Answer) -> AsyncIterator[Served]:
+async def serving(*engines: Answer, chats: Answer = no_chats, owner: str = "nobody") -> AsyncIterator[Served]:
     async with AsyncExitStack() as stack:
-        urls = [await stack.enter_async_context(engine_that(no_chats, responses=one)) for one in engines]
+        urls = [await stack.enter_async_context(engine_that(chats, responses=one, owner=owner)) for one in engines]
         plan = fake_plan({"chat": len(urls)}, engine="openai", urls=(urls[0],))
         service = await stack.enter_async_context(served(plan, start=False))
         for number, url in enumerate(urls):
@@ -136,6 +136,111 @@ def test_one_that_breaks_off_later_ends_with_an_error_that_the_client_understand
             assert "The engine broke off. No other can go on" in str(events[-1])
             await until(lambda: len(service.completions) == 1)
             assert (service.completions[0].status, service.completions[0].output_tokens) == ("failed", 3)
+
+    asyncio.run(case())
+
+
+# --- From the middle of a response ----------------------------------------------------------------------------------
+
+PLACE = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+PART = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+MESSAGE = {"id": "msg_1", "type": "message", "role": "assistant", "status": "in_progress", "content": []}
+OPENED = (
+    BEGUN,
+    event("response.output_item.added", sequence_number=1, output_index=0, item=MESSAGE),
+    event("response.content_part.added", sequence_number=2, part=PART, **PLACE),
+)
+HALF = tuple(
+    event("response.output_text.delta", sequence_number=number, delta=text, logprobs=[], **PLACE)
+    for number, text in ((3, "one "), (4, "two "))
+)
+FAILED = event("response.failed", sequence_number=5, response=response("failed", error={"message": "out of memory"}))
+
+
+def chats(asked: list[dict[str, Any]]) -> Answer:
+    """Return an engine that goes on with "three"."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        asked.append(await request.json())
+        reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await reply.prepare(request)
+        usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
+        for choices, more in (
+            ([{"index": 0, "delta": {"role": "assistant", "content": "three"}}], {}),
+            ([{"index": 0, "delta": {}, "finish_reason": "stop"}], {}),
+            ([], {"usage": usage}),
+        ):
+            chunk = {"id": "c", "object": "chat.completion.chunk", "created": 2, "model": "chat", "choices": choices}
+            await reply.write(b"data: " + orjson.dumps(chunk | more) + b"\n\n")
+        await reply.write(b"data: [DONE]\n\n")
+        return reply
+
+    return answer
+
+
+@pytest.mark.parametrize("end", [(), (FAILED,), (HALF[1] + FAILED,)], ids=["cut", "failed", "failed at once"])
+def test_in_the_middle_of_a_text_another_engine_goes_on_and_nobody_sees_it(end: tuple[bytes, ...]) -> None:
+    asked: list[dict[str, Any]] = []
+    said = (*OPENED, *HALF, *end) if end != (HALF[1] + FAILED,) else (*OPENED, HALF[0], *end)
+
+    async def case() -> None:
+        broken = engine(*said, asked=[])
+        async with serving(broken, broken, chats=chats(asked), owner="vllm") as service:
+            stream = await service.openai.responses.create(
+                model="chat", input="count", instructions="Be brief.", max_output_tokens=10, stream=True
+            )
+            events = [one async for one in stream]
+            await until(lambda: len(service.completions) == 1)
+            done = service.completions[0]
+            assert (done.status, done.prompt_tokens, done.output_tokens) == ("ok", 7, 3)
+        assert [one.type.removeprefix("response.") for one in events] == [
+            *("created", "output_item.added", "content_part.added", *["output_text.delta"] * 3),
+            *("output_text.done", "content_part.done", "output_item.done", "completed"),
+        ]
+        assert [one.sequence_number for one in events] == list(range(10))
+        assert {one.item_id for one in events if hasattr(one, "item_id")} == {"msg_1"}
+        last = events[-1].response  # type: ignore[union-attr]
+        assert (last.id, last.status, last.output_text, last.output[0].id) == (
+            *("resp_engine", "completed", "one two three", "msg_1"),
+        )
+        assert (last.usage.input_tokens, last.usage.output_tokens, last.an_engines_own) == (7, 3, 1)
+
+    asyncio.run(case())
+    [chat] = asked
+    assert [(one["role"], one["content"]) for one in chat["messages"]] == [
+        *(("system", "Be brief."), ("user", "count"), ("assistant", "one two ")),
+    ]
+    assert (chat["continue_final_message"], chat["max_completion_tokens"]) == (True, 8)
+
+
+def reasoning(kind: str, **more: Any) -> bytes:
+    return event(kind, output_index=0, **more)
+
+
+THOUGHT = reasoning("response.output_item.added", item={"id": "rs_1", "type": "reasoning", "encrypted_content": "x"})
+CALL = reasoning("response.output_item.added", item={"id": "fc_1", "type": "function_call", "name": "look"})
+FORM = {"format": {"type": "json_schema", "name": "n", "schema": {}}}
+
+
+@pytest.mark.parametrize(
+    ("said", "asks", "why"),
+    [
+        ((BEGUN, THOUGHT, *OPENED[1:], *HALF), {}, "'response.output_item.added' has been sent"),
+        ((BEGUN, CALL), {}, "'response.output_item.added' has been sent"),
+        ((*OPENED, *HALF, event("response.output_text.done", text="one two ", **PLACE)), {}, "text.done' has been"),
+        ((*OPENED, *HALF), {"text": FORM}, "its form is guided by response_format"),
+        ((*OPENED, *HALF), {"tools": [{"type": "web_search"}]}, "'web_search' run nowhere here"),
+    ],
+    ids=["thought", "call", "done", "form", "tool"],
+)
+def test_what_nobody_could_go_on_with_ends_with_an_error(said: tuple[bytes, ...], asks: Any, why: str) -> None:
+    async def case() -> None:
+        broken = engine(*said, asked=[])
+        async with serving(broken, broken, owner="vllm") as service:
+            stream = await service.openai.responses.create(model="chat", input="hi", stream=True, extra_body=asks)
+            events = [one async for one in stream]
+            assert [one.type for one in events].count("error") == 1
+            assert (events[-1].type, why in str(events[-1])) == ("error", True), events[-1]
 
     asyncio.run(case())
 

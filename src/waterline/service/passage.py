@@ -30,6 +30,7 @@ from waterline.service.events import DONE, BadEventError
 from waterline.service.health import Health, Watch
 from waterline.service.pairs import Handover, Pairs, Wanted, discreet, trial
 from waterline.service.response_relay import Relay
+from waterline.service.response_resume import Written, as_rest_of
 from waterline.service.responses import RESPONSES
 from waterline.service.said import Said
 from waterline.service.stream import Stream
@@ -90,6 +91,7 @@ class Passage:
     patience_s: float  # for a place, while no replica is in service and nothing was said
     progress: Progress = field(default_factory=Progress)
     said: Said = field(default_factory=Said)
+    written: Written = field(default_factory=Written)  # of a response that an engine makes itself
     silences: int = 0  # engines that let it wait in vain
     at: Replica = field(init=False)  # where it is
     pid: int | None = None  # … and the process of that
@@ -187,7 +189,7 @@ class Passages:
                     failures = Failures(until_s=self._now_s() + PATIENCE_S, accused=failures.accused)
                 await self._bear(error, failures, *self._at_fault(passage), reply)
                 if reply.begun and passage.endpoint == RESPONSES:
-                    raise BrokenStreamError(f"{error} No other can go on with its response.") from error
+                    _go_on_as_chat(passage, reply, error)
                 if reply.begun and await _end_alone(passage, reply):
                     break
                 passage.place.move(frozenset(failures.avoid) | _asked_with_it(passage))
@@ -304,7 +306,8 @@ class Passages:
         body = _body(passage.asked, state.served_name, {})
         response = await ask(self._connections, engine, state.url + RESPONSES, body, passage.headers, stream=True)
         try:
-            relay = Relay(response, passage.progress, reply)
+            passage.written, may_go_on = Written(), engine.dialect.prefill is not None
+            relay = Relay(response, passage.progress, passage.written, reply, may_go_on=may_go_on)
             await relay.relay(watch, lambda: self._heard(passage, watch))
             await relay.end()
             watch.vitals.took(*relay.pace(begun_s))
@@ -477,6 +480,15 @@ def _asked_with_it(passage: Passage) -> frozenset[str]:
     """Return who was asked at once with the one that failed: which of them it was, is not always to be seen."""
     writer = passage.handover.writer if passage.handover else None
     return frozenset({writer.id}) if writer else frozenset()
+
+
+def _go_on_as_chat(passage: Passage, reply: Reply, error: UnansweredError) -> None:
+    """Have the rest of a response made of a chat. Raises BrokenStreamError where that cannot be."""
+    try:
+        passage.asked, passage.said, reply.edit = as_rest_of(passage.written, passage.asked.body)
+    except (RefusedError, RejectedError) as why:
+        raise BrokenStreamError(f"{error} No other can go on with its response: {why}") from error
+    passage.path = f"/v1{passage.asked.endpoint}"
 
 
 async def _end_alone(passage: Passage, reply: Reply) -> bool:

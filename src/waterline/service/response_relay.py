@@ -1,8 +1,7 @@
 """Responses of engines that make them themselves, passed on as they came: what is asked, and the stream of events.
 
-Such a stream has no form in which another engine could go on with it. Until something was said, the events that only
-tell that it has begun are held back, so that a failure before the first token is nobody's news; after that, one that
-breaks off has failed.
+Until something was said, the events that only tell that it has begun are held back, so that a failure before the first
+token is nobody's news. After that, what goes to the client is noted, so that another may go on; see `response_resume`.
 """
 
 import asyncio
@@ -30,10 +29,10 @@ from waterline.service.errors import error_json
 from waterline.service.events import LONGEST_EVENT_BYTES, UNREADABLE, BadEventError, check_text
 from waterline.service.health import Watch
 from waterline.service.media import Linked
+from waterline.service.response_resume import BEGINS, Event, Written
 from waterline.service.responses import RESPONSES, check_stateless
 from waterline.service.upstream import Progress, UnansweredError, engine_words, passed_back
 
-BEGINS = ("response.queued", "response.created", "response.in_progress")  # nothing is said by them
 ENDS = ("response.completed", "response.incomplete")
 FAILS = ("response.failed", "error")
 
@@ -57,22 +56,8 @@ class _Body(Steering, kw_only=True):
     service_tier: str | None = None
 
 
-class Usage(Struct):
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-
-class _Response(Struct):
-    usage: Usage | None = None
-
-
-class _Event(Struct):
-    type: str
-    response: _Response | None = None
-
-
 _BODY = msgspec.json.Decoder(_Body)
-_EVENT = msgspec.json.Decoder(_Event)
+_EVENT = msgspec.json.Decoder(Event)
 
 
 def read_own(body: bytes) -> Asked:
@@ -134,11 +119,17 @@ class Relay:
     Args:
         response: of the engine, of which no byte was read.
         progress: of the request; kept up to date.
+        written: what the client gets; kept up to date.
         reply: to the client.
+        may_go_on: another engine could, from the middle of it.
     """
 
-    def __init__(self, response: Response, progress: Progress, reply: Reply) -> None:
+    def __init__(
+        self, response: Response, progress: Progress, written: Written, reply: Reply, *, may_go_on: bool
+    ) -> None:
         self._response = response
+        self._may_go_on = may_go_on
+        self._written = written
         self._progress = progress
         self._reply = reply
         self._held = b""  # events that tell of a beginning
@@ -160,28 +151,37 @@ class Relay:
             whole, mark, rest = data.rpartition(b"\n\n")
             if len(rest) > LONGEST_EVENT_BYTES:
                 raise BadEventError("The engine sent an event without end.")
-            if data := self._said(whole + mark):
+            data, problem = self._said(whole + mark)
+            if problem and not self._reply.begun:
+                raise problem
+            if data:
                 if not watch.heard:
                     self._first_s = watch.since_s
-                    watch.patience = math.inf  # to end it now would help nobody
                     on_first()
+                if self._written.problem or not self._may_go_on:
+                    watch.patience = math.inf  # to end it now would help nobody
                 watch.writing = True
                 await self._pass_on(data)
                 watch.writing = False
+            if problem:
+                raise problem
             if not chunk and not self._last:
                 raise UnansweredError("The engine broke off.")
 
-    def _said(self, data: bytes) -> bytes:
-        """Return what goes to the client now of whole events. Raises BadEventError for one that tells of a failure."""
+    def _said(self, data: bytes) -> tuple[bytes, BadEventError | None]:
+        """Return what goes to the client now of whole events, and what is wrong with the one that follows, if it is."""
         good: list[bytes] = []
-        for block in filter(None, data.split(b"\n\n")):
-            if self._last:
-                self._last += block + b"\n\n"
-            elif event := _read(block):
-                self._take(event, block, good)
-        return b"".join(good)
+        try:
+            for block in filter(None, data.split(b"\n\n")):
+                if self._last:
+                    self._last += block + b"\n\n"
+                elif event := _read(block):
+                    self._take(event, block, good)
+        except BadEventError as error:
+            return b"".join(good), error
+        return b"".join(good), None
 
-    def _take(self, event: _Event, block: bytes, good: list[bytes]) -> None:
+    def _take(self, event: Event, block: bytes, good: list[bytes]) -> None:
         if event.type in FAILS:
             raise BadEventError(f"The engine gave up: {_words(block)[:200]}")
         if event.type in ENDS:
@@ -190,9 +190,11 @@ class Relay:
                 self._progress.told(event.response.usage.input_tokens, event.response.usage.output_tokens)
         elif event.type in BEGINS and not (self._reply.begun or good):
             self._held += block + b"\n\n"
+            self._written.add(event, _data(block))
         else:
             self._deltas += event.type.endswith(".delta")
             good.append(block + b"\n\n")
+            self._written.add(event, _data(block))
 
     async def _pass_on(self, data: bytes) -> None:
         self._progress.events = self._deltas + 1  # as in a chat, whose first event has the role
@@ -213,7 +215,7 @@ class Relay:
         return self._first_s - begun_s, (self._time() - self._first_s) / (deltas - 1) if deltas > 1 else math.nan
 
 
-def _read(block: bytes) -> _Event | None:
+def _read(block: bytes) -> Event | None:
     """Return what an event is; None for a comment, [DONE], and nothing. Raises BadEventError for what is none."""
     said = _data(block)
     if not said or said == b"[DONE]":

@@ -33,17 +33,23 @@ class Item:
 
 
 class ResponseStream:
-    """An `asgi.Edit` that turns chat completions into responses."""
+    """An `asgi.Edit` that turns chat completions into responses.
 
-    def __init__(self, answer: Answer) -> None:
+    Args:
+        answer: what is said of the response.
+        sequence: number of its next event.
+        item: that is open, in a stream that another has begun.
+    """
+
+    def __init__(self, answer: Answer, *, sequence: int = 0, item: Item | None = None) -> None:
         self._answer = answer
-        self._sequence = 0
+        self._sequence = sequence
         self._events: list[bytes] = []
         self._output: list[Json] = []  # items that are whole
-        self._open: Item | None = None
+        self._open = item
         self._finish: str | None = None
         self._usage: Json | None = None
-        self._begun = self._ended = False
+        self._begun, self._ended = item is not None, False
 
     def whole(self, data: bytes) -> bytes:
         """Return a response. Raises UnansweredError for what is no chat completion: another engine may know better."""
