@@ -1,17 +1,19 @@
 """Who gets how much of a full fleet: shares of tenants in GPU time, fairness among clients, and a surge of ten times.
 
-    python benchmarks/shares.py                              # about six minutes
+    python benchmarks/shares.py                              # about five minutes
     python benchmarks/shares.py --seconds 10 --warm-up 5     # does it work at all
 
 Two fake engines keep the time the cost model gives Llama 3.1 8B on L4 cards; the gateway, its ledger and its keys are
 real, and so is HTTP. First three tenants ask for all there is, each with four clients of which one asks three times as
 much as the others. Accounts remember a minute's half: they need some of them until shares are what they will be. Then
-the public asks for ten times what the fleet can serve, while the enterprise asks for half of what it deserves.
+the public asks for ten times what the fleet can serve, while the enterprise asks for half of what it deserves. At last
+the enterprise wants all it deserves again, in the middle of such a surge: until it has that, is the hand-back.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,10 +37,14 @@ from waterline.service.engines import prepare_engines
 from waterline.service.logs import log_to
 from waterline.service.server import listen, running
 
+Row = tuple[str, str, str, bool]  # what, measured, goal, met
 Used = dict[tuple[str, str], tuple[float, int]]  # GPU-seconds and answered requests by tenant and client
 DESERVED = {"enterprise": 0.5, "public": 0.3, "research": 0.2}
 CLIENTS = (("busy", 30), ("quiet 1", 10), ("quiet 2", 10), ("quiet 3", 10))  # of each tenant, and how much at once
 TTFT_S = 10.0
+OVER_S = 5.0  # GPU time is looked at over so long
+HAND_BACK_S = 30.0  # the goal
+RAMP_S = 15.0  # of a surge, until answers come as fast as they will
 FLEET = f"""
 name = "shares"
 [[pools]]
@@ -97,7 +104,7 @@ class Seen:
     """What clients of one tenant have met."""
 
     ok: int = 0
-    within_slo: int = 0
+    within_slo: list[float] = field(default_factory=list)  # when those were answered
     refused: int = 0
     failed: int = 0
     refusals_s: list[float] = field(default_factory=list)
@@ -120,7 +127,7 @@ async def ask(session: aiohttp.ClientSession, url: str, key: str, body: bytes, s
             ttft_s = time.perf_counter() - begun_s
             await reply.read()
             seen.ok += 1
-            seen.within_slo += ttft_s <= TTFT_S
+            seen.within_slo += [time.monotonic()] * (ttft_s <= TTFT_S)
             return 0.0
         await reply.read()
         if reply.status != 429:
@@ -132,7 +139,9 @@ async def ask(session: aiohttp.ClientSession, url: str, key: str, body: bytes, s
         return seen.retry_after_s[-1]
 
 
-async def saturate(url: str, keys: dict[tuple[str, str], str], until_s: float, seed: int) -> dict[str, Seen]:
+async def saturate(
+    url: str, keys: dict[tuple[str, str], str], until_s: float, seed: int, tenants: Iterable[str] = DESERVED
+) -> dict[str, Seen]:
     """Let every client keep as many requests under way as it is said to, and come back when it is told to."""
     seen: dict[str, Seen] = defaultdict(Seen)
 
@@ -140,13 +149,13 @@ async def saturate(url: str, keys: dict[tuple[str, str], str], until_s: float, s
         dice = random.Random(f"{seed} {key} {number}")
         while time.monotonic() < until_s:
             again_s = await ask(session, url, key, body_of(dice, stream=False), seen[tenant])
-            await asyncio.sleep(again_s)
+            await asyncio.sleep(min(again_s, max(0.0, until_s - time.monotonic())))
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         await asyncio.gather(
             *(
                 keep_asking(tenant, keys[tenant, client], number)
-                for tenant in DESERVED
+                for tenant in tenants
                 for client, at_once in CLIENTS
                 for number in range(at_once)
             )
@@ -177,7 +186,38 @@ async def surge(
     return seen
 
 
+async def hand_back(
+    url: str, keys: dict[tuple[str, str], str], rate: float, seconds: float, folder: Path, seed: int
+) -> float:
+    """Let the enterprise ask for everything after `OVER_S` of a surge; return until it has what it deserves, in s.
+
+    That is when the ledger has its part of the GPU time of the last `OVER_S`; infinite when it never is.
+    """
+    surging = asyncio.create_task(surge(url, keys, {"public": rate}, seconds + OVER_S, seed))
+    await asyncio.sleep(OVER_S)
+    begun_s = time.monotonic()
+    asking = asyncio.create_task(saturate(url, keys, begun_s + seconds, seed, ["enterprise"]))
+    seen, back_s = [await asyncio.to_thread(by_tenant, folder)], math.inf
+    while time.monotonic() < begun_s + seconds:
+        await asyncio.sleep(1.0)
+        seen.append(await asyncio.to_thread(by_tenant, folder))
+        now, before = seen[-1], seen[max(0, len(seen) - 1 - int(OVER_S))]
+        had_s = {tenant: now[tenant] - before[tenant] for tenant in now}
+        if had_s["enterprise"] >= DESERVED["enterprise"] * sum(had_s.values()) > 0.0:
+            back_s = min(back_s, time.monotonic() - begun_s)
+    await asyncio.gather(surging, asking)
+    return back_s
+
+
 # --- The tables -------------------------------------------------------------------------------------------------------
+
+
+def by_tenant(folder: Path) -> dict[str, float]:
+    """Return the GPU-seconds each has had."""
+    had: defaultdict[str, float] = defaultdict(float)
+    for (tenant, _), (gpu_s, _) in used(folder).items():
+        had[tenant] += gpu_s
+    return had
 
 
 def used(folder: Path) -> Used:
@@ -191,48 +231,69 @@ def jain(values: list[float]) -> float:
     return sum(values) ** 2 / (len(values) * sum(value * value for value in values)) if any(values) else 0.0
 
 
-def show_shares(before: Used, after: Used, seconds: float) -> float:
-    """Print who had how much in between; return requests a second."""
+def show_shares(before: Used, after: Used, seconds: float) -> tuple[float, list[Row]]:
+    """Print who had how much in between; return requests a second, and what became of the goals."""
     gpu_s: dict[tuple[str, str], float] = {}
     requests = 0
     for who, (after_gpu_s, after_requests) in after.items():
         earlier_gpu_s, earlier_requests = before.get(who, (0.0, 0))
         gpu_s[who] = after_gpu_s - earlier_gpu_s
         requests += after_requests - earlier_requests
-    total_s, worst = sum(gpu_s.values()), 0.0
+    total_s, worst, least_jain = sum(gpu_s.values()), 0.0, 1.0
     print(f"{'tenant':12}{'deserved':>10}{'GPU time':>10}{'off by':>10}{'Jain among its clients':>26}")
     for tenant, deserved in DESERVED.items():
         mine = [value for (name, _), value in gpu_s.items() if name == tenant]
         off = sum(mine) / total_s - deserved
-        worst = max(worst, abs(off))
+        worst, least_jain = max(worst, abs(off)), min(least_jain, jain(mine))
         print(f"{tenant:12}{deserved:10.1%}{sum(mine) / total_s:10.1%}{off * 100:+7.1f} pt{jain(mine):26.3f}")
-    print(f"{requests / seconds:.1f} requests/s; off by {worst * 100:.1f} points at most (goal: 5; Jain 0.95)\n")
-    return requests / seconds
+    print(f"{requests / seconds:.1f} requests/s\n")
+    return requests / seconds, [
+        ("share of GPU time, off what is deserved", f"{worst * 100:.1f} points", "<= 5", worst <= 0.05),
+        ("Jain index among the clients of a tenant", f"{least_jain:.3f}", ">= 0.95", least_jain >= 0.95),
+    ]
 
 
-def show_surge(seen: dict[str, Seen], capacity: float, seconds: float) -> None:
-    goodput = sum(one.within_slo for one in seen.values()) / seconds
+def show_surge(seen: dict[str, Seen], begun_s: float, capacity: float, seconds: float) -> list[Row]:
+    """Print what its clients met; return what became of the goals."""
+    good = sum(
+        begun_s + RAMP_S <= at_s < begun_s + RAMP_S + seconds for one in seen.values() for at_s in one.within_slo
+    )
+    goodput = good / seconds
     refusals_s = [value for one in seen.values() for value in one.refusals_s]
     for tenant, one in seen.items():
         asked = one.ok + one.refused + one.failed
         print(
-            f"{tenant:12}{asked:7} asked, {one.ok} answered, {one.within_slo} within their SLO, {one.refused} refused, "
-            f"{one.failed} failed"
+            f"{tenant:12}{asked:7} asked, {one.ok} answered, {len(one.within_slo)} within their SLO, "
+            f"{one.refused} refused, {one.failed} failed"
         )
-    print(f"goodput {goodput:.1f}/s, {goodput / capacity:.0%} of {capacity:.1f}/s (goal: 90 %)")
+    failed = sum(one.failed for one in seen.values())
+    rows: list[Row] = [
+        (
+            "goodput at ten times the load",
+            f"{goodput / capacity:.0%} of {capacity:.1f}/s",
+            ">= 90 %",
+            goodput >= 0.9 * capacity,
+        ),
+        ("requests that failed", str(failed), "0", failed == 0),
+    ]
     if len(refusals_s) > 1:
-        late = statistics.quantiles(refusals_s, n=100)
+        median_ms, late_ms = statistics.median(refusals_s) * 1000, statistics.quantiles(refusals_s, n=100)[98] * 1000
         retry_after_s = [value for one in seen.values() for value in one.retry_after_s]
-        print(
-            f"refused within {statistics.median(refusals_s) * 1000:.1f} ms (median), {late[98] * 1000:.1f} ms (p99; "
-            f"goal: 50 ms); told to come back in {statistics.median(retry_after_s):.0f} s (median)"
-        )
+        print(f"who was refused was told to come back in {statistics.median(retry_after_s):.0f} s (median)")
+        rows.append(("refused within (p50, p99)", f"{median_ms:.1f}, {late_ms:.1f} ms", "<= 50 ms", late_ms <= 50.0))
+    return rows
+
+
+def show_goals(rows: list[Row]) -> None:
+    print(f"\n{'':44}{'measured':>20}{'goal':>12}")
+    for what, measured, goal, met in rows:
+        print(f"{what:44}{measured:>20}{goal:>12}{'' if met else '  MISSED'}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each part")
-    parser.add_argument("--warm-up", type=float, default=180.0, help="seconds before the first part counts")
+    parser.add_argument("--warm-up", type=float, default=100.0, help="seconds before the first part counts")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -274,10 +335,15 @@ def measure(url: str, keys: dict[tuple[str, str], str], folder: Path, arguments:
         return before, after
 
     print(f"All tenants ask for everything, {seconds:g} s after {warm_up_s:g} s to warm up:")
-    capacity = show_shares(*uvloop.run(saturated()), seconds)
+    capacity, rows = show_shares(*uvloop.run(saturated()), seconds)
     rates = {"enterprise": DESERVED["enterprise"] / 2 * capacity, "public": 10 * capacity}
     print(f"The public asks for ten times that for {seconds:g} s:")
-    show_surge(uvloop.run(surge(url, keys, rates, seconds, seed)), capacity, seconds)
+    begun_s = time.monotonic()
+    seen = uvloop.run(surge(url, keys, rates, RAMP_S + seconds, seed))
+    rows += show_surge(seen, begun_s, capacity, seconds)
+    back_s = uvloop.run(hand_back(url, keys, rates["public"], min(seconds, HAND_BACK_S + OVER_S), folder, seed))
+    rows.append(("hand-back to who deserves it", f"{back_s:.0f} s", f"<= {HAND_BACK_S:.0f} s", back_s <= HAND_BACK_S))
+    show_goals(rows)
 
 
 if __name__ == "__main__":
