@@ -90,41 +90,24 @@ class Dispatcher:
         if counts:
             prompts, outputs = self._loads.get((tenant, model), (0, 0))
             self._loads[tenant, model] = prompts + prompt_tokens, outputs + output_tokens
-        # Tokens are estimated: only an engine can tell that a request is too long for it.
-        tokens = min(prompt_tokens + output_tokens, self.rows.desk.models.longest_tokens[service.row] or 1)
         clients = self.rows.spare_of(tenant) if spare else self.rows.tenants[tenant]
-        client, draw = self.rows.client(clients, line), self._draw()
         within_s = service.ttft_s if wait_s is None else wait_s
-        arrival = dispatch.arrive(
-            self.rows.desk, service.row, client, prompt_tokens, 0, output_tokens, tokens, within_s, blocks, draw
-        )
-        if arrival.rule == NOT_SERVED:
-            cost_gpu_s = service.cost_gpu_s(prompt_tokens, output_tokens)
-            arrival = self._arrive_ahead(service, client, prompt_tokens, cost_gpu_s, within_s, now_s)
-        if arrival.rule not in {SLOT_FREE, WAITS_FOR_SLOT}:
-            return Refusal(rule=arrival.rule, retry_after_s=arrival.seconds)
         ticket = Ticket(
             service=service,
-            client=client,
+            client=self.rows.client(clients, line),
             clients=clients,
             tenant=tenant,
             line=line,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
-            tokens=tokens,
+            # Estimated, so that only an engine can tell that a request is too long for it.
+            tokens=min(prompt_tokens + output_tokens, self.rows.desk.models.longest_tokens[service.row] or 1),
             blocks=blocks,
-            cost_gpu_s=arrival.gpu_s,
             arrival_s=now_s,
             until_s=now_s + PATIENCE * max(within_s, LEAST_WAIT_S),
             turn=turn,
         )
-        clients.come(client)
-        if arrival.rule == SLOT_FREE:
-            self._run(ticket, arrival.replica, arrival.cached_tokens, now_s)
-        else:
-            service.lines.setdefault(client, deque()).append(ticket)
-            self._advance(service, now_s)
-        return ticket
+        return self._take_in(ticket, self._arrive(ticket, within_s), now_s)
 
     def first_token(self, ticket: Ticket) -> None:
         """Its prompt has been read, or its cache fetched; told again, this changes nothing."""
@@ -333,24 +316,52 @@ class Dispatcher:
 
     # --- Inside -----------------------------------------------------------------------------------------------------
 
-    def _arrive_ahead(
-        self, service: Service, client: int, prompt_tokens: int, cost_gpu_s: float, within_s: float, now_s: float
-    ) -> dispatch.Arrival:
+    def _arrive(self, ticket: Ticket, within_s: float) -> dispatch.Arrival:
+        """Decide about a newcomer that may wait so long for its first token."""
+        arrival = dispatch.arrive(
+            self.rows.desk,
+            ticket.service.row,
+            ticket.client,
+            ticket.prompt_tokens,
+            0,
+            ticket.output_tokens,
+            ticket.tokens,
+            within_s,
+            ticket.blocks,
+            self._draw(),
+        )
+        return self._arrive_ahead(ticket, within_s) if arrival.rule == NOT_SERVED else arrival
+
+    def _arrive_ahead(self, ticket: Ticket, within_s: float) -> dispatch.Arrival:
         """Decide about a newcomer while nobody serves its model: it may wait for those who should be there first."""
+        service = ticket.service
         there_s = service.there_s
         coming = [lane.replica for lane in service.lanes if lane.there_s <= there_s]
         readers = [replica for replica in coming if replica.role != "decode"]
         return dispatch.arrive_ahead(
             self.rows.desk,
             service.row,
-            client,
-            prompt_tokens,
-            cost_gpu_s,
-            service.ready_in_s(now_s),
+            ticket.client,
+            ticket.prompt_tokens,
+            service.cost_gpu_s(ticket.prompt_tokens, ticket.output_tokens),
+            service.ready_in_s(ticket.arrival_s),
             float(sum(replica.layout.gpus for replica in coming)),
             sum(map(reads_per_s, readers)) / max(len(readers), 1),
             within_s,
         )
+
+    def _take_in(self, ticket: Ticket, arrival: dispatch.Arrival, now_s: float) -> Ticket | Refusal:
+        """Do what was decided about a newcomer."""
+        if arrival.rule not in {SLOT_FREE, WAITS_FOR_SLOT}:
+            return Refusal(rule=arrival.rule, retry_after_s=arrival.seconds)
+        ticket.cost_gpu_s = arrival.gpu_s
+        ticket.clients.come(ticket.client)
+        if arrival.rule == SLOT_FREE:
+            self._run(ticket, arrival.replica, arrival.cached_tokens, now_s)
+        else:
+            ticket.service.lines.setdefault(ticket.client, deque()).append(ticket)
+            self._advance(ticket.service, now_s)
+        return ticket
 
     def _advance(self, service: Service, now_s: float) -> None:
         """Start whoever may start: first those who have begun before."""

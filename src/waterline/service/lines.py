@@ -132,10 +132,10 @@ class Ticket:
     output_tokens: int  # expected, of all its answers
     tokens: int  # it may come to; at most what a replica holds
     blocks: NDArray[np.int64]
-    cost_gpu_s: float  # expected, and charged while it runs
     arrival_s: float
     until_s: float  # it waits, when those who go first keep coming
     turn: Turn
+    cost_gpu_s: float = 0.0  # expected, and charged while it runs
     lane: Lane | None = None  # where it runs, or ran last
     running: bool = False
     writer: Lane | None = None  # who takes it over, while its prompt is read elsewhere

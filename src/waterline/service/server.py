@@ -231,17 +231,18 @@ async def running(
             log_failure(completion)
             on_completion(completion)
 
-        launch = nodes.launch if nodes else Child.start
-        supervisor = Supervisor(engines, session, on_change, under_way=under_way, state=state, launch=launch)
+        supervisor = Supervisor(
+            engines,
+            session,
+            on_change,
+            under_way=under_way,
+            state=state,
+            launch=nodes.launch if nodes else Child.start,
+        )
         jobs = Jobs(plan.fleet, state, on_run_change, nodes)
+        loopback = is_loopback(listening.getsockname()[0])
         gateway = Gateway(
-            plan,
-            supervisor.engines,
-            supervisor.states,
-            connections,
-            completed,
-            ledger=ledger,
-            loopback=is_loopback(listening.getsockname()[0]),
+            plan, supervisor.engines, supervisor.states, connections, completed, ledger=ledger, loopback=loopback
         )
         gateway.jobs_now = jobs.now
         operator = Operator(gateway, supervisor.states, ledger)
@@ -252,28 +253,28 @@ async def running(
         doors = [(HttpServer(gateway, proxies=proxies), listening)]
         if admin:
             doors.append((HttpServer(admin.app(operator, state.path), grace_s=0), admin.listening))
-        serving = [asyncio.create_task(http.serve(sockets=[door])) for http, door in doors]
-        ticking = asyncio.create_task(gateway.keep_time())
-        try:
-            yield Service(
-                supervisor=supervisor,
-                gateway=gateway,
-                shore=shore,
-                jobs=jobs,
-                keeper=keeper,
-                state=state,
-                operator=operator,
-            )
-        finally:
-            doors[0][0].should_exit = True
-            gateway.cut()
-            operator.stopping.set()
-            await keeper.pause()
-            await asyncio.gather(supervisor.stop(), jobs.stop_all())
-            for http, _ in doors:  # operators see the end
-                http.should_exit = True
-            await asyncio.gather(*serving)
-            ticking.cancel()
+        service = Service(supervisor, gateway, shore, jobs, keeper, state, operator)
+        async with _open(service, doors):
+            yield service
+
+
+@asynccontextmanager
+async def _open(service: Service, doors: Sequence[tuple[HttpServer, socket.socket]]) -> AsyncIterator[None]:
+    """Let people in, clients by the first door; at the end of the block end everything they might use."""
+    serving = [asyncio.create_task(http.serve(sockets=[door])) for http, door in doors]
+    ticking = asyncio.create_task(service.gateway.keep_time())
+    try:
+        yield
+    finally:
+        doors[0][0].should_exit = True
+        service.gateway.cut()
+        service.operator.stopping.set()
+        await service.keeper.pause()
+        await asyncio.gather(service.supervisor.stop(), service.jobs.stop_all())
+        for http, _ in doors:  # operators see the end
+            http.should_exit = True
+        await asyncio.gather(*serving)
+        ticking.cancel()
 
 
 def _session() -> aiohttp.ClientSession:
