@@ -118,6 +118,25 @@ def test_what_nobody_can_hold_is_too_long_and_what_nobody_in_service_can_is_not_
     assert made.accounts.gpus[0] == 0.0
 
 
+def test_where_nobody_serves_a_request_waits_for_who_is_expected_in_time() -> None:
+    made = desk((0, BOTH), ready=False)
+
+    def ask_ahead(ready_in_s: float) -> Arrival:  # its prompt takes 0.1 s to read, so it may wait 5 s
+        return dispatch.arrive_ahead(made, 0, PUBLIC, 100, 2.0, ready_in_s, 1.0, 1000.0, 5.1)
+
+    for ready_in_s in (5.01, float("inf")):
+        refused = ask_ahead(ready_in_s)
+        assert (refused.rule, refused.seconds) == (NOT_SERVED, ready_in_s)
+    assert (ask_ahead(5.0).rule, ask_ahead(2.0).rule) == (WAITS_FOR_SLOT, WAITS_FOR_SLOT)
+    late = ask_ahead(2.0)
+    assert (late.rule, late.seconds) == (TOO_LATE, pytest.approx(4 - CAUTION * 3)), "4 GPU-seconds wait before it"
+    for now_s in range(1, 61):
+        dispatch.tick(made, float(now_s))
+    assert ask_ahead(0.0).seconds == pytest.approx(4 - CAUTION * 5 + 4.0), "a minute without anybody is no slow pace"
+    dispatch.set_in_service(made, [0], serves=True)
+    assert start_next(made) == (PUBLIC, BELOW_DESERVED, 0)
+
+
 def test_a_replica_that_drains_gets_nothing_and_one_that_comes_gets_who_waits() -> None:
     made = desk((0, BOTH), (0, BOTH), ready=False)
     dispatch.set_in_service(made, [0], serves=True)

@@ -17,7 +17,9 @@ from waterline.service.errors import RejectedError, shortened
 NOTHING = Raw()
 SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 # Stricter than any client of HTTP, so that none of them can read another host than we do.
-AUTHORITY = re.compile(r"\s*https?://(?:[^/?#\\\s@]*@)?(\[[^\]]*\]|[^/?#\\\s@:%]+)(?::\d*)?(?:[/?#]|$)", re.IGNORECASE)
+AUTHORITY = re.compile(
+    r"\s*https?://(?:[^/?#\\\s@]*@)?(\[[^\]]*\]|[^/?#\\\s@:%]{1,253})(?::\d*)?(?:[/?#]|$)", re.IGNORECASE
+)
 INSIDE = ("localhost", "localdomain", "local", "internal", "svc", "arpa")  # ends of names that lead nowhere outside
 NAT64 = IPv6Network("64:ff9b::/96")  # in which each address has one of IPv4
 
@@ -56,9 +58,8 @@ def check_url(url: str, param: str) -> None:
     """Raise RejectedError for a URL of anything but data and the public network."""
     scheme = SCHEME.match(url)
     kind = scheme[1].lower() if scheme else ""
-    if kind == "data" or (
-        not kind and "." not in url
-    ):  # bare base64, which SGLang takes; it has no dots, as paths have
+    is_bare = not kind and "." not in url  # base64, which SGLang takes; paths have dots
+    if kind == "data" or is_bare:
         return
     if kind not in {"http", "https"}:
         raise _refused(f"is {f'of the kind {shortened(kind)}:' if kind else 'no URL'}", param)
@@ -92,9 +93,7 @@ def _is_public(host: str) -> bool:
 
 def _is_global(address: IPv4Address | IPv6Address) -> bool:
     if isinstance(address, IPv6Address):
-        within = (
-            IPv4Address(int(address) & 0xFFFFFFFF) if address in NAT64 else address.ipv4_mapped or address.sixtofour
-        )
-        if within:
+        translated = IPv4Address(int(address) & 0xFFFFFFFF) if address in NAT64 else None
+        if within := translated or address.ipv4_mapped or address.sixtofour:
             return _is_global(within)
     return address.is_global and not address.is_multicast
