@@ -229,6 +229,9 @@ def test_other_applications_have_paths_of_their_own() -> None:
 # --- Errors ---------------------------------------------------------------------------------------------------------
 
 
+INSIDE, NO_URL = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}, "url_not_allowed"
+
+
 def test_each_wrong_request_gets_its_status_and_openais_error() -> None:
     hello = {"model": "chat", "messages": QUESTION}
     cases = [
@@ -239,6 +242,7 @@ def test_each_wrong_request_gets_its_status_and_openais_error() -> None:
         (CHAT, orjson.dumps({**hello, "model": "chatt"}), 404, "model", "model_not_found"),
         (CHAT, b" " * (LONGEST_BODY_BYTES + 1), 413, None, "body_too_large"),
         (CHAT, orjson.dumps({**hello, "messages": [{"role": "user", "content": "x" * 2**21}]}), 400, None, TOO_LONG),
+        (CHAT, orjson.dumps({**hello, "messages": [{"role": "user", "content": [INSIDE]}]}), 400, "image_url", NO_URL),
         ("/v1/audio/speech", orjson.dumps(hello), 404, None, "unknown_path"),
         ("/v1/models", b"{}", 405, None, "wrong_method"),
     ]
