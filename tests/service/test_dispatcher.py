@@ -212,6 +212,16 @@ def test_who_asks_while_the_only_replica_starts_again_waits_if_its_deadline_lets
     assert ask(desk, turns, "overdue", now_s=221.0) == Refusal(rule=NOT_SERVED, retry_after_s=20.0), "as long again"
 
 
+def test_who_asks_while_one_replica_is_ejected_and_the_other_gone_waits_for_the_first_to_be_trusted() -> None:
+    desk, turns = dispatcher(2, ttft_s=5.0), Turns()
+    desk.doubt("chat/0", doubted=True, now_s=0.0)
+    desk.set_ready("chat/1", ready=False, now_s=0.0, back_in_s=60.0)
+    enter(desk, turns, "a", now_s=1.0)
+    assert turns.begun == []
+    desk.doubt("chat/0", doubted=False, now_s=2.0)
+    assert turns.begun == ["a"]
+
+
 def test_who_waits_for_a_replica_that_starts_is_no_more_than_it_can_begin_in_time() -> None:
     desk, turns = dispatcher(max_batch=1, ttft_s=10.0, tokens_per_s=10.0), Turns()  # 1.5 s each
     desk.set_ready("chat/0", ready=False, now_s=0.0, back_in_s=4.0)
