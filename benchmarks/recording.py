@@ -75,7 +75,7 @@ def record(requests: int, replicas: int) -> float:
         "client": generator.integers(0, len(CLIENTS), PIECE),
         "model": model,
         "prompt_tokens": generator.integers(1, 4000, PIECE),
-        "output_tokens": generator.integers(1, 400, PIECE),
+        "output_tokens": np.where(replica >= 0, generator.integers(1, 400, PIECE), 0),
         "replica": replica,
         "busy_ps": answer_ps // 30,
         "preemptions": np.zeros(PIECE, np.int64),

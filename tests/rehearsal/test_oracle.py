@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from waterline.cost.step import AttentionCost, StepCost, prefill_pairs
 from waterline.policy.admission import CAUTION
-from waterline.policy.decisions import NOT_SERVED, TOO_LATE, TOO_LONG
+from waterline.policy.decisions import GAVE_UP, NOT_SERVED, TOO_LATE, TOO_LONG
 from waterline.policy.routing import NOBODY
 from waterline.rehearsal.capacity import Ask, Capacity, Change, Terms, asks
 from waterline.rehearsal.oracle import Passage, Step, serve
@@ -379,6 +379,54 @@ def test_who_was_on_a_replica_that_failed_goes_first_and_keeps_its_tokens() -> N
         (1, 0, 7012),
     ]
     assert (a.produced_tokens, a.finish_ps, a.lost_gpu_ps) == (5, 7012, 502 + 501)
+
+
+@pytest.mark.parametrize(("leaves_ps", "tokens", "finish_ps"), [(2009, 2, 2010), (2010, 2, 2010), (2011, 3, 3012)])
+def test_who_leaves_in_the_middle_of_its_answer_ends_with_the_step_under_way(
+    leaves_ps: int, tokens: int, finish_ps: int
+) -> None:
+    pair = [replace(request(0, 4, 5), leaves_ps=leaves_ps), request(0, 4, 4), request(0, 2, 1)]
+    (a, b, c), steps = served([capacity(max_batch=2)], pair)
+    # begins  ends   what
+    #      0  1008   both prompts are read, and make a token each; c waits at the desk for a slot
+    #   1008  2010   both decode
+    #   2010  3012   both decode, where a is still there; c has its place after this step, else in it
+    assert (a.left, a.produced_tokens, a.finish_ps, a.refusal) == (True, tokens, finish_ps, 0)
+    assert a.busy_ps == 4 * 126 + (tokens - 1) * 501  # 1008 = 8 x 126, 1002 = 2 x 501
+    assert c.started_ps == finish_ps, "its place is the next one's"
+    assert [step.prefill_tokens for step in steps] == [8, *[0] * (tokens - 1), 2, *[0] * (3 - tokens)]
+    assert (b.left, b.produced_tokens, c.produced_tokens) == (False, 4, 1)
+    assert steps[tokens].occupied_tokens == (4 + tokens + 1) + (2 + 1), "of the cache only b and c have something"
+
+
+def test_an_answer_that_is_complete_when_its_client_leaves_is_served_and_a_token_too_late_is_not() -> None:
+    for leaves_ps, left in ((1004, False), (1003, True)):
+        ((one,), _) = served([capacity()], [replace(request(0, 4, 1), leaves_ps=leaves_ps)])
+        assert (one.left, one.produced_tokens, one.finish_ps) == (left, 1, 1004)
+
+
+def test_who_leaves_while_its_prompt_is_read_has_no_token_and_whoever_waits_behind_it_is_read() -> None:
+    asked = [replace(request(0, 20, 5), leaves_ps=1500), request(0, 3, 1)]
+    (a, b), steps = served([capacity()], asked)
+    # 8 and 8 of the 20 are read by 2016; then a is gone, and b is read
+    assert [(step.end_ps, step.prefill_tokens) for step in steps] == [(1008, 8), (2016, 8), (3019, 3)]
+    assert (a.left, a.produced_tokens, a.first_token_ps, a.finish_ps) == (True, 0, -1, 2016)
+    assert (b.left, b.finish_ps) == (False, 3019)
+
+
+def test_a_cache_on_its_way_is_written_by_nobody_when_its_client_has_left() -> None:
+    pair = [capacity("read", role="prefill", transfer_ps_per_token=100), capacity("write", role="decode")]
+    (a,), steps = served(pair, [replace(request(0, 4, 3), leaves_ps=1200)])
+    assert [step.replica for step in steps] == ["read"], "it was read at 1004, and came at 1404"
+    assert (a.refusal, a.produced_tokens, a.read_by, a.finish_ps) == (GAVE_UP, 1, 0, 1200)
+
+
+def test_who_leaves_a_replica_that_fails_does_not_come_back() -> None:
+    changes = [change(0, "ready", 0), change(2500, "fail", 0), change(4000, "ready", 1)]
+    asked = [replace(request(0, 2, 5), leaves_ps=2200), request(0, 2, 4)]
+    (a, b), _ = served([capacity("a/0"), capacity("a/1")], asked, changes=changes)
+    assert (a.refusal, a.produced_tokens, a.finish_ps, a.lost_gpu_ps) == (GAVE_UP, 2, 2500, 502 + 501)
+    assert (b.replica, b.restarts, b.produced_tokens) == (1, 1, 4)
 
 
 # --- Closed forms ---------------------------------------------------------------------------------------------------

@@ -300,3 +300,24 @@ def test_who_does_not_want_to_wait_gives_up_and_counts_neither_way(tmp_path: Pat
     assert {round(one.finish_s - one.arrival_s, 9) for one in gone} == {0.5}
     assert total.slo_fraction == total.within_slo / (total.requests - total.cancelled)
     assert not any(one.status == "cancelled" for one in happened.completions[1::2]), "the others wait"
+
+
+def test_who_leaves_in_the_middle_of_its_answer_is_cancelled_with_what_it_has_and_its_gpu_time(tmp_path: Path) -> None:
+    path = tmp_path / "leavers.csv"
+    path.write_text(
+        "arrival_s,prompt_tokens,output_tokens,leaves_after_s\n0,1000,500,2\n20,1000,500,\n40,1000,500,900\n"
+    )
+    happened = rehearse(small_plan(), open_trace(path))
+    gone, whole, late = happened.completions
+    assert (gone.status, gone.reason, gone.replica) == ("cancelled", "the client went away", whole.replica)
+    assert (whole.status, late.status) == ("ok", "ok"), "who would leave after the end has left nothing"
+    assert 0 < gone.output_tokens < 500 == whole.output_tokens == late.output_tokens
+    assert 2.0 <= gone.finish_s < 2.1, "it ends with the step under way"
+    assert gone.output_tokens == pytest.approx((gone.finish_s - whole.ttft_s) / whole.tpot_s, rel=0.05)
+    assert 0 < gone.gpu_s < whole.gpu_s / 2
+    (total, *_) = happened.summaries
+    assert (total.completed, total.cancelled, total.requests) == (2, 1, 3)
+    assert total.output_tokens == 1000 + gone.output_tokens
+    assert total.gpu_hours == pytest.approx(sum(one.gpu_s for one in happened.completions) / 3600)
+    assert (total.within_slo, total.slo_fraction) == (2, 1.0)
+    assert (happened.by_client, [one.cancelled for one in happened.by_tenant]) == ((), [1])

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from waterline.cost.step import AttentionCost, StepCost
 from waterline.errors import InputError
 from waterline.plan import Role
+from waterline.policy import dispatch
 from waterline.policy.decisions import GAVE_UP, NOT_SERVED, OVER_LIMIT, TOO_LATE, TOO_LONG
 from waterline.rehearsal import jit, state, station, steptime
 from waterline.rehearsal.capacity import NEVER, Ask, Capacity, Change, Terms
@@ -27,7 +28,8 @@ from waterline.rehearsal.oracle import serve
 from waterline.rehearsal.station import Changes, Station
 
 MODULES = [
-    f"waterline.rehearsal.{name}" for name in ("jit", "blocks", "heaps", "steptime", "life", "kernel", "station")
+    f"waterline.rehearsal.{name}"
+    for name in ("jit", "blocks", "heaps", "steptime", "life", "leaving", "kernel", "station")
 ]
 
 
@@ -107,12 +109,13 @@ times_ns = st.one_of(
     st.integers(3 * SECOND_NS - 5, 3 * SECOND_NS + 5),
 )
 requests = st.builds(
-    lambda ns, prompt, output, cached, patience_ns, **others: Ask(
+    lambda ns, prompt, output, cached, patience_ns, leaves_ps, **others: Ask(
         arrival_ps=ns * 1000,
         prompt_tokens=prompt,
         output_tokens=output,
         cached_tokens=min(cached, prompt - 1),
         patience_ps=patience_ns * 1000 if patience_ns > 0 else NEVER,
+        leaves_ps=leaves_ps or NEVER,
         **others,
     ),
     times_ns,
@@ -120,6 +123,7 @@ requests = st.builds(
     st.integers(1, 40),
     st.one_of(st.just(0), st.integers(0, 23)),
     st.one_of(st.just(0), st.integers(1, 60)),
+    st.one_of(st.just(0), st.integers(1, 60_000), st.integers(1, 60).map(lambda ns: ns * 1000), st.just(10**12)),
     model=st.integers(0, 1),
     client=st.integers(0, 3),
     blocks=st.just(()),
@@ -188,6 +192,7 @@ def offer(served: Station, asked: Sequence[Ask]) -> None:
         *fields_of(asked, "arrival_ps", "prompt_tokens", "output_tokens", "cached_tokens"),
         **dict(zip(("model", "client"), fields_of(asked, "model", "client"), strict=True)),
         patience_ps=np.array([one.patience_ps if one.patience_ps > 0 else state.NEVER_PS for one in asked], np.int64),
+        leaves_ps=np.array([one.leaves_ps if one.leaves_ps > 0 else state.NEVER_PS for one in asked], np.int64),
         blocks=np.array([key for one in asked for key in one.blocks], np.int64),
         block_counts=np.array([len(one.blocks) for one in asked], np.int64),
     )
@@ -211,6 +216,7 @@ FIELDS = (
     "lost_gpu_ps",
     "restarts",
     "cached_tokens",
+    "left_tokens",
 )
 
 
@@ -236,6 +242,7 @@ def by_steps(
             passage.lost_gpu_ps,
             passage.restarts,
             passage.found_tokens,
+            passage.produced_tokens if passage.left else state.NONE,
         )
         for passage in serve(fleet, asked, house, changes=changes)
     ]
@@ -297,6 +304,9 @@ def test_what_each_replica_has_of_prompts_is_the_same_too(
             prompt_tokens=int(dice.integers(1, 25)),
             output_tokens=int(dice.integers(1, 30)),
             blocks=STORIES[dice.integers(len(STORIES))],
+            leaves_ps=int(
+                dice.choice([NEVER, NEVER, NEVER, 1 + dice.integers(40_000), 1000 * (1 + dice.integers(40))])
+            ),
         )
         for arrival_ps in (1000 * np.cumsum(dice.choice([0, 0, 3, 20], 100))).tolist()
     ]
@@ -356,6 +366,7 @@ def test_real_steps_are_skipped_exactly_too(name: str) -> None:
             cached_tokens=number % 3 * (prompt - 1) // 4,
             client=number % 4,
             patience_ps=(-1, 2 * 10**12)[number % 2],
+            leaves_ps=(-1, -1, 3 * 10**12 + number, -1, 9 * 10**12)[number % 5],
         )
         for number, (at_ns, (prompt, output)) in enumerate(zip(arrivals_ns, lengths, strict=True))
     ]
@@ -371,6 +382,7 @@ def test_real_steps_are_skipped_exactly_too(name: str) -> None:
     assert sum(row[6] for row in stepped) > 50, "the cache is full at times"
     assert rules[-TOO_LATE] + rules[-OVER_LIMIT] > 50, "not everybody can be served in time"
     assert rules[-GAVE_UP] > 5, "not everybody waits so long"
+    assert sum(row[5] >= 0 and row[13] >= 0 for row in stepped) > 100, "not everybody stays to the end"
     assert sum(row[11] for row in stepped) > 20, "much was under way on the replica that failed"
     assert set(rules) >= {0, 1, 2, 3}
 
@@ -404,12 +416,61 @@ def test_every_request_ends_once_and_what_it_cost_is_on_an_account(
     passages = served.collect()
     assert len(passages) == len(asked)
     assert (passages.finish_ps >= [one.arrival_ps for one in asked]).all()
-    assert served.memory.counters[state.UNDER_WAY] == 0 or (passages.replica == -NOT_SERVED).any()
-    desk = served.memory.desk
-    served_whole = passages.replica >= 0
+    left, outputs = passages.left_tokens != NEVER, np.array([one.output_tokens for one in asked])
+    served_whole = (passages.replica >= 0) & ~left
     assert (passages.first_token_ps[served_whole] > passages.started_ps[served_whole]).all()
-    assert not served_whole.all() or (desk.queue.waiting == 0).all()
-    assert not served_whole.all() or desk.replicas.backlog_tokens[desk.replicas.serves == 1].sum() == 0
+    assert (passages.left_tokens <= outputs).all()
+    assert ((passages.first_token_ps != NEVER) == (served_whole | (passages.left_tokens > 0)))[
+        passages.replica >= 0
+    ].all()
+    stays_ps = np.array([min([ps for ps in (one.patience_ps, one.leaves_ps) if ps > 0], default=0) for one in asked])
+    assert (passages.finish_ps - [one.arrival_ps for one in asked] >= stays_ps)[left].all()
+    assert not left[stays_ps == 0].any()
+
+    memory = served.memory
+    replicas, fixed = memory.replicas.reshape(-1, state.REPLICA), memory.fixed.reshape(-1, state.FIXED)
+    whole = fixed[:, state.ALIVE][: len(fleet)] == 1
+    rooms = np.array([one.cache_tokens for one in fleet])
+    assert (replicas[: len(fleet), state.FREE][whole] == rooms[whole]).all(), "all of the cache is given back"
+    assert (replicas[:, [state.ACCEPTED, state.DECODES]] == 0).all()
+    assert (memory.leaving == 0).all()
+    assert memory.counters[state.LEAVING] == 0
+    assert memory.counters[state.UNDER_WAY] == 0 or (passages.replica == -NOT_SERVED).any()
+    desk = memory.desk
+    if memory.counters[state.UNDER_WAY] == 0:
+        assert (desk.queue.waiting == 0).all()
+        serves = desk.replicas.serves == 1
+        assert (desk.replicas.backlog_tokens[serves] == 0).all()
+        assert (desk.replicas.unread_tokens[serves] == 0).all()
+        slots = np.array([one.max_batch for one in fleet])
+        reads = serves & (desk.models.role != dispatch.WRITES)
+        assert (desk.replicas.free_slots[reads] == slots[reads[: len(fleet)]]).all()
+
+
+def test_a_tenant_pays_for_what_those_had_who_left_and_gets_the_rest_back() -> None:
+    """One slot, steps of 1,000 ps. The first leaves while it decodes, the second while it is read, the third in line."""
+    served = patient(one_slot(gpus=2, step=replace(one_slot().step, step_tokens=4)))
+    leaves_ps = np.array([2500, 4500, 3600, state.NEVER_PS])
+    served.offer(*columns((0, 4, 50), (0, 9, 9), (0, 4, 5), (0, 3, 2)), leaves_ps=leaves_ps)
+    used = served.memory.desk.accounts.used_gpu_s
+    # begins  ends  what
+    #      0  1000  the prompt of the first
+    #   1000  3000  it decodes; its client goes at 2500, so it ends here, with 3 of 50 tokens
+    #   3000  5000  4 and 4 of the 9 prompt tokens of the second; its client goes at 4500
+    #   5000  7000  the fourth is read, and has its second token; the third left the line at 3600
+    served.advance(8000)
+    passages = served.collect()
+    assert passages.finish_ps.tolist() == [3000, 5000, 3600, 7000]
+    assert passages.left_tokens.tolist() == [3, 0, 0, -1]
+    assert passages.replica.tolist() == [0, 0, -GAVE_UP, 0]
+    assert passages.first_token_ps.tolist() == [1000, -1, -1, 6000]
+    assert passages.busy_ps.tolist() == [
+        3000,
+        2000,
+        0,
+        2000,
+    ]  # 3 x 333, and the picosecond that is left with the next step
+    assert used[0] == pytest.approx(2 * sum(passages.busy_ps.tolist()) * 1e-12, rel=1e-9)
 
 
 # --- Traffic in pieces ----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The gateway decides as the rehearsal does: shown the same events, it takes in the same requests, to the same replicas."""
 
 import random
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -10,7 +11,8 @@ from split import split_plan
 from waterline.cost import replica_step_cost
 from waterline.fleet import Tenant
 from waterline.plan import Plan
-from waterline.policy.decisions import QUEUE_FULL, TOO_LATE
+from waterline.policy.decisions import GAVE_UP, QUEUE_FULL, TOO_LATE
+from waterline.policy.routing import NOBODY
 from waterline.rehearsal.capacity import Ask, Capacity, Terms
 from waterline.rehearsal.oracle import NEVER, Dice, Passage, serve
 from waterline.service.dispatcher import Dispatcher
@@ -25,8 +27,8 @@ END, FIRST_TOKEN, TICK, ARRIVAL = range(4)
 READ, FETCHED = 0.5, 0.6  # likewise, where prompts and answers are apart
 
 
-def plan_of(replicas: int) -> Plan:
-    rates = {"max_batch": 4, "tokens_per_s": 600.0, "ttft_s": TTFT_S, "output_tokens": OUTPUT_TOKENS}
+def plan_of(replicas: int, slots: int) -> Plan:
+    rates = {"max_batch": slots, "tokens_per_s": 600.0, "ttft_s": TTFT_S, "output_tokens": OUTPUT_TOKENS}
     plan = fake_plan({"chat": replicas}, **rates)  # type: ignore[arg-type]
     pools = (msgspec.structs.replace(plan.fleet.pools[0], gpus_per_node=replicas),)
     return msgspec.structs.replace(plan, fleet=msgspec.structs.replace(plan.fleet, tenants=TENANTS, pools=pools))
@@ -58,29 +60,39 @@ def rehearsed(plan: Plan, asked: list[Ask]) -> list[Passage]:
     return serve(capacities, asked, terms)
 
 
-@pytest.mark.parametrize("replicas", [3, 12])
-def test_a_trace_is_dealt_alike_by_the_gateway_and_by_the_rehearsal(replicas: int) -> None:
-    dice, plan = random.Random(7), plan_of(replicas)
+def events_of(passages: list[Passage]) -> list[tuple[int, float, int]]:
+    """Return what the desk is told: when, what, and of which request."""
+    last_s = passages[-1].ask.arrival_ps // PICOSECONDS_PER_S
+    events: list[tuple[int, float, int]] = [(second * PICOSECONDS_PER_S, TICK, 0) for second in range(1, last_s + 100)]
+    for number, passage in enumerate(passages):
+        events.append((passage.ask.arrival_ps, ARRIVAL, number))
+        if passage.first_token_ps != NEVER:
+            events.append((passage.first_token_ps, FIRST_TOKEN, number))
+        if passage.left or not passage.refusal:
+            events.append((passage.finish_ps, END, number))
+    return events
+
+
+# Where many end with one step, the gateway starts others after each of them, and the rehearsal after all: those who leave
+# have a replica for themselves.
+@pytest.mark.parametrize(("replicas", "slots", "leavers"), [(3, 4, 0.0), (12, 4, 0.0), (40, 1, 0.3)])
+def test_a_trace_is_dealt_alike_by_the_gateway_and_by_the_rehearsal(replicas: int, slots: int, leavers: float) -> None:
+    dice, plan = random.Random(7), plan_of(replicas, slots)
     asked, now_s = [], 0.0
-    for _ in range(300):
-        now_s += dice.expovariate(100 * replicas)
+    for number in range(300):
+        now_s += dice.expovariate(25 * replicas * slots)
         asked.append(
             Ask(
                 arrival_ps=round(now_s * 1e9) * 1000,
                 prompt_tokens=dice.randint(1, 200),
                 output_tokens=dice.randint(1, 120),
-                client=dice.choice([0, 1, 2, 3, 3, 3, 3]),
+                client=number if number < 4 else dice.choice([0, 1, 2, 3, 3, 3, 3]),  # who came first goes first
             )
         )
+    goes = random.Random(9)
+    asked = [replace(one, leaves_ps=goes.randint(1, 3 * 10**11) if goes.random() < leavers else NEVER) for one in asked]
     passages = rehearsed(plan, asked)
-    events = [
-        (second * PICOSECONDS_PER_S, TICK, 0) for second in range(1, asked[-1].arrival_ps // PICOSECONDS_PER_S + 100)
-    ]
-    for number, passage in enumerate(passages):
-        events.append((passage.ask.arrival_ps, ARRIVAL, number))
-        if passage.first_token_ps != NEVER:
-            events += [(passage.first_token_ps, FIRST_TOKEN, number), (passage.finish_ps, END, number)]
-
+    events = events_of(passages)
     roll = Dice(Terms(ttft_s=(), output_tokens=()).dice).roll
     desk = Dispatcher(plan, roll)
     for replica in plan.replicas:
@@ -106,11 +118,16 @@ def test_a_trace_is_dealt_alike_by_the_gateway_and_by_the_rehearsal(replicas: in
             desk.leave(ticket, at_s, gpu_s=passage.busy_ps / PICOSECONDS_PER_S)
 
     dealt = ["" if isinstance(one, Refusal) else one.lane and one.lane.replica.id for _, one in sorted(decided.items())]
-    assert dealt == ["" if one.refusal else f"chat/{one.replica}" for one in passages]
+    assert dealt == [
+        None if one.refusal == GAVE_UP else "" if one.refusal else f"chat/{one.replica}" for one in passages
+    ]
+    for where in ({NOBODY}, {*range(replicas)}):
+        left = sum(one.left and one.replica in where for one in passages)
+        assert left > 10 or not leavers, "clients leave in line and on replicas"
     refused = [one for one in decided.values() if isinstance(one, Refusal)]
     assert {one.rule for one in refused} <= {TOO_LATE, QUEUE_FULL}
     assert 30 < len(refused) < 270, "all kinds of decisions were made"
-    assert [one.retry_after_s for one in refused] == [one.retry_s for one in passages if one.refusal]
+    assert [one.retry_after_s for one in refused] == [one.retry_s for one in passages if one.refusal and not one.left]
 
 
 def test_prompts_and_answers_are_dealt_alike_where_they_are_apart() -> None:

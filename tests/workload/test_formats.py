@@ -152,23 +152,31 @@ def test_a_wrong_row_of_a_table_is_named(tmp_path: Path, row: str, complaint: st
     assert complaint in str(caught.value)
 
 
+TIMES = [("patience", "patience_s"), ("leaves", "leaves_after_s")]  # keys, and our own names
+
+
+@pytest.mark.parametrize(("key", "own"), TIMES)
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
-def test_how_long_a_client_waits_is_a_column_and_empty_where_it_waits_for_ever(tmp_path: Path, ending: str) -> None:
+def test_how_long_a_client_waits_or_stays_is_a_column_and_empty_where_that_has_no_end(
+    tmp_path: Path, ending: str, key: str, own: str
+) -> None:
     lines = ["t,p,o,cancel_after_s", "0,9,1,2.5", "1,9,1,", "2,9,1,1e-12", "3,9,1,3e3", ""]
-    stream = open_trace(
-        written(tmp_path, ending.join(lines)), columns="arrival=t,prompt=p,output=o,patience=cancel_after_s"
-    )
-    assert stream.whole().patience_ns.tolist() == [2_500_000_000, ENDLESS, 1, 3_000_000_000_000]
-    own = written(tmp_path, "arrival_s,prompt_tokens,output_tokens,patience_s\n0,9,1,4\n")
-    assert open_trace(own).whole().patience_ns.tolist() == [4_000_000_000]
+    columns = f"arrival=t,prompt=p,output=o,{key}=cancel_after_s"
+    whole = open_trace(written(tmp_path, ending.join(lines)), columns=columns).whole()
+    times_ns = {"patience": whole.patience_ns, "leaves": whole.leaves_ns}
+    assert times_ns.pop(key).tolist() == [2_500_000_000, ENDLESS, 1, 3_000_000_000_000]
+    assert [other.tolist() for other in times_ns.values()] == [[ENDLESS] * 4]
+    path = written(tmp_path, f"arrival_s,prompt_tokens,output_tokens,{own}\n0,9,1,4\n")
+    assert getattr(open_trace(path).whole(), f"{key}_ns").tolist() == [4_000_000_000]
 
 
+@pytest.mark.parametrize(("key", "own"), TIMES)
 @pytest.mark.parametrize("value", ["-1", "0", "-0.0", "nan", "inf", "soon", "1e12"])
-def test_patience_that_is_none_is_named(tmp_path: Path, value: str) -> None:
-    path = written(tmp_path, f"arrival_s,prompt_tokens,output_tokens,patience_s\n0,9,1,1\n0,9,1,{value}\n")
+def test_a_time_to_wait_or_stay_that_is_none_is_named(tmp_path: Path, value: str, key: str, own: str) -> None:
+    path = written(tmp_path, f"arrival_s,prompt_tokens,output_tokens,{own}\n0,9,1,1\n0,9,1,{value}\n")
     with pytest.raises(TraceError) as caught:
         open_trace(path)
-    assert f"line 3: column patience_s: '{value}' is not a number of seconds above 0, or empty" in str(caught.value)
+    assert f"line 3: column {own}: '{value}' is not a number of seconds above 0, or empty" in str(caught.value), key
 
 
 @pytest.mark.parametrize(
@@ -288,21 +296,24 @@ def test_a_wrong_row_of_parquet_is_named(tmp_path: Path, column: str, values: li
     assert complaint in str(caught.value)
 
 
-def test_patience_of_parquet_may_be_missing_but_not_below_zero(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "own"), TIMES)
+def test_a_time_to_wait_or_stay_of_parquet_may_be_missing_but_not_below_zero(
+    tmp_path: Path, key: str, own: str
+) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = {"arrival_s": [0, 1, 2], "prompt_tokens": [5, 5, 5], "output_tokens": [1, 1, 1]}
-    for values, patience_ns in (
+    for values, times_ns in (
         ([1.5, None, 3.0], [1_500_000_000, ENDLESS, 3_000_000_000]),
         ([1, None, 3], [1_000_000_000, ENDLESS, 3_000_000_000]),
     ):
-        parquet.write_table(arrow.table({**table, "patience_s": values}), tmp_path / "right")
-        assert open_trace(tmp_path / "right").whole().patience_ns.tolist() == patience_ns
+        parquet.write_table(arrow.table({**table, own: values}), tmp_path / "right")
+        assert getattr(open_trace(tmp_path / "right").whole(), f"{key}_ns").tolist() == times_ns
     for value in (-1.0, 0.0, float("nan")):
-        parquet.write_table(arrow.table({**table, "patience_s": [1.0, value, 2.0]}), tmp_path / "wrong")
-        with pytest.raises(TraceError, match=f"line 2: column patience_s: {value} is not a number of seconds above 0"):
+        parquet.write_table(arrow.table({**table, own: [1.0, value, 2.0]}), tmp_path / "wrong")
+        with pytest.raises(TraceError, match=f"line 2: column {own}: {value} is not a number of seconds above 0"):
             open_trace(tmp_path / "wrong")
-    parquet.write_table(arrow.table({**table, "patience_s": ["1", "2", "3"]}), tmp_path / "text")
-    with pytest.raises(TraceError, match="column patience_s holds string. Expected a number of seconds above 0"):
+    parquet.write_table(arrow.table({**table, own: ["1", "2", "3"]}), tmp_path / "text")
+    with pytest.raises(TraceError, match=f"column {own} holds string. Expected a number of seconds above 0"):
         open_trace(tmp_path / "text")
 
 

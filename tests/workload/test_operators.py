@@ -30,6 +30,7 @@ def stream_of(
         tenant=names.indices(list(tenants)) if tenants else None,
         client=users.indices(list(clients)) if clients else None,
         line=np.arange(2, 2 + count),
+        leaves_ns=np.arange(1, 1 + count) * S,
         blocks=ragged.ragged([[1, 2 + number % 2] for number in range(count)]),
     )
     return Stream(name="mine.csv", read=lambda: cut(whole, size), tenants=names, clients=users, clock_ns=clock_s * S)

@@ -50,6 +50,7 @@ class Piece:
     cached_tokens: NDArray[np.int32]  # of the prompt; at least one token of it is not
     client: NDArray[np.int32]  # index of its name in `Traffic.clients`, or UNSAID
     patience_ps: Integers  # how long it waits for its turn, or NEVER: as long as it takes
+    leaves_ps: Integers  # after its arrival, when its client goes away whatever has come by then, or NEVER
     blocks: Ragged  # keys of its prompt, see `policy.routing`
 
     def __len__(self) -> int:
@@ -69,11 +70,11 @@ def piece_of(
     row: Integers,
     cached_tokens: NDArray[np.int32],
 ) -> Piece:
-    """Return requests of clients without a name or an end of patience, whose prompts have nothing to do with others."""
+    """Return requests of clients without a name, who stay to the end; their prompts have nothing to do with others."""
     count = len(arrival_ps)
     nobody, endless = np.full(count, UNSAID, np.int32), np.full(count, NEVER)
     return Piece(
-        arrival_ps, prompt_tokens, output_tokens, row, cached_tokens, nobody, endless, ragged.empty(count)
+        arrival_ps, prompt_tokens, output_tokens, row, cached_tokens, nobody, endless, endless, ragged.empty(count)
     )  # fmt: skip
 
 
@@ -470,7 +471,6 @@ def _piece(chunk: Chunk, row: NDArray[Any], prefix_hit: float | NDArray[np.float
     """Return a chunk as a piece. `prefix_hit`: of a trace that does not tell what was cached."""
     prompts = chunk.prompt_tokens.astype(np.int64)
     told = np.where(chunk.blocks.counts > 0, 0, np.minimum(chunk.cached_tokens, chunk.prompt_tokens - 1))
-    patient = (chunk.patience_ns == ENDLESS) | (chunk.patience_ns > LONGEST_DAYS * DAY_S * GIGA)
     return Piece(
         chunk.arrival_ns * PICOSECONDS_PER_NS,
         prompts,
@@ -478,9 +478,16 @@ def _piece(chunk: Chunk, row: NDArray[Any], prefix_hit: float | NDArray[np.float
         row.astype(np.int64),
         np.maximum(told, _cached(prompts, prefix_hit)),
         chunk.client,
-        np.where(patient, NEVER, chunk.patience_ns * PICOSECONDS_PER_NS),
+        _durations_ps(chunk.patience_ns),
+        _durations_ps(chunk.leaves_ns),
         chunk.blocks,
     )
+
+
+def _durations_ps(durations_ns: Integers) -> Integers:
+    """Return times that may be ENDLESS; those longer than any rehearsal are, too."""
+    endless = (durations_ns == ENDLESS) | (durations_ns > LONGEST_DAYS * DAY_S * GIGA)
+    return np.where(endless, NEVER, durations_ns * PICOSECONDS_PER_NS)
 
 
 def _cached(prompt_tokens: Integers, prefix_hit: float | NDArray[np.float64]) -> NDArray[np.int32]:

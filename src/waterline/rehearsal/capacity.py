@@ -70,6 +70,7 @@ class Ask:
     model: int = 0
     client: int = 0
     patience_ps: int = NEVER  # how long it waits to be given to a replica, above 0; NEVER: as long as it takes
+    leaves_ps: int = NEVER  # after its arrival, when its client goes away whatever has come by then; above 0
     blocks: tuple[int, ...] = ()  # keys of its prompt, see `policy.routing`
 
 

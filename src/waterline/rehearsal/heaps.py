@@ -100,7 +100,7 @@ def alone(memory: Memory, replica: int, due: int) -> bool:
     return True
 
 
-# --- What comes at a time: caches, and the ends of patience -----------------------------------------------------------
+# --- What comes at a time: caches, and times that are up --------------------------------------------------------------
 
 
 @inlined

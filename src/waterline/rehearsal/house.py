@@ -12,7 +12,7 @@ from waterline.cost import StepCost, replica_step_cost, transfer_s
 from waterline.fleet import HOURS, Demand
 from waterline.outcome import CANCELLED, NOWHERE, OK, REFUSED, STATUSES, Completion
 from waterline.plan import Plan, Replica
-from waterline.policy.decisions import GAVE_UP, NOT_SERVED, OVER_LIMIT, QUEUE_FULL, RULES, TOO_LATE, TOO_LONG
+from waterline.policy.decisions import NOT_SERVED, OVER_LIMIT, QUEUE_FULL, RULES, TOO_LATE, TOO_LONG
 from waterline.rehearsal.arrivals import Piece, joined
 from waterline.rehearsal.capacity import NEVER, Capacity, Terms
 from waterline.rehearsal.recorder import Recorder
@@ -22,6 +22,7 @@ from waterline.units import HOUR_S, PICOSECONDS_PER_S
 from waterline.workload.stream import BLOCK_TOKENS, UNSAID, Names
 
 PICOSECONDS_PER_HOUR = HOUR_S * PICOSECONDS_PER_S
+GONE = "the client went away"
 
 
 class House:
@@ -137,6 +138,7 @@ class House:
 
     def offer(self, asked: Piece) -> None:
         """Serve requests, in the order of their arrival, up to the last one's."""
+        leaves = asked.leaves_ps != NEVER
         self.station.offer(
             asked.arrival_ps,
             asked.prompt_tokens,
@@ -145,6 +147,7 @@ class House:
             model=self._model_of_row[asked.row],
             client=self._clients(asked),
             patience_ps=np.where(asked.patience_ps == NEVER, NEVER_PS, asked.patience_ps),
+            leaves_ps=np.where(leaves, asked.leaves_ps, NEVER_PS) if leaves.any() else None,
             blocks=asked.blocks.values,
             block_counts=asked.blocks.counts,
         )
@@ -186,13 +189,18 @@ class House:
         first = np.where(passages.read_by == NEVER, passages.replica, passages.read_by)
         later_ps = np.append(np.array(self._first_token_ps), 0)[np.maximum(first, NEVER)]
         first_token_ps = np.where(passages.first_token_ps == NEVER, NEVER, passages.first_token_ps + later_ps)
-        finish_ps = np.where(passages.replica >= 0, passages.finish_ps + later_ps, passages.finish_ps)
+        left = passages.left_tokens != NEVER
+        finish_ps = np.where((passages.replica >= 0) & ~left, passages.finish_ps + later_ps, passages.finish_ps)
         sent = (passages.read_by != NEVER) & (passages.replica >= 0)
         if sent.any():
             transfer_ps = np.array([one.transfer_ps_per_token for one in self.station.capacities])
             takes_ps = transfer_ps[passages.read_by[sent]] * asked.prompt_tokens[sent]
-            seen = passed_on(first_token_ps[sent], finish_ps[sent], takes_ps, asked.output_tokens[sent])
+            tokens = np.where(left, passages.left_tokens, asked.output_tokens)[sent]
+            seen = passed_on(first_token_ps[sent], finish_ps[sent], takes_ps, tokens)
             first_token_ps[sent], finish_ps[sent] = seen
+        if left.any():  # nobody sees what would have come after that
+            finish_ps[left] = passages.finish_ps[left]
+            first_token_ps[left & (first_token_ps > finish_ps)] = NEVER
         passages = replace(passages, first_token_ps=first_token_ps, finish_ps=finish_ps)
         return Settled(self, asked, np.arange(number, number + count), passages)
 
@@ -260,8 +268,14 @@ class Settled:
     @property
     def status(self) -> Integers:
         """Return indices of STATUSES."""
-        replica = self.passages.replica
-        return np.where(replica >= 0, OK, np.where(replica == -GAVE_UP, CANCELLED, REFUSED))
+        ended = np.where(self.passages.replica >= 0, OK, REFUSED)
+        return np.where(self.passages.left_tokens == NEVER, ended, CANCELLED)
+
+    @property
+    def produced_tokens(self) -> Integers:
+        """Return what was produced of each answer."""
+        left_tokens = np.maximum(self.passages.left_tokens, 0)
+        return np.where(self.status == OK, self.asked.output_tokens, left_tokens)
 
     def note(self, recorder: Recorder, row_of: Integers) -> None:
         """Write them down; `row_of`: what the recorder calls each replica that ever came."""
@@ -274,7 +288,7 @@ class Settled:
             model=models[asked.row],
             arrival_ps=asked.arrival_ps,
             prompt_tokens=asked.prompt_tokens,
-            output_tokens=asked.output_tokens,
+            output_tokens=self.produced_tokens,
             first_token_ps=passages.first_token_ps,
             finish_ps=passages.finish_ps,
             replica=known[np.maximum(passages.replica, NOWHERE)],
@@ -306,6 +320,7 @@ class Settled:
             passages.cached_tokens,
             self._gpu_ps(),
             self.status,
+            self.produced_tokens,
         )
         for (
             arrival_ps,
@@ -321,6 +336,7 @@ class Settled:
             cached,
             gpu_ps,
             status,
+            produced,
         ) in zip(*(column.tolist() for column in columns), strict=True):
             yield Completion(
                 tenant=self.house.rows[row].tenant,
@@ -332,10 +348,10 @@ class Settled:
                 finish_s=finish_ps / PICOSECONDS_PER_S,
                 prompt_tokens=prompt,
                 cached_tokens=cached,
-                output_tokens=output if replica >= 0 else 0,
+                output_tokens=produced,
                 gpu_s=gpu_ps / PICOSECONDS_PER_S,
                 preemptions=preempted,
-                reason="" if replica >= 0 else self._reason(-replica, row, prompt + output, retry_s),
+                reason=self._reason(status, replica, row, prompt + output, retry_s),
                 client=self.house.names[client],
             )
 
@@ -347,8 +363,10 @@ class Settled:
         gpu_ps: Reals = busy_ps + passages.read_busy_ps * gpus[passages.read_by] + passages.lost_gpu_ps
         return gpu_ps
 
-    def _reason(self, rule: int, row: int, tokens: int, retry_s: float) -> str:
-        model = self.house.rows[row].model
+    def _reason(self, status: int, replica: int, row: int, tokens: int, retry_s: float) -> str:
+        if replica >= 0:
+            return GONE if status == CANCELLED else ""
+        rule, model = -replica, self.house.rows[row].model
         if rule == TOO_LONG:
             longest_tokens = self.house.longest_tokens[model]
             return f"{tokens} tokens, of which no replica of the model holds more than {longest_tokens}"

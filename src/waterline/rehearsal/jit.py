@@ -21,7 +21,7 @@ except ImportError:
     numba = None
 
 COMPILED = numba is not None
-OWN = ("blocks", "dealing", "heaps", "jit", "kernel", "life", "state", "steptime")
+OWN = ("blocks", "dealing", "heaps", "jit", "kernel", "leaving", "life", "state", "steptime")
 POLICY = ("admission", "decisions", "dispatch", "jit", "routing")
 SOURCES = (
     *(Path(__file__).with_name(f"{name}.py") for name in OWN),

@@ -1,16 +1,28 @@
 """The rehearsal, event by event: what `oracle` does step by step, with the same integers, many steps at a time.
 
 `run` is the loop over all that happens, in the order of time: steps end and begin (`life`), caches arrive, the desk's
-second strikes, patience ends, requests arrive. Everything here is compiled when numba is there and must not need it:
-whole numbers in flat arrays (see `state`), floats only where `policy` decides. Times are in picoseconds.
+second strikes, clients leave (`leaving`), requests arrive. Everything here is compiled when numba is there and must not
+need it: whole numbers in flat arrays (see `state`), floats only where `policy` decides. Times are in picoseconds.
 """
 
 from waterline.policy import dispatch
-from waterline.policy.decisions import GAVE_UP, NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
+from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
 from waterline.policy.routing import NOBODY
 from waterline.rehearsal.heaps import ENDS, alone, pop, push, reschedule
 from waterline.rehearsal.jit import apart, compiled, inlined
-from waterline.rehearsal.life import accept, begin, end, free_slot, spent_gpu_s, stop_decoding, take_over
+from waterline.rehearsal.leaving import drop_left, end_time, gave_up, set_timer
+from waterline.rehearsal.life import (
+    accept,
+    begin,
+    end,
+    free_slot,
+    is_idle,
+    latest,
+    note_left,
+    spent_gpu_s,
+    stop_decoding,
+    take_over,
+)
 from waterline.rehearsal.state import (
     ACCEPTED,
     ALIVE,
@@ -31,7 +43,10 @@ from waterline.rehearsal.state import (
     FREE_SLOT,
     GPUS,
     GROWTH_PS,
+    HAS_LEFT,
     HEAD,
+    LEAVING,
+    LEFT_WITH,
     LOST_GPU_PS,
     MODEL,
     MODEL_FIELDS,
@@ -66,6 +81,7 @@ from waterline.rehearsal.state import (
     TELLS_CACHED,
     TICK_PS,
     TIMERS,
+    TIMERS_EACH,
     UNDER_WAY,
     UNFINISHED,
     Asked,
@@ -83,7 +99,7 @@ def run(  # noqa: C901 - all that can happen, in one place
 ) -> int:
     """Let everything happen up to and including `last`, but for steps that begin then.
 
-    Of what happens at one time, steps end first; then caches arrive, a second ends, patience does, requests arrive, and
+    Of what happens at one time, steps end first; then caches arrive, a second ends, clients leave, requests arrive, and
     replicas change.
 
     Args:
@@ -114,7 +130,7 @@ def run(  # noqa: C901 - all that can happen, in one place
             tick(memory)
             start_all_waiting(memory, at)
         elif memory.timers[0] == at:
-            give_up(memory, at)
+            leave_in_time(memory, at)
         elif index < count:
             if not has_room(memory):
                 return index
@@ -138,6 +154,8 @@ def step(memory: Memory, at: int) -> None:
     if entry >= ENDS:
         accepted = memory.replicas[replica * REPLICA + ACCEPTED]
         end(memory, replica, now)
+        if memory.counters[LEAVING] > 0 and memory.leaving[replica] > 0:
+            drop_left(memory, replica, now)
         if memory.replicas[replica * REPLICA + ACCEPTED] != accepted:
             start_waiting(memory, memory.fixed[replica * FIXED + MODEL], now)
         if is_idle(memory, replica):
@@ -156,7 +174,7 @@ def has_room(memory: Memory) -> bool:
     room: bool = (
         memory.counters[OUT_OF_TIME] == 0
         and memory.counters[FREE_SLOT] != NONE
-        and 2 * memory.counters[TIMERS] < len(memory.timers)
+        and 2 * (memory.counters[TIMERS] + TIMERS_EACH) <= len(memory.timers)
     )
     return room
 
@@ -197,6 +215,9 @@ def arrive(memory: Memory, asked: Asked, index: int, request: int) -> bool:
     memory.slots[at + BUSY_PS] = 0
     memory.slots[at + PRODUCED] = 0
     memory.slots[at + READ] = -cached
+    if len(asked.leaves) > 0 and asked.leaves[index] < NEVER_PS - now:
+        number = set_timer(memory, now + asked.leaves[index], slot)
+        memory.extras[request * EXTRA + LEFT_WITH] = -2 - number
     if answer.rule == SLOT_FREE:
         accept(memory, answer.replica, slot, now, answer.cached_tokens)
         return False
@@ -209,10 +230,7 @@ def arrive(memory: Memory, asked: Asked, index: int, request: int) -> bool:
     memory.line_tails[line] = slot
     patience = asked.patience[index]
     if patience < NEVER_PS - now:
-        memory.results[request * RESULT + STARTED_AT] = -2 - (now + patience)
-        push(memory.timers, memory.counters[TIMERS], now + patience, memory.counters[SEQUENCE], slot)
-        memory.counters[TIMERS] += 1
-        memory.counters[SEQUENCE] += 1
+        memory.results[request * RESULT + STARTED_AT] = -2 - set_timer(memory, now + patience, slot)
     return True
 
 
@@ -232,6 +250,7 @@ def write_result(memory: Memory, request: int, client: int, finish: int, served_
     memory.extras[extra + READ_SHARE] = 0
     memory.extras[extra + LOST_GPU_PS] = 0
     memory.extras[extra + RESTARTS] = 0
+    memory.extras[extra + LEFT_WITH] = NONE
 
 
 @inlined
@@ -239,6 +258,14 @@ def start_waiting(memory: Memory, model: int, now: int) -> None:
     """Give those who wait at the desk to replicas, while there are slots for them."""
     if memory.desk.queue.model_waiting[model] > 0 and memory.desk.models.free_slots[model] > 0:
         start_those(memory, model, now)
+
+
+@inlined
+def leave_in_time(memory: Memory, now: int) -> None:
+    """Let the client leave whose time is up, and others have its room."""
+    model = end_time(memory, now)
+    if model != NONE:
+        start_waiting(memory, model, now)
 
 
 @inlined
@@ -284,39 +311,15 @@ def start_those(memory: Memory, model: int, now: int) -> None:
 
 
 @apart
-def give_up(memory: Memory, now: int) -> None:
-    """The patience of a request ends, if it still waits."""
-    slot = pop(memory.timers, memory.counters[TIMERS])
-    memory.counters[TIMERS] -= 1
-    request = memory.slots[slot * SLOT + REQUEST]
-    if request < 0 or memory.results[request * RESULT + STARTED_AT] != -2 - now:
-        return
-    client = memory.results[request * RESULT + CLIENT]
-    memory.results[request * RESULT + FINISH_AT] = now
-    memory.results[request * RESULT + SERVED_BY] = -GAVE_UP
-    models = len(memory.ttft_s)
-    for line in range(client * models, client * models + models):
-        before, other = NONE, memory.line_heads[line]
-        while other not in (slot, NONE):
-            before, other = other, memory.slots[other * SLOT + NEXT]
-        if other == slot:
-            behind = memory.slots[slot * SLOT + NEXT]
-            if before == NONE:
-                memory.line_heads[line] = behind
-            else:
-                memory.slots[before * SLOT + NEXT] = behind
-            if behind == NONE:
-                memory.line_tails[line] = before
-            dispatch.gave_up(memory.desk, line - client * models, client, memory.reals[2 * request + COST_GPU_S])
-    free_slot(memory, slot)
-
-
-@apart
 def arrive_to_be_written(memory: Memory, now: int) -> None:
     """The cache of a request arrives; without anybody to write it, it asks again a second later."""
     slot = pop(memory.coming, memory.counters[COMING])
     memory.counters[COMING] -= 1
     at = slot * SLOT
+    if memory.slots[at + REQUEST] < 0:  # nobody waits for it any more
+        memory.slots[at + NEXT] = memory.counters[FREE_SLOT]
+        memory.counters[FREE_SLOT] = slot
+        return
     reader = memory.extras[memory.slots[at + REQUEST] * EXTRA + READ_BY]
     model = memory.fixed[reader * FIXED + MODEL]
     expected = memory.models[model * MODEL_FIELDS + EXPECTED_OUTPUT]
@@ -368,17 +371,6 @@ def roll(memory: Memory) -> int:
 # --- Replicas ---------------------------------------------------------------------------------------------------------
 
 
-@inlined
-def is_idle(memory: Memory, replica: int) -> bool:
-    row = replica * REPLICA
-    idle: bool = (
-        memory.replicas[row + DECODES] == 0
-        and memory.replicas[row + READER] == NONE
-        and memory.replicas[row + HEAD] == NONE
-    )
-    return idle
-
-
 @apart
 def fail(memory: Memory, replica: int, now: int) -> None:
     """A replica loses all it has. Its requests wait again, before the others of their clients, in their order."""
@@ -402,18 +394,21 @@ def fail(memory: Memory, replica: int, now: int) -> None:
         behind, slot = slot, following
     while behind != NONE:
         following = memory.slots[behind * SLOT + NEXT]
-        come_back(memory, replica, behind)
+        come_back(memory, replica, behind, now)
         behind = following
     while memory.replicas[row + DECODES] > 0:
-        come_back(memory, replica, stop_decoding(memory, replica))
+        come_back(memory, replica, stop_decoding(memory, replica, latest(memory, replica)), now)
     memory.replicas[row + READER] = memory.replicas[row + HEAD] = memory.replicas[row + TAIL] = NONE
     memory.replicas[row + ACCEPTED] = 0
     reschedule(memory, replica, NEVER_PS, 0)
 
 
 @inlined
-def come_back(memory: Memory, replica: int, slot: int) -> None:
-    """Put a request whose replica has failed before all others of its client; what it has produced is kept."""
+def come_back(memory: Memory, replica: int, slot: int, now: int) -> None:
+    """Put a request whose replica has failed before all others of its client; what it has produced is kept.
+
+    Unless its client has left since the step began that was under way: then it ends here.
+    """
     at, model = slot * SLOT, memory.fixed[replica * FIXED + MODEL]
     request = memory.slots[at + REQUEST]
     client, extra = memory.results[request * RESULT + CLIENT], request * EXTRA
@@ -430,6 +425,12 @@ def come_back(memory: Memory, replica: int, slot: int) -> None:
     memory.slots[at + READ] = 0
     if memory.slots[at + PRODUCED] == 0:
         memory.results[request * RESULT + FOUND] = 0
+    if memory.results[request * RESULT + FINISH_AT] == HAS_LEFT:
+        note_left(memory, replica, slot)
+        gave_up(memory, slot, now)
+        free_slot(memory, slot)
+        return
+    memory.results[request * RESULT + SERVED_BY] = NONE
     unread = memory.slots[at + PROMPT] + memory.slots[at + PRODUCED]
     cost_gpu_s = dispatch.expected_gpu_s(
         memory.desk, model, unread, memory.models[model * MODEL_FIELDS + EXPECTED_OUTPUT]

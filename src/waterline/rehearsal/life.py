@@ -38,10 +38,13 @@ from waterline.rehearsal.state import (
     FREE_SLOT,
     GPUS,
     GROWTH_PS,
+    HAS_LEFT,
     HEAD,
     ITERATION,
     KIND,
     LATEST_PS,
+    LEAVING,
+    LEFT_WITH,
     MAX_BATCH,
     MODEL,
     MODEL_FIELDS,
@@ -77,6 +80,7 @@ from waterline.rehearsal.state import (
     TRANSFER_PS,
     UNDER_WAY,
     UNDIVIDED_PS,
+    UNFINISHED,
     UNREAD,
     Memory,
 )
@@ -113,6 +117,7 @@ def take_over(memory: Memory, replica: int, slot: int, now: int) -> None:
 def queue(memory: Memory, row: int, replica: int, slot: int, now: int) -> None:
     """Put a request at the end of a replica's own queue, and end its steps when it can join them."""
     memory.slots[slot * SLOT + NEXT] = NONE
+    memory.results[memory.slots[slot * SLOT + REQUEST] * RESULT + SERVED_BY] = replica
     memory.replicas[row + ACCEPTED] += 1
     if memory.replicas[row + HEAD] != NONE:
         memory.slots[memory.replicas[row + TAIL] * SLOT + NEXT] = slot
@@ -125,6 +130,17 @@ def queue(memory: Memory, row: int, replica: int, slot: int, now: int) -> None:
         reschedule(memory, replica, now + 1, 0)
     elif memory.replicas[row + STEPS] > 1:
         cut(memory, replica, now, memory.slots[slot * SLOT + PROMPT] + memory.slots[slot * SLOT + PRODUCED] + 1)
+
+
+@inlined
+def is_idle(memory: Memory, replica: int) -> bool:
+    row = replica * REPLICA
+    idle: bool = (
+        memory.replicas[row + DECODES] == 0
+        and memory.replicas[row + READER] == NONE
+        and memory.replicas[row + HEAD] == NONE
+    )
+    return idle
 
 
 @inlined
@@ -282,7 +298,7 @@ def preempt_latest(memory: Memory, replica: int) -> None:
         at = slot * SLOT
         memory.replicas[row + FREE] += memory.slots[at + PROMPT] + memory.slots[at + PRODUCED] + 1
     else:
-        slot = stop_decoding(memory, replica)
+        slot = stop_decoding(memory, replica, latest(memory, replica))
         at = slot * SLOT
         memory.replicas[row + FREE] += memory.slots[at + PROMPT] + memory.slots[at + PRODUCED]
     if len(memory.remembers) > 0:
@@ -299,15 +315,21 @@ def preempt_latest(memory: Memory, replica: int) -> None:
 
 
 @inlined
-def stop_decoding(memory: Memory, replica: int) -> int:
-    """Take the request that was admitted last from those that decode; return its slot, with what it has produced."""
+def latest(memory: Memory, replica: int) -> int:
+    """Return the place of the request that was admitted last, among those that decode."""
+    heap, place, last = memory.fixed[replica * FIXED + FINISHES], 0, NONE
+    for other in range(memory.replicas[replica * REPLICA + DECODES]):
+        admitted = memory.slots[(memory.finishes[heap + other] & SLOT_MASK) * SLOT + NEXT]
+        if admitted > last:
+            place, last = other, admitted
+    return place
+
+
+@inlined
+def stop_decoding(memory: Memory, replica: int, place: int) -> int:
+    """Take a request from those that decode; return its slot, with what it has produced."""
     row = replica * REPLICA
     heap, count = memory.fixed[replica * FIXED + FINISHES], memory.replicas[row + DECODES]
-    place, latest = 0, NONE
-    for other in range(count):
-        admitted = memory.slots[(memory.finishes[heap + other] & SLOT_MASK) * SLOT + NEXT]
-        if admitted > latest:
-            place, latest = other, admitted
     finish = memory.finishes[heap + place]
     slot: int = finish & SLOT_MASK
     at = slot * SLOT
@@ -349,7 +371,8 @@ def end(memory: Memory, replica: int, now: int) -> None:
         at = slot * SLOT
         memory.replicas[row + CACHED] -= memory.slots[at + PROMPT] + memory.slots[at + OUTPUT]
         memory.slots[at + BUSY_PS] += memory.replicas[row + TOKEN_PS]
-        leave(memory, replica, slot, now)
+        memory.slots[at + PRODUCED] = memory.slots[at + OUTPUT]
+        leave(memory, replica, slot, now, memory.slots[at + PROMPT] + memory.slots[at + OUTPUT])
     memory.replicas[row + DECODES] = decodes
     if memory.replicas[row + READER] != NONE:
         end_reading(memory, replica, now, token_ps)
@@ -396,11 +419,12 @@ def end_reading(memory: Memory, replica: int, now: int, token_ps: int) -> None:
                     memory.desk, memory.fixed[fixed + MODEL], replica, tokens, memory.slots[at + UNREAD]
                 )
                 memory.slots[at + UNREAD] = NONE
+            result = memory.slots[at + REQUEST] * RESULT
             if produced == 1:
-                memory.results[memory.slots[at + REQUEST] * RESULT + FIRST_TOKEN_AT] = now
+                memory.results[result + FIRST_TOKEN_AT] = now
             if produced == memory.slots[at + OUTPUT]:
-                leave(memory, replica, slot, now)
-            elif memory.fixed[fixed + SENDS]:
+                leave(memory, replica, slot, now, memory.slots[at + PROMPT] + produced)
+            elif memory.fixed[fixed + SENDS] and memory.results[result + FINISH_AT] == UNFINISHED:
                 send(memory, replica, slot, now, tokens)
             else:
                 decode(memory, replica, slot)
@@ -412,6 +436,7 @@ def send(memory: Memory, replica: int, slot: int, now: int, tokens: int) -> None
     """Let a request go to where it is written: its cache, of so many tokens, is on its way."""
     row, fixed, at = replica * REPLICA, replica * FIXED, slot * SLOT
     extra = memory.slots[at + REQUEST] * EXTRA
+    memory.results[memory.slots[at + REQUEST] * RESULT + SERVED_BY] = NONE
     memory.extras[extra + READ_BY] = replica
     memory.extras[extra + READ_SHARE] = memory.slots[at + BUSY_PS]
     memory.slots[at + BUSY_PS] = 0
@@ -429,17 +454,18 @@ def send(memory: Memory, replica: int, slot: int, now: int, tokens: int) -> None
 
 
 @inlined
-def leave(memory: Memory, replica: int, slot: int, now: int) -> None:
-    """Write down what became of a request that has all its tokens, and free its cache and its slot."""
+def leave(memory: Memory, replica: int, slot: int, now: int, held: int) -> None:
+    """Write down what became of a request that has all its tokens, or whose client has left; free what it `held`."""
     row, fixed, at = replica * REPLICA, replica * FIXED, slot * SLOT
     request = memory.slots[at + REQUEST]
     result = request * RESULT
+    if memory.results[result + FINISH_AT] == HAS_LEFT:
+        note_left(memory, replica, slot)
     memory.results[result + FINISH_AT] = now
     memory.results[result + SHARE] = memory.slots[at + BUSY_PS]
-    memory.results[result + SERVED_BY] = replica
-    if len(memory.remembers) > 0:
+    if len(memory.remembers) > 0 and held > 0:
         let_go(memory, replica, slot)
-    memory.replicas[row + FREE] += memory.slots[at + PROMPT] + memory.slots[at + OUTPUT]
+    memory.replicas[row + FREE] += held
     memory.replicas[row + ACCEPTED] -= 1
     model = memory.fixed[fixed + MODEL]
     dispatch.ended(
@@ -451,6 +477,15 @@ def leave(memory: Memory, replica: int, slot: int, now: int) -> None:
         spent_gpu_s(memory, replica, slot) - memory.reals[2 * request + COST_GPU_S],
     )
     free_slot(memory, slot)
+
+
+@inlined
+def note_left(memory: Memory, replica: int, slot: int) -> None:
+    """Write down with how many tokens a client has left, whose request ends now that the step there is over."""
+    at = slot * SLOT
+    memory.extras[memory.slots[at + REQUEST] * EXTRA + LEFT_WITH] = memory.slots[at + PRODUCED]
+    memory.leaving[replica] -= 1
+    memory.counters[LEAVING] -= 1
 
 
 @inlined

@@ -65,7 +65,7 @@ away the slots that it left; caches arrive; the desk's second strikes (accounts 
 go; requests arrive; steps begin.
 """
 
-from collections import Counter, OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -73,263 +73,16 @@ from itertools import groupby
 
 import numpy as np
 
-from waterline.cost.step import prefill_pairs
 from waterline.policy import dispatch
 from waterline.policy.decisions import GAVE_UP, NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
 from waterline.policy.dispatch import Desk
 from waterline.policy.routing import NOBODY
 from waterline.rehearsal.capacity import NEVER, Ask, Capacity, Change, Terms
+from waterline.rehearsal.stepped import Passage, Step, SteppedReplica
 from waterline.units import PICOSECONDS_PER_S
 
 MOST_STILL = 4000  # seconds; by then every account has forgotten everything, and who still waits waits for ever
 ROLES = {"both": dispatch.BOTH, "prefill": dispatch.READS, "decode": dispatch.WRITES}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One step that was taken, for those who want to look inside."""
-
-    replica: str
-    begin_ps: int
-    end_ps: int
-    decodes: int
-    prefill_tokens: int
-    running: int  # requests, decoding and reading
-    occupied_tokens: int  # of the cache, claims for the tokens of this step included
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Passage:
-    """One request on its way through the fleet, and in the end what became of it."""
-
-    ask: Ask
-    tokens: int  # of its prompt, and produced
-    cached_tokens: int  # of its prompt, where it is read for the first time
-    replica: int = NOBODY  # that serves it, or did; an index
-    refusal: int = 0  # the rule by which it was refused, or gave up
-    retry_s: float = 0.0  # after which it was told to come back
-    cost_gpu_s: float = 0.0  # that it has been charged
-    read_tokens: int = 0  # by the chunks since it was admitted last, or found in the cache then
-    unread_tokens: int = NEVER  # as the desk counts them, until they have been read
-    produced_tokens: int = 0
-    started_ps: int = NEVER
-    first_token_ps: int = NEVER
-    finish_ps: int = NEVER
-    busy_ps: int = 0  # its shares of the replica's steps
-    preemptions: int = 0
-    read_by: int = NOBODY  # the prefill replica, where reading and writing are apart; the shares above are the other's
-    read_busy_ps: int = 0
-    lost_gpu_ps: int = 0  # that it had had on replicas that failed
-    restarts: int = 0
-    found_tokens: int = 0  # of its prompt, in the cache when it was read
-
-
-class PrefixCache:
-    """The blocks of prompts that a replica still has."""
-
-    def __init__(self, block_tokens: int) -> None:
-        """Begin without any."""
-        self.block_tokens = block_tokens
-        self.users: Counter[int] = Counter()  # of each block, requests that run
-        self.idle: OrderedDict[int, None] = OrderedDict()  # blocks that nobody uses, in the order of their last use
-
-    def blocks(self, ask: Ask) -> tuple[int, ...]:
-        """Return the blocks of a prompt; what lies behind its end is none of it."""
-        return ask.blocks[: -(-ask.prompt_tokens // self.block_tokens)]
-
-    def hold(self, ask: Ask) -> int:
-        """Let a request use its blocks; return how many tokens of its prompt were there."""
-        there = [key in self.idle or self.users[key] > 0 for key in self.blocks(ask)]
-        for key in self.blocks(ask):
-            self.idle.pop(key, None)
-            self.users[key] += 1
-        found = [*there, False].index(False)
-        return min(found * self.block_tokens, ask.prompt_tokens - 1)
-
-    def let_go(self, ask: Ask) -> None:
-        """Let a request use its blocks no longer."""
-        for key in reversed(self.blocks(ask)):
-            self.users[key] -= 1
-            if self.users[key] == 0:
-                self.idle[key] = None
-
-    def shrink(self, free_tokens: int) -> None:
-        """Forget the idle blocks that do not fit any more."""
-        while len(self.idle) * self.block_tokens > free_tokens:
-            self.idle.popitem(last=False)
-
-
-class SteppedReplica:
-    """One replica, and the one place where its state changes."""
-
-    def __init__(self, index: int, capacity: Capacity, fleet: "SteppedFleet", steps: list[Step] | None = None) -> None:
-        self.index, self.capacity, self.fleet, self.steps = index, capacity, fleet, steps
-        self.alive = False  # from when it is ready until it fails
-        self.free_tokens = capacity.cache_tokens
-        self.prefixes = PrefixCache(fleet.terms.block_tokens)
-        self.waiting: deque[Passage] = deque()
-        self.decoding: list[Passage] = []  # in the order of their admission, as are those below, who came after them
-        self.reading: list[Passage] = []  # between steps at most one
-        self.chunks: list[int] = []  # [reading] tokens in the step under way
-        self.stepping = False
-        self.begin_ps = 0  # of the step under way or the last one
-        self.end_ps = 0
-        self.undivided_ps = 0  # of the steps so far
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.decoding or self.reading or self.waiting)
-
-    def accept(self, passage: Passage, cached_tokens: int, now_ps: int) -> None:
-        """Queue a request that the desk gives to this replica, with so much of it cached here, as the desk thinks."""
-        if passage.started_ps == NEVER:
-            passage.started_ps = now_ps
-        passage.unread_tokens = passage.tokens - cached_tokens
-        passage.replica = self.index
-        self.waiting.append(passage)
-
-    def take_over(self, passage: Passage) -> None:
-        """Queue a request that has been read elsewhere, at the arrival of its cache."""
-        passage.read_tokens = passage.tokens
-        passage.replica = self.index
-        self.waiting.append(passage)
-
-    def begin_step(self, now_ps: int) -> None:
-        step = self.capacity.step
-        while len(self.decoding) > self.free_tokens:
-            self._preempt_latest()
-        while self._join_next():
-            pass
-        decodes = len(self.decoding)
-        self.free_tokens -= decodes
-
-        budget = step.step_tokens - decodes
-        self.chunks = []
-        while budget > 0 and (len(self.chunks) < len(self.reading) or self._admit_next()):
-            passage = self.reading[len(self.chunks)]
-            self.chunks.append(min(budget, passage.tokens - passage.read_tokens))
-            budget -= self.chunks[-1]
-        self.prefixes.shrink(self.free_tokens)
-
-        prefill_tokens = sum(self.chunks)
-        pairs = sum(
-            [
-                prefill_pairs(passage.read_tokens, chunk)
-                for passage, chunk in zip(self.reading, self.chunks, strict=True)
-            ]
-        )
-        context_tokens = sum([passage.tokens for passage in self.decoding])
-        self.stepping = True
-        self.begin_ps = now_ps
-        self.end_ps = now_ps + step.step_ps(prefill_tokens, pairs, decodes, context_tokens)
-        if self.steps is not None:
-            self.steps.append(self._under_way(prefill_tokens))
-
-    def _preempt_latest(self) -> None:
-        if self.reading:
-            passage = self.reading.pop()
-            self.free_tokens += passage.tokens + 1
-        else:
-            passage = self.decoding.pop()
-            self.free_tokens += passage.tokens
-        self.prefixes.let_go(passage.ask)
-        passage.read_tokens = passage.cached_tokens = 0
-        if passage.produced_tokens == 0:
-            passage.found_tokens = 0
-        passage.preemptions += 1
-        self.waiting.appendleft(passage)
-
-    def _join_next(self) -> bool:
-        """Let the head of the queue decode, if it has been read elsewhere and there is a slot and cache for it."""
-        if not self.waiting or self.waiting[0].read_tokens == 0 or self.reading:
-            return False
-        if len(self.decoding) >= self.capacity.slots:
-            return False
-        tokens = self.waiting[0].tokens
-        if tokens + 1 > self.free_tokens - len(self.decoding):
-            return False
-        self._hold(self.waiting[0])
-        self.free_tokens -= tokens
-        self.decoding.append(self.waiting.popleft())
-        return True
-
-    def _admit_next(self) -> bool:
-        """Admit the head of the queue, if there is one that has to be read, and a slot and cache for it."""
-        if (
-            not self.waiting
-            or self.waiting[0].read_tokens
-            or len(self.decoding) + len(self.reading) >= self.capacity.max_batch
-        ):
-            return False
-        needed_tokens = self.waiting[0].tokens + 1
-        if needed_tokens > self.free_tokens:
-            return False
-        passage = self.waiting.popleft()
-        cached_tokens = max(passage.cached_tokens, self._hold(passage))
-        self.free_tokens -= needed_tokens
-        passage.read_tokens = 0 if self.capacity.reads_cached else cached_tokens
-        if passage.produced_tokens == 0:
-            passage.found_tokens = cached_tokens
-        self.reading.append(passage)
-        return True
-
-    def _hold(self, passage: Passage) -> int:
-        self.prefixes.shrink(self.free_tokens)
-        return self.prefixes.hold(passage.ask)
-
-    def end_step(self) -> bool:
-        """Return whether somebody has left."""
-        self.stepping = False
-        step_ps = self.end_ps - self.begin_ps + self.undivided_ps
-        token_ps, self.undivided_ps = divmod(step_ps, len(self.decoding) + sum(self.chunks))
-        for passage in self.decoding:
-            passage.busy_ps += token_ps
-        for passage, chunk in zip(self.reading, self.chunks, strict=True):
-            passage.read_tokens += chunk
-            passage.busy_ps += token_ps * chunk
-        self.decoding += [passage for passage in self.reading if passage.read_tokens == passage.tokens]
-        self.reading = [passage for passage in self.reading if passage.read_tokens < passage.tokens]
-        stay = [self._produce(passage) for passage in self.decoding]
-        self.decoding = [passage for passage, stays in zip(self.decoding, stay, strict=True) if stays]
-        return not all(stay)
-
-    def _produce(self, passage: Passage) -> bool:
-        """Give a request its next token, its cache was claimed before; return whether it stays."""
-        if passage.unread_tokens != NEVER:
-            self.fleet.has_read(self, passage)
-        passage.tokens += 1
-        passage.produced_tokens += 1
-        if passage.produced_tokens == 1:
-            passage.first_token_ps = self.end_ps
-        if passage.produced_tokens == passage.ask.output_tokens:
-            passage.finish_ps = self.end_ps
-            self.fleet.has_ended(self, passage)
-        elif self.capacity.role == "prefill":
-            passage.read_by, passage.read_busy_ps, passage.busy_ps = self.index, passage.busy_ps, 0
-            self.fleet.is_sent(self, passage)
-        else:
-            return True
-        self.prefixes.let_go(passage.ask)
-        self.free_tokens += passage.tokens
-        return False
-
-    def fail(self) -> list[Passage]:
-        """Lose everything; return the requests that were here, in the order of their admission."""
-        lost = [*self.decoding, *self.reading, *self.waiting]
-        self.decoding, self.reading, self.stepping = [], [], False
-        self.waiting.clear()
-        return lost
-
-    def _under_way(self, prefill_tokens: int) -> Step:
-        return Step(
-            replica=self.capacity.replica,
-            begin_ps=self.begin_ps,
-            end_ps=self.end_ps,
-            decodes=len(self.decoding),
-            prefill_tokens=prefill_tokens,
-            running=len(self.decoding) + len(self.reading),
-            occupied_tokens=self.capacity.cache_tokens - self.free_tokens,
-        )
 
 
 @dataclass
@@ -356,8 +109,8 @@ class SteppedFleet:
         default_factory=list
     )  # caches, when, and in the order they were sent
     sent: int = 0
-    patient: list[tuple[int, int, Passage]] = field(default_factory=list)  # when who gives up, and in which order
-    patients: int = 0
+    timers: list[tuple[int, int, Passage]] = field(default_factory=list)  # when whose time is up, in which order
+    timed: int = 0
     to_change: deque[Change] = field(default_factory=deque)
     to_come: deque[Passage] = field(default_factory=deque)
     next_tick_ps: int = PICOSECONDS_PER_S
@@ -366,7 +119,10 @@ class SteppedFleet:
     def __post_init__(self) -> None:
         self.desk = new_desk(self.terms, self.capacities)
         self.dice = Dice(self.terms.dice)
-        self.replicas = [SteppedReplica(index, one, self, self.steps) for index, one in enumerate(self.capacities)]
+        self.replicas = [
+            SteppedReplica(index, one, self.terms.block_tokens, self, self.steps)
+            for index, one in enumerate(self.capacities)
+        ]
         whole = {one.model for one in self.capacities if one.reads_cached}
         self.tells_cached = [model not in whole for model in range(len(self.terms.ttft_s))]
 
@@ -377,7 +133,7 @@ class SteppedFleet:
         return min(
             self.next_tick_ps,
             *[one.end_ps for one in self.replicas if one.stepping],
-            *[heap[0][0] for heap in (self.coming, self.patient) if heap],
+            *[heap[0][0] for heap in (self.coming, self.timers) if heap],
             *[self.to_change[0].at_ps if self.to_change else self.next_tick_ps],
             *[self.to_come[0].ask.arrival_ps if self.to_come else self.next_tick_ps],
         )
@@ -389,7 +145,9 @@ class SteppedFleet:
 
     def take_caches(self, now_ps: int) -> None:
         while self.coming and self.coming[0][0] == now_ps:
-            self.arrive_to_be_written(heappop(self.coming)[2], now_ps)
+            passage = heappop(self.coming)[2]
+            if passage.finish_ps == NEVER:
+                self.arrive_to_be_written(passage, now_ps)
 
     def is_over(self, passages: Sequence[Passage]) -> bool:
         """Whether all have ended, or nobody else will ever start."""
@@ -403,9 +161,13 @@ class SteppedFleet:
         for model in range(len(self.terms.ttft_s)):
             self.start_waiting(model, now_ps)
 
-    def end_patience(self, now_ps: int) -> None:
-        while self.patient and self.patient[0][0] == now_ps:
-            self.give_up(heappop(self.patient)[2], now_ps)
+    def end_times(self, now_ps: int) -> None:
+        """Let those leave whose time is up: to wait for their first replica, or to be there at all."""
+        while self.timers and self.timers[0][0] == now_ps:
+            passage = heappop(self.timers)[2]
+            leaves = now_ps == passage.ask.arrival_ps + passage.ask.leaves_ps
+            if passage.finish_ps == NEVER and not passage.left and (leaves or passage.started_ps == NEVER):
+                self.leave(passage, now_ps)
 
     def make_changes(self, now_ps: int) -> None:
         due = []
@@ -418,9 +180,10 @@ class SteppedFleet:
         while self.to_come and self.to_come[0].ask.arrival_ps == now_ps:
             passage = self.to_come.popleft()
             self.arrive(passage, now_ps)
-            if passage.ask.patience_ps != NEVER and passage.started_ps == NEVER and passage.finish_ps == NEVER:
-                heappush(self.patient, (now_ps + passage.ask.patience_ps, self.patients, passage))
-                self.patients += 1
+            for after_ps in (passage.ask.patience_ps, passage.ask.leaves_ps):
+                if after_ps != NEVER and passage.finish_ps == NEVER:
+                    heappush(self.timers, (now_ps + after_ps, self.timed, passage))
+                    self.timed += 1
 
     def begin_steps(self, now_ps: int) -> None:
         for replica in self.replicas:
@@ -475,20 +238,29 @@ class SteppedFleet:
             if replica != NOBODY:
                 self.replicas[replica].accept(line.popleft(), cached_tokens, now_ps)
             elif rule == NOT_SERVED:
-                self.leave(line.popleft(), rule, now_ps)
+                self.turn_away(line.popleft(), rule, now_ps)
             else:
                 return
 
-    def leave(self, passage: Passage, rule: int, now_ps: int) -> None:
-        """Let a request that waits leave."""
+    def turn_away(self, passage: Passage, rule: int, now_ps: int) -> None:
+        """Let a request that waits wait no longer."""
         dispatch.gave_up(self.desk, passage.ask.model, passage.ask.client, passage.cost_gpu_s)
         passage.refusal, passage.finish_ps = rule, now_ps
 
-    def give_up(self, passage: Passage, now_ps: int) -> None:
-        """The patience of a request ends, if it still waits for its first replica."""
-        if passage.started_ps == NEVER and passage.finish_ps == NEVER:
+    def leave(self, passage: Passage, now_ps: int) -> None:
+        """The client of a request leaves; who is on a replica that is in a step waits for its end."""
+        passage.left = True
+        if passage in self.lines.get((passage.ask.model, passage.ask.client), ()):
             self.lines[passage.ask.model, passage.ask.client].remove(passage)
-            self.leave(passage, GAVE_UP, now_ps)
+            self.turn_away(passage, GAVE_UP, now_ps)
+        elif any(passage is other for _, _, other in self.coming):
+            self.settle(passage)
+            passage.replica, passage.refusal, passage.finish_ps = NOBODY, GAVE_UP, now_ps
+        elif self.replicas[passage.replica].stepping:
+            return
+        else:
+            self.replicas[passage.replica].drop_left(now_ps)
+        self.start_waiting(passage.ask.model, now_ps)
 
     def _told(self, passage: Passage) -> int:
         return passage.cached_tokens if self.tells_cached[passage.ask.model] else 0
@@ -557,14 +329,18 @@ class SteppedFleet:
         for row in rows if kind == "fail" else rows[:1]:
             if kind == "fail":
                 for passage in reversed(self.replicas[row].fail()):
-                    self.come_back(passage)
+                    self.come_back(passage, now_ps)
             for model in range(len(self.terms.ttft_s)):
                 self.start_waiting(model, now_ps)
 
-    def come_back(self, passage: Passage) -> None:
+    def settle(self, passage: Passage) -> None:
+        difference_gpu_s = self._spent_gpu_s(passage) - passage.cost_gpu_s
+        dispatch.settle(self.desk, passage.ask.model, passage.ask.client, difference_gpu_s)
+
+    def come_back(self, passage: Passage, now_ps: int) -> None:
         """Put a request whose replica has failed before all others of its client; what it has produced is kept."""
         model, client = passage.ask.model, passage.ask.client
-        dispatch.settle(self.desk, model, client, self._spent_gpu_s(passage) - passage.cost_gpu_s)
+        self.settle(passage)
         passage.lost_gpu_ps += passage.busy_ps * self.capacities[passage.replica].gpus
         if passage.read_by != NOBODY:
             passage.lost_gpu_ps += passage.read_busy_ps * self.capacities[passage.read_by].gpus
@@ -574,6 +350,9 @@ class SteppedFleet:
             passage.found_tokens = 0
         passage.unread_tokens = NEVER
         passage.restarts += 1
+        if passage.left:
+            passage.replica, passage.refusal, passage.finish_ps = NOBODY, GAVE_UP, now_ps
+            return
         expected = self.terms.output_tokens[model]
         passage.cost_gpu_s = dispatch.expected_gpu_s(self.desk, model, passage.tokens, expected)
         dispatch.come_back(self.desk, model, client, passage.cost_gpu_s)
@@ -643,7 +422,7 @@ def serve(
             if fleet.is_over(passages):
                 break
             fleet.tick(now_ps)
-        fleet.end_patience(now_ps)
+        fleet.end_times(now_ps)
         fleet.make_changes(now_ps)
         fleet.take_arrivals(now_ps)
         fleet.begin_steps(now_ps)

@@ -110,7 +110,7 @@ class Recorder:
         model: Integers,
         arrival_ps: Integers,
         prompt_tokens: Integers,
-        output_tokens: Integers,
+        output_tokens: Integers,  # produced
         first_token_ps: Integers,  # below 0 where none came
         finish_ps: Integers,
         replica: Integers,  # as `add_replica` numbered them, or NOWHERE
@@ -143,7 +143,7 @@ class Recorder:
             tpot_s=(finish_ps - first_token_ps) / (PICOSECONDS_PER_S * later_tokens),
             latency_s=(finish_ps - arrival_ps) / PICOSECONDS_PER_S,
             prompt_tokens=prompt_tokens,
-            output_tokens=np.where(replica >= 0, output_tokens, 0),
+            output_tokens=output_tokens,
             replica=replica,
             busy_s=busy_ps / PICOSECONDS_PER_S,
             retry_s=retry_s,

@@ -78,17 +78,24 @@ SLOT = 8
     FIRST_TOKEN_AT,  # NONE when none came
     FINISH_AT,
     SHARE,
-    SERVED_BY,  # or minus the rule by which it was refused, or gave up
+    SERVED_BY,  # or minus the rule by which it was refused, or gave up; meanwhile, the replica where it is, or NONE
     PREEMPTED,
-    STARTED_AT,  # when it was first given to a replica; before, NONE, or -2 less the time at which it gives up
+    STARTED_AT,  # when it was first given to a replica; before, NONE, or -2 less the number of its patience's timer
     CLIENT,
     FOUND,  # tokens of its prompt in the cache, when it was read
 ) = range(8)
 RESULT = 8
 UNFINISHED = -2  # a finish that is no time yet
+HAS_LEFT = -3  # likewise, of a request whose client has left its replica: it ends with the step under way there
 RETRY_S, COST_GPU_S = range(2)  # when to come back; what it was charged when it started
-READ_BY, READ_SHARE, LOST_GPU_PS, RESTARTS = range(4)  # a split's reader; what failed replicas had spent on it
-EXTRA = 4
+(
+    READ_BY,  # a split's reader
+    READ_SHARE,
+    LOST_GPU_PS,  # what replicas that failed had spent on it …
+    RESTARTS,  # … and how many they were
+    LEFT_WITH,  # tokens, when its client left; before, -2 less the number of the timer of that; NONE: it does not leave
+) = range(5)
+EXTRA = 5
 
 # Steps of one kind of replica; tables are offsets into `Memory.tables`.
 (
@@ -148,9 +155,11 @@ MODEL_FIELDS = 2
     FINISHES_USED,  # entries of `Memory.finishes` that have been given out
     BLOCK_TOKENS,  # of the blocks of prompts
     FREE_PAGE,
-) = range(15)
+    LEAVING,  # requests that end with the step under way, on all replicas
+) = range(16)
 COUNTERS = 16
 
+TIMERS_EACH = 2  # at most, of a request: of its patience, and of when its client leaves
 STEP_BITS = 37  # a finish is one number: its step, and below it the slot; so are caches and timers
 SLOT_BITS = 63 - STEP_BITS
 SLOT_MASK = (1 << SLOT_BITS) - 1
@@ -168,7 +177,8 @@ class Memory(NamedTuple):
     due_replica: Any  # [replica] … that one; see `heaps.ENDS`
     due_place: Any  # [replica] where in the heap it is
     coming: Any  # [slot x 2] a heap: when a cache arrives, and its number and slot
-    timers: Any  # [timer x 2] a heap: when a request gives up, and its number and slot
+    timers: Any  # [timer x 2] a heap: when somebody's time is up, and its number and slot
+    leaving: Any  # [replica] requests there that end with the step under way, because their clients have left
     line_heads: Any  # [line] slot of the first that waits at the desk …
     line_tails: Any  # [line] … and of the last
     kinds: Any  # [kind x KIND_FIELDS]
@@ -198,6 +208,7 @@ class Asked(NamedTuple):
     models: Any
     clients: Any
     patience: Any
+    leaves: Any  # or none at all, where nobody does
 
 
 def aligned(count: int, fill: int = 0) -> Integers:
@@ -240,6 +251,7 @@ def make_memory(terms: Terms, slots: int) -> Memory:
         due_place=aligned(0),
         coming=aligned(0),
         timers=aligned(2 * slots, NEVER_PS),
+        leaving=aligned(0),
         line_heads=aligned(lines, NONE),
         line_tails=aligned(lines, NONE),
         kinds=aligned(0),
@@ -329,6 +341,7 @@ def _with_rows(memory: Memory, rows: int) -> Memory:
         due_ps=longer(memory.due_ps, rows, NEVER_PS),
         due_replica=longer(memory.due_replica, rows),
         due_place=longer(memory.due_place, rows),
+        leaving=longer(memory.leaving, rows),
         caches=longer(memory.caches, rows * CACHE, NONE),
     )
     memory.due_replica[before:] = memory.due_place[before:] = np.arange(before, rows)

@@ -30,6 +30,7 @@ from waterline.rehearsal.state import (
     FOUND,
     FREE_SLOT,
     LATEST_PS,
+    LEFT_WITH,
     LOST_GPU_PS,
     NEVER_PS,
     NEXT_TICK_PS,
@@ -50,6 +51,7 @@ from waterline.rehearsal.state import (
     STARTED_AT,
     TICK_PS,
     TIMERS,
+    TIMERS_EACH,
     UNFINISHED,
     Asked,
     Integers,
@@ -86,6 +88,7 @@ class Passages:
     lost_gpu_ps: Integers  # GPU time that it had had on replicas that failed
     restarts: Integers  # how many of them
     cached_tokens: Integers  # of the prompt, in the cache of the replica that read it
+    left_tokens: Integers  # that it had when its client left; NONE where that stayed to the end
 
     def __len__(self) -> int:
         return len(self.finish_ps)
@@ -206,13 +209,14 @@ class Station:
         model: NDArray[np.integer] | None = None,
         client: NDArray[np.integer] | None = None,
         patience_ps: NDArray[np.integer] | None = None,
+        leaves_ps: NDArray[np.integer] | None = None,
         blocks: NDArray[np.integer] | None = None,
         block_counts: NDArray[np.integer] | None = None,
     ) -> None:
         """Serve requests, in the order of their arrival, up to the last one's.
 
-        Of what is left out nothing is cached, model and client are the first, and patience is endless. `blocks` are the
-        keys of the blocks of all prompts, `block_counts` how many are of each.
+        Of what is left out nothing is cached, model and client are the first, patience is endless and nobody leaves.
+        `blocks` are the keys of the blocks of all prompts, `block_counts` how many are of each.
 
         Raises InputError when that is too far from the start of the trace for 64 bits of picoseconds.
         """
@@ -221,7 +225,8 @@ class Station:
             _refuse_time()
         zeros = np.zeros(count, np.int64)
         never = np.full(count, NEVER_PS) if patience_ps is None else patience_ps
-        given = arrival_ps, prompt_tokens, output_tokens, cached_tokens, model, client, never
+        leaves = NOBODY if leaves_ps is None else leaves_ps
+        given = arrival_ps, prompt_tokens, output_tokens, cached_tokens, model, client, never, leaves
         asked = Asked(*(np.ascontiguousarray(zeros if one is None else one, np.int64) for one in given))
         self._make_rows(count, blocks, zeros if block_counts is None else block_counts)
         first = self.rows
@@ -273,6 +278,7 @@ class Station:
             lost_gpu_ps=extras[:, LOST_GPU_PS],
             restarts=extras[:, RESTARTS],
             cached_tokens=results[:, FOUND],
+            left_tokens=np.maximum(extras[:, LEFT_WITH], NONE),
         )
 
     @property
@@ -285,7 +291,7 @@ class Station:
         """Return how many requests there are before the first that has not ended."""
         finish_ps = self.results[:, FINISH_AT]
         for begin in range(0, len(finish_ps), LOOK):
-            unfinished = finish_ps[begin : begin + LOOK] == UNFINISHED
+            unfinished = finish_ps[begin : begin + LOOK] < 0
             if unfinished.any():
                 return begin + int(unfinished.argmax())
         return len(finish_ps)
@@ -380,7 +386,7 @@ class Station:
 
     def _make_room(self) -> None:
         memory = self.memory
-        if 2 * memory.counters[TIMERS] >= len(memory.timers):
+        if 2 * (memory.counters[TIMERS] + TIMERS_EACH) > len(memory.timers):
             self.memory = memory._replace(timers=longer(memory.timers, 2 * len(memory.timers), NEVER_PS))
         if memory.counters[FREE_SLOT] != NONE:
             return

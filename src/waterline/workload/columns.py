@@ -10,9 +10,9 @@ from waterline.workload.source import shown
 SECONDS_NS = GIGA
 UNITS_NS = {"arrival": SECONDS_NS, "arrival_ms": 10**6, "arrival_us": 10**3, "arrival_ns": 1}
 COUNTS = ("prompt", "output", "cached")
-PATIENCE = "patience"
+TIMES = ("patience", "leaves")
 LABELS = ("tenant", "model", "client")
-KEYS = (*UNITS_NS, *COUNTS, *LABELS, PATIENCE)
+KEYS = (*UNITS_NS, *COUNTS, *LABELS, *TIMES)
 EXAMPLE = "arrival=ts,prompt=in_tokens,output=out_tokens,tenant=team"
 
 
@@ -27,13 +27,14 @@ class ColumnMap:
     tenant: str = ""
     model: str = ""
     client: str = ""
-    patience: str = ""  # seconds
+    patience: str = ""  # seconds …
+    leaves: str = ""  # … likewise
     unit_ns: int = SECONDS_NS  # what an arrival of 1 is
 
     @property
     def named(self) -> dict[str, str]:
         """The columns that are there, by what they are."""
-        both = {key: getattr(self, key) for key in ("arrival", *COUNTS, *LABELS, PATIENCE)}
+        both = {key: getattr(self, key) for key in ("arrival", *COUNTS, *LABELS, *TIMES)}
         return {key: name for key, name in both.items() if name}
 
 
@@ -47,6 +48,7 @@ OWN = ColumnMap(
     model="model",
     client="client",
     patience="patience_s",
+    leaves="leaves_after_s",
 )
 HEADER = ",".join((AZURE.arrival, AZURE.prompt, AZURE.output))
 

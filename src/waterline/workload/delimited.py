@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from waterline.units import DAY_S, GIGA
-from waterline.workload.columns import AZURE, HEADER, LABELS, PATIENCE, SECONDS_NS, ColumnMap, find_columns
+from waterline.workload.columns import AZURE, HEADER, LABELS, SECONDS_NS, TIMES, ColumnMap, find_columns
 from waterline.workload.digits import Fields, Flags, Longs, counts, decimals, timestamps
 from waterline.workload.source import Source, shown
 from waterline.workload.stream import ENDLESS, Chunk, Ints, Names, chunk_of
@@ -23,7 +23,7 @@ LATEST_NS = 2**63 - 1
 EXPECTED_TIMESTAMP = "a time like 2023-11-16 18:17:03.9799600"
 EXPECTED_TOKENS = f"a whole number from 1 to {MOST_TOKENS}"
 EXPECTED_CACHED = f"a whole number from 0 to {MOST_TOKENS}"
-EXPECTED_PATIENCE = "a number of seconds above 0, or empty where it has no end"
+EXPECTED_DURATION = "a number of seconds above 0, or empty where it has no end"
 TIMESTAMP = re.compile(
     r"(\d{4}-\d\d-\d\d)[ T](\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):?(\d\d))?", re.ASCII
 )
@@ -167,10 +167,10 @@ def _chunk(source: Source, columns: ColumnMap, lines: Lines, names: dict[str, Na
         index = {name: names[key].index(text) for name, text in sorted(found.items())}
         return np.fromiter((index[raw[b:e]] for b, e in zip(begins, ends, strict=True)), np.int32, len(own))
 
-    def patience() -> Longs:
-        values, known = decimals(fields[PATIENCE], SECONDS_NS)
+    def durations(key: str) -> Longs:
+        values, known = decimals(fields[key], SECONDS_NS)
         known &= values > 0
-        return read(PATIENCE, (values, known), _patience, EXPECTED_PATIENCE)
+        return read(key, (values, known), _duration, EXPECTED_DURATION)
 
     if dates:
         arrival_ns = read("arrival", timestamps(fields["arrival"]), nanoseconds, EXPECTED_TIMESTAMP)
@@ -180,13 +180,13 @@ def _chunk(source: Source, columns: ColumnMap, lines: Lines, names: dict[str, Na
         fast = decimals(fields["arrival"], unit_ns)
         arrival_ns = read("arrival", fast, lambda text: _decimal(text, unit_ns), expected)
     named: dict[str, Any] = {key: labels(key) for key in LABELS if key in fields}
+    named |= {f"{key}_ns": durations(key) for key in TIMES if key in fields}
     return chunk_of(
         arrival_ns,
         tokens("prompt", 1, EXPECTED_TOKENS),
         tokens("output", 1, EXPECTED_TOKENS),
         line=lines.number,
         cached_tokens=tokens("cached", 0, EXPECTED_CACHED) if "cached" in fields else None,
-        patience_ns=patience() if PATIENCE in fields else None,
         **named,
     )
 
@@ -210,7 +210,7 @@ def _decimal(text: str, unit_ns: int) -> int | None:
     return round(value) if value.is_finite() and 0 <= value <= LATEST_NS else None
 
 
-def _patience(text: str) -> int | None:
+def _duration(text: str) -> int | None:
     """Read a number above 0, in seconds; what is shorter than a nanosecond is one."""
     if not text:
         return ENDLESS

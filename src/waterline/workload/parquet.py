@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from waterline.errors import MissingExtraError
-from waterline.workload.columns import LABELS, PATIENCE, SECONDS_NS, UNITS_NS, ColumnMap, find_columns
+from waterline.workload.columns import LABELS, SECONDS_NS, TIMES, UNITS_NS, ColumnMap, find_columns
 from waterline.workload.digits import Longs
 from waterline.workload.source import Source
 from waterline.workload.stream import CHUNK, ENDLESS, Chunk, Ints, Names, chunk_of
@@ -14,7 +14,7 @@ from waterline.workload.stream import CHUNK, ENDLESS, Chunk, Ints, Names, chunk_
 LATEST_NS = 2**63 - 1
 MOST_TOKENS = 999_999_999
 NUMBERS = ("int", "uint", "float", "double", "halffloat")  # types
-EXPECTED_PATIENCE = "a number of seconds above 0, or missing where it has no end"
+EXPECTED_DURATION = "a number of seconds above 0, or missing where it has no end"
 
 
 def read_parquet(source: Source, columns: ColumnMap | None, names: dict[str, Names]) -> Iterator[Chunk]:
@@ -52,13 +52,13 @@ class _Batch:
     def chunk(self, names: dict[str, Names]) -> Chunk:
         own = self.columns.named
         named: dict[str, Any] = {key: self._labels(key, names[key]) for key in LABELS if key in own}
+        named |= {f"{key}_ns": self._durations(key) for key in TIMES if key in own}
         return chunk_of(
             self._arrivals(),
             self._tokens("prompt", 1),
             self._tokens("output", 1),
             line=self.line,
             cached_tokens=self._tokens("cached", 0) if "cached" in own else None,
-            patience_ns=self._patience() if PATIENCE in own else None,
             **named,
         )
 
@@ -108,13 +108,13 @@ class _Batch:
         expected = f"a whole number from {least} to {MOST_TOKENS}"
         return self._numbers(key, least, MOST_TOKENS, 1, expected).astype(np.int32)
 
-    def _patience(self) -> Longs:
-        values = self._numbers(PATIENCE, 0, LATEST_NS, SECONDS_NS, EXPECTED_PATIENCE, filler=1)
-        column = self._column(PATIENCE)
+    def _durations(self, key: str) -> Longs:
+        values = self._numbers(key, 0, LATEST_NS, SECONDS_NS, EXPECTED_DURATION, filler=1)
+        column = self._column(key)
         missing = column.is_null().to_numpy(zero_copy_only=False)
         none = np.flatnonzero(~missing & (column.fill_null(1).to_numpy(zero_copy_only=False) == 0))
         if len(none):
-            self._refuse(PATIENCE, int(none[0]), EXPECTED_PATIENCE)
+            self._refuse(key, int(none[0]), EXPECTED_DURATION)
         return np.where(missing, ENDLESS, np.maximum(values, 1))
 
     def _labels(self, key: str, names: Names) -> Ints:

@@ -16,7 +16,7 @@ from waterline.workload.ragged import Ragged
 
 CHUNK = 1 << 16  # requests, about
 UNSAID = -1  # of a tenant, model or client that the trace does not name
-ENDLESS = -1  # patience
+ENDLESS = -1  # patience, and the time after which a client leaves
 UNMET = -2  # of a name that has not been met
 DAY_NS = DAY_S * GIGA
 BLOCK_TOKENS = 512  # as Mooncake's traces have them
@@ -38,6 +38,7 @@ class Chunk:
     client: Ints
     line: Longs  # of the file, where an error should point to; 0 where it was drawn
     patience_ns: Longs  # how long the client waits for its turn, above 0, or ENDLESS
+    leaves_ns: Longs  # after its arrival, when the client goes away whatever has come by then, above 0, or ENDLESS
     blocks: Ragged  # keys of the prompt's blocks, of `BLOCK_TOKENS` each: equal keys mean prompts that are equal so far
 
     def __len__(self) -> int:
@@ -66,9 +67,10 @@ def chunk_of(
     model: Ints | None = None,
     client: Ints | None = None,
     patience_ns: Longs | None = None,
+    leaves_ns: Longs | None = None,
     blocks: Ragged | None = None,
 ) -> Chunk:
-    """Make a chunk; what is left out is 0 or unsaid."""
+    """Make a chunk; what is left out is 0, unsaid or endless."""
     count = len(arrival_ns)
     unsaid = np.full(count, UNSAID, np.int32)
     return Chunk(
@@ -81,6 +83,7 @@ def chunk_of(
         client=unsaid if client is None else client,
         line=np.zeros(count, np.int64) if line is None else line,
         patience_ns=np.full(count, ENDLESS, np.int64) if patience_ns is None else patience_ns,
+        leaves_ns=np.full(count, ENDLESS, np.int64) if leaves_ns is None else leaves_ns,
         blocks=ragged.empty(count) if blocks is None else blocks,
     )
 
