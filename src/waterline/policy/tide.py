@@ -252,7 +252,7 @@ def pool_fractions(tide: Tide) -> None:
     the one that needs most of those that may have another.
     """
     services = tide.services
-    supply = _supply(tide)
+    supply = supply_of(tide)
     part = np.zeros(len(services.tenant))  # [service] needed beyond what it has, and beyond whole replicas
     seen = np.zeros(len(tide.layouts.gpus), np.int64)
     for first in range(len(services.tenant)):
@@ -272,7 +272,7 @@ def pool_fractions(tide: Tide) -> None:
 
 
 @jit
-def _supply(tide: Tide) -> NDArray[np.float64]:
+def supply_of(tide: Tide) -> NDArray[np.float64]:
     """Return work a second of replicas that stay, and of those that GPUs are being freed for."""
     services, replicas, claims = tide.services, tide.replicas, tide.claims
     supply = np.zeros(len(services.tenant))

@@ -172,7 +172,7 @@ def rehearse(
     report = recorder.report()
     return Rehearsal(
         **{one.name: getattr(report, one.name) for one in fields(Report)},
-        notes=(*asked.notes, *notes),
+        notes=(*asked.notes, *notes, *actor.notes),
         rows=asked.rows,
         first_hour=asked.first_hour,
         kept=tuple(scribe.kept),

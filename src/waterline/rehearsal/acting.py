@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from waterline.plan import Plan, Replica
 from waterline.policy.decisions import FIELDS, NONE, SLOT_FREE, WAITS_FOR_SLOT
+from waterline.policy.holdings import NOBODY
 from waterline.rehearsal.arrivals import Piece, Traffic
 from waterline.rehearsal.capacity import NEVER, PICOSECONDS_PER_NS, Terms
 from waterline.rehearsal.failures import Failure
@@ -35,6 +36,10 @@ class Actor(Protocol):
     @property
     def moves(self) -> tuple[Move, ...]:
         """Return what was decided about replicas."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what its rules cannot do."""
 
     @property
     def jobs(self) -> tuple[JobRecord, ...]:
@@ -70,6 +75,7 @@ class Planned:
     """Replicas come and go at the hours of the plan."""
 
     moves: tuple[Move, ...] = ()
+    notes: tuple[str, ...] = ()
     jobs: tuple[JobRecord, ...] = ()
     digest = ""
 
@@ -106,6 +112,8 @@ class Planned:
 class Tidal:
     """The minutes clock decides."""
 
+    clock: type[Minutes] = Minutes
+
     def __init__(
         self, policy: Policy, plan: Plan, asked: Traffic, recorder: Recorder, failures: Sequence[Failure]
     ) -> None:
@@ -113,7 +121,7 @@ class Tidal:
         self.recorder = recorder
         self.setting = setting(policy, plan, asked.rows, asked.first_hour)
         self.house = Moving(self.setting, asked)
-        self.minutes = Minutes(
+        self.minutes = self.clock(
             self.setting.plan,
             self.setting.roster,
             self.house,
@@ -133,6 +141,10 @@ class Tidal:
     def moves(self) -> tuple[Move, ...]:
         names = self.setting.names
         return tuple(replace(move, target=names.get(move.target, move.target)) for move in self.minutes.moves)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.setting.notes
 
     @property
     def jobs(self) -> tuple[JobRecord, ...]:
@@ -175,7 +187,8 @@ class Tidal:
             if isinstance(stay.what, Run):
                 self.recorder.works(tenants[stay.tenant], stay.what.pool, stay.what.gpus, begin_ps, end_ps)
             else:
-                self.recorder.runs(self.recorder.known[stay.what.id], begin_ps, ready_ps, end_ps)
+                alone = tenants[stay.tenant] if self.setting.apart else NOBODY
+                self.recorder.runs(self.recorder.known[stay.what.id], begin_ps, ready_ps, end_ps, alone)
 
 
 class Moving(House):

@@ -3,6 +3,7 @@
 - `waterline`: what the live service runs.
 - `plan`: replicas come and go at the hours of the plan, whatever is asked.
 - `static`: a fixed split. Each tenant has what it deserves all day, for replicas and jobs of its own; nobody lends.
+  See `fixed_split`.
 - `fcfs`: one queue, first come, first served, and no shares; requests go to whoever has least to do, whatever was read
   there before. Replicas start on idle GPUs when the load has grown, and stop when it has fallen; jobs keep theirs.
 - `priority`: whoever has the higher priority comes first, at the desk and in taking GPUs, and nobody is promised
@@ -15,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-import numpy as np
 from msgspec.structs import replace
 
 from waterline.fleet import Demand
 from waterline.plan import Plan, Replica
 from waterline.policy.tide import FIXED, REACT
-from waterline.roster import Roster
+from waterline.rehearsal.fixed_split import Share, kinds_of, shape_of, split
+from waterline.roster import ANYTHING, Roster
 
 Policy = Literal["waterline", "plan", "static", "fcfs", "priority"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -40,6 +41,8 @@ class Setting:
     affinity: bool = True  # requests go where the beginning of their prompt has been read
     warm: bool = False  # what is started at the beginning has loaded before
     names: dict[str, str] = field(default_factory=dict)  # of models, where the plan has others than the fleet
+    apart: bool = False  # each replica is one tenant's alone
+    notes: tuple[str, ...] = ()  # on what it cannot do
 
     def shown(self, replica: Replica) -> Replica:
         """Return a replica under the name that the fleet has for its model."""
@@ -48,9 +51,9 @@ class Setting:
 
 def setting(policy: Policy, plan: Plan, rows: tuple[Demand, ...], hour: int) -> Setting:
     """Return what a rehearsal begins with at an hour of the day; `rows`: who asks."""
-    if policy == "static":
-        return _static(plan, rows)
     roster = Roster(plan, plan.replicas_at(hour), hour=hour)
+    if policy == "static":
+        return _static(plan, rows, roster)
     if policy == "fcfs":
         return _fcfs(plan, rows, roster)
     if policy == "priority":
@@ -58,58 +61,43 @@ def setting(policy: Policy, plan: Plan, rows: tuple[Demand, ...], hour: int) -> 
     return Setting(plan=plan, rows=rows, roster=roster)
 
 
-def _static(plan: Plan, rows: tuple[Demand, ...]) -> Setting:
-    """Give each tenant its own models, and what it deserves for good."""
-    own = _own_models(plan, rows)
-    roster = Roster(own, ())
+def _static(plan: Plan, rows: tuple[Demand, ...], asked: Roster) -> Setting:
+    """Give each tenant its own models, and what it deserves for good; `asked`: knows how much of what."""
+    tenants = {tenant.name: float(tenant.deserved or 0.0) * plan.fleet.gpus for tenant in plan.fleet.tenants}
+    pairs = dict.fromkeys((row.tenant, row.model) for row in rows)
+    shares = [
+        Share(
+            tenant=tenant,
+            model=f"{model}@{tenant}",
+            peak=max(float(asked.asked[asked.service(tenant, model)].max()), ANYTHING),
+            kinds=kinds_of(plan, model),
+            deserves_gpus=tenants[tenant],
+        )
+        for tenant, model in pairs
+    ]
+    working = {job.tenant for job in plan.fleet.jobs}
+    notes = tuple(split(plan.fleet.pools, shares, fill=tenants.keys() - working))
+    own = _own_models(plan, rows, shares)
+    roster = Roster(own, own.replicas)
     tide = roster.tide
-    deserved = tide.tenants.deserved_gpus
-    tide.tenants.guarantee_gpus[:], tide.tenants.limit_gpus[:] = deserved, deserved
+    tide.tenants.guarantee_gpus[:], tide.tenants.limit_gpus[:] = tide.tenants.deserved_gpus, tide.tenants.deserved_gpus
     for service, one in enumerate(roster.services):
         if not one.job:
             tide.source[service], tide.fixed[service], tide.floor[service] = FIXED, 0.0, 0.0
-    for number, tenant in enumerate(roster.tenants):
-        has_jobs = any(job.tenant == tenant for job in plan.fleet.jobs)
-        mine = [
-            service
-            for service, one in enumerate(roster.services)
-            if one.tenant == tenant and not one.job and roster.asked[service].any()
-        ]
-        _fill(roster, mine, float(deserved[number]), all_of_it=not has_jobs)
+    owner = {share.model: share.tenant for share in shares}
+    for row, replica in roster.has.items():
+        if isinstance(replica, Replica):
+            tide.replicas.service[row] = roster.service(owner[replica.model], replica.model)
+            tide.fixed[tide.replicas.service[row]] += tide.replicas.rate[row]
     names = {f"{row.model}@{row.tenant}": row.model for row in rows}
-    return Setting(plan=own, rows=_own_rows(rows), roster=roster, warm=True, names=names)
+    return Setting(plan=own, rows=_own_rows(rows), roster=roster, warm=True, names=names, apart=True, notes=notes)
 
 
-def _fill(roster: Roster, services: Sequence[int], gpus: float, *, all_of_it: bool) -> None:
-    """Fix how many replicas each service of a tenant has: one after the other, for whoever has least of its peak.
-
-    Up to its peaks, or, where it has no jobs for what is left, to all of its GPUs.
-    """
-    tide, left = roster.tide, gpus
-    kinds = {}
-    for service in services:
-        model = tide.services.model[service]
-        berths = np.flatnonzero(tide.layouts.gpus[model])
-        if len(berths):
-            thrift = tide.layouts.gpus[model, berths] / tide.layouts.rate[model, berths]
-            best = berths[int(thrift.argmin())]
-            kinds[service] = int(tide.layouts.gpus[model, best]), float(tide.layouts.rate[model, best])
-    peaks = {service: float(roster.asked[service].max()) for service in kinds}
-    while True:
-        fitting = [service for service in kinds if kinds[service][0] <= left + 1e-9]
-        if not all_of_it:
-            fitting = [service for service in fitting if tide.fixed[service] < peaks[service]]
-        if not fitting:
-            return
-        service = min(fitting, key=lambda service: tide.fixed[service] / peaks[service])
-        tide.fixed[service] += kinds[service][1]
-        left -= kinds[service][0]
-
-
-def _own_models(plan: Plan, rows: Sequence[Demand]) -> Plan:
-    """Return a plan in which no two tenants ask for the same model, and no replica is placed."""
+def _own_models(plan: Plan, rows: Sequence[Demand], shares: Sequence[Share]) -> Plan:
+    """Return a plan in which no two tenants ask for the same model, and each has its share."""
     pairs = list(dict.fromkeys((row.tenant, row.model) for row in rows))
-    fleet = plan.fleet
+    fleet, replicas = plan.fleet, tuple(replica for share in shares for replica in share.has)
+    kinds = {(replica.model, replica.pool): replica for replica in reversed(replicas)}  # the first of each
     return replace(
         plan,
         fleet=replace(
@@ -121,11 +109,8 @@ def _own_models(plan: Plan, rows: Sequence[Demand]) -> Plan:
             replace(one, model=f"{one.model}@{tenant}") for tenant, model in pairs for one in plan.models
             if one.model == model
         ),
-        shapes=tuple(
-            replace(shape, model=f"{shape.model}@{tenant}") for tenant, model in pairs for shape in plan.shapes
-            if shape.model == model
-        ),
-        replicas=(),
+        shapes=tuple(map(shape_of, kinds.values())),
+        replicas=replicas,
         hours=(),
     )  # fmt: skip
 
