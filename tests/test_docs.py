@@ -22,7 +22,15 @@ from waterline.plan import (
     Share,
     TenantPlan,
 )
-from waterline.policy.decisions import BELOW_GUARANTEE, FIELDS, RULES, is_about_replicas
+from waterline.policy.decisions import (
+    BELOW_GUARANTEE,
+    FIELDS,
+    PLACES_WHY,
+    REASONS,
+    RULES,
+    TURNS_WHY,
+    is_about_replicas,
+)
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -97,3 +105,15 @@ def test_the_guide_to_rehearsing_says_what_every_rule_of_the_decision_log_means(
     assert re.findall(r"(?m)^\| ([a-z, ]+) \| (.+) \|$", section) == [words for _, words in sorted(logged.items())]
     keys = page.split("| key | about a request |", 1)[1].split("\n\n", 1)[0]
     assert re.findall(r"(?m)^\| `(\w+)` \|", keys) == list(FIELDS)
+
+
+def test_the_guide_to_rehearsing_says_what_every_reason_of_the_decision_log_means() -> None:
+    page = (DOCS / "rehearsing.md").read_text()
+    for heading, rules in (("why", PLACES_WHY), ("turn", TURNS_WHY)):
+        section = page.split(f"| {heading} | what it says |", 1)[1].split("\n\n", 1)[0]
+        assert re.findall(r"(?m)^\| ([a-z ]+) \| (.+) \|$", section) == [RULES[rule] for rule in rules]
+    tables = [
+        page.split(f"| key | {what} |", 1)[1].split("\n\n", 1)[0] for what in ("why that replica", "whose turn it was")
+    ]
+    keys = re.findall(r"(?m)^\| (`[^|]+`) \|", "\n".join(tables))
+    assert [key.strip("`") for some in keys for key in some.split(", ")] == list(REASONS)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from waterline.policy import decisions
-from waterline.policy.decisions import FIELDS, NONE, RULES, as_json, canonical_bytes, log_row, nanoseconds
+from waterline.policy.decisions import FIELDS, NONE, REASONS, RULES, as_json, canonical_bytes, log_row, nanoseconds
 
 LOAN = log_row(
     at_s=61.5, rule=decisions.RECLAIM, tenant=0, claimant=1, victim=2, place=3, amount=8, cost_s=330.25, deadline_s=91.5
@@ -25,6 +25,21 @@ def test_a_row_says_in_words_what_it_has_and_leaves_out_what_it_has_not() -> Non
     )
     said = json.loads(as_json(log_row(at_s=1, rule=decisions.SLOT_FREE)))
     assert said == {"at_ns": 1_000_000_000, "cost_ms": 0, "rule": "slot free"}
+
+
+def test_reasons_are_said_beside_a_row_with_their_names_and_only_where_there_are_any() -> None:
+    row = log_row(at_s=1, rule=decisions.WAITS_FOR_SLOT, tenant=0, place=1)
+    names = {"tenant": ["public", "research"], "claimant": ["ann", "bob"], "place": ["chat/0", "chat/1"]}
+    placed = (decisions.PREFIX_BEHIND, 250, 0, 900, 512)
+    whose = (decisions.BELOW_DESERVED, 640_000, 1, decisions.BORROWS, 1_200_000, 3100, 1, 4000)
+    assert json.loads(as_json(row, names, reasons=(*placed, *whose))) == {
+        "at_ns": 1_000_000_000, "rule": "waits for slot", "cost_ms": 0, "tenant": "public", "place": "chat/1",
+        "why": "prefix behind", "done_ms": 250, "other": "chat/0", "other_ms": 900, "cached": 512,
+        "turn": "below deserved", "used_ppm": 640_000,
+        "next_tenant": "research", "next_turn": "borrows", "next_ppm": 1_200_000,
+        "counter_ms": 3100, "next_claimant": "bob", "next_counter_ms": 4000,
+    }  # fmt: skip
+    assert as_json(row, names, reasons=[NONE] * len(REASONS)) == as_json(row, names)
 
 
 def test_the_bytes_of_a_log_are_the_same_row_by_row_and_all_at_once() -> None:

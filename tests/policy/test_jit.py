@@ -97,6 +97,8 @@ def desks(form: Callable[[Callable[..., object]], Callable[..., object]]) -> lis
     dispatch.set_in_service(desk, range(40), serves=True)
     arrive, turn, start, take_over = (form(getattr(dispatch, name)) for name in DECISIONS[:4])
     first_token, left, settle, tick = (form(getattr(dispatch, name)) for name in DECISIONS[4:])
+    explain_place, explain_turn = form(dispatch.explain_place), form(dispatch.explain_turn)
+    reasons = np.zeros(len(decisions.REASONS), np.int64)
     answers: list[object] = []
     waiting: dict[tuple[int, int], list[tuple[object, ...]]] = {}
     running: list[tuple[int, ...]] = []
@@ -104,6 +106,9 @@ def desks(form: Callable[[Callable[..., object]], Callable[..., object]]) -> lis
         model, client, prompt = int(dice.integers(2)), int(dice.integers(5)), int(dice.integers(1, 800))
         blocks, draw = np.cumsum(dice.integers(1, 4, 6)) * 7919, int(dice.integers(routing.MOST_DRAWN))
         request = prompt, 0, 100, prompt + 100
+        explain_place(desk, model, prompt, prompt + 100, blocks, draw, reasons)
+        explain_turn(desk, model, reasons)
+        answers.append(reasons.tolist())
         answer = arrive(desk, model, client, *request, 3.0, blocks, draw)
         answers.append(tuple(answer))
         if answer[0] == decisions.SLOT_FREE:

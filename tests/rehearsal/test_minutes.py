@@ -16,7 +16,7 @@ from waterline.fleet import Demand, Fleet, Job, Model, Pool, Tenant, check_fleet
 from waterline.plan import Plan, Replica
 from waterline.planner import make_plan
 from waterline.policy import tide as tides
-from waterline.policy.decisions import FIELDS, as_json, canonical_bytes
+from waterline.policy.decisions import COMES_BACK, FIELDS, NONE, as_json, canonical_bytes
 from waterline.policy.tide import signal_line
 from waterline.rehearsal import POLICIES, Failure, Rehearsal, rehearse
 from waterline.rehearsal.arrivals import Piece, Traffic
@@ -208,10 +208,17 @@ def test_who_does_not_exist_does_not_decide() -> None:
 def test_requests_on_a_node_that_fails_go_on_elsewhere_and_another_replica_starts() -> None:
     failed = PLAN.replicas_at(0)[0].places[0].node
     failure = Failure(pool="box", node=failed, begin_s=300.0, length_s=900.0)
-    done = rehearse(PLAN, duration_s=1500.0, failures=[failure])
+    done = rehearse(PLAN, duration_s=1500.0, failures=[failure], decisions=True)
     total = done.summaries[0]
     assert (total.failed, total.completed) == (0, total.requests - total.refused)
     assert total.refused < 0.08 * total.requests  # while the next replica loads
+    back = done.decisions[done.decisions[:, FIELDS.index("rule")] == COMES_BACK]
+    first_ns = done.first_hour * HOUR_NS
+    assert len(back) > 0
+    assert (back[:, FIELDS.index("at_ns")] >= first_ns + 300 * 10**9).all()
+    places = [done.request_names["place"][place] for place in back[:, FIELDS.index("place")]]
+    assert PLAN.replicas_at(0)[0].id not in places
+    assert (done.reasons[:, 0] != NONE).sum() == total.completed + len(back)
     down = [move for move in done.moves if move.kind == "start" and 300 <= move.at_s < 1200]
     assert any(move.target == "chat" for move in down)
     assert all(move.node != failed for move in down)

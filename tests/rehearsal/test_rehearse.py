@@ -1,6 +1,7 @@
 """A plan and traffic in, completions and a bill out."""
 
 import dataclasses
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ from msgspec.structs import replace
 
 from examples import small_plan
 from waterline import rehearsal as rehearsing
+from waterline.cli.rehearse_files import decision_lines
 from waterline.fleet import Demand, Fleet, Measured, Model, Pool, Tenant, check_fleet
 from waterline.outcome import summarize
 from waterline.plan import Plan
@@ -195,7 +197,14 @@ def test_prompts_are_read_here_and_answers_written_there() -> None:
     reader = replace(replica, id="chat/read", role="prefill", usd_per_hour=1.0)
     writer = replace(replica, id="chat/write", role="decode", tokens_per_s=1000.0, prefill_tokens_per_s=0.0)
     split = replace(plan, replicas=(reader, writer))
-    alone, passed = (rehearse(one, burst(1, prompt_tokens=1000)).completions[0] for one in (plan, split))
+    happened = [rehearse(one, burst(1, prompt_tokens=1000), decisions=True) for one in (plan, split)]
+    alone, passed = (one.completions[0] for one in happened)
+    lines = [(one["rule"], one["place"], one["why"], one["done_ms"]) for one in said(happened[1])]
+    read_ms = round(1000 / reader.prefill_tokens_per_s * 1000)
+    assert lines == [
+        ("slot free", "chat/read", "only replica", read_ms),
+        ("takes over", "chat/write", "only replica", 0),
+    ]
     assert passed.replica == "chat/write"
     later_s = 1000 * 131_072 / 32e9 + alone.tpot_s  # the decode replica passes the first token on, in a step
     assert passed.first_token_s - alone.first_token_s == pytest.approx(later_s, rel=0.02)
@@ -293,13 +302,22 @@ def test_who_does_not_want_to_wait_gives_up_and_counts_neither_way(tmp_path: Pat
     slo = Slo(ttft_s=1000.0, tpot_s=10.0)
     plan = small_plan()
     plan = replace(plan, fleet=replace(plan.fleet, models=tuple(replace(one, slo=slo) for one in plan.fleet.models)))
-    happened = rehearse(plan, open_trace(path))
+    happened = rehearse(plan, open_trace(path), decisions=True)
     total = happened.summaries[0]
     gone = [one for one in happened.completions if one.status == "cancelled"]
     assert total.cancelled == len(gone) > 0
     assert {round(one.finish_s - one.arrival_s, 9) for one in gone} == {0.5}
     assert total.slo_fraction == total.within_slo / (total.requests - total.cancelled)
     assert not any(one.status == "cancelled" for one in happened.completions[1::2]), "the others wait"
+    log = said(happened)
+    assert [one["cost_ms"] for one in log if one["rule"] == "gave up"] == [500] * len(gone)
+    waited = [one for one in log if one["rule"] == "waits for slot"]
+    assert 0 < len(waited) == total.completed - sum(one["rule"] == "slot free" for one in log)
+    assert {one["turn"] for one in waited} == {"below deserved"}, "the only tenant deserves all there is"
+    counters_ms = [one["counter_ms"] for one in waited]
+    assert counters_ms == sorted(counters_ms)
+    assert {one["why"] for one in log if "place" in one} == {"only replica"}
+    assert [one for one in log if "turn" in one] == waited
 
 
 def test_who_leaves_in_the_middle_of_its_answer_is_cancelled_with_what_it_has_and_its_gpu_time(tmp_path: Path) -> None:
@@ -321,3 +339,15 @@ def test_who_leaves_in_the_middle_of_its_answer_is_cancelled_with_what_it_has_an
     assert total.gpu_hours == pytest.approx(sum(one.gpu_s for one in happened.completions) / 3600)
     assert (total.within_slo, total.slo_fraction) == (2, 1.0)
     assert (happened.by_client, [one.cancelled for one in happened.by_tenant]) == ((), [1])
+
+
+def said(happened: Rehearsal) -> list[dict[str, Any]]:
+    """Return the log of decisions as it is written."""
+    return [json.loads(line) for line in decision_lines(happened)]
+
+
+def test_a_log_of_decisions_changes_none() -> None:
+    plan = two_models()
+    silent, told = (rehearse(plan, burst(60), decisions=decisions) for decisions in (False, True))
+    assert str(told.completions) == str(silent.completions)  # as text, because no NaN is like another
+    assert (len(silent.decisions), len(told.decisions), len(told.reasons)) == (0, 60, 60)

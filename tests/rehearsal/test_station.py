@@ -133,7 +133,7 @@ shares = st.sampled_from(
     [(0.0, 1.0, 1.0), (1e-10, 1e-9, 1.0), (0.0, 1e-11, 1e-9), (0.0, 0.0, 1e-11), (1e-11, 1e-10, 1e-10)]
 )
 terms = st.builds(
-    lambda ttft_s, of_tenants: Terms(
+    lambda ttft_s, of_tenants, reasons: Terms(
         ttft_s=ttft_s,
         output_tokens=(10, 3),
         guarantee=tuple(one[0] for one in of_tenants),
@@ -142,9 +142,11 @@ terms = st.builds(
         tenant_of_client=(0, 1, 2, 2),
         block_tokens=5,
         prefix_places=16,
+        reasons=reasons,
     ),
     st.tuples(*[st.sampled_from([1e9, 1e-4, 2e-5, 1e-6])] * 2),
     st.lists(shares, min_size=3, max_size=3),
+    st.booleans(),
 )
 comings = st.lists(
     st.builds(
@@ -175,7 +177,7 @@ def by_events(
     house: Terms,
     changes: Sequence[Change] | None = None,
     pieces: int = 1,
-) -> Iterator[tuple[int | float, ...]]:
+) -> Iterator[tuple[object, ...]]:
     served = module.Station(house)
     served.start_all(fleet, state.NEVER_PS)
     all_ready = [Change(at_ps=0, kind="ready", replica=row) for row in range(len(fleet))]
@@ -220,13 +222,16 @@ FIELDS = (
 )
 
 
-def rows(passages: station.Passages) -> Iterator[tuple[int | float, ...]]:
-    return zip(*(getattr(passages, name).tolist() for name in FIELDS), strict=True)
+def rows(passages: station.Passages) -> Iterator[tuple[object, ...]]:
+    placed: list[list[tuple[int, ...]]] = [[] for _ in range(len(passages))]
+    for at_ps, request, *entry in passages.placed.tolist():
+        placed[request].append((at_ps, *entry))
+    return zip(*(getattr(passages, name).tolist() for name in FIELDS), placed, strict=True)
 
 
 def by_steps(
     fleet: Sequence[Capacity], asked: Sequence[Ask], house: Terms, changes: Sequence[Change] | None = None
-) -> list[tuple[int | float, ...]]:
+) -> list[tuple[object, ...]]:
     return [
         (
             passage.ask.client,
@@ -243,6 +248,7 @@ def by_steps(
             passage.restarts,
             passage.found_tokens,
             passage.produced_tokens if passage.left else state.NONE,
+            passage.placed,
         )
         for passage in serve(fleet, asked, house, changes=changes)
     ]
@@ -292,7 +298,7 @@ STORIES = (tuple(range(1, 13)), (*range(1, 5), *range(25, 33)), tuple(range(41, 
 def test_what_each_replica_has_of_prompts_is_the_same_too(
     name: str, fleet: list[Capacity], seed: int, pieces: int, affinity: bool, roles: tuple[Role, ...]
 ) -> None:
-    house = Terms(ttft_s=(1e9,), output_tokens=(10,), block_tokens=2, affinity=affinity)
+    house = Terms(ttft_s=(1e9,), output_tokens=(10,), block_tokens=2, affinity=affinity, reasons=True)
     dice = np.random.Generator(np.random.PCG64(seed))
     fleet = [
         replace(one, replica=f"a/{index}", model=0, role=role, cache_tokens=90, max_batch=9, max_context_tokens=64)

@@ -170,11 +170,12 @@ def decision_lines(happened: "Rehearsal") -> Iterator[bytes]:
     """Yield decisions as lines of JSON, by the names that replicas had then."""
     moves, rule = iter(happened.moves), FIELDS.index("rule")
     for begin in range(0, len(happened.decisions), LINES):
-        for row in happened.decisions[begin : begin + LINES].tolist():
+        rows, reasons = (table[begin : begin + LINES].tolist() for table in (happened.decisions, happened.reasons))
+        for row, why in zip(rows, reasons, strict=True):
             if is_about_replicas(row[rule]):
                 yield as_json(row, happened.names, next(moves).victim)
             else:
-                yield as_json(row, happened.request_names)
+                yield as_json(row, happened.request_names, reasons=why)
 
 
 def _write(path: Path, data: Iterable[bytes], option: str) -> None:

@@ -6,6 +6,9 @@ logs can be compared byte for byte. Whoever keeps the log hashes the bytes of it
     digest = hashlib.sha256()
     digest.update(canonical_bytes(rows))
 
+A request that is given to a replica has *reasons* beside its row: why that replica, whose turn it was, and the numbers
+that decided. They are a row of integers too (`REASONS`), and nobody makes them who keeps no log.
+
 `as_json` says one row in words, as a line of JSON whose bytes are canonical too: sorted keys, whole numbers, no blanks.
 """
 
@@ -30,12 +33,19 @@ NOT_SERVED: Final = 15
 TOO_LONG: Final = 16
 GAVE_UP: Final = 17
 COMES_BACK: Final = 18
+TAKES_OVER: Final = 19
 BELOW_GUARANTEE: Final = 20
 BELOW_DESERVED: Final = 21
 BORROWS: Final = 22
 PREFIX_CACHED: Final = 30
 SHORTEST_WAIT: Final = 31
 NO_REPLICA: Final = 32
+ONLY_REPLICA: Final = 33
+ONLY_FREE: Final = 34
+FIRST_FREE: Final = 35
+PREFIX_BEHIND: Final = 36
+PREFIX_BUSY: Final = 37
+LAST_RESORT: Final = 38
 FULL_EFFORT: Final = 40
 LOAD_HIGH: Final = 41
 OWN_IDLE: Final = 50
@@ -60,12 +70,28 @@ RULES: Final[dict[int, tuple[str, str]]] = {
     TOO_LONG: ("too long", "No replica of the model holds so many tokens."),
     GAVE_UP: ("gave up", "Its client did not wait any longer."),
     COMES_BACK: ("comes back", "Its replica failed: it goes on from where it was, before its client's other requests."),
+    TAKES_OVER: ("takes over", "Its prompt was read on another replica; this one writes the answer."),
     BELOW_GUARANTEE: ("below guarantee", "Its tenant has used less GPU time than it is guaranteed."),
     BELOW_DESERVED: ("below deserved", "Its tenant has used less GPU time than it deserves."),
     BORROWS: ("borrows", "Its tenant has used what it deserves; nobody below that waits."),
     PREFIX_CACHED: ("prefix cached", "What the replica keeps of the prompt saves more than its queue costs."),
     SHORTEST_WAIT: ("shortest wait", "Of the replicas looked at it would be done first."),
     NO_REPLICA: ("no replica", "No replica of the model is in service."),
+    ONLY_REPLICA: ("only replica", "No other replica of the model is in service."),
+    ONLY_FREE: ("only free", "Of the replicas looked at, no other has a slot and can hold it."),
+    FIRST_FREE: (
+        "first free",
+        "None of those drawn can take it; this is the first that can, of those with a slot.",
+    ),
+    PREFIX_BEHIND: (
+        "prefix behind",
+        "Another replica keeps the beginning of the prompt, but its queue costs more than that saves.",
+    ),
+    PREFIX_BUSY: (
+        "prefix busy",
+        "Another replica keeps the beginning of the prompt, but has no slot for it, or is not in service.",
+    ),
+    LAST_RESORT: ("last resort", "No replica in service can write it; of those that drain it would be done first."),
     FULL_EFFORT: ("full effort", "The load leaves time for all the thinking that was asked for."),
     LOAD_HIGH: ("load high", "Thinking is cut so that requests start before their deadline."),
     OWN_IDLE: ("own, idle", "The tenant starts a replica on idle GPUs, within what it deserves."),
@@ -84,6 +110,18 @@ RULES: Final[dict[int, tuple[str, str]]] = {
     FREED_FOR_CLAIM: ("freed for claim", "Idle GPUs of the node are kept until the claim is complete."),
 }
 
+PLACES_WHY: Final = (  # a request goes to a replica
+    PREFIX_CACHED,
+    SHORTEST_WAIT,
+    ONLY_REPLICA,
+    ONLY_FREE,
+    FIRST_FREE,
+    PREFIX_BEHIND,
+    PREFIX_BUSY,
+    LAST_RESORT,
+)
+TURNS_WHY: Final = (BELOW_GUARANTEE, BELOW_DESERVED, BORROWS)  # a tenant is the next
+
 # --- The log ----------------------------------------------------------------------------------------------------------
 
 FIELDS: Final = (
@@ -97,6 +135,24 @@ FIELDS: Final = (
     "cost_ms",  # wait of a request; GPU-milliseconds that a move loses
     "deadline_ns",  # when to come back, or when the GPUs are handed over at the latest
 )
+
+REASONS: Final = (
+    "why",  # that replica, of PLACES_WHY
+    "done_ms",  # until it would have served what it has and read this prompt
+    "other",  # replica: the runner-up; the one that keeps more of the prompt, where that is why it was not taken
+    "other_ms",  # likewise; not known of one that is out of service
+    "cached",  # tokens of the prompt that are kept: by `other` where that was not taken in spite of it
+    "turn",  # why its tenant was the next, of TURNS_WHY
+    "used_ppm",  # that the tenant has used, of its guarantee while it is below that, else of what it deserves
+    "next_tenant",  # that would have been the next; none where nobody else waited, or only at the limit
+    "next_turn",  # likewise
+    "next_ppm",  # likewise
+    "counter_ms",  # GPU time on the virtual counter of its client
+    "next_claimant",  # client of the same tenant and model that would have been the next; none where no other waited
+    "next_counter_ms",  # likewise
+)
+RULES_OF_REASONS: Final = ("why", "turn", "next_turn")  # keys of RULES
+NAMED_AS: Final = {"other": "place", "next_tenant": "tenant", "next_claimant": "claimant"}
 
 
 def nanoseconds(time_s: float) -> int:
@@ -141,13 +197,19 @@ def is_about_replicas(rule: int) -> bool:
     return rule >= OWN_IDLE
 
 
-def as_json(row: Iterable[int], names: Mapping[str, Sequence[str]] | None = None, victim: str = "") -> bytes:
+def as_json(
+    row: Iterable[int],
+    names: Mapping[str, Sequence[str]] | None = None,
+    victim: str = "",
+    reasons: Iterable[int] = (),
+) -> bytes:
     """Return one row as a line of JSON.
 
     Args:
         row: in the order of `FIELDS`; fields that are `NONE` are left out.
         names: of "tenant", "claimant" or "place", by index; the index stands where there is no name.
         victim: the name of the replica that is stopped, where it is known: its number is another's later on.
+        reasons: in the order of `REASONS`, likewise; or none.
     """
     said: dict[str, int | str] = {}
     for field, value in zip(FIELDS, map(int, row), strict=True):
@@ -157,5 +219,13 @@ def as_json(row: Iterable[int], names: Mapping[str, Sequence[str]] | None = None
         elif field == "victim" and victim:
             said[field] = victim
         elif value != NONE:
+            said[field] = known[value] if 0 <= value < len(known) else value
+    for field, value in zip(REASONS, reasons, strict=False):
+        if value == NONE:
+            continue
+        known = (names or {}).get(NAMED_AS.get(field, ""), ())
+        if field in RULES_OF_REASONS:
+            said[field] = RULES[value][0]
+        else:
             said[field] = known[value] if 0 <= value < len(known) else value
     return json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n"

@@ -16,7 +16,7 @@ from waterline.errors import InputError, UnknownNameError, nearest
 from waterline.fleet import Demand
 from waterline.outcome import Completion
 from waterline.plan import Plan, Replica
-from waterline.policy.decisions import FIELDS
+from waterline.policy.decisions import FIELDS, NONE, REASONS
 from waterline.rehearsal.acting import Actor, Planned, Tidal, in_order, request_rows
 from waterline.rehearsal.arrivals import traffic
 from waterline.rehearsal.beside import Behind
@@ -56,6 +56,7 @@ class Rehearsal(Report):
     moves: tuple[Move, ...] = ()  # what was started and stopped, lent and handed back
     jobs: tuple[JobRecord, ...] = ()
     decisions: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, len(FIELDS)), np.int64))  # [n, field]
+    reasons: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, len(REASONS)), np.int64))  # [n, reason]
     digest: str = ""  # SHA-256 of the bytes of the decisions about replicas
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of the fields of a decision about replicas
     request_names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of those of one about a request
@@ -82,7 +83,8 @@ class Scribe:
         """Begin with nothing; `came`: replicas as they come, by their numbers in the house."""
         self.recorder, self.came, self.keep, self.decisions = recorder, came, keep, decisions
         self.kept: list[Settled] = []
-        self.rows = [np.zeros((0, len(FIELDS)), np.int64)]  # of the log of decisions, about requests
+        self.rows: list[NDArray[np.int64]] = []  # of the log of decisions, about requests
+        self.reasons: list[NDArray[np.int64]] = []  # of each row
         self._in_report = array("q")  # [replica] what the recorder calls it
 
     def note(self, settled: Settled) -> None:
@@ -93,7 +95,9 @@ class Scribe:
         if self.keep:
             self.kept.append(settled)
         if self.decisions:
-            self.rows.append(request_rows(settled, self.recorder.tenants))
+            rows, reasons = request_rows(settled, self.recorder.tenants)
+            self.rows.append(rows)
+            self.reasons.append(reasons)
 
     def meet(self) -> None:
         """Let the recorder know of those who have come."""
@@ -150,9 +154,9 @@ def rehearse(
     if chosen == "plan":
         if failures:
             raise InputError("a plan does not say what to do when a node fails. Rehearse that under another policy.")
-        actor = Planned(plan, asked, recorder)
+        actor = Planned(plan, asked, recorder, reasons=decisions)
     else:
-        actor = Tidal(chosen, plan, asked, recorder, failures)
+        actor = Tidal(chosen, plan, asked, recorder, failures, reasons=decisions)
     scribe = Scribe(recorder, actor.came, keep=keep, decisions=decisions)
     requests = 0
     with Behind() as behind:
@@ -170,6 +174,10 @@ def rehearse(
     scribe.meet()
     actor.close()
     report = recorder.report()
+    of_moves = np.full((len(actor.decisions), len(REASONS)), NONE)
+    rows, reasons = in_order(
+        np.concatenate([actor.decisions, *scribe.rows]), np.concatenate([of_moves, *scribe.reasons])
+    )
     return Rehearsal(
         **{one.name: getattr(report, one.name) for one in fields(Report)},
         notes=(*asked.notes, *notes, *actor.notes),
@@ -178,7 +186,8 @@ def rehearse(
         kept=tuple(scribe.kept),
         moves=actor.moves,
         jobs=actor.jobs,
-        decisions=in_order(np.concatenate([actor.decisions, *scribe.rows])),
+        decisions=rows,
+        reasons=reasons,
         digest=actor.digest,
         names=actor.names,
         request_names=actor.request_names,

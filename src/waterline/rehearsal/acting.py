@@ -8,16 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterline.plan import Plan, Replica
-from waterline.policy.decisions import FIELDS, NONE, SLOT_FREE, WAITS_FOR_SLOT
+from waterline.policy.decisions import COMES_BACK, FIELDS, NONE, REASONS, TAKES_OVER
 from waterline.policy.holdings import NOBODY
 from waterline.rehearsal.arrivals import Piece, Traffic
-from waterline.rehearsal.capacity import NEVER, PICOSECONDS_PER_NS, Terms
+from waterline.rehearsal.capacity import PICOSECONDS_PER_NS, Terms
 from waterline.rehearsal.failures import Failure
 from waterline.rehearsal.house import House, Settled
 from waterline.rehearsal.minutes import Minutes
 from waterline.rehearsal.policies import Policy, Setting, setting
 from waterline.rehearsal.record import JobRecord, Move
 from waterline.rehearsal.recorder import Recorder
+from waterline.rehearsal.state import ENTRY_AT, ENTRY_REASONS, ENTRY_REPLICA, ENTRY_REQUEST, ENTRY_RULE
 from waterline.roster import Run
 from waterline.units import GIGA, HOUR_S, PICOSECONDS_PER_S
 
@@ -79,9 +80,9 @@ class Planned:
     jobs: tuple[JobRecord, ...] = ()
     digest = ""
 
-    def __init__(self, plan: Plan, asked: Traffic, recorder: Recorder) -> None:
-        """Begin without replicas."""
-        self.house = House(plan, asked.rows, asked.clients, asked.first_hour)
+    def __init__(self, plan: Plan, asked: Traffic, recorder: Recorder, *, reasons: bool) -> None:
+        """Begin without replicas; `reasons`: whether to write down why each request is given to its replica."""
+        self.house = House(plan, asked.rows, asked.clients, asked.first_hour, reasons=reasons)
         self.recorder, self.first_hour = recorder, asked.first_hour
         for replica in plan.replicas:
             recorder.add_replica(replica)
@@ -115,12 +116,19 @@ class Tidal:
     clock: type[Minutes] = Minutes
 
     def __init__(
-        self, policy: Policy, plan: Plan, asked: Traffic, recorder: Recorder, failures: Sequence[Failure]
+        self,
+        policy: Policy,
+        plan: Plan,
+        asked: Traffic,
+        recorder: Recorder,
+        failures: Sequence[Failure],
+        *,
+        reasons: bool,
     ) -> None:
-        """Begin with the replicas of the first hour."""
+        """Begin with the replicas of the first hour; `reasons` as at `Planned`."""
         self.recorder = recorder
         self.setting = setting(policy, plan, asked.rows, asked.first_hour)
-        self.house = Moving(self.setting, asked)
+        self.house = Moving(self.setting, asked, reasons=reasons)
         self.minutes = self.clock(
             self.setting.plan,
             self.setting.roster,
@@ -194,11 +202,11 @@ class Tidal:
 class Moving(House):
     """A house under a policy, which may have other models, shares and clients than the fleet."""
 
-    def __init__(self, setting: Setting, asked: Traffic) -> None:
+    def __init__(self, setting: Setting, asked: Traffic, *, reasons: bool) -> None:
         """Begin without replicas."""
         self.setting = setting
         self.shown: list[Replica] = []  # that ever came, by the names that people know
-        super().__init__(setting.plan, setting.rows, asked.clients, asked.first_hour)
+        super().__init__(setting.plan, setting.rows, asked.clients, asked.first_hour, reasons=reasons)
 
     def start_all(self, replicas: Sequence[Replica], ready_ps: int) -> range:
         self.shown += map(self.setting.shown, replicas)
@@ -218,27 +226,34 @@ class Moving(House):
 # --- The log of decisions about requests ------------------------------------------------------------------------------
 
 
-def request_rows(settled: Settled, tenants: Sequence[str]) -> Integers:
-    """Return a row for each request: when it was given to a replica and what it had waited, or why it never was.
+def request_rows(settled: Settled, tenants: Sequence[str]) -> tuple[Integers, Integers]:
+    """Return a row each time that a request is given to a replica, and for each that is refused or gives up; and why.
 
-    On the clock of the minutes, on which a day begins at 0. Claimants are the desk's clients, places replicas.
+    On the clock of the minutes, on which a day begins at 0. Claimants are the desk's clients, places replicas. Rows are
+    in the order in which the requests came; of one request in that of time.
     """
-    passages, asked, house = settled.passages, settled.asked, settled.house
-    begun = passages.started_ps != NEVER
-    waited_ps = np.where(begun, passages.started_ps - asked.arrival_ps, 0)
-    rows: Integers = np.full((len(asked), len(FIELDS)), NONE, np.int64)
+    passages, asked, house, placed = settled.passages, settled.asked, settled.house, settled.passages.placed
+    refused = np.flatnonzero(passages.replica < 0)
+    request = np.concatenate([placed[:, ENTRY_REQUEST], refused])
+    at_ps = np.concatenate([placed[:, ENTRY_AT], passages.finish_ps[refused]])
+    rule = np.concatenate([placed[:, ENTRY_RULE], -passages.replica[refused]])
+    begun = (rule == COMES_BACK) | (rule == TAKES_OVER)
+    rows: Integers = np.full((len(request), len(FIELDS)), NONE, np.int64)
+    reasons: Integers = np.full((len(request), len(REASONS)), NONE, np.int64)
     first_ns = house.first_hour * HOUR_S * GIGA
-    rows[:, FIELDS.index("at_ns")] = (asked.arrival_ps + waited_ps) // PICOSECONDS_PER_NS + first_ns
-    accepted = np.where(waited_ps > 0, WAITS_FOR_SLOT, SLOT_FREE)
-    rows[:, FIELDS.index("rule")] = np.where(passages.replica >= 0, accepted, -passages.replica)
-    rows[:, FIELDS.index("tenant")] = np.array([tenants.index(row.tenant) for row in house.rows])[asked.row]
-    rows[:, FIELDS.index("claimant")] = passages.client
-    rows[:, FIELDS.index("place")] = np.maximum(passages.replica, NONE)
-    rows[:, FIELDS.index("amount")] = asked.prompt_tokens + asked.output_tokens
-    rows[:, FIELDS.index("cost_ms")] = waited_ps // PICOSECONDS_PER_MS
-    back_ns = first_ns + asked.arrival_ps // PICOSECONDS_PER_NS + np.round(passages.retry_s * GIGA).astype(np.int64)
-    rows[:, FIELDS.index("deadline_ns")] = np.where(passages.retry_s > 0, back_ns, NONE)
-    return rows
+    rows[:, FIELDS.index("at_ns")] = at_ps // PICOSECONDS_PER_NS + first_ns
+    rows[:, FIELDS.index("rule")] = rule
+    rows[:, FIELDS.index("tenant")] = np.array([tenants.index(row.tenant) for row in house.rows])[asked.row[request]]
+    rows[:, FIELDS.index("claimant")] = passages.client[request]
+    rows[: len(placed), FIELDS.index("place")] = placed[:, ENTRY_REPLICA]
+    rows[:, FIELDS.index("amount")] = (asked.prompt_tokens + asked.output_tokens)[request]
+    rows[:, FIELDS.index("cost_ms")] = np.where(begun, NONE, (at_ps - asked.arrival_ps[request]) // PICOSECONDS_PER_MS)
+    retry_s = passages.retry_s[request]
+    back_ns = first_ns + at_ps // PICOSECONDS_PER_NS + np.round(retry_s * GIGA).astype(np.int64)
+    rows[:, FIELDS.index("deadline_ns")] = np.where(retry_s > 0, back_ns, NONE)
+    reasons[: len(placed)] = placed[:, ENTRY_REASONS:]
+    order = np.argsort(request, kind="stable")
+    return rows[order], reasons[order]
 
 
 def _request_names(recorder: Recorder, clients: Sequence[str], came: Sequence[Replica]) -> Names:
@@ -246,7 +261,7 @@ def _request_names(recorder: Recorder, clients: Sequence[str], came: Sequence[Re
     return {"tenant": recorder.tenants, "claimant": clients, "place": [replica.id for replica in came]}
 
 
-def in_order(rows: Integers) -> Integers:
-    """Return rows in the order of time; those of one instant stay as they are."""
-    ordered: Integers = rows[np.argsort(rows[:, FIELDS.index("at_ns")], kind="stable")]
-    return ordered
+def in_order(rows: Integers, reasons: Integers) -> tuple[Integers, Integers]:
+    """Return rows in the order of time, and their reasons; those of one instant stay as they are."""
+    order = np.argsort(rows[:, FIELDS.index("at_ns")], kind="stable")
+    return rows[order], reasons[order]

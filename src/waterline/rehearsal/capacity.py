@@ -57,6 +57,7 @@ class Terms:
     prefix_places: int = PREFIX_PLACES
     affinity: bool = True  # whether routing looks who has read the beginning of a prompt
     dice: tuple[int, int] = (1_234_567, 7_654_321)  # with which the draws of routing begin
+    reasons: bool = False  # whether to write down why each request is given to its replica, and whose turn it was
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

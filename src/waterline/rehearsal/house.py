@@ -28,7 +28,9 @@ GONE = "the client went away"
 class House:
     """Serves the requests to all models of a plan."""
 
-    def __init__(self, plan: Plan, rows: Sequence[Demand], clients: Names, first_hour: int) -> None:
+    def __init__(
+        self, plan: Plan, rows: Sequence[Demand], clients: Names, first_hour: int, *, reasons: bool = False
+    ) -> None:
         """Prepare a fleet without replicas; see `start` and `keep_hours`.
 
         Args:
@@ -36,7 +38,9 @@ class House:
             rows: who asks. What names no client is of one for each row.
             clients: names, as they are met.
             first_hour: of the day, which begins with the traffic.
+            reasons: whether to write down why each request is given to its replica.
         """
+        self.reasons = reasons
         self.plan, self.rows, self.names = plan, tuple(rows), clients
         self.models = [model.model for model in plan.models]
         self.tenants = [tenant.name for tenant in plan.fleet.tenants] or list(dict.fromkeys(row.tenant for row in rows))
@@ -66,6 +70,7 @@ class House:
             tenant_of_client=tuple(self.tenants.index(row.tenant) for row in self.rows),
             gpus=float(self.plan.fleet.gpus),
             block_tokens=BLOCK_TOKENS,
+            reasons=self.reasons,
         )
 
     # --- Replicas -----------------------------------------------------------------------------------------------------

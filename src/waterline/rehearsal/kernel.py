@@ -6,7 +6,7 @@ need it: whole numbers in flat arrays (see `state`), floats only where `policy` 
 """
 
 from waterline.policy import dispatch
-from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
+from waterline.policy.decisions import COMES_BACK, NOT_SERVED, SLOT_FREE, TAKES_OVER, WAITS_FOR_SLOT
 from waterline.policy.routing import NOBODY
 from waterline.rehearsal.heaps import ENDS, alone, pop, push, reschedule
 from waterline.rehearsal.jit import apart, compiled, inlined
@@ -32,6 +32,13 @@ from waterline.rehearsal.state import (
     COMING,
     COST_GPU_S,
     DECODES,
+    ENTRIES_EACH,
+    ENTRY,
+    ENTRY_AT,
+    ENTRY_REASONS,
+    ENTRY_REPLICA,
+    ENTRY_REQUEST,
+    ENTRY_RULE,
     EXPECTED_OUTPUT,
     EXTRA,
     FINISH_AT,
@@ -63,6 +70,7 @@ from waterline.rehearsal.state import (
     READ_BY,
     READ_SHARE,
     READER,
+    REASON_COUNT,
     REPLICA,
     REQUEST,
     RESTARTS,
@@ -175,8 +183,17 @@ def has_room(memory: Memory) -> bool:
         memory.counters[OUT_OF_TIME] == 0
         and memory.counters[FREE_SLOT] != NONE
         and 2 * (memory.counters[TIMERS] + TIMERS_EACH) <= len(memory.timers)
+        and (len(memory.log) == 0 or has_entries(memory))
     )
     return room
+
+
+@inlined
+def has_entries(memory: Memory) -> bool:
+    """Whether the log has room for all that may be written before somebody empties it, should one more come."""
+    entries = memory.log[0] + ENTRIES_EACH * (memory.counters[UNDER_WAY] + 1)
+    enough: bool = 1 + ENTRY * entries <= len(memory.log)
+    return enough
 
 
 # --- Requests ---------------------------------------------------------------------------------------------------------
@@ -187,6 +204,9 @@ def arrive(memory: Memory, asked: Asked, index: int, request: int) -> bool:
     """Ask the desk about a request; return whether it waits although a slot may be free."""
     now, model, client = asked.arrivals[index], asked.models[index], asked.clients[index]
     prompt, output, cached = asked.prompts[index], asked.outputs[index], asked.cached[index]
+    draw = roll(memory)
+    if len(memory.log) > 0:
+        explain(memory, model, request, prompt, prompt + output, draw)
     answer = dispatch.arrive(
         memory.desk,
         model,
@@ -197,7 +217,7 @@ def arrive(memory: Memory, asked: Asked, index: int, request: int) -> bool:
         prompt + output,
         memory.ttft_s[model],
         memory.blocks[memory.first_block[request] : memory.first_block[request + 1]],
-        roll(memory),
+        draw,
     )
     taken = answer.rule == SLOT_FREE or answer.rule == WAITS_FOR_SLOT  # noqa: PLR1714 - compiled code has no sets
     write_result(memory, request, client, now if not taken else UNFINISHED, -answer.rule if not taken else NONE)
@@ -219,6 +239,8 @@ def arrive(memory: Memory, asked: Asked, index: int, request: int) -> bool:
         number = set_timer(memory, now + asked.leaves[index], slot)
         memory.extras[request * EXTRA + LEFT_WITH] = -2 - number
     if answer.rule == SLOT_FREE:
+        if len(memory.log) > 0:
+            write_entry(memory, now, request, SLOT_FREE, answer.replica)
         accept(memory, answer.replica, slot, now, answer.cached_tokens)
         return False
     line = dispatch.line_of(memory.desk, model, client)
@@ -286,6 +308,11 @@ def start_those(memory: Memory, model: int, now: int) -> None:
         slot = memory.line_heads[line]
         at = slot * SLOT
         request = memory.slots[at + REQUEST]
+        draw = roll(memory)
+        if len(memory.log) > 0:
+            tokens = memory.slots[at + PROMPT] + memory.slots[at + PRODUCED]
+            explain(memory, model, request, tokens, memory.slots[at + PROMPT] + memory.slots[at + OUTPUT], draw)
+            explain_turn(memory, model)
         replica, cached, rule = dispatch.start(
             memory.desk,
             model,
@@ -296,7 +323,7 @@ def start_those(memory: Memory, model: int, now: int) -> None:
             memory.slots[at + PROMPT] + memory.slots[at + OUTPUT],
             memory.reals[2 * request + COST_GPU_S],
             memory.blocks[memory.first_block[request] : memory.first_block[request + 1]],
-            roll(memory),
+            draw,
         )
         if replica == NOBODY and rule != NOT_SERVED:
             return
@@ -307,6 +334,9 @@ def start_those(memory: Memory, model: int, now: int) -> None:
             memory.results[request * RESULT + SERVED_BY] = -NOT_SERVED
             free_slot(memory, slot)
         else:
+            if len(memory.log) > 0:
+                begun = memory.results[request * RESULT + STARTED_AT] >= 0
+                write_entry(memory, now, request, COMES_BACK if begun else WAITS_FOR_SLOT, replica)
             accept(memory, replica, slot, now, cached)
 
 
@@ -324,7 +354,10 @@ def arrive_to_be_written(memory: Memory, now: int) -> None:
     model = memory.fixed[reader * FIXED + MODEL]
     expected = memory.models[model * MODEL_FIELDS + EXPECTED_OUTPUT]
     tokens = memory.slots[at + PROMPT] + memory.slots[at + OUTPUT]
-    replica = dispatch.take_over(memory.desk, model, expected, tokens, roll(memory))
+    draw = roll(memory)
+    if len(memory.log) > 0:
+        explain(memory, model + len(memory.ttft_s), NONE, 0, tokens, draw)
+    replica = dispatch.take_over(memory.desk, model, expected, tokens, draw)
     if replica == NOBODY:
         replica = find_anybody(memory, model, tokens)
         if replica == NOBODY:
@@ -332,7 +365,11 @@ def arrive_to_be_written(memory: Memory, now: int) -> None:
             memory.counters[COMING] += 1
             memory.counters[SEQUENCE] += 1
             return
+        if len(memory.log) > 0:
+            explain_last_resort(memory, replica)
         memory.desk.replicas.backlog_tokens[replica] += expected
+    if len(memory.log) > 0:
+        write_entry(memory, now, memory.slots[at + REQUEST], TAKES_OVER, replica)
     take_over(memory, replica, slot, now)
 
 
@@ -366,6 +403,54 @@ def roll(memory: Memory) -> int:
     memory.counters[SECOND_DICE] = memory.counters[SECOND_DICE] * 69_621 % PRIME
     draw: int = memory.counters[SECOND_DICE] << 31 | memory.counters[FIRST_DICE]
     return draw
+
+
+# --- Why, where a log is kept -----------------------------------------------------------------------------------------
+
+
+@apart
+def explain(memory: Memory, pool: int, request: int, prompt_tokens: int, tokens: int, draw: int) -> None:
+    """Write why a request would be given to its replica now where the next entry will be; a `request` of NONE is read.
+
+    The desk is asked the same again afterwards: what is decided does not depend on whether a log is kept.
+    """
+    first = memory.first_block[request] if request != NONE else 0
+    last = memory.first_block[request + 1] if request != NONE else 0
+    blocks, begin = memory.blocks[first:last], first_reason(memory)
+    reasons = memory.log[begin : begin + REASON_COUNT]
+    dispatch.explain_place(memory.desk, pool, prompt_tokens, tokens, blocks, draw, reasons)
+
+
+@apart
+def explain_turn(memory: Memory, model: int) -> None:
+    """Write whose turn it is; after `explain`."""
+    begin = first_reason(memory)
+    dispatch.explain_turn(memory.desk, model, memory.log[begin : begin + REASON_COUNT])
+
+
+@apart
+def explain_last_resort(memory: Memory, replica: int) -> None:
+    """Write that nobody else was there, before the replica has the request; instead of what `explain` has written."""
+    begin = first_reason(memory)
+    dispatch.explain_last_resort(memory.desk, replica, memory.log[begin : begin + REASON_COUNT])
+
+
+@inlined
+def first_reason(memory: Memory) -> int:
+    """Return where the reasons of the next entry begin."""
+    begin: int = 1 + ENTRY * memory.log[0] + ENTRY_REASONS
+    return begin
+
+
+@apart
+def write_entry(memory: Memory, now: int, request: int, rule: int, replica: int) -> None:
+    """A request is given to a replica, for the reasons that have been written."""
+    entry = 1 + ENTRY * memory.log[0]
+    memory.log[entry + ENTRY_AT] = now
+    memory.log[entry + ENTRY_REQUEST] = request
+    memory.log[entry + ENTRY_RULE] = rule
+    memory.log[entry + ENTRY_REPLICA] = replica
+    memory.log[0] += 1
 
 
 # --- Replicas ---------------------------------------------------------------------------------------------------------

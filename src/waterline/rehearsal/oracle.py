@@ -74,7 +74,15 @@ from itertools import groupby
 import numpy as np
 
 from waterline.policy import dispatch
-from waterline.policy.decisions import GAVE_UP, NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
+from waterline.policy.decisions import (
+    COMES_BACK,
+    GAVE_UP,
+    NOT_SERVED,
+    REASONS,
+    SLOT_FREE,
+    TAKES_OVER,
+    WAITS_FOR_SLOT,
+)
 from waterline.policy.dispatch import Desk
 from waterline.policy.routing import NOBODY
 from waterline.rehearsal.capacity import NEVER, Ask, Capacity, Change, Terms
@@ -119,6 +127,7 @@ class SteppedFleet:
     def __post_init__(self) -> None:
         self.desk = new_desk(self.terms, self.capacities)
         self.dice = Dice(self.terms.dice)
+        self.reasons = np.zeros(len(REASONS), np.int64)  # of the decision that is being made
         self.replicas = [
             SteppedReplica(index, one, self.terms.block_tokens, self, self.steps)
             for index, one in enumerate(self.capacities)
@@ -193,7 +202,8 @@ class SteppedFleet:
     # --- What the desk is asked ---------------------------------------------------------------------------------------
 
     def arrive(self, passage: Passage, now_ps: int) -> None:
-        ask = passage.ask
+        ask, draw = passage.ask, self.dice.roll()
+        self.explain(ask.model, passage, passage.tokens, draw)
         answer = dispatch.arrive(
             self.desk,
             ask.model,
@@ -204,10 +214,11 @@ class SteppedFleet:
             ask.prompt_tokens + ask.output_tokens,
             self.terms.ttft_s[ask.model],
             np.array(ask.blocks, np.int64),
-            self.dice.roll(),
+            draw,
         )
         passage.cost_gpu_s = answer.gpu_s
         if answer.rule == SLOT_FREE:
+            self.write_down(passage, now_ps, SLOT_FREE, answer.replica)
             self.replicas[answer.replica].accept(passage, answer.cached_tokens, now_ps)
         elif answer.rule == WAITS_FOR_SLOT:
             self.lines.setdefault((ask.model, ask.client), deque()).append(passage)
@@ -222,7 +233,9 @@ class SteppedFleet:
             if client == NOBODY:
                 return
             line = self.lines[model, client]
-            passage = line[0]
+            passage, draw = line[0], self.dice.roll()
+            self.explain(model, passage, passage.tokens, draw)
+            dispatch.explain_turn(self.desk, model, self.reasons)
             replica, cached_tokens, rule = dispatch.start(
                 self.desk,
                 model,
@@ -233,9 +246,11 @@ class SteppedFleet:
                 passage.ask.prompt_tokens + passage.ask.output_tokens,
                 passage.cost_gpu_s,
                 np.array(passage.ask.blocks, np.int64),
-                self.dice.roll(),
+                draw,
             )
             if replica != NOBODY:
+                begun = passage.started_ps != NEVER
+                self.write_down(passage, now_ps, COMES_BACK if begun else WAITS_FOR_SLOT, replica)
                 self.replicas[replica].accept(line.popleft(), cached_tokens, now_ps)
             elif rule == NOT_SERVED:
                 self.turn_away(line.popleft(), rule, now_ps)
@@ -261,6 +276,17 @@ class SteppedFleet:
         else:
             self.replicas[passage.replica].drop_left(now_ps)
         self.start_waiting(passage.ask.model, now_ps)
+
+    def explain(self, pool: int, passage: Passage, prompt_tokens: int, draw: int) -> None:
+        """Ask why before it is done; where a prompt is read elsewhere, nothing of it is read here."""
+        if self.terms.reasons:
+            tokens = passage.ask.prompt_tokens + passage.ask.output_tokens
+            blocks = np.array(passage.ask.blocks if prompt_tokens else (), np.int64)
+            dispatch.explain_place(self.desk, pool, prompt_tokens, tokens, blocks, draw, self.reasons)
+
+    def write_down(self, passage: Passage, now_ps: int, rule: int, replica: int) -> None:
+        if self.terms.reasons:
+            passage.placed.append((now_ps, rule, replica, *self.reasons.tolist()))
 
     def _told(self, passage: Passage) -> int:
         return passage.cached_tokens if self.tells_cached[passage.ask.model] else 0
@@ -301,7 +327,9 @@ class SteppedFleet:
         """The cache of a request arrives; without anybody to write it, it asks again a second later."""
         model, expected = passage.ask.model, self.terms.output_tokens[passage.ask.model]
         tokens = passage.ask.prompt_tokens + passage.ask.output_tokens
-        index = dispatch.take_over(self.desk, model, expected, tokens, self.dice.roll())
+        draw = self.dice.roll()
+        self.explain(model + len(self.terms.ttft_s), passage, 0, draw)
+        index = dispatch.take_over(self.desk, model, expected, tokens, draw)
         if index == NOBODY:
             able = [
                 one.index
@@ -316,7 +344,9 @@ class SteppedFleet:
                 return
             known = self.desk.replicas
             index = min(able, key=lambda one: (known.backlog_tokens[one] / known.tokens_per_s[one], one))
+            dispatch.explain_last_resort(self.desk, index, self.reasons)
             known.backlog_tokens[index] += expected
+        self.write_down(passage, now_ps, TAKES_OVER, index)
         self.replicas[index].take_over(passage)
 
     def change(self, kind: str, rows: list[int], now_ps: int) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from waterline.cost.step import StepCost
 from waterline.policy import dispatch
+from waterline.policy.decisions import REASONS
 from waterline.policy.dispatch import Desk
 from waterline.policy.jit import compiled
 from waterline.rehearsal.capacity import Capacity, Terms
@@ -96,6 +97,12 @@ RETRY_S, COST_GPU_S = range(2)  # when to come back; what it was charged when it
     LEFT_WITH,  # tokens, when its client left; before, -2 less the number of the timer of that; NONE: it does not leave
 ) = range(5)
 EXTRA = 5
+
+# A request that the desk gives to a replica, and why: what is kept for the log of decisions, if that is wanted.
+ENTRY_AT, ENTRY_REQUEST, ENTRY_RULE, ENTRY_REPLICA, ENTRY_REASONS = range(5)
+REASON_COUNT = len(REASONS)
+ENTRY = ENTRY_REASONS + REASON_COUNT
+ENTRIES_EACH = 4  # a request has at most so many in one call of the event loop: read and written, and a failure between
 
 # Steps of one kind of replica; tables are offsets into `Memory.tables`.
 (
@@ -195,6 +202,7 @@ class Memory(NamedTuple):
     caches: Any  # [replica x CACHE]
     pages: Any  # [page x PAGE]
     buckets: Any  # [a power of two] the first page of each, or NONE
+    log: Any  # [1 + entries x ENTRY] how many entries there are, and they; empty where no log is kept
     remembers: Any  # () until prompts come with their blocks, then (1,): compiled code is another for either
 
 
@@ -268,6 +276,7 @@ def make_memory(terms: Terms, slots: int) -> Memory:
         caches=aligned(0),
         pages=aligned(0),
         buckets=aligned(1, NONE),
+        log=aligned(1 if terms.reasons else 0),
         remembers=(),
     )
     return with_slots(memory, slots)

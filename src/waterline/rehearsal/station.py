@@ -23,6 +23,9 @@ from waterline.rehearsal.state import (
     ACCEPTED,
     ALIVE,
     CLIENT,
+    ENTRIES_EACH,
+    ENTRY,
+    ENTRY_REQUEST,
     EXTRA,
     FINISH_AT,
     FIRST_TOKEN_AT,
@@ -52,6 +55,7 @@ from waterline.rehearsal.state import (
     TICK_PS,
     TIMERS,
     TIMERS_EACH,
+    UNDER_WAY,
     UNFINISHED,
     Asked,
     Integers,
@@ -89,6 +93,7 @@ class Passages:
     restarts: Integers  # how many of them
     cached_tokens: Integers  # of the prompt, in the cache of the replica that read it
     left_tokens: Integers  # that it had when its client left; NONE where that stayed to the end
+    placed: Integers  # [n, ENTRY] each time that one of them was given to a replica, in that order, if it is kept
 
     def __len__(self) -> int:
         return len(self.finish_ps)
@@ -150,6 +155,8 @@ class Station:
         self.models = len(terms.ttft_s)
         self.rows = 0  # of the results, in use …
         self.gone = 0  # … and how many of the first have been handed out
+        self._moved = 0  # requests whose rows are not there any more
+        self._placed: list[Integers] = []  # entries of the log, of requests by their number among all
         self._kinds: dict[tuple[int, bool, int], Kind] = {}
         self._changes = Changes()
 
@@ -260,6 +267,7 @@ class Station:
         """Hand out what is settled: all requests up to the first one that has not ended."""
         count = self._settled()
         first, last = self.gone, self.gone + count
+        placed = self._take_placed(self._moved + first, count)
         results = self.memory.results[first * RESULT : last * RESULT].reshape(-1, RESULT).copy()
         extras = self.memory.extras[first * EXTRA : last * EXTRA].reshape(-1, EXTRA).copy()
         retry_s = self.memory.reals[2 * first + RETRY_S : 2 * last : 2].copy()
@@ -279,6 +287,7 @@ class Station:
             restarts=extras[:, RESTARTS],
             cached_tokens=results[:, FOUND],
             left_tokens=np.maximum(extras[:, LEFT_WITH], NONE),
+            placed=placed,
         )
 
     @property
@@ -303,14 +312,34 @@ class Station:
         some, last_ps = Asked(*(seen(column[:until]) for column in asked)), int(asked.arrivals[until - 1])
         done = start
         while done < until:
-            done = run(self._seen(), some, done, row, last_ps, 0, NONE, 0)
-            self._check()
+            done = self._happen(some, done, row, last_ps)
             if done < until:
                 self._make_room()
 
     def _nothing_comes(self, until_ps: int, *, changed: int = 0, failed: int = NONE, draining: int = 0) -> None:
-        run(self._seen(), Asked(*[seen(NOBODY)] * len(Asked._fields)), 0, 0, until_ps, changed, failed, draining)
-        self._check()
+        nobody = Asked(*[seen(NOBODY)] * len(Asked._fields))
+        self._happen(nobody, 0, 0, until_ps, changed=changed, failed=failed, draining=draining)
+
+    def _happen(
+        self,
+        asked: Asked,
+        start: int,
+        row: int,
+        last_ps: int,
+        *,
+        changed: int = 0,
+        failed: int = NONE,
+        draining: int = 0,
+    ) -> int:
+        """Let the event loop run, see `kernel.run`."""
+        if len(self.memory.log):
+            self._make_entries()
+        done = run(self._seen(), asked, start, row, last_ps, changed, failed, draining)
+        if self.memory.counters[OUT_OF_TIME]:
+            _refuse_time()
+        if len(self.memory.log):
+            self._empty_log()
+        return done
 
     def _change(self) -> None:
         """Let the first of the changes to come happen, and all that happen with it."""
@@ -329,10 +358,6 @@ class Station:
 
     def _seen(self) -> Memory:
         return shown(self.memory)
-
-    def _check(self) -> None:
-        if self.memory.counters[OUT_OF_TIME]:
-            _refuse_time()
 
     # --- Room ---------------------------------------------------------------------------------------------------------
 
@@ -382,7 +407,33 @@ class Station:
         if passed:
             self.memory = memory._replace(blocks=memory.blocks[passed:].copy())
         memory.slots[REQUEST::SLOT] -= gone
+        self._moved += gone
         self.rows, self.gone = left, 0
+
+    def _make_entries(self) -> None:
+        """Make room in the log for all that are under way, and some that come; it is empty."""
+        needed = 1 + ENTRY * ENTRIES_EACH * (int(self.memory.counters[UNDER_WAY]) + FIRST_SLOTS)
+        if needed > len(self.memory.log):
+            self.memory = self.memory._replace(log=longer(self.memory.log, 2 * needed))
+
+    def _empty_log(self) -> None:
+        log, count = self.memory.log, int(self.memory.log[0])
+        if count:
+            entries = log[1 : 1 + count * ENTRY].reshape(count, ENTRY).copy()
+            entries[:, ENTRY_REQUEST] += self._moved
+            self._placed.append(entries)
+            log[0] = 0
+
+    def _take_placed(self, first: int, count: int) -> Integers:
+        """Return the entries of so many requests, from the first of them on, and keep the others."""
+        if not self._placed:
+            return np.zeros((0, ENTRY), np.int64)
+        entries = np.concatenate(self._placed)
+        taken = entries[:, ENTRY_REQUEST] < first + count
+        self._placed = [entries[~taken]]
+        entries = entries[taken]
+        entries[:, ENTRY_REQUEST] -= first
+        return entries
 
     def _make_room(self) -> None:
         memory = self.memory

@@ -1,7 +1,7 @@
 """One replica of the oracle, step by step; `oracle` says what its steps do, and in which order."""
 
 from collections import Counter, OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from waterline.cost.step import prefill_pairs
@@ -46,6 +46,7 @@ class Passage:
     lost_gpu_ps: int = 0  # that it had had on replicas that failed
     restarts: int = 0
     found_tokens: int = 0  # of its prompt, in the cache when it was read
+    placed: list[tuple[int, ...]] = field(default_factory=list)  # when, the rule, the replica, and `decisions.REASONS`
     left: bool = False  # its client has gone before it had all its tokens, or before it started
 
 
