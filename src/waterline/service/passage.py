@@ -288,16 +288,9 @@ class Passages:
         wanted = self._wanted(passage, replica, reply)
         watch.since_s = begun_s = _now_s()
         response = await self._begun(passage, replica, wanted, stream=True)
-        try:
-            weave, hides_ids = wanted.weave, wanted.hides_ids
-            stream = Stream(response, passage.said, passage.progress, reply, weave=weave, hides_ids=hides_ids)
-            await stream.relay(watch, lambda: self._heard(passage, watch))
-            await stream.end()
-            watch.vitals.took(*stream.pace(begun_s))
-        except BaseException:
-            response.close()
-            raise
-        response.close_unless_ended(LAST_BYTES_WITHIN_S)
+        weave, hides_ids = wanted.weave, wanted.hides_ids
+        stream = Stream(response, passage.said, passage.progress, reply, weave=weave, hides_ids=hides_ids)
+        await self._to_its_end(passage, response, stream, watch, begun_s)
 
     async def _relay(self, passage: Passage, replica: Replica, reply: Reply, watch: Watch) -> None:
         """Pass on the stream of an engine that makes responses itself."""
@@ -305,9 +298,14 @@ class Passages:
         watch.since_s = begun_s = _now_s()
         body = _body(passage.asked, state.served_name, {})
         response = await ask(self._connections, engine, state.url + RESPONSES, body, passage.headers, stream=True)
+        passage.written, may_go_on = Written(), engine.dialect.prefill is not None
+        relay = Relay(response, passage.progress, passage.written, reply, may_go_on=may_go_on)
+        await self._to_its_end(passage, response, relay, watch, begun_s)
+
+    async def _to_its_end(
+        self, passage: Passage, response: Response, relay: Stream | Relay, watch: Watch, begun_s: float
+    ) -> None:
         try:
-            passage.written, may_go_on = Written(), engine.dialect.prefill is not None
-            relay = Relay(response, passage.progress, passage.written, reply, may_go_on=may_go_on)
             await relay.relay(watch, lambda: self._heard(passage, watch))
             await relay.end()
             watch.vitals.took(*relay.pace(begun_s))
