@@ -84,4 +84,4 @@ def test_pictures_of_responses_and_embeddings_are_looked_at_too() -> None:
 def test_a_picture_in_the_body_passes_to_the_byte() -> None:
     body = chat({"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}})
     assert read_asked(CHAT, body).body is body
-    assert read_asked(CHAT, chat({"image_url": {"detail": "low"}, "type": "text", "text": "hi"})).prompt_tokens == 4
+    assert read_asked(CHAT, chat({"image_url": {"detail": "low"}, "type": "text", "text": "hi"})).prompt_tokens == 5

@@ -136,10 +136,15 @@ WITH_USAGE = b'{"stream_options":{"include_usage":true},'
 def _read_chat(asked: _ChatBody, body: bytes) -> Asked:
     if not asked.messages:
         raise RejectedError("'messages' is empty. Send at least one message.", param="messages", code="empty_array")
-    size = sum(map(_message_size, asked.messages))
+    sizes = list(map(_message_size, asked.messages))
     most_tokens = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-    prompt_tokens = size // BYTES_PER_TOKEN + TOKENS_PER_MESSAGE * len(asked.messages)
-    return _asked(asked, body, most_tokens, prompt_tokens, size // LONGEST_TOKEN_BYTES)
+    prompt_tokens = sum(map(estimated_tokens, sizes)) + TOKENS_PER_MESSAGE * len(sizes)
+    return _asked(asked, body, most_tokens, prompt_tokens, sum(sizes) // LONGEST_TOKEN_BYTES)
+
+
+def estimated_tokens(size: int) -> int:
+    """Return the tokens of a text of so many bytes, as far as is known; rounded up, for quotas are set aside by it."""
+    return -(-size // BYTES_PER_TOKEN)
 
 
 def _message_size(message: _ChatMessage) -> int:
@@ -164,7 +169,7 @@ def _read_completion(asked: _CompletionBody, body: bytes) -> Asked:
 def _read_embedding(asked: _EmbeddingBody, body: bytes) -> Asked:
     asked.check()
     tokens, fewest, _ = _measured(asked.input, "input")
-    tokens += sum(map(_message_size, asked.messages)) // BYTES_PER_TOKEN
+    tokens += sum(estimated_tokens(_message_size(message)) for message in asked.messages)
     return Asked(
         endpoint=EMBEDDINGS,
         model=asked.model,
@@ -188,7 +193,7 @@ def _measured(prompt: str | list[str | int | list[int]], param: str) -> tuple[in
     for part in parts:
         if isinstance(part, str):
             size = _size(part)
-            tokens += size // BYTES_PER_TOKEN
+            tokens += estimated_tokens(size)
             fewest = max(fewest, size // LONGEST_TOKEN_BYTES)
         elif isinstance(part, list):
             tokens += len(part)

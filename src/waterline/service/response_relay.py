@@ -16,12 +16,12 @@ from msgspec import Struct
 from waterline.errors import WaterlineError
 from waterline.service.asgi import Reply
 from waterline.service.body import (
-    BYTES_PER_TOKEN,
     LONGEST_TOKEN_BYTES,
     TOKENS_PER_MESSAGE,
     Asked,
     Steering,
     Tokens,
+    estimated_tokens,
     explained,
 )
 from waterline.service.connections import Response
@@ -71,7 +71,7 @@ def read_own(body: bytes) -> Asked:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, orjson.JSONDecodeError) as error:
         raise explained(error, body) from error
     items = [_Item(content=asked.input)] if isinstance(asked.input, str) else asked.input
-    size = len((asked.instructions or "").encode()) + sum(map(_size, items))
+    sizes = [len((asked.instructions or "").encode()), *map(_size, items)]
     return Asked(
         endpoint=RESPONSES,
         model=asked.model,
@@ -79,8 +79,8 @@ def read_own(body: bytes) -> Asked:
         include_usage=True,  # it is in the last event, whoever asks
         most_tokens=asked.max_output_tokens,
         answers=1,
-        prompt_tokens=max(1, size // BYTES_PER_TOKEN + TOKENS_PER_MESSAGE * len(items)),
-        fewest_tokens=size // LONGEST_TOKEN_BYTES,
+        prompt_tokens=max(1, sum(map(estimated_tokens, sizes)) + TOKENS_PER_MESSAGE * len(items)),
+        fewest_tokens=sum(sizes) // LONGEST_TOKEN_BYTES,
         is_patient=asked.service_tier == "flex",
         body=body,
     )
