@@ -56,13 +56,22 @@ beginning of a step, before the decodes claim their cache, when no prompt is und
 what it brings and one token more. It has nothing to read unless it is preempted. Prefill replicas never wait for decode
 replicas.
 
+**Clients leave.** One gives up when its request has not been given to a replica by the end of its patience
+(`Ask.patience_ps`), and one goes away in the middle of its answer (`Ask.leaves_ps`), if that is not complete by then. A
+request that waits at the desk, or whose cache is on its way, ends at once. One that is on a replica ends with the step
+under way there, as engines drop requests between two steps: with what it has by then, the token of that step included,
+and even when that was its last. First those end that decode or read, in the order of their admission, then those that
+wait there. Their cache is free then; what a prefix cache has of their prompts stays, idle. The desk is told as of any
+other end, and first that they read no more: it charges what they had, and gives their places away. When their replica
+fails before the step has ended, they end with it.
+
 **Replicas come and go.** One that drains gets nothing new and finishes what it has. One that fails loses its cache:
 its requests go back to the desk, before all others of their clients and in the order in which they were admitted, and
 what they have produced is read again with their prompt. The step under way is lost, and charged to nobody.
 
 **At one instant** everything happens in this order: steps end, replica by replica, and as each has ended the desk gives
-away the slots that it left; caches arrive; the desk's second strikes (accounts age); patience ends; replicas come and
-go; requests arrive; steps begin.
+away the slots that it left; caches arrive; the desk's second strikes (accounts age); clients leave, those first whose
+requests came first, and the desk gives their places away; replicas come and go; requests arrive; steps begin.
 """
 
 from collections import deque
