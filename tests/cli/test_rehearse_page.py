@@ -95,6 +95,10 @@ def test_two_rehearsals_are_compared_on_one_page_on_the_same_axes() -> None:
 
 def test_the_stack_fills_the_fleet_at_every_step() -> None:
     one = rehearsed(small_plan())
+    line = one.happened.timeline
+    down = with_(line, gpus=0.0 * line.gpus, spare_gpus=0.0 * line.spare_gpus, down_gpus=np.ones(line.steps))
+    assert "down" in Reader(page([with_(one, happened=with_(one.happened, timeline=down))])).text
+    assert "down" not in Reader(page([one])).text
     html = page([one])
     outlines = re.findall(r'<polygon points="([^"]+)"', html)
     top = [float(point.split(",")[1]) for point in outlines[-1].split()]

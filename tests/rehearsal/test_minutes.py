@@ -223,6 +223,7 @@ def test_requests_on_a_node_that_fails_go_on_elsewhere_and_another_replica_start
     assert any(move.target == "chat" for move in down)
     assert all(move.node != failed for move in down)
     assert any(move.node == failed for move in done.moves if move.at_s >= 1200)
+    assert done.timeline.down_gpus @ done.timeline.lengths_s == pytest.approx(4 * 900.0)
 
 
 def test_failures_are_read_and_drawn() -> None:

@@ -44,17 +44,19 @@ def test_a_replica_draws_its_tdp_while_it_computes_and_a_part_of_it_while_it_wai
     assert report.timeline.gpu_hours_of("public") == pytest.approx(1.0)
 
 
-def test_gpus_in_no_replica_idle_and_those_of_jobs_work() -> None:
+def test_gpus_in_no_replica_idle_those_of_jobs_work_and_those_that_failed_are_down() -> None:
     plan = small_plan()
     pool = replace(plan.fleet.pools[0], nodes=4)
     notes = recorder(replace(plan, fleet=replace(plan.fleet, pools=(pool,))))
     served(notes, 0, 0, HOUR_PS, HOUR_PS)
     notes.works(0, "box", 2, 0, HOUR_PS // 2)
+    notes.down("box", 1, HOUR_PS // 4, HOUR_PS // 2)
     notes.run_as_planned(0)
     report = notes.report()
     assert report.jobs_kwh == pytest.approx(0.450)
-    assert report.idle_kwh == pytest.approx(0.15 * 0.450 * (4 - 1 - 1))
+    assert report.idle_kwh == pytest.approx(0.15 * 0.450 * (4 - 1 - 1 - 0.25)), "what has failed draws nothing"
     assert report.timeline.gpus.max() == pytest.approx(3)
+    assert report.timeline.down_gpus @ report.timeline.lengths_s == pytest.approx(900.0)
 
 
 def test_replicas_are_paid_for_the_hours_they_serve_and_to_be_loaded_before() -> None:

@@ -113,6 +113,7 @@ def timeline_data(happened: "Rehearsal", fleet_gpus: int) -> dict[str, Any]:
             for index, tenant in enumerate(line.tenants)
         },
         "spare_gpus": _rounded(line.spare_gpus),
+        "down_gpus": _rounded(line.down_gpus),
         "replicas": [
             {
                 "model": model,

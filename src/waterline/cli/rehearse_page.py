@@ -40,7 +40,8 @@ COLOURS = 6  # of tenants besides the public
 MOST_ROWS = 60  # of a heat map
 MOST_MOVES = 500  # in the table
 MOST_CLIENTS = 50
-SAID = {SPARE: "in replicas nobody asks", IDLE: "idle"}
+DOWN = " down"  # GPUs of nodes that have failed
+SAID = {SPARE: "in replicas nobody asks", IDLE: "idle", DOWN: "down"}
 
 
 def write_page(found: "Sequence[Rehearsed]", path: str | os.PathLike[str]) -> None:
@@ -116,10 +117,10 @@ def _comparison(found: "Sequence[Rehearsed]") -> str:
 
 
 def _colours(found: "Sequence[Rehearsed]") -> dict[str, str]:
-    """Return a colour of the style sheet for each tenant, spare and idle; the same in all rehearsals."""
+    """Return a colour of the style sheet for each tenant, spare, idle and down; the same in all rehearsals."""
     tenants = dict.fromkeys(name for one in found for name in one.happened.timeline.tenants if name != PUBLIC)
     named = {tenant: f"--t{index % COLOURS + 1}" for index, tenant in enumerate(tenants)}
-    return {PUBLIC: "--public", **named, SPARE: "--spare", IDLE: "--idle"}
+    return {PUBLIC: "--public", **named, SPARE: "--spare", IDLE: "--idle", DOWN: "--warn"}
 
 
 def _layers(one: "Rehearsed") -> "dict[str, Reals]":
@@ -127,15 +128,15 @@ def _layers(one: "Rehearsed") -> "dict[str, Reals]":
     line, fleet_gpus = one.happened.timeline, one.plan.fleet.gpus
     gpus = dict(zip(line.tenants, line.gpus, strict=True))
     others = sorted((name for name in gpus if name != PUBLIC), key=lambda name: -float(gpus[name].sum()))
-    idle = np.maximum(0.0, fleet_gpus - line.gpus.sum(axis=0) - line.spare_gpus)
-    layers = {name: gpus[name] for name in others} | {SPARE: line.spare_gpus, IDLE: idle}
+    idle = np.maximum(0.0, fleet_gpus - line.gpus.sum(axis=0) - line.spare_gpus - line.down_gpus)
+    layers = {name: gpus[name] for name in others} | {DOWN: line.down_gpus, SPARE: line.spare_gpus, IDLE: idle}
     if PUBLIC in gpus:
         layers[PUBLIC] = gpus[PUBLIC]
     return {who: fewer(values, MOST_COLUMNS) for who, values in layers.items() if values.any()}
 
 
 def _charts(found: "Sequence[Rehearsed]", axis: Axis, colours: dict[str, str]) -> Iterable[str]:
-    tenants = [name for name in colours if name not in {SPARE, IDLE}]
+    tenants = [name for name in colours if name not in SAID]
     several = len(found) > 1
     yield "<h2>GPUs over time</h2>"
     yield (
@@ -143,7 +144,9 @@ def _charts(found: "Sequence[Rehearsed]", axis: Axis, colours: dict[str, str]) -
         "and it drops when more is asked.</p>"
     )
     yield legend(
-        [who for who in (PUBLIC, *tenants[1:], IDLE, SPARE) if any(who in _layers(one) for one in found)], colours, SAID
+        [who for who in (PUBLIC, *tenants[1:], IDLE, SPARE, DOWN) if any(who in _layers(one) for one in found)],
+        colours,
+        SAID,
     )
     for one in found:
         layers, step_s = _layers(one), _step_s(one)

@@ -189,9 +189,14 @@ class Tidal:
         self.minutes.finish(max(self.minutes.now_s, self.recorder.last_ps / PICOSECONDS_PER_S))
         tenants = {name: number for number, name in enumerate(self.recorder.tenants)}
         first_ps, last_ps = self.recorder.first_ps or 0, self.recorder.last_ps  # nobody pays for other times
+
+        def within_ps(*times_s: float) -> list[int]:
+            return [min(max(round(time_s * PICOSECONDS_PER_S), first_ps), last_ps) for time_s in times_s]
+
+        for outage in self.minutes.outages:
+            self.recorder.down(outage.pool, outage.gpus, *within_ps(outage.began_s, outage.ended_s))
         for stay in self.minutes.stays:
-            times_ps = (round(time_s * PICOSECONDS_PER_S) for time_s in (stay.began_s, stay.ready_s, stay.ended_s))
-            begin_ps, ready_ps, end_ps = (min(max(time_ps, first_ps), last_ps) for time_ps in times_ps)
+            begin_ps, ready_ps, end_ps = within_ps(stay.began_s, stay.ready_s, stay.ended_s)
             if isinstance(stay.what, Run):
                 self.recorder.works(tenants[stay.tenant], stay.what.pool, stay.what.gpus, begin_ps, end_ps)
             else:

@@ -89,6 +89,16 @@ class Stay:
     ended_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outage:
+    """How long a node was down."""
+
+    pool: str
+    gpus: int
+    began_s: float
+    ended_s: float
+
+
 class Meter:
     """What is asked of each service: planned requests, counted in whole tokens so that pieces may be cut anywhere."""
 
@@ -147,6 +157,7 @@ class Minutes:
         self.signals: list[Signal] | None = None  # a list, if they are to be kept
         self.moves: list[Move] = []
         self.stays: list[Stay] = []
+        self.outages: list[Outage] = []
         self.present: dict[int, Present] = {}  # by the row of the tide
         self.kept: dict[str, Present] = {}  # by id: who keeps to the plan
         self.now_s = 0.0
@@ -158,6 +169,7 @@ class Minutes:
         self._events: list[tuple[float, int, int, Callable[[], None]]] = []
         self._fresh: list[Present] = []  # whom the station does not know yet
         self._draining: set[int] = set()  # rows of the tide
+        self._down_s: dict[tuple[str, int], float] = {}  # pool and node: since when
         for row, one in roster.has.items():
             if isinstance(one, Replica):
                 self.present[row] = Present(one, 0.0, 0.0)
@@ -200,6 +212,8 @@ class Minutes:
         for present in self.kept.values():
             self._leave(present, "", end_s, stopped=False)
         self.present, self.kept = {}, {}
+        for pool, node in list(self._down_s):
+            self._is_up(pool, node, end_s)
 
     def _at(self, at_s: float, order: int, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (at_s, order, next(self._numbers), event))
@@ -341,13 +355,19 @@ class Minutes:
         for present in [one for one in self.kept.values() if _is_on(one.what, pool, node)]:
             self._let_go(present)
             self.station.fail(present.row, _ps(self.now_s))
+        self._down_s[pool, node] = self.now_s
         berth, gpus = self.roster.fail(pool, node)
         self._tell("down", node=berth, gpus=gpus)
 
     def _repair(self, pool: str, node: int) -> None:
+        self._is_up(pool, node, self.now_s)
         berth, gpus = self.roster.repair(pool, node)
         self._tell("up", node=berth, gpus=gpus)
         self._turn(int((self.first_s + self.now_s) // HOUR_S) % HOURS, again=True)
+
+    def _is_up(self, pool: str, node: int, at_s: float) -> None:
+        gpus, began_s = self.roster.pools[pool].gpus_per_node, self._down_s.pop((pool, node))
+        self.outages.append(Outage(pool=pool, gpus=gpus, began_s=began_s, ended_s=at_s))
 
     # --- Who keeps to the plan ----------------------------------------------------------------------------------------
 

@@ -64,6 +64,7 @@ class Timeline:
     gpus: Reals  # [tenant, step] that serve it or do its jobs; a shared replica's are divided by use
     used_gpus: Reals  # [tenant, step] of them, how many computed for its requests
     spare_gpus: Reals  # [step] of replicas that were there and that nobody asked
+    down_gpus: Reals  # [step] of nodes that had failed
     asked_per_s: Reals  # [tenant, step] requests
     refused_per_s: Reals  # [tenant, step]
     waiting: Reals  # [tenant, step] requests taken, and without a first token yet
@@ -195,6 +196,7 @@ class Sampler:
         self.held = Steps(len(tenants), room)  # GPUs that are for one tenant
         self.used = Steps(pairs, room)  # [tenant x model] GPUs that compute
         self.shared = Steps(len(models), room)  # GPUs of replicas that serve all tenants alike
+        self.broken = Steps(1, room)  # GPUs of nodes that have failed
         self.busy, self.present = Steps(0, room), Steps(0, room)  # [replica]
 
     def replica(self, replica: str, gpus: int) -> int:
@@ -224,6 +226,11 @@ class Sampler:
         """Write down that a tenant had GPUs for a job, or to load a replica, from one time to another."""
         row, begin, end = (np.array([one]) for one in (tenant, begin_ps, end_ps))
         self._span(self.held, row, begin, end, np.array([gpus], np.float64))
+
+    def down(self, gpus: int, begin_ps: int, end_ps: int) -> None:
+        """Write down that GPUs could not be used from one time to another."""
+        row, begin, end = (np.array([one]) for one in (0, begin_ps, end_ps))
+        self._span(self.broken, row, begin, end, np.array([gpus], np.float64))
 
     def add(
         self,
@@ -287,6 +294,7 @@ class Sampler:
             gpus=self.held.means(steps) * whole + (part * shared).sum(axis=1),
             used_gpus=used.sum(axis=1),
             spare_gpus=np.where(of_model > 0, 0.0, shared).sum(axis=0),
+            down_gpus=self.broken.means(steps)[0] * whole,
             asked_per_s=self.asked.counts[:, :steps] * whole / self.step_s,
             refused_per_s=self.refused.counts[:, :steps] * whole / self.step_s,
             waiting=self.waiting.means(steps) * whole,
@@ -332,7 +340,7 @@ class Sampler:
         """Make room up to a time."""
         self.end_ps = max(self.end_ps, time_ps)
         everything = (self.asked, self.refused, self.waiting, self.running, self.held, self.used, self.shared)
-        kinds = (*everything, self.busy, self.present)
+        kinds = (*everything, self.broken, self.busy, self.present)
         while time_ps // self._step_ps + 2 > MOST_STEPS:
             for kind in kinds:
                 kind.grow(0, MOST_STEPS)

@@ -39,7 +39,7 @@ class Report:
     preempted: int  # requests whose cache was taken at least once
     duration_s: float  # from the first arrival to the last finish; 0 without requests
     usd: float  # all replicas, while they served or loaded
-    idle_kwh: float | None  # of GPUs that were in no replica and no job; None when their power is not known
+    idle_kwh: float | None  # of GPUs that were up, in no replica and no job; None when their power is not known
     jobs_kwh: float | None  # of GPUs that worked for jobs
 
 
@@ -61,7 +61,7 @@ class Recorder:
         self.known: dict[str, int] = {}  # by id of a replica: its index
         self.runs_s = np.zeros(0)  # [replica, and room for more] that it served or loaded
         self.busy_s = np.zeros(0)  # [replica, likewise]
-        self.jobs_gpu_s = dict.fromkeys(pools, 0.0)
+        self.jobs_gpu_s, self.down_gpu_s = dict.fromkeys(pools, 0.0), dict.fromkeys(pools, 0.0)
 
     def add_replica(self, replica: Replica) -> int:
         """Return its index from now on; the one it has, where its id has been met."""
@@ -88,6 +88,11 @@ class Recorder:
         """Write down that a job of a tenant had GPUs of a pool from one time to another."""
         self.jobs_gpu_s[pool] += gpus * max(0, end_ps - begin_ps) / PICOSECONDS_PER_S
         self.sampler.works(tenant, gpus, begin_ps, end_ps)
+
+    def down(self, pool: str, gpus: int, begin_ps: int, end_ps: int) -> None:
+        """Write down that GPUs of a pool had failed from one time to another."""
+        self.down_gpu_s[pool] += gpus * max(0, end_ps - begin_ps) / PICOSECONDS_PER_S
+        self.sampler.down(gpus, begin_ps, end_ps)
 
     def run_as_planned(self, first_hour: int) -> None:
         """Let every replica serve at its planned hours, loaded before, from the first arrival to the last finish."""
@@ -241,7 +246,10 @@ class Recorder:
         watts = self._watts()
         if watts is None:
             return None
-        idle_s = {pool.name: pool.gpus * self.duration_s - self.jobs_gpu_s[pool.name] for pool in self.fleet.pools}
+        idle_s = {
+            pool.name: pool.gpus * self.duration_s - self.jobs_gpu_s[pool.name] - self.down_gpu_s[pool.name]
+            for pool in self.fleet.pools
+        }
         for one, runs_s in zip(self.replicas, self._of_all(self.runs_s), strict=True):
             idle_s[one.pool] -= one.layout.gpus * runs_s
         return sum(max(0.0, gpu_s) * watts[pool][1] for pool, gpu_s in idle_s.items()) / JOULES_PER_KWH
