@@ -1,4 +1,4 @@
-"""Makes `world`, beside this file, importable by the tests."""
+"""Makes `world` and `desks`, beside this file, importable by the tests."""
 
 import sys
 from pathlib import Path

@@ -1,67 +1,23 @@
-"""Requests through the desk of a fleet: two tenants, the first guaranteed a half; replicas of one GPU.
-
-A replica of these serves 100 tokens a second with all its slots taken, so a request of 100 + 100 tokens costs 2
-GPU-seconds, and reads 1,000 tokens a second.
-"""
+"""Requests through the desk of a fleet; see `desks`."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from desks import NO_BLOCKS, OTHER, PAID, PUBLIC, ask, desk, end, start_next
 
-from waterline.policy import admission, dispatch
+from waterline.policy import dispatch
 from waterline.policy.admission import CAUTION
 from waterline.policy.decisions import (
     BELOW_DESERVED,
     BELOW_GUARANTEE,
     BORROWS,
-    LAST_RESORT,
     NO_REPLICA,
-    NONE,
     NOT_SERVED,
-    ONLY_REPLICA,
-    PREFIX_BEHIND,
-    REASONS,
-    SHORTEST_WAIT,
     SLOT_FREE,
     TOO_LATE,
     TOO_LONG,
-    TURNS_WHY,
     WAITS_FOR_SLOT,
 )
-from waterline.policy.dispatch import BOTH, NOBODY, READS, WRITES, Arrival, Desk
-
-NO_BLOCKS = np.zeros(0, np.int64)
-PAID, PUBLIC, OTHER = 0, 1, 2  # clients; the first is of the tenant with a guarantee
-
-
-def desk(*rows: tuple[int, int], models: int = 1, slots: int = 1, ready: bool = True) -> Desk:
-    """Return a desk with a replica for each (model, role)."""
-    made = dispatch.new_desk([0.5, 0.0], [0.5, 0.5], [1.0, 1.0], [0, 1, 1], models=models, rows=len(rows))
-    for row, (model, role) in enumerate(rows):
-        rates = {"tokens_per_s": 100.0, "prefill_tokens_per_s": 1000.0}
-        dispatch.put(made, row, model, role=role, gpus=1.0, slots=slots, longest_tokens=1000, **rates)
-    dispatch.set_in_service(made, range(len(rows)), serves=ready)
-    return made
-
-
-def ask(
-    made: Desk, client: int, *, model: int = 0, tokens: int = 200, ttft_s: float = 60.0, blocks: np.ndarray = NO_BLOCKS
-) -> Arrival:
-    return dispatch.arrive(made, model, client, tokens - 100, 0, 100, tokens, ttft_s, blocks, 0)
-
-
-def start_next(made: Desk, model: int = 0) -> tuple[int, int, int]:
-    """Return client, rule and replica of the next start of a request of 100 + 100 tokens."""
-    client, rule = dispatch.next_turn(made, model)
-    if client == NOBODY:
-        return NOBODY, rule, NOBODY
-    return client, rule, dispatch.start(made, model, client, 100, 0, 100, 200, 2.0, NO_BLOCKS, 0)[0]
-
-
-def end(made: Desk, replica: int, client: int, *, model: int = 0, gpu_s: float = 2.0) -> None:
-    dispatch.first_token(made, model, replica, 100, 100)
-    dispatch.ended(made, model, replica, client, 100, gpu_s - 2.0)
+from waterline.policy.dispatch import BOTH, NOBODY, READS, WRITES
 
 
 def test_a_request_starts_while_there_is_a_slot_and_then_waits_at_the_desk() -> None:
@@ -130,7 +86,7 @@ def test_what_nobody_can_hold_is_too_long_and_what_nobody_in_service_can_is_not_
 def test_where_nobody_serves_a_request_waits_for_who_is_expected_in_time() -> None:
     made = desk((0, BOTH), ready=False)
 
-    def ask_ahead(ready_in_s: float) -> Arrival:  # its prompt takes 0.1 s to read, so it may wait 5 s
+    def ask_ahead(ready_in_s: float) -> dispatch.Arrival:  # its prompt takes 0.1 s to read, so it may wait 5 s
         return dispatch.arrive_ahead(made, 0, PUBLIC, 100, 2.0, ready_in_s, 1.0, 1000.0, 5.1)
 
     for ready_in_s in (5.01, float("inf")):
@@ -227,112 +183,3 @@ def test_python_reads_the_same_desk_faster_in_memory_views() -> None:
     dispatch.set_in_service(shown, [0], serves=False)
     assert made.queue.model_waiting[0] == 1
     assert made.models.gpus[0] == 0.0
-
-
-# --- Why ------------------------------------------------------------------------------------------------------------
-
-
-def reasons_of(made: Desk, *, model: int = 0, waits: bool = False, blocks: np.ndarray = NO_BLOCKS) -> dict[str, int]:
-    """Return why a request of 100 + 100 tokens would go where it would; what there is none of is left out."""
-    reasons = np.full(len(REASONS), 77, np.int64)
-    dispatch.explain_place(made, model, 100, 200, blocks, 0, reasons)
-    if waits:
-        dispatch.explain_turn(made, model, reasons)
-    return {name: value for name, value in zip(REASONS, reasons.tolist(), strict=True) if value != NONE}
-
-
-def test_a_replica_is_explained_in_milliseconds_and_nothing_changes() -> None:
-    made = desk(*[(0, BOTH)] * 2, slots=2)
-    ask(made, PUBLIC)
-    before = [array.tobytes() for part in made for array in part]
-    assert reasons_of(made) == {"why": SHORTEST_WAIT, "done_ms": 100, "other": 0, "other_ms": 2100}
-    assert [array.tobytes() for part in made for array in part] == before
-    assert ask(made, PUBLIC).replica == 1
-
-
-def test_what_is_kept_of_a_prompt_is_explained_too() -> None:
-    made, blocks = desk(*[(0, BOTH)] * 2, slots=2), np.array([7, 8], np.int64)
-    made.models.block_tokens[0] = 40
-    ask(made, PUBLIC, blocks=blocks)
-    assert reasons_of(made, blocks=blocks) == {
-        "why": PREFIX_BEHIND, "done_ms": 100, "other": 0, "other_ms": 2020, "cached": 80,
-    }  # fmt: skip
-
-
-def test_a_turn_is_explained_by_the_tenants_first_then_by_their_clients() -> None:
-    made = desk((0, BOTH))
-    for client in (PUBLIC, PUBLIC, OTHER, PAID):
-        ask(made, client)
-    end(made, 0, PUBLIC)
-    had_gpu_s = made.accounts.memory_s[0]  # a GPU, in service for so long: half of that is what each tenant deserves
-    made.accounts.used_gpu_s[:] = had_gpu_s / 8, had_gpu_s / 2
-    assert dispatch.next_turn(made, 0) == (PAID, BELOW_GUARANTEE)
-    place = {"why": ONLY_REPLICA, "done_ms": 100}
-    assert reasons_of(made) == place
-    assert reasons_of(made, waits=True) == place | {
-        "turn": BELOW_GUARANTEE, "used_ppm": 250_000, "counter_ms": 0,
-        "next_tenant": 1, "next_turn": BORROWS, "next_ppm": 1_000_000,
-    }  # fmt: skip
-    start_next(made)
-    end(made, 0, PAID)
-    assert dispatch.next_turn(made, 0) == (OTHER, BORROWS)
-    assert reasons_of(made, waits=True) == place | {
-        "turn": BORROWS, "used_ppm": 1_000_000, "counter_ms": 0, "next_claimant": PUBLIC, "next_counter_ms": 2000,
-    }  # fmt: skip
-    start_next(made)
-    end(made, 0, OTHER)
-    assert reasons_of(made, waits=True)["counter_ms"] == 2000
-    assert "next_claimant" not in reasons_of(made, waits=True)
-
-
-def test_who_is_at_its_limit_is_nobody_s_rival() -> None:
-    made = desk((0, BOTH))
-    for client in (PUBLIC, PUBLIC, PAID):
-        ask(made, client)
-    end(made, 0, PUBLIC)
-    made.accounts.limit[0], made.accounts.used_gpu_s[0] = 0.9, 1e6
-    told = reasons_of(made, waits=True)
-    assert told["turn"] == BELOW_DESERVED
-    assert "next_tenant" not in told
-    made.accounts.limit[1], made.accounts.used_gpu_s[1] = 0.9, 1e6
-    assert "turn" not in reasons_of(made, waits=True), "it is nobody's"
-
-
-def test_nobody_else_is_there_to_take_over_is_explained() -> None:
-    made, reasons = desk((0, READS), (0, WRITES)), np.zeros(len(REASONS), np.int64)
-    assert dispatch.take_over(made, 0, 100, 200, 0) == 1
-    dispatch.explain_last_resort(made, 1, reasons)
-    assert reasons.tolist() == [LAST_RESORT, 1000, *[NONE] * (len(REASONS) - 2)]
-
-
-shares = st.tuples(st.sampled_from([0.0, 0.1, 0.3]), st.sampled_from([0.0, 0.3, 0.5]), st.sampled_from([0.6, 1.0]))
-
-
-@given(st.lists(shares, min_size=3, max_size=3), st.lists(st.tuples(st.integers(0, 8), st.floats(0, 200)), max_size=40))
-def test_whose_turn_it_is_has_the_smaller_numbers(
-    of_tenants: list[tuple[float, float, float]], events: list[tuple[int, float]]
-) -> None:
-    guarantee, deserved, limit = zip(*of_tenants, strict=True)
-    books = admission.new_accounts(guarantee, deserved, limit, 4.0)
-    queue = admission.new_queue(3, [client % 3 for client in range(9)])
-    for client, gpu_s in events:
-        admission.enter(queue, client, 0, 1.0)
-        admission.settle(books, queue, client, gpu_s)
-    turn = admission.whose_turn(books, queue, 0)
-    assert turn[:2] == admission.next_line(books, queue, 0)
-    if turn.line == NOBODY:
-        assert turn.other == NOBODY
-        return
-    waiting = [line for line in range(9) if queue.waiting[line]]
-    tenant = int(queue.tenant[turn.line])
-    assert {tenant, turn.other} - {NOBODY} <= {line % 3 for line in waiting}
-    assert turn.other != tenant
-    assert turn.rule in TURNS_WHY
-    if turn.other != NOBODY:
-        assert (TURNS_WHY.index(turn.rule), turn.used) <= (TURNS_WHY.index(turn.other_rule), turn.other_used)
-    else:
-        rivals = {line % 3 for line in waiting} - {tenant}
-        assert all(limit[one] < 1 and admission.share_of(books, one) >= limit[one] for one in rivals)
-    counters = sorted((queue.counter_gpu_s[line], line) for line in waiting if line % 3 == tenant)
-    assert turn.line == counters[0][1]
-    assert admission.next_in_group(queue, turn.line) == (counters[1][1] if len(counters) > 1 else NOBODY)

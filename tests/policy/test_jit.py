@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from waterline.policy import admission, decisions, dispatch, effort, forecast, routing
+from waterline.policy import admission, decisions, dispatch, effort, forecast, routing, why
 from waterline.policy.jit import compiled, jit
 
 needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed: nothing to compare with")
@@ -26,7 +26,7 @@ def quarter(number: float) -> float:
 
 
 def test_importing_the_policy_imports_no_numba() -> None:
-    modules = "admission, decisions, dispatch, effort, forecast, jit, lending, routing"
+    modules = "admission, decisions, dispatch, effort, forecast, jit, lending, routing, why"
     code = f"import sys; from waterline.policy import {modules}; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -97,7 +97,7 @@ def desks(form: Callable[[Callable[..., object]], Callable[..., object]]) -> lis
     dispatch.set_in_service(desk, range(40), serves=True)
     arrive, turn, start, take_over = (form(getattr(dispatch, name)) for name in DECISIONS[:4])
     first_token, left, settle, tick = (form(getattr(dispatch, name)) for name in DECISIONS[4:])
-    explain_place, explain_turn = form(dispatch.explain_place), form(dispatch.explain_turn)
+    explain_place, explain_turn = form(why.explain_place), form(why.explain_turn)
     reasons = np.zeros(len(decisions.REASONS), np.int64)
     answers: list[object] = []
     waiting: dict[tuple[int, int], list[tuple[object, ...]]] = {}

@@ -29,7 +29,7 @@ from waterline.rehearsal.station import Changes, Station
 
 MODULES = [
     f"waterline.rehearsal.{name}"
-    for name in ("jit", "blocks", "heaps", "steptime", "life", "leaving", "kernel", "station")
+    for name in ("jit", "blocks", "entries", "heaps", "steptime", "life", "leaving", "kernel", "station")
 ]
 
 

@@ -17,9 +17,6 @@ The caller keeps the requests themselves, those of each client to each model in 
 **Where reading and writing are apart**, requests wait for the replicas that read. Those that write are a pool of their
 own, which takes over what has been read (`take_over`) whether a slot is free or not: what has begun is not held up.
 
-Whoever keeps a log asks for reasons first: `explain_place` and `explain_turn` say what will be decided and why, from
-the same numbers and by the same code. They change nothing, so what is decided is the same without a log.
-
 Everything is in arrays of numbers and in rows that the caller gives out. `plain` shows them to Python, where single
 numbers come quicker that way.
 """
@@ -32,16 +29,7 @@ from numpy.typing import NDArray
 
 from waterline.policy import admission, routing
 from waterline.policy.admission import Accounts, FairQueue
-from waterline.policy.decisions import (
-    LAST_RESORT,
-    NO_REPLICA,
-    NONE,
-    NOT_SERVED,
-    SLOT_FREE,
-    TOO_LATE,
-    TOO_LONG,
-    WAITS_FOR_SLOT,
-)
+from waterline.policy.decisions import NO_REPLICA, NONE, NOT_SERVED, SLOT_FREE, TOO_LATE, TOO_LONG, WAITS_FOR_SLOT
 from waterline.policy.jit import compiled, swift
 from waterline.policy.routing import NOBODY, Prefixes, Ready, Replicas
 
@@ -49,11 +37,6 @@ BOTH, READS, WRITES = 0, 1, 2  # what a replica does
 PLACES = 1 << 16  # of the queue to each model
 SLOTS_TO_WRITE = 1 << 40  # of a replica that takes over: it is never full
 PREFIX_PLACES = 1 << 18
-
-# Reasons, as `decisions.REASONS` has them; from TURN on they are of requests that have waited.
-WHY, DONE_MS, OTHER, OTHER_MS, CACHED, TURN, USED_PPM, NEXT_TENANT, NEXT_TURN, NEXT_PPM = range(10)
-COUNTER_MS, NEXT_CLAIMANT, NEXT_COUNTER_MS = range(10, 13)
-MOST_TOLD = 1e15  # what is more is not told: 64 bits do not hold its thousandths
 
 
 class Models(NamedTuple):
@@ -97,6 +80,7 @@ class Arrival(NamedTuple):
     cached_tokens: int  # of its prompt, known to be cached there
     seconds: float  # how long it should wait, or after how many it would be taken in
     gpu_s: float  # what it should cost: to be said again at `start`, and settled in the end
+    why: int  # that replica, of `decisions.PLACES_WHY`; or NONE
 
 
 def new_desk(
@@ -324,9 +308,9 @@ def arrive(
         draw: see `routing.route`.
     """
     if tokens > desk.models.ever_tokens[model]:
-        return Arrival(TOO_LONG, NOBODY, 0, 0.0, 0.0)
+        return Arrival(TOO_LONG, NOBODY, 0, 0.0, 0.0, NONE)
     if tokens > desk.models.longest_tokens[model]:
-        return Arrival(NOT_SERVED, NOBODY, 0, ttft_s, 0.0)
+        return Arrival(NOT_SERVED, NOBODY, 0, ttft_s, 0.0, NONE)
     line = line_of(desk, model, client)
     gpu_s = expected_gpu_s(desk, model, prompt_tokens - cached_tokens, output_tokens)
     rule, seconds = admission.admit(
@@ -342,12 +326,12 @@ def arrive(
         admission.start_within_s(ttft_s, prompt_tokens - cached_tokens, desk.models.reader_tokens_per_s[model]),
     )
     if rule == SLOT_FREE:
-        replica, kept_tokens, _ = _route(desk, model, prompt_tokens, tokens, blocks, draw)
+        replica, kept_tokens, why = _route(desk, model, prompt_tokens, tokens, blocks, draw)
         if replica != NOBODY:
             admission.start_at_once(desk.accounts, desk.queue, line, gpu_s)
             kept_tokens = max(kept_tokens, cached_tokens)
             _give(desk, model, replica, prompt_tokens, prompt_tokens - kept_tokens, output_tokens, blocks)
-            return Arrival(SLOT_FREE, replica, kept_tokens, seconds, gpu_s)
+            return Arrival(SLOT_FREE, replica, kept_tokens, seconds, gpu_s, why)
         rule = WAITS_FOR_SLOT  # the free slots are of replicas that cannot hold it
     return _answer(desk, model, line, gpu_s, desk.models.gpus[model], rule, seconds)
 
@@ -381,7 +365,7 @@ def arrive_ahead(
     """
     deadline_s = admission.start_within_s(ttft_s, unread_tokens, reader_tokens_per_s)
     if ready_in_s > deadline_s:
-        return Arrival(NOT_SERVED, NOBODY, 0, ready_in_s, gpu_s)
+        return Arrival(NOT_SERVED, NOBODY, 0, ready_in_s, gpu_s, NONE)
     line = line_of(desk, model, client)
     rule, seconds = admission.admit(
         desk.accounts, desk.queue, line, model, gpu_s, 0, PLACES, gpus, ready_in_s, deadline_s
@@ -436,84 +420,6 @@ def take_over(desk: Desk, model: int, output_tokens: int, tokens: int, draw: int
     if replica != NOBODY:
         desk.replicas.backlog_tokens[replica] += output_tokens
     return replica
-
-
-# --- Why --------------------------------------------------------------------------------------------------------------
-
-
-@swift
-def explain_place(
-    desk: Desk,
-    pool: int,
-    prompt_tokens: int,
-    tokens: int,
-    blocks: NDArray[np.int64],
-    draw: int,
-    reasons: NDArray[np.int64],
-) -> int:
-    """Return the replica that a request would be given now, and write why, as of a request that has not waited.
-
-    Args:
-        desk: is not changed.
-        pool: the model, and of `take_over` the number of models more.
-        prompt_tokens: as at `arrive` and `start`; 0 where it is taken over.
-        tokens: likewise.
-        blocks: likewise.
-        draw: likewise: the same one.
-        reasons: [reason] of `decisions.REASONS`, is written.
-    """
-    block_tokens = desk.models.block_tokens[0]
-    choice = routing.choose(
-        desk.replicas, desk.ready, desk.prefixes, pool, prompt_tokens, tokens, blocks, block_tokens, draw
-    )
-    reasons[WHY] = choice.rule
-    reasons[DONE_MS] = _thousandths(choice.done_s)
-    reasons[OTHER] = choice.other
-    reasons[OTHER_MS] = _thousandths(choice.other_s)
-    reasons[CACHED] = choice.kept_tokens if choice.kept_tokens > 0 else NONE
-    for reason in range(TURN, len(reasons)):
-        reasons[reason] = NONE
-    return choice.replica
-
-
-@swift
-def explain_turn(desk: Desk, model: int, reasons: NDArray[np.int64]) -> None:
-    """Write why it is the turn of whoever `next_turn` names now; call `explain_place` before this, which says nobody's.
-
-    Arguments as there.
-    """
-    turn = admission.whose_turn(desk.accounts, desk.queue, model)
-    if turn.line == NOBODY:
-        return
-    reasons[TURN] = turn.rule
-    reasons[USED_PPM] = _thousandths(turn.used * 1000)
-    if turn.other != NOBODY:
-        reasons[NEXT_TENANT] = turn.other
-        reasons[NEXT_TURN] = turn.other_rule
-        reasons[NEXT_PPM] = _thousandths(turn.other_used * 1000)
-    reasons[COUNTER_MS] = _thousandths(desk.queue.counter_gpu_s[turn.line])
-    behind = admission.next_in_group(desk.queue, turn.line)
-    if behind != NOBODY:
-        reasons[NEXT_CLAIMANT] = behind // len(desk.models.gpus)
-        reasons[NEXT_COUNTER_MS] = _thousandths(desk.queue.counter_gpu_s[behind])
-
-
-@swift
-def explain_last_resort(desk: Desk, replica: int, reasons: NDArray[np.int64]) -> None:
-    """Write why a replica that gets no more requests takes one over: nobody else is there. Before that, as above."""
-    for reason in range(len(reasons)):
-        reasons[reason] = NONE
-    reasons[WHY] = LAST_RESORT
-    reasons[DONE_MS] = _thousandths(desk.replicas.backlog_tokens[replica] / desk.replicas.tokens_per_s[replica])
-
-
-@swift
-def _thousandths(number: float) -> int:
-    """Return thousandths of a number from 0 on, rounded; NONE where they are endless, or too many."""
-    return int(max(number, 0.0) * 1000 + 0.5) if number < MOST_TOLD else NONE
-
-
-# --- What becomes of a request ----------------------------------------------------------------------------------------
 
 
 @swift
@@ -598,7 +504,7 @@ def _answer(desk: Desk, model: int, line: int, gpu_s: float, gpus: float, rule: 
         admission.enter(desk.queue, line, model, gpu_s)
     if rule == TOO_LATE:
         seconds = admission.tell(desk.queue, line, model, gpu_s, gpus, seconds)
-    return Arrival(rule, NOBODY, 0, seconds, gpu_s)
+    return Arrival(rule, NOBODY, 0, seconds, gpu_s, NONE)
 
 
 @swift

@@ -21,8 +21,8 @@ except ImportError:
     numba = None
 
 COMPILED = numba is not None
-OWN = ("blocks", "dealing", "heaps", "jit", "kernel", "leaving", "life", "state", "steptime")
-POLICY = ("admission", "decisions", "dispatch", "jit", "routing")
+OWN = ("blocks", "dealing", "entries", "heaps", "jit", "kernel", "leaving", "life", "state", "steptime")
+POLICY = ("admission", "decisions", "dispatch", "jit", "routing", "why")
 SOURCES = (
     *(Path(__file__).with_name(f"{name}.py") for name in OWN),
     *(Path(policy.__file__).with_name(f"{name}.py") for name in POLICY),

@@ -8,6 +8,7 @@ need it: whole numbers in flat arrays (see `state`), floats only where `policy` 
 from waterline.policy import dispatch
 from waterline.policy.decisions import COMES_BACK, NOT_SERVED, SLOT_FREE, TAKES_OVER, WAITS_FOR_SLOT
 from waterline.policy.routing import NOBODY
+from waterline.rehearsal.entries import explain, explain_last_resort, explain_turn, has_entries, write_entry
 from waterline.rehearsal.heaps import ENDS, alone, pop, push, reschedule
 from waterline.rehearsal.jit import apart, compiled, inlined
 from waterline.rehearsal.leaving import drop_left, end_time, gave_up, set_timer
@@ -32,13 +33,6 @@ from waterline.rehearsal.state import (
     COMING,
     COST_GPU_S,
     DECODES,
-    ENTRIES_EACH,
-    ENTRY,
-    ENTRY_AT,
-    ENTRY_REASONS,
-    ENTRY_REPLICA,
-    ENTRY_REQUEST,
-    ENTRY_RULE,
     EXPECTED_OUTPUT,
     EXTRA,
     FINISH_AT,
@@ -70,7 +64,6 @@ from waterline.rehearsal.state import (
     READ_BY,
     READ_SHARE,
     READER,
-    REASON_COUNT,
     REPLICA,
     REQUEST,
     RESTARTS,
@@ -186,14 +179,6 @@ def has_room(memory: Memory) -> bool:
         and (len(memory.log) == 0 or has_entries(memory))
     )
     return room
-
-
-@inlined
-def has_entries(memory: Memory) -> bool:
-    """Whether the log has room for all that may be written before somebody empties it, should one more come."""
-    entries = memory.log[0] + ENTRIES_EACH * (memory.counters[UNDER_WAY] + 1)
-    enough: bool = 1 + ENTRY * entries <= len(memory.log)
-    return enough
 
 
 # --- Requests ---------------------------------------------------------------------------------------------------------
@@ -403,54 +388,6 @@ def roll(memory: Memory) -> int:
     memory.counters[SECOND_DICE] = memory.counters[SECOND_DICE] * 69_621 % PRIME
     draw: int = memory.counters[SECOND_DICE] << 31 | memory.counters[FIRST_DICE]
     return draw
-
-
-# --- Why, where a log is kept -----------------------------------------------------------------------------------------
-
-
-@apart
-def explain(memory: Memory, pool: int, request: int, prompt_tokens: int, tokens: int, draw: int) -> None:
-    """Write why a request would be given to its replica now where the next entry will be; a `request` of NONE is read.
-
-    The desk is asked the same again afterwards: what is decided does not depend on whether a log is kept.
-    """
-    first = memory.first_block[request] if request != NONE else 0
-    last = memory.first_block[request + 1] if request != NONE else 0
-    blocks, begin = memory.blocks[first:last], first_reason(memory)
-    reasons = memory.log[begin : begin + REASON_COUNT]
-    dispatch.explain_place(memory.desk, pool, prompt_tokens, tokens, blocks, draw, reasons)
-
-
-@apart
-def explain_turn(memory: Memory, model: int) -> None:
-    """Write whose turn it is; after `explain`."""
-    begin = first_reason(memory)
-    dispatch.explain_turn(memory.desk, model, memory.log[begin : begin + REASON_COUNT])
-
-
-@apart
-def explain_last_resort(memory: Memory, replica: int) -> None:
-    """Write that nobody else was there, before the replica has the request; instead of what `explain` has written."""
-    begin = first_reason(memory)
-    dispatch.explain_last_resort(memory.desk, replica, memory.log[begin : begin + REASON_COUNT])
-
-
-@inlined
-def first_reason(memory: Memory) -> int:
-    """Return where the reasons of the next entry begin."""
-    begin: int = 1 + ENTRY * memory.log[0] + ENTRY_REASONS
-    return begin
-
-
-@apart
-def write_entry(memory: Memory, now: int, request: int, rule: int, replica: int) -> None:
-    """A request is given to a replica, for the reasons that have been written."""
-    entry = 1 + ENTRY * memory.log[0]
-    memory.log[entry + ENTRY_AT] = now
-    memory.log[entry + ENTRY_REQUEST] = request
-    memory.log[entry + ENTRY_RULE] = rule
-    memory.log[entry + ENTRY_REPLICA] = replica
-    memory.log[0] += 1
 
 
 # --- Replicas ---------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ from itertools import groupby
 
 import numpy as np
 
-from waterline.policy import dispatch
+from waterline.policy import dispatch, why
 from waterline.policy.decisions import (
     COMES_BACK,
     GAVE_UP,
@@ -244,7 +244,7 @@ class SteppedFleet:
             line = self.lines[model, client]
             passage, draw = line[0], self.dice.roll()
             self.explain(model, passage, passage.tokens, draw)
-            dispatch.explain_turn(self.desk, model, self.reasons)
+            why.explain_turn(self.desk, model, self.reasons)
             replica, cached_tokens, rule = dispatch.start(
                 self.desk,
                 model,
@@ -291,7 +291,7 @@ class SteppedFleet:
         if self.terms.reasons:
             tokens = passage.ask.prompt_tokens + passage.ask.output_tokens
             blocks = np.array(passage.ask.blocks if prompt_tokens else (), np.int64)
-            dispatch.explain_place(self.desk, pool, prompt_tokens, tokens, blocks, draw, self.reasons)
+            why.explain_place(self.desk, pool, prompt_tokens, tokens, blocks, draw, self.reasons)
 
     def write_down(self, passage: Passage, now_ps: int, rule: int, replica: int) -> None:
         if self.terms.reasons:
@@ -353,7 +353,7 @@ class SteppedFleet:
                 return
             known = self.desk.replicas
             index = min(able, key=lambda one: (known.backlog_tokens[one] / known.tokens_per_s[one], one))
-            dispatch.explain_last_resort(self.desk, index, self.reasons)
+            why.explain_last_resort(self.desk, index, self.reasons)
             known.backlog_tokens[index] += expected
         self.write_down(passage, now_ps, TAKES_OVER, index)
         self.replicas[index].take_over(passage)
