@@ -4,7 +4,8 @@
 
 Llama-3.1-8B on A100 cards by vLLM, priced by the cost model. Arrivals are Poisson; lengths are lognormal with the means
 of the Azure conversation trace, 1,155 prompt and 211 output tokens. Three tenants ask through four clients each: one
-has a guarantee, one deserves a share, one has neither. Who cannot have a first token within 5 s is refused. The event
+has a guarantee, one deserves a share, one has neither. Who cannot have a first token within 5 s is refused. In one case
+a tenth of the clients goes away, each within 20 s of its arrival, where its answer is not complete by then. The event
 loop is compiled before the clock runs. Time is CPU time of this process, in the event loop and in drawing up what
 became of the requests; the best of three runs, for other work on the machine only ever adds. The oracle takes every
 step, in plain Python, on the first requests of the same traffic, and its figures are compared to the picosecond on the
@@ -28,8 +29,9 @@ from waterline import catalog
 from waterline.catalog.engines import find_engine
 from waterline.cost import step_cost
 from waterline.plan import Layout
-from waterline.rehearsal.capacity import Ask, Capacity, Terms
+from waterline.rehearsal.capacity import NEVER, Ask, Capacity, Terms
 from waterline.rehearsal.oracle import Step, serve
+from waterline.rehearsal.state import NEVER_PS
 from waterline.rehearsal.station import Station, warm_up
 
 RUNS = 3
@@ -44,7 +46,17 @@ TERMS = Terms(
     limit=(1.0, 1.0, 1.0),
     tenant_of_client=(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2),
 )
-CASES = ((1, 3.0), (64, 3.0), (64, 0.5), (1000, 3.0), (1000, 0.5), (7500, 3.0), (7500, 0.15))
+LEAVE_FRACTION, LEAVE_WITHIN_PS = 0.1, 20 * 10**12
+CASES = (  # replicas, requests/s each, whether clients leave
+    (1, 3.0, False),
+    (64, 3.0, False),
+    (64, 3.0, True),
+    (64, 0.5, False),
+    (1000, 3.0, False),
+    (1000, 0.5, False),
+    (7500, 3.0, False),
+    (7500, 0.15, False),
+)
 GOALS = {1: 3e6, 64: 1e6, 7500: 5e5}
 PEERS = (  # name and version, replicas, requests per CPU second
     ("Vidur 7d47513, Llama-3-8B on A100, sarathi", 1, 405),
@@ -84,14 +96,27 @@ def drawn(requests: int, requests_per_s: float) -> np.ndarray:
     return np.stack([arrivals_ns * 1000, *(np.clip(length, 1, 8000).astype(np.int64) for length in lengths)])
 
 
-def by_events(replicas: list[Capacity], asked: np.ndarray) -> tuple[list[int], float]:
+def leaving(requests: int) -> np.ndarray:
+    """Return when each client leaves, in ps after its arrival, or NEVER_PS."""
+    generator = np.random.Generator(np.random.PCG64(8))
+    leaves = generator.random(requests) < LEAVE_FRACTION
+    return np.where(leaves, generator.integers(1, LEAVE_WITHIN_PS, requests), NEVER_PS)
+
+
+def by_events(
+    replicas: list[Capacity], asked: np.ndarray, leaves_ps: np.ndarray | None = None
+) -> tuple[list[int], float]:
     """Return when each request was done, and the CPU seconds it took."""
     station = Station(TERMS)
     station.start_all(replicas, 0)
     began_s, finished = time.process_time(), []
     for begin in range(0, asked.shape[1], PIECE):
         piece = asked[:, begin : begin + PIECE]
-        station.offer(*piece, client=np.arange(begin, begin + piece.shape[1]) % len(TERMS.tenant_of_client))
+        station.offer(
+            *piece,
+            client=np.arange(begin, begin + piece.shape[1]) % len(TERMS.tenant_of_client),
+            leaves_ps=None if leaves_ps is None else leaves_ps[begin : begin + PIECE],
+        )
         finished.append(station.collect().finish_ps)
     station.finish()
     finished.append(station.collect().finish_ps)
@@ -99,7 +124,7 @@ def by_events(replicas: list[Capacity], asked: np.ndarray) -> tuple[list[int], f
     return np.concatenate(finished).tolist(), took_s
 
 
-def by_steps(replicas: list[Capacity], asked: np.ndarray) -> tuple[float, float]:
+def by_steps(replicas: list[Capacity], asked: np.ndarray, leaves_ps: np.ndarray | None = None) -> tuple[float, float]:
     """Return requests per CPU second and steps per request, having compared every finish."""
     requests = [
         Ask(
@@ -107,13 +132,14 @@ def by_steps(replicas: list[Capacity], asked: np.ndarray) -> tuple[float, float]
             prompt_tokens=prompt,
             output_tokens=output,
             client=number % len(TERMS.tenant_of_client),
+            leaves_ps=NEVER if leaves_ps is None or leaves_ps[number] == NEVER_PS else int(leaves_ps[number]),
         )
         for number, (arrival_ps, prompt, output) in enumerate(asked[:, :STEPPED].T.tolist())
     ]
     began_s = time.process_time()
     passages = serve(replicas, requests, TERMS)
     took_s = time.process_time() - began_s
-    finished, _ = by_events(replicas, asked[:, :STEPPED])
+    finished, _ = by_events(replicas, asked[:, :STEPPED], None if leaves_ps is None else leaves_ps[:STEPPED])
     assert finished == [passage.finish_ps for passage in passages]
     steps: list[Step] = []
     serve(replicas, requests, TERMS, steps=steps)
@@ -127,12 +153,14 @@ def main() -> None:
     for name in ("replicas", "requests/s each", "steps a request", "requests per CPU second", "goal"):
         table.add_column(name, justify="right")
     warm_up()
-    for count, requests_per_s in CASES:
+    for count, requests_per_s, leave in CASES:
         replicas, asked = capacities(count), drawn(requests, requests_per_s * count)
-        speed = requests / min(by_events(replicas, asked)[1] for _ in range(RUNS))
-        stepped, steps = by_steps(replicas, asked) if count <= 64 else (0.0, 0.0)
+        leaves_ps = leaving(requests) if leave else None
+        speed = requests / min(by_events(replicas, asked, leaves_ps)[1] for _ in range(RUNS))
+        stepped, steps = by_steps(replicas, asked, leaves_ps) if count <= 64 else (0.0, 0.0)
         goal = f"{GOALS[count]:,.0f}" if count in GOALS else ""
-        table.add_row("Waterline", f"{count:,}", f"{requests_per_s:g}", "", f"{speed:,.0f}", goal)
+        who = "Waterline, a tenth of the clients leaves" if leave else "Waterline"
+        table.add_row(who, f"{count:,}", f"{requests_per_s:g}", "", f"{speed:,.0f}", goal)
         if stepped:
             name = "Waterline's oracle, step by step, the same to 0 ps"
             table.add_row(name, f"{count:,}", f"{requests_per_s:g}", f"{steps:,.0f}", f"{stepped:,.0f}", "")
