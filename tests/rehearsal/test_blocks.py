@@ -1,7 +1,6 @@
 """Prefix caches: how much of prompts is found depends on who reads them, and how much room there is."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -20,15 +19,13 @@ from waterline.workload.ragged import Ragged
 from waterline.workload.stream import BLOCK_TOKENS, Stream, measure
 
 
-def found(
-    arrival_ns: np.ndarray, prompts: np.ndarray, blocks: Ragged, *, replicas: int, cache_tokens: int, affinity: bool
-) -> int:
-    """Return how many tokens of prompts are found by replicas that read them with ease."""
+def a_replica(name: str, cache_tokens: int) -> Capacity:
+    """Return one that reads with ease."""
     step = StepCost(
         tokens_ps=(0, 10**7), more_ps_per_token=10**7, head_ps=(0,), attention=(), step_tokens=2048, ranks=1
     )
-    one = Capacity(
-        replica="",
+    return Capacity(
+        replica=name,
         gpus=1,
         step=step,
         max_batch=64,
@@ -37,8 +34,14 @@ def found(
         prefill_tokens_per_s=1e5,
         tokens_per_s=1e5,
     )
+
+
+def found(
+    arrival_ns: np.ndarray, prompts: np.ndarray, blocks: Ragged, *, replicas: int, cache_tokens: int, affinity: bool
+) -> int:
+    """Return how many tokens of prompts are found by replicas that read them with ease."""
     station = Station(Terms(ttft_s=(1e9,), output_tokens=(2,), affinity=affinity))
-    station.start_all([replace(one, replica=f"a/{number}") for number in range(replicas)], 0)
+    station.start_all([a_replica(f"a/{number}", cache_tokens) for number in range(replicas)], 0)
     station.offer(
         arrival_ns * 1000, prompts, np.full(len(prompts), 2), blocks=blocks.values, block_counts=blocks.counts
     )
@@ -60,6 +63,35 @@ def test_one_replica_that_forgets_nothing_finds_what_the_prompts_alone_say() -> 
     assert found(arrival_ns, lengths, blocks, replicas=1, cache_tokens=10**8, affinity=True) == alone
     with_little_room = found(arrival_ns, lengths, blocks, replicas=1, cache_tokens=100_000, affinity=True)
     assert 0 < with_little_room < alone / 2
+
+
+@pytest.mark.parametrize("cache_tokens", [9_000, 40_000])
+def test_what_has_been_forgotten_stays_so_when_more_replicas_come(cache_tokens: int) -> None:
+    """Two replicas are ready when each part begins: all of them told of before the first part, or each before its own."""
+    dice = np.random.Generator(np.random.PCG64(8))
+    part_ps, count = 2 * 10**12, 200
+    lengths = dice.integers(1, 12 * BLOCK_TOKENS, 3 * count)
+    blocks = ragged.ragged(
+        [
+            [1000 * story + block for block in range(-(-length // BLOCK_TOKENS))]
+            for story, length in zip(dice.integers(12, size=3 * count).tolist(), lengths.tolist(), strict=True)
+        ]
+    )
+    seen = []
+    for told_first in (6, 2):
+        station, told = Station(Terms(ttft_s=(1e9,), output_tokens=(2,))), 0
+        for part in range(3):
+            while told < max(told_first, 2 * part + 2):
+                station.start(a_replica(f"a/{told}", cache_tokens), told // 2 * part_ps)
+                told += 1
+            own = slice(count * part, count * (part + 1))
+            arrival_ps = part * part_ps + np.arange(count) * part_ps // count
+            some = blocks[own]
+            station.offer(arrival_ps, lengths[own], np.full(count, 2), blocks=some.values, block_counts=some.counts)
+        station.finish()
+        seen.append(station.collect().cached_tokens.tolist())
+    assert sum(seen[0]) > 0
+    assert seen[0] == seen[1]
 
 
 def published(shared_data: Path) -> Stream:
