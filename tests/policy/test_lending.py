@@ -193,6 +193,20 @@ def test_freed_gpus_are_kept_for_their_claimant() -> None:
     assert fleet.gpus_of("a") == 8
 
 
+def test_a_claim_that_is_complete_starts_though_another_waits_for_what_its_tenant_stops_itself() -> None:
+    """With both replicas, and its job that still drains, the tenant seems to be beyond its limit of 8; it is not."""
+    shares = {"asked": (0, 8, 8), "other": (0, 0, 8), "job": (0, 0, 8)}
+    fleet = Fleet((4, 4), shares, {"asked": 1}, model_gpus=((4, 4),) * 3)
+    fleet.services.tenant[2] = 0
+    fleet.run("job", node=0, lost_gpu_s=50).run("other", node=1).want(asked=8, other=4, job=INF)
+    moves = said(fleet.step())
+    assert [rule for kind, rule in moves if kind == "drain"] == ["reclaim", "own surplus"]
+    holdings.has_ended(fleet.free_gpus, fleet.claims, fleet.replicas, 1)
+    assert said(fleet.step()) == [("start", "claim kept")]
+    occupied = fleet.replicas.gpus[(fleet.replicas.state != holdings.GONE) & (fleet.replicas.service != 1)]
+    assert occupied.sum() == 8
+
+
 def test_a_claim_that_is_no_longer_needed_is_given_back_to_all() -> None:
     fleet = Fleet((8,), {"a": (0, 8, 8), "b": (0, 0, 8)}, model_gpus=((8,), (4,)), grace_s=400)
     fleet.run("b", 2).want(a=8, b=8)

@@ -90,7 +90,7 @@ def plan_moves(
     note_needs(services, now_s)
     tally = take_stock(tenants, services, layouts, free_gpus, claims, replicas)
     moves = new_moves(len(replicas.state) + 2 * len(claims.service) + int(free_gpus.sum()))
-    _end_claims(tenants, services, layouts, claims, replicas, tally, moves, now_s)
+    _end_claims(services, layouts, claims, replicas, tally, moves, now_s)
     _share(tenants, services, replicas, tally, moves, now_s)
     _hand_back(tenants, services, replicas, tally, moves, now_s)
     blocked = np.zeros(len(services.tenant), np.int64)
@@ -123,7 +123,6 @@ def plan_moves(
 
 @jit
 def _end_claims(
-    tenants: Tenants,
     services: Services,
     layouts: Layouts,
     claims: Claims,
@@ -153,7 +152,7 @@ def _end_claims(
                 tally.free[node] += freed
                 tally.open[claim] = 0
                 push_move(tally, moves, HAND_BACK, CLAIM_DROPPED, service, NOBODY, node, claim, freed, 0.0, now_s, 0.0)
-        elif freed >= gpus and tally.occupied[tenant] <= tenants.limit_gpus[tenant] + DUST:
+        elif freed >= gpus:  # within its limit: what was stopped of its own tenant for it is gone by now
             tally.free[node] += freed - gpus
             tally.open[claim] = 0
             load_s = layouts.load_s[model, node]
