@@ -154,24 +154,21 @@ class Checked(Minutes):
         np.add.at(self.all_gpus, self.tide.replicas.node, self.tide.replicas.gpus)
         self.within_s = within_s
         self.steps = int(within_s / self.roster.step_s) + 2 if within_s < float("inf") else 1
-        self.lately: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=self.steps)
+        self.lately: deque[np.ndarray] = deque(maxlen=self.steps)
 
     def check_restored(self) -> None:
-        """Nobody wants more than comes for it, and has had room for it in what it deserves, for too long."""
+        """Nobody lacks what it deserves for too long: what answers, loads or is being freed for it counts as there."""
         tide, services, tenants = self.tide, self.tide.services, self.tide.tenants
         if self.within_s == float("inf"):
             return
-        supply = tides.supply_of(tide)  # of what answers, loads, or has a claim
+        supply = tides.supply_of(tide)
         usage = usage_of(tenants, services, tide.layouts, tide.claims, tide.replicas, draining=False)
-        self.lately.append((services.wanted.copy(), usage))
-        if len(self.lately) < self.steps or tide.down_gpus.any():
-            return
-        wanted = np.min([wanted for wanted, _ in self.lately], axis=0)
-        had = np.max([usage for _, usage in self.lately], axis=0)
         takes = tide.layouts.gpus.max(axis=1)[services.model]
-        room = had[services.tenant] + takes <= tenants.deserved_gpus[services.tenant] + EPSILON
-        late = (takes > 0) & room & (wanted > supply * (1.0 + EPSILON))
-        hold(not late.any(), PROMISES[10], f"at {self.now_s:g} s: {wanted}, {supply}, {had}")
+        room = usage[services.tenant] + takes <= tenants.deserved_gpus[services.tenant] + EPSILON
+        self.lately.append((takes > 0) & room & (services.wanted > supply * (1.0 + EPSILON)))
+        if len(self.lately) == self.steps and not tide.down_gpus.any():
+            late = np.all(self.lately, axis=0)
+            hold(not late.any(), PROMISES[10], f"at {self.now_s:g} s: services {np.flatnonzero(late).tolist()}")
 
     def check_end(self) -> None:
         for move in self.moves:
