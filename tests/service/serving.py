@@ -160,7 +160,7 @@ async def served(
         )
 
 
-async def until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
     """Wait for something to become true."""
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 - whatever it is about, it sets no event for us

@@ -211,7 +211,7 @@ def test_a_crash_after_a_new_checkpoint_is_the_first_one_again(tmp_path: Path, m
     async def case() -> list[str]:
         async with running() as service:
             start(service, job(*python(code), checkpoint=tmp_path / "step"))
-            await until(lambda: service.statuses.count("backing off") >= 7, within_s=10)
+            await until(lambda: service.statuses.count("backing off") >= 7)
             return [state.reason.rpartition("again in ")[2] for state in service.told if state.reason]
 
     assert set(asyncio.run(case())) == {"0.01 s."}
@@ -275,7 +275,7 @@ def test_a_job_that_outlives_its_service_is_told_to_save_and_is_ended_by_the_nex
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", SERVICE, str(tmp_path), *python(RANKS, "deaf")), stdout=asyncio.subprocess.DEVNULL
         )
-        await until(lambda: len(ranks(tmp_path)) == 4, within_s=30)
+        await until(lambda: len(ranks(tmp_path)) == 4)
         process.kill()
         await process.wait()
         await until(lambda: len(list(tmp_path.glob("saved.*"))) == 4)

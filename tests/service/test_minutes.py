@@ -108,11 +108,11 @@ def test_a_surge_gets_the_gpus_of_research_and_hands_them_back_and_the_record_re
     async def case() -> tuple[Path, Counter[str]]:
         async with served(plan) as service:
             service.keeper.lend(SPEED)
-            await until(lambda: counts(service) == {"chat": 1, "train": 3}, within_s=20)
+            await until(lambda: counts(service) == {"chat": 1, "train": 3})
             async with surge(service):
                 await until(lambda: counts(service)["chat"] >= 2 and not_ready(service) == [])
             assert {one.status for one in service.completions} <= {"ok", "refused"}
-            await until(lambda: counts(service) == {"chat": 1, "train": 3}, within_s=20)
+            await until(lambda: counts(service) == {"chat": 1, "train": 3})
             now = service.gateway.snapshot()
             assert sum(use.gpus for use in now.uses if (use.tenant, use.kind) == ("research", "job")) == 3.0
             assert sum(job.stops for job in now.jobs) >= 1
@@ -179,7 +179,7 @@ def test_a_job_that_is_done_is_not_started_again(tmp_path: Path) -> None:
     async def case() -> Counter[str]:
         async with served(lending_plan(tmp_path, steps=5)) as service:
             service.keeper.lend(SPEED)
-            await until(lambda: sum(run.status == "done" for run in service.jobs.states.values()) == 4, within_s=20)
+            await until(lambda: sum(run.status == "done" for run in service.jobs.states.values()) == 4)
             await asyncio.sleep(0.5)
             return Counter(run.starts for run in service.jobs.states.values())
 
@@ -224,7 +224,7 @@ def test_whatever_dies_no_gpu_is_used_twice_and_the_record_still_replays(tmp_pat
             looking = asyncio.create_task(look(service))
             async with surge(service, sure=False):
                 killed = await kill(service)
-            await until(lambda: counts(service)["chat"] >= 1 and counts(service)["train"] >= 2, within_s=60)
+            await until(lambda: counts(service)["chat"] >= 1 and counts(service)["train"] >= 2)
             free = service.keeper.minutes.roster.tide.free_gpus.sum() if service.keeper.minutes else None
             print(f"{killed} killed, {free} GPUs free at the end, {counts(service)}")
             assert not looking.done(), looking.result()
@@ -243,7 +243,7 @@ def test_a_new_plan_during_a_surge_keeps_the_replicas_that_were_started_for_it(t
     async def case() -> None:
         async with served(plan) as service:
             service.keeper.lend(SPEED)
-            await until(lambda: counts(service) == {"chat": 1, "train": 3}, within_s=20)
+            await until(lambda: counts(service) == {"chat": 1, "train": 3})
             async with surge(service):
                 await until(lambda: counts(service)["chat"] >= 2 and not_ready(service) == [])
                 pids = [state.pid for state in service.supervisor.states.values()]

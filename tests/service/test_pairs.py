@@ -136,7 +136,7 @@ def test_when_one_that_reads_fails_another_reads_and_nobody_sees_it(way: str) ->
             assert [text for text, _ in answers] == [expected] * 4
             assert {one.status for one in service.completions} == {"ok"}
             assert len(apps["r1"].read_tokens) == 4
-            await until(lambda: all(app.under_way == 0 for app in apps.values()), within_s=5)
+            await until(lambda: all(app.under_way == 0 for app in apps.values()))
 
     asyncio.run(at_the_same_time(case("500"), case("hang")))
 
@@ -160,7 +160,7 @@ def test_when_one_that_writes_fails_another_goes_on_and_nobody_sees_it(way: str)
                 ("ok", "w1", TOKENS)
             }
             assert set(apps["w1"].read_tokens) == {1}, "who goes on fetches too: all that was said has been read again"
-            await until(lambda: all(app.under_way == 0 for app in apps.values()), within_s=5)
+            await until(lambda: all(app.under_way == 0 for app in apps.values()))
             assert all(lane.running == lane.keeping == 0 for lane in service.gateway.dispatcher.lanes.values())
 
     asyncio.run(at_the_same_time(case("500"), case("cut@5")))
