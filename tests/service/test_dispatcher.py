@@ -10,7 +10,7 @@ from serving import fake_plan
 
 from waterline.fleet import Tenant
 from waterline.plan import Plan
-from waterline.policy.decisions import NOT_SERVED, RULES, TOO_LATE
+from waterline.policy.decisions import NOT_SERVED, TOO_LATE
 from waterline.service.dispatcher import Dispatcher, block_keys
 from waterline.service.lines import Refusal, Ticket, Turn
 from waterline.service.rows import MOST_CLIENTS
@@ -318,30 +318,6 @@ def test_a_failed_request_goes_to_another_replica_or_back_to_the_only_one() -> N
     assert turns.begun == ["a"] * 3
     desk.set_ready("chat/0", ready=True, now_s=4.0)
     assert (turns.begun, replica_of(ticket)) == (["a"] * 4, "chat/0"), "it has waited for it"
-
-
-def test_who_keeps_count_is_told_why_each_request_went_where_it_went_and_whose_turn_it_was() -> None:
-    told: list[tuple[str, str, str, str]] = []
-
-    def note(ticket: Ticket, why: int, turn: int) -> None:
-        told.append((ticket.line, replica_of(ticket), RULES[why][0], RULES[turn][0]))
-
-    desk, turns = Dispatcher(plan_of(2, max_batch=1), lambda: 0, note), Turns()
-    for replica in desk.lanes:
-        desk.set_ready(replica, ready=True, now_s=0.0)
-    a, b, _ = (enter(desk, turns, name, line=name) for name in "abc")
-    desk.leave(a, 1.0, gpu_s=0.0)
-    desk.leave(b, 2.0, gpu_s=0.0)
-    d = enter(desk, turns, "d", line="d")
-    desk.move(d, frozenset({"chat/1"}), 3.0)
-    assert told == [
-        ("a", "chat/0", "shortest wait", "slot free"),
-        ("b", "chat/1", "only free", "slot free"),
-        ("c", "chat/0", "only free", "below guarantee"),
-        ("d", "chat/1", "only free", "slot free"),
-    ]
-    desk.leave(turns.tickets[2], 4.0)
-    assert told[4:] == [("d", "chat/0", "failed elsewhere", "comes back")]
 
 
 def test_who_has_begun_goes_before_all_who_wait() -> None:

@@ -7,7 +7,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import QUESTION, fake_plan, served
 
 from waterline.outcome import Completion
-from waterline.policy.decisions import BELOW_DESERVED, SHORTEST_WAIT
 from waterline.service.metrics import Metrics
 from waterline.snapshot import (
     BatchNow,
@@ -79,8 +78,6 @@ def full() -> Metrics:
         MoveNow(at_s=1.0, kind="start", rule="borrow idle", why="", tenant="public", what="chat", pool="a", gpus=4)
     )
     metrics.ejected("chat", EjectionNow(at_s=1.0, replica="chat/0", reason="5 failures"))
-    metrics.placed("chat", SHORTEST_WAIT, BELOW_DESERVED)
-    metrics.placed("chat", SHORTEST_WAIT, BELOW_DESERVED)
     return metrics
 
 
@@ -105,8 +102,6 @@ def test_what_happened_is_told() -> None:
     assert told["waterline_tpot_seconds_bucket", (("le", "0.02"), *who)] == 1, "0.2 s for ten tokens after the first"
     assert told["waterline_moves_total", (("kind", "start"), ("rule", "borrow idle"), ("tenant", "public"))] == 1
     assert told["waterline_ejections_total", (("model", "chat"),)] == 1
-    placed = ("model", "chat"), ("turn", "below deserved"), ("why", "shortest wait")
-    assert told["waterline_placements_total", placed] == 2
 
 
 def test_how_things_are_is_read_from_the_snapshot() -> None:
@@ -153,7 +148,5 @@ def test_a_live_service_tells_what_it_does() -> None:
                 told["waterline_tokens_total", (("kind", "output"), ("model", "chat"), ("tenant", "enterprise"))] == 3
             )
             assert told["waterline_health", (("health", "ok"),)] == 1
-            placed = ("model", "chat"), ("turn", "slot free"), ("why", "shortest wait")
-            assert told["waterline_placements_total", placed] == 1
 
     asyncio.run(case())

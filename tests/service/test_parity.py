@@ -11,7 +11,7 @@ from split import split_plan
 from waterline.cost import replica_step_cost
 from waterline.fleet import Tenant
 from waterline.plan import Plan
-from waterline.policy.decisions import GAVE_UP, QUEUE_FULL, SLOT_FREE, TOO_LATE
+from waterline.policy.decisions import GAVE_UP, QUEUE_FULL, TOO_LATE
 from waterline.policy.routing import NOBODY
 from waterline.rehearsal.capacity import Ask, Capacity, Terms
 from waterline.rehearsal.oracle import NEVER, Dice, Passage, serve
@@ -56,7 +56,6 @@ def rehearsed(plan: Plan, asked: list[Ask]) -> list[Passage]:
         limit=tuple(tenant.limit for tenant in TENANTS),
         tenant_of_client=tuple([tenant.name for tenant in TENANTS].index(tenant) for tenant, _ in CLIENTS),
         gpus=float(plan.fleet.gpus),
-        reasons=True,
     )
     return serve(capacities, asked, terms)
 
@@ -95,8 +94,7 @@ def test_a_trace_is_dealt_alike_by_the_gateway_and_by_the_rehearsal(replicas: in
     passages = rehearsed(plan, asked)
     events = events_of(passages)
     roll = Dice(Terms(ttft_s=(), output_tokens=()).dice).roll
-    told: dict[Ticket, tuple[int, int]] = {}
-    desk = Dispatcher(plan, roll, placed=lambda ticket, why, turn: told.update({ticket: (why, turn)}))
+    desk = Dispatcher(plan, roll)
     for replica in plan.replicas:
         desk.set_ready(replica.id, ready=True, now_s=0.0)
     decided: dict[int, Ticket | Refusal] = {}
@@ -126,13 +124,6 @@ def test_a_trace_is_dealt_alike_by_the_gateway_and_by_the_rehearsal(replicas: in
     for where in ({NOBODY}, {*range(replicas)}):
         left = sum(one.left and one.replica in where for one in passages)
         assert left > 10 or not leavers, "clients leave in line and on replicas"
-    reasons = [
-        (why, rule if rule == SLOT_FREE else turn)
-        for one in passages
-        for _, rule, _, why, _, _, _, _, turn, *_ in one.placed
-    ]
-    assert [told[one] for _, one in sorted(decided.items()) if one in told] == reasons
-    assert len(set(reasons)) > 3, "for all kinds of reasons"
     refused = [one for one in decided.values() if isinstance(one, Refusal)]
     assert {one.rule for one in refused} <= {TOO_LATE, QUEUE_FULL}
     assert 30 < len(refused) < 270, "all kinds of decisions were made"

@@ -91,17 +91,6 @@ class FairQueue(NamedTuple):
     told_gpu_s: NDArray[np.float64]  # [group] work of those who were told to come back, and are not due yet
 
 
-class Turn(NamedTuple):
-    """Whose turn it is, and why. Who needs no more than the first two pays for no more, once compiled."""
-
-    line: int  # or NOBODY
-    rule: int  # of `decisions.TURNS_WHY`, or OVER_LIMIT
-    used: float  # by its tenant: of its guarantee while it is below that, else of what it deserves
-    other: int  # the tenant that would be the next of those that wait below their limit, or NOBODY
-    other_rule: int
-    other_used: float
-
-
 def new_accounts(
     guarantee: Sequence[float] | NDArray[np.float64],
     deserved: Sequence[float] | NDArray[np.float64],
@@ -319,49 +308,18 @@ def next_line(accounts: Accounts, queue: FairQueue, model: int) -> tuple[int, in
 
     NOBODY when nobody waits, or only tenants at their limit do. Ties go to the lowest index.
     """
-    turn = whose_turn(accounts, queue, model)
-    return turn.line, turn.rule
-
-
-@swift
-def whose_turn(accounts: Accounts, queue: FairQueue, model: int) -> Turn:
-    """Return what `next_line` does, with the numbers that decided between tenants."""
     tenants = len(accounts.used_gpu_s)
-    best, best_standing, best_used = NOBODY, OVER_LIMIT_STANDING, 0.0
-    other, other_standing, other_used = NOBODY, OVER_LIMIT_STANDING, 0.0
+    best, best_standing, best_share = NOBODY, OVER_LIMIT_STANDING, 0.0
     for tenant in range(tenants):
         if queue.lines[model * tenants + tenant] == 0:
             continue
-        standing, used = _standing(accounts, tenant)
-        if standing < best_standing or (standing == best_standing and best != NOBODY and used < best_used):
-            other, other_standing, other_used = best, best_standing, best_used
-            best, best_standing, best_used = tenant, standing, used
-        elif standing < other_standing or (standing == other_standing and other != NOBODY and used < other_used):
-            other, other_standing, other_used = tenant, standing, used
+        standing, share = _standing(accounts, tenant)
+        if standing < best_standing or (standing == best_standing and best != NOBODY and share < best_share):
+            best, best_standing, best_share = tenant, standing, share
     if best == NOBODY:
-        return Turn(NOBODY, OVER_LIMIT, 0.0, NOBODY, OVER_LIMIT, 0.0)
-    line = int(queue.heap[queue.first[model * tenants + best]])
-    other_rule = _rule_of(other_standing) if other != NOBODY else OVER_LIMIT
-    return Turn(line, _rule_of(best_standing), best_used, other, other_rule, other_used)
-
-
-@swift
-def next_in_group(queue: FairQueue, line: int) -> int:
-    """Return the line that would be the next of its tenant at its model, if this one, which is, had not come."""
-    group = queue.group[line]
-    first, count = queue.first[group], queue.lines[group]
-    if count < 2:
-        return NOBODY
-    one = queue.heap[first + 1]
-    if count > 2 and _before(queue, queue.heap[first + 2], one):
-        one = queue.heap[first + 2]
-    return int(one)
-
-
-@swift
-def _rule_of(standing: int) -> int:
-    """Return the rule by which a tenant goes first that is not at its limit."""
-    return BELOW_GUARANTEE if standing == 0 else BELOW_DESERVED if standing == 1 else BORROWS
+        return NOBODY, OVER_LIMIT
+    rule = BELOW_GUARANTEE if best_standing == 0 else BELOW_DESERVED if best_standing == 1 else BORROWS
+    return int(queue.heap[queue.first[model * tenants + best]]), rule
 
 
 @swift

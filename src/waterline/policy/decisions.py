@@ -46,7 +46,6 @@ FIRST_FREE: Final = 35
 PREFIX_BEHIND: Final = 36
 PREFIX_BUSY: Final = 37
 LAST_RESORT: Final = 38
-FAILED_ELSEWHERE: Final = 39
 FULL_EFFORT: Final = 40
 LOAD_HIGH: Final = 41
 OWN_IDLE: Final = 50
@@ -93,7 +92,6 @@ RULES: Final[dict[int, tuple[str, str]]] = {
         "Another replica keeps the beginning of the prompt, but has no slot for it, or is not in service.",
     ),
     LAST_RESORT: ("last resort", "No replica in service can write it; of those that drain it would be done first."),
-    FAILED_ELSEWHERE: ("failed elsewhere", "It failed on another replica, and goes to the best of the others."),
     FULL_EFFORT: ("full effort", "The load leaves time for all the thinking that was asked for."),
     LOAD_HIGH: ("load high", "Thinking is cut so that requests start before their deadline."),
     OWN_IDLE: ("own, idle", "The tenant starts a replica on idle GPUs, within what it deserves."),
@@ -121,7 +119,6 @@ PLACES_WHY: Final = (  # a request goes to a replica
     PREFIX_BEHIND,
     PREFIX_BUSY,
     LAST_RESORT,
-    FAILED_ELSEWHERE,  # live only: in a rehearsal a replica fails all its requests, and is out of service then
 )
 TURNS_WHY: Final = (BELOW_GUARANTEE, BELOW_DESERVED, BORROWS)  # a tenant is the next
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from waterline.policy import admission, routing
 from waterline.policy.admission import Accounts, FairQueue
-from waterline.policy.decisions import NO_REPLICA, NONE, NOT_SERVED, SLOT_FREE, TOO_LATE, TOO_LONG, WAITS_FOR_SLOT
+from waterline.policy.decisions import NO_REPLICA, NOT_SERVED, SLOT_FREE, TOO_LATE, TOO_LONG, WAITS_FOR_SLOT
 from waterline.policy.jit import compiled, swift
 from waterline.policy.routing import NOBODY, Prefixes, Ready, Replicas
 
@@ -80,7 +80,6 @@ class Arrival(NamedTuple):
     cached_tokens: int  # of its prompt, known to be cached there
     seconds: float  # how long it should wait, or after how many it would be taken in
     gpu_s: float  # what it should cost: to be said again at `start`, and settled in the end
-    why: int  # that replica, of `decisions.PLACES_WHY`; or NONE
 
 
 def new_desk(
@@ -308,9 +307,9 @@ def arrive(
         draw: see `routing.route`.
     """
     if tokens > desk.models.ever_tokens[model]:
-        return Arrival(TOO_LONG, NOBODY, 0, 0.0, 0.0, NONE)
+        return Arrival(TOO_LONG, NOBODY, 0, 0.0, 0.0)
     if tokens > desk.models.longest_tokens[model]:
-        return Arrival(NOT_SERVED, NOBODY, 0, ttft_s, 0.0, NONE)
+        return Arrival(NOT_SERVED, NOBODY, 0, ttft_s, 0.0)
     line = line_of(desk, model, client)
     gpu_s = expected_gpu_s(desk, model, prompt_tokens - cached_tokens, output_tokens)
     rule, seconds = admission.admit(
@@ -326,12 +325,12 @@ def arrive(
         admission.start_within_s(ttft_s, prompt_tokens - cached_tokens, desk.models.reader_tokens_per_s[model]),
     )
     if rule == SLOT_FREE:
-        replica, kept_tokens, why = _route(desk, model, prompt_tokens, tokens, blocks, draw)
+        replica, kept_tokens, _ = _route(desk, model, prompt_tokens, tokens, blocks, draw)
         if replica != NOBODY:
             admission.start_at_once(desk.accounts, desk.queue, line, gpu_s)
             kept_tokens = max(kept_tokens, cached_tokens)
             _give(desk, model, replica, prompt_tokens, prompt_tokens - kept_tokens, output_tokens, blocks)
-            return Arrival(SLOT_FREE, replica, kept_tokens, seconds, gpu_s, why)
+            return Arrival(SLOT_FREE, replica, kept_tokens, seconds, gpu_s)
         rule = WAITS_FOR_SLOT  # the free slots are of replicas that cannot hold it
     return _answer(desk, model, line, gpu_s, desk.models.gpus[model], rule, seconds)
 
@@ -365,7 +364,7 @@ def arrive_ahead(
     """
     deadline_s = admission.start_within_s(ttft_s, unread_tokens, reader_tokens_per_s)
     if ready_in_s > deadline_s:
-        return Arrival(NOT_SERVED, NOBODY, 0, ready_in_s, gpu_s, NONE)
+        return Arrival(NOT_SERVED, NOBODY, 0, ready_in_s, gpu_s)
     line = line_of(desk, model, client)
     rule, seconds = admission.admit(
         desk.accounts, desk.queue, line, model, gpu_s, 0, PLACES, gpus, ready_in_s, deadline_s
@@ -504,7 +503,7 @@ def _answer(desk: Desk, model: int, line: int, gpu_s: float, gpus: float, rule: 
         admission.enter(desk.queue, line, model, gpu_s)
     if rule == TOO_LATE:
         seconds = admission.tell(desk.queue, line, model, gpu_s, gpus, seconds)
-    return Arrival(rule, NOBODY, 0, seconds, gpu_s, NONE)
+    return Arrival(rule, NOBODY, 0, seconds, gpu_s)
 
 
 @swift

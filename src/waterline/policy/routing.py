@@ -20,16 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from waterline.policy.decisions import (
-    FIRST_FREE,
-    NO_REPLICA,
-    ONLY_FREE,
-    ONLY_REPLICA,
-    PREFIX_BEHIND,
-    PREFIX_BUSY,
-    PREFIX_CACHED,
-    SHORTEST_WAIT,
-)
+from waterline.policy.decisions import NO_REPLICA, PREFIX_CACHED, SHORTEST_WAIT
 from waterline.policy.jit import swift
 
 NOBODY = -1
@@ -76,18 +67,6 @@ class Ready(NamedTuple):
     place: NDArray[np.int64]  # [replica] in that list, or NOBODY
     weight: NDArray[np.float64]  # [replica] for `make_ready` to work with
     stacks: NDArray[np.int64]  # [replica] likewise
-
-
-class Choice(NamedTuple):
-    """A replica for a request, and why. Who needs no more than the first three pays for no more, once compiled."""
-
-    replica: int  # or NOBODY
-    cached_tokens: int  # of the prompt, that it has read before
-    rule: int  # of `decisions.PLACES_WHY`, or NO_REPLICA
-    done_s: float  # when it would have served its backlog and read the prompt
-    other: int  # the runner-up of those looked at; who keeps the prompt's beginning, where that was not taken; NOBODY
-    other_s: float  # likewise `done_s`; infinite where it is not known
-    kept_tokens: int  # of the prompt, by whoever keeps most of it
 
 
 def new_replicas(rows: int) -> Replicas:
@@ -231,38 +210,17 @@ def route(
         block_tokens: tokens of a block.
         draw: a whole number below `MOST_DRAWN`, uniform.
     """
-    choice = choose(replicas, ready, prefixes, pool, prompt_tokens, tokens, blocks, block_tokens, draw)
-    return choice.replica, choice.cached_tokens, choice.rule
-
-
-@swift
-def choose(
-    replicas: Replicas,
-    ready: Ready,
-    prefixes: Prefixes,
-    pool: int,
-    prompt_tokens: int,
-    tokens: int,
-    blocks: NDArray[np.int64],
-    block_tokens: int,
-    draw: int,
-) -> Choice:
-    """Return what `route` does, with the numbers that decided; arguments as there."""
-    best, best_s, other, other_s, rule = _shortest(replicas, ready, pool, prompt_tokens, tokens, draw)
-    if best == NOBODY or len(blocks) == 0:
-        return Choice(best, 0, rule, best_s, other, other_s, 0)
-    keeper, kept_tokens = longest_prefix(prefixes, replicas.born, blocks, block_tokens)
-    kept_tokens = min(kept_tokens, prompt_tokens - 1)  # the last token is read again to produce one
-    if kept_tokens <= 0 or replicas.pool[keeper] != pool:
-        return Choice(best, 0, rule, best_s, other, other_s, 0)
-    if not _can_take(replicas, keeper, tokens):
-        return Choice(best, 0, PREFIX_BUSY, best_s, keeper, np.inf, kept_tokens)
-    keeper_s = _done_s(replicas, keeper, prompt_tokens - kept_tokens)
-    if keeper_s > best_s:
-        return Choice(best, 0, PREFIX_BEHIND, best_s, keeper, keeper_s, kept_tokens)
-    if keeper != best:
-        other, other_s = best, best_s
-    return Choice(keeper, kept_tokens, PREFIX_CACHED, keeper_s, other, other_s, kept_tokens)
+    best = _shortest(replicas, ready, pool, prompt_tokens, tokens, draw)
+    if best == NOBODY:
+        return NOBODY, 0, NO_REPLICA
+    if len(blocks) > 0:
+        keeper, kept_tokens = longest_prefix(prefixes, replicas.born, blocks, block_tokens)
+        kept_tokens = min(kept_tokens, prompt_tokens - 1)  # the last token is read again to produce one
+        if kept_tokens > 0 and replicas.pool[keeper] == pool and _can_take(replicas, keeper, tokens):
+            best_s = _done_s(replicas, best, prompt_tokens)
+            if _done_s(replicas, keeper, prompt_tokens - kept_tokens) <= best_s:
+                return keeper, kept_tokens, PREFIX_CACHED
+    return best, 0, SHORTEST_WAIT
 
 
 @swift
@@ -296,15 +254,10 @@ def remember(prefixes: Prefixes, born: NDArray[np.int64], blocks: NDArray[np.int
 
 
 @swift
-def _shortest(
-    replicas: Replicas, ready: Ready, pool: int, prompt_tokens: int, tokens: int, draw: int
-) -> tuple[int, float, int, float, int]:
-    """Return the replica that would be done first of those looked at, when, the runner-up likewise, and the rule.
-
-    Looked at are all of a few, else two drawn that can take it.
-    """
+def _shortest(replicas: Replicas, ready: Ready, pool: int, prompt_tokens: int, tokens: int, draw: int) -> int:
+    """Return the replica that would be done first of those looked at: all of a few, else two drawn that can take it."""
     first, size = pool * len(ready.place), ready.size[pool]
-    best, best_s, other, other_s, looked = NOBODY, np.inf, NOBODY, np.inf, 0
+    best, best_s, looked = NOBODY, np.inf, 0
     digits, later = draw & (HALF - 1), draw >> HALF_BITS
     for look in range(size if size <= FEW else MOST_DRAWS):
         replica = ready.replicas[first + (look if size <= FEW else _drawn(ready, first, size, digits))]
@@ -313,23 +266,18 @@ def _shortest(
             continue
         done_s = _done_s(replicas, replica, prompt_tokens)
         if done_s < best_s or (done_s == best_s and replica < best):
-            best, best_s, other, other_s = replica, done_s, best, best_s
-        elif replica != best and done_s < other_s:
-            other, other_s = replica, done_s
+            best, best_s = replica, done_s
         looked += 1
         if looked == LOOKS and size > FEW:
             break
-    if best != NOBODY:
-        rule = SHORTEST_WAIT if other != NOBODY else ONLY_REPLICA if size == 1 else ONLY_FREE
-        return int(best), float(best_s), int(other), float(other_s), rule
-    if size > FEW:
+    if best == NOBODY and size > FEW:
         count = ready.frees[pool]
         begin = (digits * count) >> HALF_BITS
         for step in range(count):
             replica = ready.free[first + (begin + step if begin + step < count else begin + step - count)]
             if _can_take(replicas, replica, tokens):
-                return int(replica), _done_s(replicas, replica, prompt_tokens), NOBODY, np.inf, FIRST_FREE
-    return NOBODY, np.inf, NOBODY, np.inf, NO_REPLICA
+                return int(replica)
+    return int(best)
 
 
 @swift

@@ -6,9 +6,19 @@ need it: whole numbers in flat arrays (see `state`), floats only where `policy` 
 """
 
 from waterline.policy import dispatch
-from waterline.policy.decisions import COMES_BACK, NOT_SERVED, SLOT_FREE, TAKES_OVER, WAITS_FOR_SLOT
+from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, TAKES_OVER, WAITS_FOR_SLOT
 from waterline.policy.routing import NOBODY
-from waterline.rehearsal.entries import explain, explain_last_resort, explain_turn, has_entries, write_entry
+from waterline.rehearsal.entries import (
+    PRIME,
+    explain,
+    explain_arrival,
+    explain_last_resort,
+    explain_start,
+    has_entries,
+    write_arrival,
+    write_entry,
+    write_start,
+)
 from waterline.rehearsal.heaps import ENDS, alone, pop, push, reschedule
 from waterline.rehearsal.jit import apart, compiled, inlined
 from waterline.rehearsal.leaving import drop_left, end_time, gave_up, set_timer
@@ -90,12 +100,11 @@ from waterline.rehearsal.state import (
 )
 from waterline.rehearsal.steptime import span, steps_until
 
-PRIME = 2**31 - 1  # of the dice, two generators of Lehmer's
 MOST_STILL = 4000  # ticks; by then every account has forgotten everything, and who still waits waits for ever
 
 
 @compiled
-def run(  # noqa: C901 - all that can happen, in one place
+def run(  # noqa: C901, PLR0912 - all that can happen, in one place
     memory: Memory, asked: Asked, start: int, row: int, last: int, changed: int, failed: int, draining: int
 ) -> int:
     """Let everything happen up to and including `last`, but for steps that begin then.
@@ -135,7 +144,12 @@ def run(  # noqa: C901 - all that can happen, in one place
         elif index < count:
             if not has_room(memory):
                 return index
-            if arrive(memory, asked, index, row + index):
+            if len(memory.logs) > 0:
+                explain_arrival(memory, asked, index, row + index)
+            waits = arrive(memory, asked, index, row + index)
+            if len(memory.logs) > 0:
+                write_arrival(memory, row + index, at)
+            if waits:
                 start_waiting(memory, asked.models[index], at)
             index += 1
         elif changed:
@@ -176,7 +190,7 @@ def has_room(memory: Memory) -> bool:
         memory.counters[OUT_OF_TIME] == 0
         and memory.counters[FREE_SLOT] != NONE
         and 2 * (memory.counters[TIMERS] + TIMERS_EACH) <= len(memory.timers)
-        and (len(memory.log) == 0 or has_entries(memory))
+        and (len(memory.logs) == 0 or has_entries(memory))
     )
     return room
 
@@ -189,9 +203,6 @@ def arrive(memory: Memory, asked: Asked, index: int, request: int) -> bool:
     """Ask the desk about a request; return whether it waits although a slot may be free."""
     now, model, client = asked.arrivals[index], asked.models[index], asked.clients[index]
     prompt, output, cached = asked.prompts[index], asked.outputs[index], asked.cached[index]
-    draw = roll(memory)
-    if len(memory.log) > 0:
-        explain(memory, model, request, prompt, prompt + output, draw)
     answer = dispatch.arrive(
         memory.desk,
         model,
@@ -202,7 +213,7 @@ def arrive(memory: Memory, asked: Asked, index: int, request: int) -> bool:
         prompt + output,
         memory.ttft_s[model],
         memory.blocks[memory.first_block[request] : memory.first_block[request + 1]],
-        draw,
+        roll(memory),
     )
     taken = answer.rule == SLOT_FREE or answer.rule == WAITS_FOR_SLOT  # noqa: PLR1714 - compiled code has no sets
     write_result(memory, request, client, now if not taken else UNFINISHED, -answer.rule if not taken else NONE)
@@ -224,8 +235,6 @@ def arrive(memory: Memory, asked: Asked, index: int, request: int) -> bool:
         number = set_timer(memory, now + asked.leaves[index], slot)
         memory.extras[request * EXTRA + LEFT_WITH] = -2 - number
     if answer.rule == SLOT_FREE:
-        if len(memory.log) > 0:
-            write_entry(memory, now, request, SLOT_FREE, answer.replica)
         accept(memory, answer.replica, slot, now, answer.cached_tokens)
         return False
     line = dispatch.line_of(memory.desk, model, client)
@@ -286,6 +295,8 @@ def start_all_waiting(memory: Memory, now: int) -> None:
 def start_those(memory: Memory, model: int, now: int) -> None:
     """Start one after the other, as long as there is a slot for the one whose turn it is."""
     while True:
+        if len(memory.logs) > 0:
+            explain_start(memory, model)
         client, _ = dispatch.next_turn(memory.desk, model)
         if client == NOBODY:
             return
@@ -293,11 +304,6 @@ def start_those(memory: Memory, model: int, now: int) -> None:
         slot = memory.line_heads[line]
         at = slot * SLOT
         request = memory.slots[at + REQUEST]
-        draw = roll(memory)
-        if len(memory.log) > 0:
-            tokens = memory.slots[at + PROMPT] + memory.slots[at + PRODUCED]
-            explain(memory, model, request, tokens, memory.slots[at + PROMPT] + memory.slots[at + OUTPUT], draw)
-            explain_turn(memory, model)
         replica, cached, rule = dispatch.start(
             memory.desk,
             model,
@@ -308,7 +314,7 @@ def start_those(memory: Memory, model: int, now: int) -> None:
             memory.slots[at + PROMPT] + memory.slots[at + OUTPUT],
             memory.reals[2 * request + COST_GPU_S],
             memory.blocks[memory.first_block[request] : memory.first_block[request + 1]],
-            draw,
+            roll(memory),
         )
         if replica == NOBODY and rule != NOT_SERVED:
             return
@@ -319,10 +325,9 @@ def start_those(memory: Memory, model: int, now: int) -> None:
             memory.results[request * RESULT + SERVED_BY] = -NOT_SERVED
             free_slot(memory, slot)
         else:
-            if len(memory.log) > 0:
-                begun = memory.results[request * RESULT + STARTED_AT] >= 0
-                write_entry(memory, now, request, COMES_BACK if begun else WAITS_FOR_SLOT, replica)
             accept(memory, replica, slot, now, cached)
+            if len(memory.logs) > 0:
+                write_start(memory, now)
 
 
 @apart
@@ -340,7 +345,7 @@ def arrive_to_be_written(memory: Memory, now: int) -> None:
     expected = memory.models[model * MODEL_FIELDS + EXPECTED_OUTPUT]
     tokens = memory.slots[at + PROMPT] + memory.slots[at + OUTPUT]
     draw = roll(memory)
-    if len(memory.log) > 0:
+    if len(memory.logs) > 0:
         explain(memory, model + len(memory.ttft_s), NONE, 0, tokens, draw)
     replica = dispatch.take_over(memory.desk, model, expected, tokens, draw)
     if replica == NOBODY:
@@ -350,10 +355,10 @@ def arrive_to_be_written(memory: Memory, now: int) -> None:
             memory.counters[COMING] += 1
             memory.counters[SEQUENCE] += 1
             return
-        if len(memory.log) > 0:
+        if len(memory.logs) > 0:
             explain_last_resort(memory, replica)
         memory.desk.replicas.backlog_tokens[replica] += expected
-    if len(memory.log) > 0:
+    if len(memory.logs) > 0:
         write_entry(memory, now, memory.slots[at + REQUEST], TAKES_OVER, replica)
     take_over(memory, replica, slot, now)
 

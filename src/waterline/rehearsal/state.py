@@ -100,8 +100,7 @@ EXTRA = 5
 
 # A request that the desk gives to a replica, and why: what is kept for the log of decisions, if that is wanted.
 ENTRY_AT, ENTRY_REQUEST, ENTRY_RULE, ENTRY_REPLICA, ENTRY_REASONS = range(5)
-REASON_COUNT = len(REASONS)
-ENTRY = ENTRY_REASONS + REASON_COUNT
+ENTRY = ENTRY_REASONS + len(REASONS)
 ENTRIES_EACH = 4  # a request has at most so many in one call of the event loop: read and written, and a failure between
 
 # Steps of one kind of replica; tables are offsets into `Memory.tables`.
@@ -204,6 +203,7 @@ class Memory(NamedTuple):
     buckets: Any  # [a power of two] the first page of each, or NONE
     log: Any  # [1 + entries x ENTRY] how many entries there are, and they; empty where no log is kept
     remembers: Any  # () until prompts come with their blocks, then (1,): compiled code is another for either
+    logs: Any  # () where no log is kept, else (1,): likewise, and who keeps one also remembers
 
 
 class Asked(NamedTuple):
@@ -277,7 +277,8 @@ def make_memory(terms: Terms, slots: int) -> Memory:
         pages=aligned(0),
         buckets=aligned(1, NONE),
         log=aligned(1 if terms.reasons else 0),
-        remembers=(),
+        remembers=(1,) if terms.reasons else (),
+        logs=(1,) if terms.reasons else (),
     )
     return with_slots(memory, slots)
 

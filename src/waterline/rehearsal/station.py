@@ -454,7 +454,7 @@ def shown(memory: Memory) -> Memory:
     """Return the memory as the event loop wants it, compiled or not."""
     if seen(NOBODY) is NOBODY:
         return memory
-    return Memory(dispatch.plain(memory.desk), *[*map(seen, memory[1:-1]), memory.remembers])
+    return Memory(dispatch.plain(memory.desk), *[*map(seen, memory[1:-2]), memory.remembers, memory.logs])
 
 
 def _refuse_time() -> NoReturn:

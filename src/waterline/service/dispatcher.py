@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 
 from waterline.plan import Plan, Replica
 from waterline.policy import dispatch
-from waterline.policy.decisions import COMES_BACK, FAILED_ELSEWHERE, NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
+from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
 from waterline.policy.routing import MOST_DRAWN, NOBODY
 from waterline.service.lines import Lane, Refusal, Service, Ticket, Turn, most_tokens, reads_per_s, works_per_s
 from waterline.service.rows import Rows
 
 Draw = Callable[[], int]
-Placed = Callable[["Ticket", int, int], None]
 
 PATIENCE = 3  # how much longer than its deadline a request may wait that was taken in, before it is told
 LEAST_WAIT_S = 10.0
@@ -38,12 +37,9 @@ class Dispatcher:
     Args:
         plan: whose replicas there are; none is ready yet.
         draw: a whole number below `MOST_DRAWN`, uniform.
-        placed: called when a request is given to a replica, its lane, with two keys of `decisions.RULES`: why that one,
-            of PLACES_WHY; and whose turn it was, of TURNS_WHY, or SLOT_FREE or COMES_BACK.
     """
 
-    def __init__(self, plan: Plan, draw: Draw | None = None, placed: Placed = lambda *_: None) -> None:
-        self._placed = placed
+    def __init__(self, plan: Plan, draw: Draw | None = None) -> None:
         self._draw = draw or (lambda: random.randrange(MOST_DRAWN))  # noqa: S311 - which of two queues is no secret
         self.rows = Rows(plan)
         self.services: dict[str, Service] = {}
@@ -362,7 +358,6 @@ class Dispatcher:
         ticket.clients.come(ticket.client)
         if arrival.rule == SLOT_FREE:
             self._run(ticket, arrival.replica, arrival.cached_tokens, now_s)
-            self._go(ticket, arrival.why, SLOT_FREE)
         else:
             ticket.service.lines.setdefault(ticket.client, deque()).append(ticket)
             self._advance(ticket.service, now_s)
@@ -371,17 +366,17 @@ class Dispatcher:
     def _advance(self, service: Service, now_s: float) -> None:
         """Start whoever may start: first those who have begun before."""
         for ticket in tuple(service.returned):
-            self._start(service, ticket, now_s, COMES_BACK)
+            self._start(service, ticket, now_s)
         while service.lines:
-            client, turn = dispatch.next_turn(self.rows.desk, service.row)
-            if client == NOBODY or not self._start(service, service.lines[client][0], now_s, turn):
+            client, _ = dispatch.next_turn(self.rows.desk, service.row)
+            if client == NOBODY or not self._start(service, service.lines[client][0], now_s):
                 return
 
-    def _start(self, service: Service, ticket: Ticket, now_s: float, turn: int) -> bool:
+    def _start(self, service: Service, ticket: Ticket, now_s: float) -> bool:
         """Start a request where it has not failed before, if there is anybody else; tell whether there is a slot."""
         avoided = self._avoided(service, ticket, writers=False)
         self._set_serving(avoided, 0)
-        replica, cached_tokens, why = dispatch.start(
+        replica, cached_tokens, _ = dispatch.start(
             self.rows.desk,
             service.row,
             ticket.client,
@@ -397,7 +392,6 @@ class Dispatcher:
         if replica != NOBODY:
             self._unline(ticket)
             self._run(ticket, replica, cached_tokens, now_s)
-            self._go(ticket, FAILED_ELSEWHERE if avoided else why, turn)
         return replica != NOBODY
 
     def _avoided(self, service: Service, ticket: Ticket, *, writers: bool) -> Sequence[int]:
@@ -419,9 +413,6 @@ class Dispatcher:
         ticket.lane, ticket.running, ticket.unread = lane, True, True
         ticket.unread_tokens = ticket.prompt_tokens - cached_tokens
         ticket.begun_share_s, ticket.start_s = lane.share_s, now_s
-
-    def _go(self, ticket: Ticket, why: int, turn: int) -> None:
-        self._placed(ticket, why, turn)
         ticket.turn(True)  # noqa: FBT003 - a callback of one argument
 
     def _take_off(self, ticket: Ticket, now_s: float, gpu_s: float | None = None) -> bool:

@@ -86,13 +86,11 @@ class Gateway:
         self.loopback = loopback
         self._ledger = ledger
         self.access = Access(plan.fleet, ledger, loopback=loopback)
-        self._slos = dict(plan.fleet.slos)
-        self.metrics = Metrics(self._slos, self.snapshot)
-        self.dispatcher = Dispatcher(
-            plan, placed=lambda ticket, why, turn: self.metrics.placed(ticket.service.planned.model, why, turn)
-        )
+        self.dispatcher = Dispatcher(plan)
         self.jobs_now: Callable[[], tuple[JobNow, ...]] = tuple  # whoever keeps jobs says how they are
         self.batches_now: Callable[[], tuple[BatchNow, ...]] = tuple  # whoever runs batches, likewise
+        self._slos = dict(plan.fleet.slos)
+        self.metrics = Metrics(self._slos, self.snapshot)
         self._clock = clock
         self._begun_s = clock()
         self._passages = Passages(

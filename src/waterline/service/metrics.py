@@ -13,7 +13,6 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from waterline.outcome import STATUSES, Completion
-from waterline.policy.decisions import RULES
 from waterline.service.recent import Recent
 from waterline.snapshot import HEALTHS, EjectionNow, MoveNow, Snapshot
 from waterline.workload import Slo
@@ -71,13 +70,6 @@ class Metrics:
         self.ejections = Counter(
             "waterline_ejections", "Times a replica got no work for a while.", ("model",), registry=self.registry
         )
-        self.placements = Counter(
-            "waterline_placements",
-            "Requests given to a replica, by why that one and whose turn it was.",
-            ("model", "why", "turn"),
-            registry=self.registry,
-        )
-        self._placed: dict[tuple[str, int, int], Counter] = {}
         self.changes = Counter(
             "waterline_replica_changes",
             "Times a replica came into a state.",
@@ -91,12 +83,6 @@ class Metrics:
         if who not in self._of:
             self._of[who] = _Requests(self, *who)
         self._of[who].count(completion, within_slo=completion.meets(self._slos[completion.model]))
-
-    def placed(self, model: str, why: int, turn: int) -> None:
-        """Count a request that is given to a replica; keys of `decisions.RULES`."""
-        if (model, why, turn) not in self._placed:
-            self._placed[model, why, turn] = self.placements.labels(model, RULES[why][0], RULES[turn][0])
-        self._placed[model, why, turn].inc()
 
     def moved(self, move: MoveNow) -> None:
         self.recent.moves.appendleft(move)
