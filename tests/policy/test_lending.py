@@ -334,6 +334,13 @@ def test_what_a_tenant_can_spare_passes_to_another_of_the_same_model_as_it_runs(
     assert (fleet.gpus_of("public"), fleet.gpus_of("enterprise")) == (5, 3)  # a fiftieth above what it needs is kept
 
 
+def test_what_serves_another_model_is_not_taken_over() -> None:
+    fleet = Fleet((8,), {"public": (0, 8, 8), "enterprise": (0, 0, 8), "other": (0, 0, 8)})
+    fleet.services.model[:], fleet.services.tenant[:] = (0, 0, 1), (0, 1, 1)
+    moves = fleet.run("other", 4).run("enterprise", 2).want(public=4).moves()
+    assert moves.victim[moves.kind == holdings.TAKE_OVER].tolist() == [4, 5], "its four of the other model stay"
+
+
 def test_a_guarantee_is_not_taken_over() -> None:
     fleet = shared(public=(0, 2, 8), enterprise=(6, 6, 8)).want(public=5).run("enterprise", 6)
     assert said(fleet.step()) == [("start", "own, idle")] * 2

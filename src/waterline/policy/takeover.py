@@ -80,10 +80,10 @@ def _rule(
     by: int,
     now_s: float,
 ) -> int:
-    """Return the rule by which a replica may pass to a service; NOBODY if it may not."""
+    """Return the rule by which a replica of who might give may pass to a service; NOBODY if it may not."""
     giver = replicas.service[replica]
     owner, mine, gpus = services.tenant[giver], services.tenant[service], replicas.gpus[replica]
-    if not tally.staying[replica] or services.model[giver] != services.model[service] or owner == mine:
+    if not tally.staying[replica]:
         return NOBODY
     left, after = tally.usage[owner] - gpus, tally.usage[mine] + gpus
     if left < tenants.guarantee_gpus[owner] - DUST or tally.occupied[mine] + gpus > tenants.limit_gpus[mine] + DUST:
