@@ -132,6 +132,12 @@ def test_when_nobody_can_give_alone_those_give_first_who_have_the_most_over_what
     assert fleet.moves().victim.tolist() == [NOBODY, 2, 1], "d has four times what it deserves, c twice, b 4 of 3"
 
 
+def test_who_has_the_most_over_what_it_deserves_gives_alone_though_others_would_lose_less() -> None:
+    fleet = Fleet((4, 4), {"a": (0, 4, 8), "b": (0, 1, 8), "c": (0, 3, 8)}, model_gpus=((4, 4),) * 3)
+    fleet.run("b", node=0, lost_gpu_s=500).run("c", node=1).want(a=4, b=4, c=4)
+    assert fleet.moves().victim.tolist() == [NOBODY, 0]
+
+
 def test_a_loan_moves_to_the_node_where_least_is_lost() -> None:
     fleet = two_nodes().want(public=8, research=INF)
     fleet.run("research", 2, node=0, lost_gpu_s=50).run("research", 1, node=1, lost_gpu_s=90).run("research", 1, node=1)
