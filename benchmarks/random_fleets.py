@@ -444,7 +444,7 @@ def random_requests(dice: np.random.Generator, plan: Plan, steps: int, step_s: f
 def begin(drawn: Drawn) -> tuple[Life, Traffic]:
     """Return the fleet at its beginning, and what will be asked."""
     asked = traffic(drawn.plan, drawn.requests, seed=0, duration_s=None)
-    life = Life(drawn.policy, drawn.plan, asked, Recorder(drawn.plan, asked.length_s), drawn.failures)
+    life = Life(drawn.policy, drawn.plan, asked, Recorder(drawn.plan, asked.length_s), drawn.failures, reasons=False)
     tide = life.setting.roster.tide
     if drawn.reacts:
         tide.source[tide.source != FIXED] = REACT

@@ -10,7 +10,6 @@ from waterline.policy.decisions import COMES_BACK, SLOT_FREE, WAITS_FOR_SLOT
 from waterline.policy.routing import NOBODY
 from waterline.rehearsal.jit import apart, inlined
 from waterline.rehearsal.state import (
-    ENTRIES_EACH,
     ENTRY,
     ENTRY_AT,
     ENTRY_REASONS,
@@ -27,7 +26,6 @@ from waterline.rehearsal.state import (
     SECOND_DICE,
     SLOT,
     STARTED_AT,
-    UNDER_WAY,
     Asked,
     Memory,
 )
@@ -40,14 +38,6 @@ def next_draw(memory: Memory) -> int:
     """Return what `kernel.roll` will, and do not go on."""
     draw: int = memory.counters[SECOND_DICE] * 69_621 % PRIME << 31 | memory.counters[FIRST_DICE] * 48_271 % PRIME
     return draw
-
-
-@inlined
-def has_entries(memory: Memory) -> bool:
-    """Whether the log has room for all that may be written before somebody empties it, should one more come."""
-    entries = memory.log[0] + ENTRIES_EACH * (memory.counters[UNDER_WAY] + 1)
-    enough: bool = 1 + ENTRY * entries <= len(memory.log)
-    return enough
 
 
 @apart

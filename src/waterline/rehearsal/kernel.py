@@ -14,7 +14,6 @@ from waterline.rehearsal.entries import (
     explain_arrival,
     explain_last_resort,
     explain_start,
-    has_entries,
     write_arrival,
     write_entry,
     write_start,
@@ -190,7 +189,6 @@ def has_room(memory: Memory) -> bool:
         memory.counters[OUT_OF_TIME] == 0
         and memory.counters[FREE_SLOT] != NONE
         and 2 * (memory.counters[TIMERS] + TIMERS_EACH) <= len(memory.timers)
-        and (len(memory.logs) == 0 or has_entries(memory))
     )
     return room
 

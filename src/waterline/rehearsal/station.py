@@ -242,10 +242,12 @@ class Station:
         while done < count:
             at_ps = self._changes.next_ps
             until = int(np.searchsorted(asked.arrivals, at_ps))  # changes come before arrivals
+            if self.memory.logs:
+                until = min(until, done + FIRST_SLOTS)  # for as many the log has room
             if until > done:
                 self._run(asked, done, until, first)
                 done = until
-            if done < count:
+            if done < count and asked.arrivals[done] >= at_ps:
                 self.advance(at_ps)
 
     def advance(self, until_ps: int) -> None:
