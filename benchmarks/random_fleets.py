@@ -219,13 +219,19 @@ def check_requests(life: Life, asked: int, settled: Sequence[Settled]) -> None:
         hold(right.all(), "who answers is of the model that was asked for")
         hold((what.finish_ps[refused] >= asked_for.arrival_ps[refused]).all(), "nobody is refused before they ask")
         hold((what.retry_s >= 0.0).all() and np.isfinite(what.retry_s).all(), "who is refused hears when to come back")
-        waited_ps = what.finish_ps[gone] - asked_for.arrival_ps[gone]
-        hold((asked_for.patience_ps[gone] != NEVER).all(), "only who is impatient gives up")
-        hold((waited_ps >= asked_for.patience_ps[gone]).all(), "nobody gives up before their patience ends")
+        stayed_ps = what.finish_ps - asked_for.arrival_ps
+        patience_ps, leaves_ps = (
+            np.where(one == NEVER, np.inf, one) for one in (asked_for.patience_ps, asked_for.leaves_ps)
+        )
+        gives_up = gone & (what.replica < 0)
+        hold((stayed_ps >= np.where(gives_up, np.minimum(patience_ps, leaves_ps), leaves_ps))[gone].all(), GOES)
+        on_the_way_ps = np.array([one.step.first_token_ps for one in life.house.station.capacities], np.int64)[rows]
+        hold((stayed_ps[served] - on_the_way_ps <= leaves_ps[served]).all(), GOES)
         hold((what.cached_tokens <= asked_for.prompt_tokens).all(), "no more is cached than was asked")
 
 
 ONCE = "every request ends, once"
+GOES = "a client goes when it said it would, and not before; nobody answers who has gone"
 
 
 # --- Fleets drawn at random -------------------------------------------------------------------------------------------
@@ -406,7 +412,7 @@ def random_requests(dice: np.random.Generator, plan: Plan, steps: int, step_s: f
     arrival_s, row = arrival_s[order], row[order]
     prompts = np.clip(dice.lognormal(6.2, 1.0, count), 1, 7000).astype(np.int32)
     outputs = np.clip(dice.lognormal(4.1, 1.0, count), 1, 1000).astype(np.int32)
-    named, impatient, alike = (dice.random(3) < (0.7, 0.5, 0.5)).tolist()
+    named, impatient, alike, leave = (dice.random(4) < (0.7, 0.5, 0.5, 0.5)).tolist()
     blocks = None
     if alike:
         stories = dice.integers(0, 20, count)
@@ -426,6 +432,9 @@ def random_requests(dice: np.random.Generator, plan: Plan, steps: int, step_s: f
         client=dice.integers(0, 12, count).astype(np.int32) if named else np.full(count, UNSAID, np.int32),
         patience_ns=np.where(
             dice.random(count) < 0.3 * impatient, (1 + dice.exponential(5e9, count)).astype(np.int64), ENDLESS
+        ),
+        leaves_ns=np.where(
+            dice.random(count) < 0.3 * leave, (1 + dice.exponential(10e9, count)).astype(np.int64), ENDLESS
         ),
         blocks=blocks,
     )
@@ -485,7 +494,8 @@ def happened(drawn: Drawn, life: Life, settled: Sequence[Settled]) -> Counter[st
     for one in settled:
         found["requests"] += len(one.numbers)
         found["requests: served"] += int((one.status == OK).sum())
-        found["requests: cancelled"] += int((one.status == CANCELLED).sum())
+        found["requests: gave up"] += int(((one.status == CANCELLED) & (one.passages.replica < 0)).sum())
+        found["requests: left in the middle"] += int(((one.status == CANCELLED) & (one.passages.replica >= 0)).sum())
         found["requests: preempted"] += int((one.passages.preemptions > 0).sum())
         found["requests: went on elsewhere"] += int((one.passages.restarts > 0).sum())
         found["requests: prompt found in cache"] += int((one.passages.cached_tokens > 0).sum())

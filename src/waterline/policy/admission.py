@@ -257,13 +257,13 @@ def until_turn_s(
         return 0.0
     first_gpu_s, with_it_gpu_s = work_ahead_gpu_s(accounts, queue, line, request_gpu_s)
     tenants = len(accounts.used_gpu_s)
-    standing, _ = _standing(accounts, queue.tenant[line])
+    standing, _ = standing_of(accounts, queue.tenant[line])
     begun_gpu_s = goes_first_gpu_s = 0.0
     for other in range(tenants):
         started_gpu_s = queue.started_gpu_s[model * tenants + other]
         begun_gpu_s += started_gpu_s
         if started_gpu_s > 0.0:
-            others_standing, _ = _standing(accounts, other)
+            others_standing, _ = standing_of(accounts, other)
             if others_standing < standing:
                 goes_first_gpu_s += started_gpu_s
     known_s = queue.queued_s[model] + UNKNOWN_S
@@ -285,12 +285,12 @@ def work_ahead_gpu_s(accounts: Accounts, queue: FairQueue, line: int, request_gp
     others = queue.lines[group] - (1 if queue.waiting[line] > 0 else 0)
     inside_gpu_s = own_gpu_s + min(queue.group_gpu_s[group] - own_gpu_s, others * (own_gpu_s + request_gpu_s))
     first_gpu_s, with_it_gpu_s = 0.0, inside_gpu_s
-    standing, _ = _standing(accounts, tenant)
+    standing, _ = standing_of(accounts, tenant)
     for other in range(len(accounts.used_gpu_s)):
         others_group = group - tenant + other
         if other == tenant or queue.group_waiting[others_group] == 0:
             continue
-        others_standing, _ = _standing(accounts, other)
+        others_standing, _ = standing_of(accounts, other)
         if others_standing < standing:
             first_gpu_s += queue.group_gpu_s[others_group]
         elif others_standing == standing:
@@ -313,7 +313,7 @@ def next_line(accounts: Accounts, queue: FairQueue, model: int) -> tuple[int, in
     for tenant in range(tenants):
         if queue.lines[model * tenants + tenant] == 0:
             continue
-        standing, share = _standing(accounts, tenant)
+        standing, share = standing_of(accounts, tenant)
         if standing < best_standing or (standing == best_standing and best != NOBODY and share < best_share):
             best, best_standing, best_share = tenant, standing, share
     if best == NOBODY:
@@ -484,7 +484,7 @@ def half_to_the(exponent: float) -> float:
 
 
 @swift
-def _standing(accounts: Accounts, tenant: int) -> tuple[int, float]:
+def standing_of(accounts: Accounts, tenant: int) -> tuple[int, float]:
     """Return 0 below the guarantee, 1 below deserved, 2 below the limit, 3 at it; and how much of its due it has."""
     share = share_of(accounts, tenant)
     if share < accounts.guarantee[tenant]:
@@ -498,7 +498,7 @@ def _standing(accounts: Accounts, tenant: int) -> tuple[int, float]:
 
 
 @swift
-def _before(queue: FairQueue, one: int, other: int) -> bool:
+def goes_first(queue: FairQueue, one: int, other: int) -> bool:
     """Whether a line goes before another: by counter, then by index."""
     mine, theirs = queue.counter_gpu_s[one], queue.counter_gpu_s[other]
     return bool(mine < theirs or (mine == theirs and one < other))
@@ -509,16 +509,16 @@ def _sift(queue: FairQueue, line: int) -> None:
     """Move a line up or down the binary heap of its group to where its counter belongs."""
     first, place = queue.first[queue.group[line]], queue.place[line]
     size = queue.lines[queue.group[line]]
-    while place > 0 and _before(queue, line, queue.heap[first + (place - 1) // 2]):
+    while place > 0 and goes_first(queue, line, queue.heap[first + (place - 1) // 2]):
         other = queue.heap[first + (place - 1) // 2]
         queue.heap[first + place] = other
         queue.place[other] = place
         place = (place - 1) // 2
     while True:
         child = 2 * place + 1
-        if child + 1 < size and _before(queue, queue.heap[first + child + 1], queue.heap[first + child]):
+        if child + 1 < size and goes_first(queue, queue.heap[first + child + 1], queue.heap[first + child]):
             child += 1
-        if child >= size or not _before(queue, queue.heap[first + child], line):
+        if child >= size or not goes_first(queue, queue.heap[first + child], line):
             break
         other = queue.heap[first + child]
         queue.heap[first + place] = other

@@ -216,9 +216,9 @@ def route(
     if len(blocks) > 0:
         keeper, kept_tokens = longest_prefix(prefixes, replicas.born, blocks, block_tokens)
         kept_tokens = min(kept_tokens, prompt_tokens - 1)  # the last token is read again to produce one
-        if kept_tokens > 0 and replicas.pool[keeper] == pool and _can_take(replicas, keeper, tokens):
-            best_s = _done_s(replicas, best, prompt_tokens)
-            if _done_s(replicas, keeper, prompt_tokens - kept_tokens) <= best_s:
+        if kept_tokens > 0 and replicas.pool[keeper] == pool and can_take(replicas, keeper, tokens):
+            best_s = serves_in_s(replicas, best, prompt_tokens)
+            if serves_in_s(replicas, keeper, prompt_tokens - kept_tokens) <= best_s:
                 return keeper, kept_tokens, PREFIX_CACHED
     return best, 0, SHORTEST_WAIT
 
@@ -260,11 +260,11 @@ def _shortest(replicas: Replicas, ready: Ready, pool: int, prompt_tokens: int, t
     best, best_s, looked = NOBODY, np.inf, 0
     digits, later = draw & (HALF - 1), draw >> HALF_BITS
     for look in range(size if size <= FEW else MOST_DRAWS):
-        replica = ready.replicas[first + (look if size <= FEW else _drawn(ready, first, size, digits))]
+        replica = ready.replicas[first + (look if size <= FEW else ready_at(ready, first, size, digits))]
         digits, later = later, (digits * 1103515245 + 12345) & (HALF - 1)
-        if not _can_take(replicas, replica, tokens):
+        if not can_take(replicas, replica, tokens):
             continue
-        done_s = _done_s(replicas, replica, prompt_tokens)
+        done_s = serves_in_s(replicas, replica, prompt_tokens)
         if done_s < best_s or (done_s == best_s and replica < best):
             best, best_s = replica, done_s
         looked += 1
@@ -275,13 +275,13 @@ def _shortest(replicas: Replicas, ready: Ready, pool: int, prompt_tokens: int, t
         begin = (digits * count) >> HALF_BITS
         for step in range(count):
             replica = ready.free[first + (begin + step if begin + step < count else begin + step - count)]
-            if _can_take(replicas, replica, tokens):
+            if can_take(replicas, replica, tokens):
                 return int(replica)
     return int(best)
 
 
 @swift
-def _can_take(replicas: Replicas, replica: int, tokens: int) -> bool:
+def can_take(replicas: Replicas, replica: int, tokens: int) -> bool:
     return bool(
         replicas.serves[replica] and replicas.free_slots[replica] > 0 and tokens <= replicas.longest_tokens[replica]
     )
@@ -294,7 +294,7 @@ def _place(prefixes: Prefixes, key: int) -> int:
 
 
 @swift
-def _drawn(ready: Ready, first: int, size: int, digits: int) -> int:
+def ready_at(ready: Ready, first: int, size: int, digits: int) -> int:
     """Return the place that half a draw points to."""
     scaled = digits * size
     place = scaled >> HALF_BITS
@@ -302,7 +302,7 @@ def _drawn(ready: Ready, first: int, size: int, digits: int) -> int:
 
 
 @swift
-def _done_s(replicas: Replicas, replica: int, unread_tokens: int) -> float:
+def serves_in_s(replicas: Replicas, replica: int, unread_tokens: int) -> float:
     """Return when a replica would have served its backlog and read this prompt."""
     return float(
         replicas.backlog_tokens[replica] / replicas.tokens_per_s[replica]

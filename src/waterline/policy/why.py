@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from waterline.policy.admission import OVER_LIMIT_STANDING, Accounts, FairQueue, _before, _standing
+from waterline.policy.admission import OVER_LIMIT_STANDING, Accounts, FairQueue, goes_first, standing_of
 from waterline.policy.decisions import (
     BELOW_DESERVED,
     BELOW_GUARANTEE,
@@ -40,10 +40,10 @@ from waterline.policy.routing import (
     Prefixes,
     Ready,
     Replicas,
-    _can_take,
-    _done_s,
-    _drawn,
+    can_take,
     longest_prefix,
+    ready_at,
+    serves_in_s,
 )
 
 # As `decisions.REASONS` has them; from TURN on they are of requests that have waited.
@@ -165,9 +165,9 @@ def choose(
     kept_tokens = min(kept_tokens, prompt_tokens - 1)  # the last token is read again to produce one
     if kept_tokens <= 0 or replicas.pool[keeper] != pool:
         return Choice(best, 0, rule, best_s, other, other_s, 0)
-    if not _can_take(replicas, keeper, tokens):
+    if not can_take(replicas, keeper, tokens):
         return Choice(best, 0, PREFIX_BUSY, best_s, keeper, np.inf, kept_tokens)
-    keeper_s = _done_s(replicas, keeper, prompt_tokens - kept_tokens)
+    keeper_s = serves_in_s(replicas, keeper, prompt_tokens - kept_tokens)
     if keeper_s > best_s:
         return Choice(best, 0, PREFIX_BEHIND, best_s, keeper, keeper_s, kept_tokens)
     if keeper != best:
@@ -192,11 +192,11 @@ def _two_shortest(
     best, best_s, other, other_s, looked = NOBODY, np.inf, NOBODY, np.inf, 0
     digits, later = draw & (HALF - 1), draw >> HALF_BITS
     for look in range(size if size <= FEW else MOST_DRAWS):
-        replica = ready.replicas[first + (look if size <= FEW else _drawn(ready, first, size, digits))]
+        replica = ready.replicas[first + (look if size <= FEW else ready_at(ready, first, size, digits))]
         digits, later = later, (digits * 1103515245 + 12345) & (HALF - 1)
-        if not _can_take(replicas, replica, tokens):
+        if not can_take(replicas, replica, tokens):
             continue
-        done_s = _done_s(replicas, replica, prompt_tokens)
+        done_s = serves_in_s(replicas, replica, prompt_tokens)
         if done_s < best_s or (done_s == best_s and replica < best):
             best, best_s, other, other_s = replica, done_s, best, best_s
         elif replica != best and done_s < other_s:
@@ -212,8 +212,8 @@ def _two_shortest(
         begin = (digits * count) >> HALF_BITS
         for step in range(count):
             replica = ready.free[first + (begin + step if begin + step < count else begin + step - count)]
-            if _can_take(replicas, replica, tokens):
-                return int(replica), _done_s(replicas, replica, prompt_tokens), NOBODY, np.inf, FIRST_FREE
+            if can_take(replicas, replica, tokens):
+                return int(replica), serves_in_s(replicas, replica, prompt_tokens), NOBODY, np.inf, FIRST_FREE
     return NOBODY, np.inf, NOBODY, np.inf, NO_REPLICA
 
 
@@ -230,7 +230,7 @@ def whose_turn(
     for tenant in range(tenants):
         if queue.lines[model * tenants + tenant] == 0:
             continue
-        standing, used = _standing(accounts, tenant)
+        standing, used = standing_of(accounts, tenant)
         if standing < best_standing or (standing == best_standing and best != NOBODY and used < best_used):
             other, other_standing, other_used = best, best_standing, best_used
             best, best_standing, best_used = tenant, standing, used
@@ -251,7 +251,7 @@ def next_in_group(queue: FairQueue, line: int) -> int:
     if count < 2:
         return NOBODY
     one = queue.heap[first + 1]
-    if count > 2 and _before(queue, queue.heap[first + 2], one):
+    if count > 2 and goes_first(queue, queue.heap[first + 2], one):
         one = queue.heap[first + 2]
     return int(one)
 
