@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -41,7 +40,6 @@ from waterline.service.supervisor import ReplicaState, Supervisor
 
 BACKLOG = 2048  # connections that may wait to be accepted
 GARBAGE_OBJECTS = 10_000  # new ones between two looks for cycles, of which a request makes few
-TURN_S = 0.0005  # of a thread that computes, when another wants to: the ledger's does, after each step of its database
 
 log = structlog.get_logger()
 
@@ -150,7 +148,6 @@ def serve(
     Raises:
         EngineError: an engine cannot be started; the message holds its last words.
     """
-    sys.setswitchinterval(TURN_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(
             _serve(plan, engines, listening, on_ready, on_completion, prepare, source, admin, ledger, proxies, nodes)
