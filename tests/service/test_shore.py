@@ -66,7 +66,7 @@ def test_a_replica_that_is_started_takes_over_from_one_that_goes() -> None:
             usd, took_s = service.shore.usd(), time.monotonic() - begun_s
             print(f"after {took_s:.1f} s: {usd}")
             assert usd["chat/1"] == pytest.approx(2 * took_s, rel=0.01)
-            assert 0 < usd["chat/0"] < service.shore.usd()["chat/1"]
+            assert usd["chat/0"] > 0, "a dollar a second, for as long as it was there"
             assert service.shore.usd()["chat/0"] == usd["chat/0"], "it is gone, and costs nothing any more"
 
     asyncio.run(case())

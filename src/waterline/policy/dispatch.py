@@ -306,7 +306,7 @@ def arrive(
         blocks: [block] keys of its prompt, see `routing`; may be empty.
         draw: see `routing.route`.
     """
-    if tokens > desk.models.ever_tokens[model] > 0:
+    if tokens > desk.models.ever_tokens[model]:
         return Arrival(TOO_LONG, NOBODY, 0, 0.0, 0.0)
     if tokens > desk.models.longest_tokens[model]:
         return Arrival(NOT_SERVED, NOBODY, 0, ttft_s, 0.0)

@@ -373,9 +373,10 @@ class Settled:
             return GONE if status == CANCELLED else ""
         rule, model = -replica, self.house.rows[row].model
         if rule == TOO_LONG:
-            return (
-                f"{tokens} tokens, of which no replica of the model holds more than {self.house.longest_tokens[model]}"
-            )
+            longest_tokens = self.house.longest_tokens[model]
+            if not longest_tokens:
+                return "no replica of the model has ever been in service"
+            return f"{tokens} tokens, of which no replica of the model holds more than {longest_tokens}"
         if rule == TOO_LATE:
             ttft_s = self.house.ttft_s[self.house.models.index(model)]
             return f"would not start within {ttft_s:g} s; retry after {retry_s:.3g} s"
