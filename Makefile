@@ -12,8 +12,9 @@ up: .venv/.up
 check: .venv/.check
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	@# While one core looks at types, the other compiles the rehearsal, once for all tests.
+	@$(BIN)/waterline rehearse examples/mixed.toml --duration 1s --decisions /dev/null >/dev/null & \
+	$(BIN)/mypy && $(BIN)/lint-imports; looked=$$?; wait; exit $$looked
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile
 
 # The recipe of the small model needs torch, which on Linux brings gigabytes of CUDA unless a CPU build is at hand.

@@ -7,8 +7,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from waterline.rehearsal import Progress, Rehearsal
 
 SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": HOUR_S}
-FIRST_TIME = "Compiling the rehearsal for this machine, once; that takes 10 to 60 seconds …"
+FIRST_TIME = "Compiling the rehearsal for this machine, once; that takes a minute or so …"
 
 
 class Duration(click.ParamType[float]):
@@ -253,9 +254,10 @@ def rehearse_all(
         from waterline.cli.compare import check_same_traffic
 
         check_same_traffic(paths, plans)
-    prepare(rehearsal.prepare)
     names, found = _names(paths), list[Rehearsed]()
-    with watching() as watch:
+    with telling_of_compilation():
+        rehearsal.prepare(decisions=decisions)
+    with telling_of_compilation(), watching() as watch:  # prompts with beginnings in common take a loop of their own
         for name, plan in zip(names, plans, strict=True):
             for policy in policies:
                 label = name if len(policies) == 1 else policy if len(plans) == 1 else f"{name}, {policy}"
@@ -287,13 +289,13 @@ def plan_of(path: Path) -> "Plan":
     return make_plan(load_fleet(path))
 
 
-def prepare(compile_all: Callable[[], None]) -> None:
-    """Compile, and say so to a person at a terminal when it takes long: only the first time does."""
-    note = threading.Timer(1.5, click.echo, [FIRST_TIME], {"err": True})
-    if sys.stderr.isatty():
-        note.start()
-    compile_all()
-    note.cancel()
+@contextmanager
+def telling_of_compilation() -> "Iterator[None]":
+    """Say so to a person at a terminal when something has to be compiled."""
+    from waterline.rehearsal.jit import telling
+
+    with telling(partial(click.echo, FIRST_TIME, err=True)) if sys.stderr.isatty() else nullcontext():
+        yield
 
 
 @contextmanager

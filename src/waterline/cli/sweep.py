@@ -138,6 +138,11 @@ def _runner(address: str | None, points: int) -> Iterator[Callable[[Sequence[Poi
         with _on_ray(address) as run:
             yield run
         return
+    from waterline.cli.rehearse import telling_of_compilation
+    from waterline.rehearsal import prepare
+
+    with telling_of_compilation():
+        prepare()  # once, before each process does
     workers = min(os.cpu_count() or 1, points)
     if workers < 2:
         yield lambda all_points: map(rehearse_point, all_points)

@@ -70,10 +70,13 @@ class Rehearsal(Report):
         return tuple(completion for settled in self.kept for completion in settled.completions())
 
 
-def prepare() -> None:
-    """Compile, or load what was compiled before: 10 to 30 s once, then a fraction of a second."""
+def prepare(*, decisions: bool = False) -> None:
+    """Compile, or load what was compiled before: about a minute once, then a fraction of a second.
+
+    With `decisions` it is for rehearsals that keep the log of them.
+    """
     deal(1, [1.0])
-    warm_up()
+    warm_up(reasons=decisions)
 
 
 class Scribe:

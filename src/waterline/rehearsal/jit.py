@@ -8,7 +8,8 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -52,6 +53,28 @@ def apart(function: Function) -> Function:
 def seen(array: Any) -> Any:
     """Return an array as compiled functions want it: where they are not, single numbers come quicker from a view."""
     return array if COMPILED else memoryview(array)
+
+
+@contextmanager
+def telling(tell: Callable[[], None]) -> Iterator[None]:
+    """Within it, `tell` is called once, when something has to be compiled that was not kept from before."""
+    if not COMPILED:
+        yield
+        return
+    from numba.core import event  # noqa: PLC0415 - there is one
+
+    class First(event.Listener):  # type: ignore[misc]  # numba has no types
+        told = False
+
+        def on_start(self, _event: object) -> None:
+            if not self.told:
+                self.told = True
+                tell()
+
+        def on_end(self, _event: object) -> None: ...
+
+    with event.install_listener("numba:compile", First()):
+        yield
 
 
 def _wrapped(function: Function, **options: Any) -> Function:

@@ -137,9 +137,9 @@ class Changes:
         return at_ps, due
 
 
-def warm_up() -> None:
-    """Let the event loop be compiled, or loaded."""
-    nobody = Station(Terms(ttft_s=(1.0,), output_tokens=(1,)))
+def warm_up(*, reasons: bool = False) -> None:
+    """Let the event loop be compiled, or loaded: one that writes down its reasons is another."""
+    nobody = Station(Terms(ttft_s=(1.0,), output_tokens=(1,), reasons=reasons))
     nobody.offer(*[np.ones(1, np.int64)] * 3)
     nobody.finish()
 
