@@ -188,6 +188,9 @@ class Script:
         self.asked.append("reload")
         return "1 replica more"
 
+    async def decisions(self) -> AsyncIterator[bytes]:
+        yield b'{"rule":"slot free"}\n'
+
     async def keys(self) -> Any:
         return [{"id": "key-1", "tenant": "public", "client": "alice"}]
 

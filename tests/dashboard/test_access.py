@@ -16,7 +16,7 @@ BEARER = {"authorization": f"Bearer {KEY}"}
 PASSWORD = {"authorization": "Basic " + b64encode(f"ops:{KEY}".encode()).decode()}
 ELSEWHERE = "0.0.0.0"  # what the listener is said to be bound to
 LOOK = ("/", "/snapshot", "/metrics", "/events")
-KEYED = ("/admin/snapshot", "/admin/keys", "/admin/usage")
+KEYED = ("/admin/snapshot", "/admin/decisions", "/admin/keys", "/admin/usage")
 CHANGE = (("POST", "/admin/replicas/small/0/drain"), ("POST", "/admin/reload"), ("DELETE", "/admin/keys/key-1"))
 
 

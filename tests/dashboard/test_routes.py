@@ -85,6 +85,8 @@ def test_the_admin_api_answers_in_json() -> None:
                 {"replica": "small/0", "draining": False},
             )
             assert await ask("POST", "/admin/reload") == (200, {"reloaded": "1 replica more"})
+            async with session.get(f"{url}/admin/decisions") as reply:
+                assert (reply.content_type, await reply.text()) == ("application/x-ndjson", '{"rule":"slot free"}\n')
             assert await ask("GET", "/admin/usage?since=2026-11-01") == (
                 200,
                 {"usage": [{"tenant": "public", "since": "2026-11-01", "until": ""}]},

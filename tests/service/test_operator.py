@@ -1,6 +1,8 @@
 """What an operator may do to a running service, and that requests come to no harm by it."""
 
 import asyncio
+import json
+from datetime import datetime
 from pathlib import Path
 
 import aiohttp
@@ -10,9 +12,11 @@ from serving import QUESTION, Served, fake_plan, served, until
 from waterline.errors import UnknownNameError
 from waterline.ledger import Ledger, create_key
 from waterline.service.engines import prepare_engines
-from waterline.service.operator import NotOfferedError
+from waterline.service.minutes import since_midnight_s
+from waterline.service.operator import MOST_UNTOLD, NotOfferedError
 from waterline.service.server import AdminListener, listen, running
 from waterline.service.supervisor import ReplicaState
+from waterline.units import DAY_S, GIGA
 
 
 async def ask(service: Served, tokens: int = 3) -> None:
@@ -60,6 +64,46 @@ def test_a_drained_replica_stays_so_when_its_engine_comes_back() -> None:
             for _ in range(4):
                 await ask(service)
             assert {one.replica for one in service.completions} == {"chat/1"}
+
+    asyncio.run(case())
+
+
+def test_decisions_are_told_as_they_are_made_under_the_ids_of_their_requests() -> None:
+    async def case() -> None:
+        async with served(fake_plan()) as service:
+            told = service.operator.decisions()
+            first = asyncio.ensure_future(anext(told))
+            await until(lambda: bool(service.gateway.dispatcher.log.listeners))
+            made = await service.openai.chat.completions.with_raw_response.create(
+                model="chat", messages=QUESTION, max_tokens=3
+            )
+            line = json.loads(await first)
+            assert line["request_id"] == made.headers["x-request-id"]
+            assert (line["rule"], line["place"], line["why"]) == ("slot free", "chat/0", "only replica")
+            ago_s = since_midnight_s(datetime.now().astimezone()) - line["at_ns"] / GIGA
+            assert (ago_s + 1.0) % DAY_S < 61.0, "a minute ago at most"
+            service.operator.stopping.set()
+            assert [chunk async for chunk in told] == []
+            assert service.gateway.dispatcher.log.listeners == []
+
+    asyncio.run(case())
+
+
+def test_who_reads_decisions_too_slowly_is_told_no_more_rather_than_a_part() -> None:
+    async def case() -> None:
+        async with served(fake_plan(), start=False) as service:
+            log = service.gateway.dispatcher.log
+            reading = service.operator.decisions()
+            first = asyncio.ensure_future(anext(reading))
+            await until(lambda: bool(log.listeners))
+            (listener,) = log.listeners
+            listener(b"1\n")
+            assert await first == b"1\n"
+            for number in range(MOST_UNTOLD):
+                listener(b"%d\n" % number)
+            with pytest.raises(StopAsyncIteration):
+                await anext(reading)
+            assert log.listeners == []
 
     asyncio.run(case())
 

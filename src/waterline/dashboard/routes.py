@@ -10,6 +10,7 @@
     POST   /admin/reload                  the fleet file or plan is read again
     GET    /admin/keys                    of clients, without their secrets
     DELETE /admin/keys/ID                 revoked at once
+    GET    /admin/decisions               each decision about a request from now on, a line of JSON each
     GET    /admin/usage                   by day, tenant, client, key and model; ?since= and ?until= are days, in UTC
 
 Who may do what is in `access`. Nothing here knows the service but by `Operations`.
@@ -40,6 +41,7 @@ from waterline.snapshot import Snapshot
 EVERY_S = 1.0  # an event
 MOST_VIEWERS = 200
 JSON = "application/json"
+LINES = "application/x-ndjson"
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 HEADERS = {
     "cache-control": "no-store",
@@ -67,6 +69,9 @@ class Operations(Protocol):
 
     async def reload(self) -> str:
         """Read the file again; return what changes, in words."""
+
+    def decisions(self) -> AsyncIterator[bytes]:
+        """Yield lines of the decision log about requests as they come, none of them empty, until the service stops."""
 
     async def keys(self) -> Any:
         """Return the keys of clients without their secrets, as JSON can hold them."""
@@ -102,6 +107,7 @@ class Dashboard:
                 _route("/admin/replicas/{replica:path}/drain", self._drain, change, "POST"),
                 _route("/admin/replicas/{replica:path}/undrain", self._undrain, change, "POST"),
                 _route("/admin/reload", self._reload, change, "POST"),
+                _route("/admin/decisions", self._decisions, keyed),
                 _route("/admin/keys", self._keys, keyed),
                 _route("/admin/keys/{key}", self._revoke, change, "DELETE"),
                 _route("/admin/usage", self._usage, keyed),
@@ -160,6 +166,9 @@ class Dashboard:
 
     async def _reload(self, _request: Request) -> Response:
         return _json({"reloaded": await self._operations.reload()})
+
+    async def _decisions(self, _request: Request) -> Response:
+        return StreamingResponse(self._operations.decisions(), media_type=LINES, headers={"x-accel-buffering": "no"})
 
     async def _keys(self, _request: Request) -> Response:
         return _json({"keys": await self._operations.keys()})

@@ -153,6 +153,7 @@ REASONS: Final = (
 )
 RULES_OF_REASONS: Final = ("why", "turn", "next_turn")  # keys of RULES
 NAMED_AS: Final = {"other": "place", "next_tenant": "tenant", "next_claimant": "claimant"}
+Known = Sequence[str] | Mapping[int, str]  # names by index
 
 
 def nanoseconds(time_s: float) -> int:
@@ -199,9 +200,10 @@ def is_about_replicas(rule: int) -> bool:
 
 def as_json(
     row: Iterable[int],
-    names: Mapping[str, Sequence[str]] | None = None,
+    names: Mapping[str, Known] | None = None,
     victim: str = "",
     reasons: Iterable[int] = (),
+    request_id: str = "",
 ) -> bytes:
     """Return one row as a line of JSON.
 
@@ -210,22 +212,29 @@ def as_json(
         names: of "tenant", "claimant" or "place", by index; the index stands where there is no name.
         victim: the name of the replica that is stopped, where it is known: its number is another's later on.
         reasons: in the order of `REASONS`, likewise; or none.
+        request_id: of the request, where it has one.
     """
-    said: dict[str, int | str] = {}
+    names = names or {}
+    said: dict[str, int | str] = {"request_id": request_id} if request_id else {}
     for field, value in zip(FIELDS, map(int, row), strict=True):
-        known = (names or {}).get(field, ())
         if field == "rule":
             said[field] = RULES[value][0]
         elif field == "victim" and victim:
             said[field] = victim
         elif value != NONE:
-            said[field] = known[value] if 0 <= value < len(known) else value
+            said[field] = _named(value, names.get(field))
     for field, value in zip(REASONS, reasons, strict=False):
-        if value == NONE:
-            continue
-        known = (names or {}).get(NAMED_AS.get(field, ""), ())
-        if field in RULES_OF_REASONS:
-            said[field] = RULES[value][0]
-        else:
-            said[field] = known[value] if 0 <= value < len(known) else value
+        if value != NONE:
+            rule = field in RULES_OF_REASONS
+            said[field] = RULES[value][0] if rule else _named(value, names.get(NAMED_AS.get(field, "")))
     return json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def _named(index: int, known: Known | None) -> int | str:
+    """Return a name by its index, or the index where there is none."""
+    if known is None:
+        return index
+    try:
+        return known[index]
+    except LookupError:
+        return index

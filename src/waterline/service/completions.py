@@ -320,6 +320,7 @@ class Completions:
             wait_s=visit.wait_s,
             spare=request.spare,
             counts=request.counts,
+            id_=request.id,
         )
         if isinstance(ticket, Refusal):
             raise self._refused(asked, ticket)

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from waterline.plan import Plan, Replica
 from waterline.policy import dispatch
-from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
+from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, TAKES_OVER, WAITS_FOR_SLOT
 from waterline.policy.routing import MOST_DRAWN, NOBODY
+from waterline.service.decision_log import DecisionLog
 from waterline.service.lines import Lane, Refusal, Service, Ticket, Turn, most_tokens, reads_per_s, works_per_s
 from waterline.service.rows import Rows
 
@@ -46,6 +47,7 @@ class Dispatcher:
         self.lanes: dict[str, Lane] = {}  # by replica
         self._lane_at: dict[int, Lane] = {}  # by row
         self._loads: dict[tuple[str, str], tuple[int, int]] = {}
+        self.log = DecisionLog(self.rows, self._lane_at)
         self.use_plan(plan)
         for replica in plan.replicas:
             self.add(replica)
@@ -66,6 +68,7 @@ class Dispatcher:
         wait_s: float | None = None,
         spare: bool = False,
         counts: bool = True,
+        id_: str = "",
     ) -> Ticket | Refusal:
         """Decide about a newcomer; its `turn` may come before this returns.
 
@@ -83,6 +86,7 @@ class Dispatcher:
             spare: it takes only what nobody else wants: its turn comes after everybody's, and what it uses is on
                 another account of its tenant's, so that it lowers nobody's standing.
             counts: its work is demand, for which GPUs are moved.
+            id_: by which the decision log knows it.
         """
         service = self.services[model]
         expected = service.planned.output_tokens
@@ -106,6 +110,7 @@ class Dispatcher:
             arrival_s=now_s,
             until_s=now_s + PATIENCE * max(within_s, LEAST_WAIT_S),
             turn=turn,
+            id=id_,
         )
         return self._take_in(ticket, self._arrive(ticket, within_s), now_s)
 
@@ -123,6 +128,8 @@ class Dispatcher:
 
         Its tenant is charged for the time it had on its replica, times the GPUs: `gpu_s` where somebody knows better.
         """
+        if self.log.listeners and not ticket.running:
+            self.log.write_end(ticket, now_s)
         if not self._take_off(ticket, now_s, gpu_s):
             self._unline(ticket)
             dispatch.gave_up(self.rows.desk, ticket.service.row, ticket.client, ticket.cost_gpu_s)
@@ -153,11 +160,16 @@ class Dispatcher:
         service = ticket.service
         avoided = self._avoided(service, ticket, writers=True)
         self._set_serving(avoided, 0)
-        row = dispatch.take_over(self.rows.desk, service.row, ticket.output_tokens, ticket.tokens, self._draw())
+        draw = self._draw()
+        if self.log.listeners:
+            self.log.explain_writer(ticket, draw)
+        row = dispatch.take_over(self.rows.desk, service.row, ticket.output_tokens, ticket.tokens, draw)
         self._set_serving(avoided, 1)
         lane = self._lane_at[row] if row != NOBODY else self._leaving_writer(ticket)
         if not lane:
             return None
+        if self.log.listeners:
+            self.log.write(ticket, TAKES_OVER, now_s, row=lane.row)
         lane.settle(now_s)
         lane.running += 1
         ticket.writer = lane
@@ -194,6 +206,8 @@ class Dispatcher:
         able = [lane for lane in lanes if most_tokens(lane.replica) >= ticket.tokens]
         lane = min(able, key=lambda one: one.backlog_tokens / one.replica.tokens_per_s, default=None)
         if lane:
+            if self.log.listeners:
+                self.log.explain_last_resort(lane.row)
             self.rows.desk.replicas.backlog_tokens[lane.row] += ticket.output_tokens
         return lane
 
@@ -318,6 +332,9 @@ class Dispatcher:
 
     def _arrive(self, ticket: Ticket, within_s: float) -> dispatch.Arrival:
         """Decide about a newcomer that may wait so long for its first token."""
+        draw = self._draw()
+        if self.log.listeners:
+            self.log.explain(ticket, draw)
         arrival = dispatch.arrive(
             self.rows.desk,
             ticket.service.row,
@@ -328,7 +345,7 @@ class Dispatcher:
             ticket.tokens,
             within_s,
             ticket.blocks,
-            self._draw(),
+            draw,
         )
         return self._arrive_ahead(ticket, within_s) if arrival.rule == NOT_SERVED else arrival
 
@@ -353,11 +370,13 @@ class Dispatcher:
     def _take_in(self, ticket: Ticket, arrival: dispatch.Arrival, now_s: float) -> Ticket | Refusal:
         """Do what was decided about a newcomer."""
         if arrival.rule not in {SLOT_FREE, WAITS_FOR_SLOT}:
+            if self.log.listeners:
+                self.log.write(ticket, arrival.rule, now_s, back_in_s=arrival.seconds)
             return Refusal(rule=arrival.rule, retry_after_s=arrival.seconds)
         ticket.cost_gpu_s = arrival.gpu_s
         ticket.clients.come(ticket.client)
         if arrival.rule == SLOT_FREE:
-            self._run(ticket, arrival.replica, arrival.cached_tokens, now_s)
+            self._run(ticket, SLOT_FREE, arrival.replica, arrival.cached_tokens, now_s)
         else:
             ticket.service.lines.setdefault(ticket.client, deque()).append(ticket)
             self._advance(ticket.service, now_s)
@@ -376,6 +395,9 @@ class Dispatcher:
         """Start a request where it has not failed before, if there is anybody else; tell whether there is a slot."""
         avoided = self._avoided(service, ticket, writers=False)
         self._set_serving(avoided, 0)
+        draw = self._draw()
+        if self.log.listeners:
+            self.log.explain_turn(ticket, draw)
         replica, cached_tokens, _ = dispatch.start(
             self.rows.desk,
             service.row,
@@ -386,12 +408,12 @@ class Dispatcher:
             ticket.tokens,
             ticket.cost_gpu_s,
             ticket.blocks,
-            self._draw(),
+            draw,
         )
         self._set_serving(avoided, 1)
         if replica != NOBODY:
             self._unline(ticket)
-            self._run(ticket, replica, cached_tokens, now_s)
+            self._run(ticket, WAITS_FOR_SLOT, replica, cached_tokens, now_s)
         return replica != NOBODY
 
     def _avoided(self, service: Service, ticket: Ticket, *, writers: bool) -> Sequence[int]:
@@ -406,7 +428,9 @@ class Dispatcher:
         for row in rows:
             self.rows.desk.replicas.serves[row] = serves
 
-    def _run(self, ticket: Ticket, row: int, cached_tokens: int, now_s: float) -> None:
+    def _run(self, ticket: Ticket, rule: int, row: int, cached_tokens: int, now_s: float) -> None:
+        if self.log.listeners:
+            self.log.write(ticket, rule, now_s, row=row)
         lane = self._lane_at[row]
         lane.settle(now_s)
         lane.running += 1

@@ -10,7 +10,7 @@ from waterline.plan import Plan
 from waterline.roster import Roster
 from waterline.service.gateway import Gateway
 from waterline.service.jobs import FOR_GOOD, Jobs, RunState
-from waterline.service.minutes import Minutes, hour_of, lends, startable
+from waterline.service.minutes import Minutes, hour_of, lends, since_midnight_s, startable
 from waterline.service.shore import Shore
 from waterline.service.state import State
 from waterline.service.supervisor import ReplicaState
@@ -51,8 +51,7 @@ class Keeper:
         plan = startable(replace(self._shore.plan, replicas=tuple(self._shore.replicas.values())))
         if not lends(plan):
             return
-        now = datetime.now().astimezone()
-        begun_s = (now - now.replace(hour=0, minute=0, second=0, microsecond=0)).total_seconds()
+        begun_s = since_midnight_s(datetime.now().astimezone())
         self.minutes = Minutes(
             Roster(plan, plan.replicas, hour=hour_of(begun_s)),
             self._shore,

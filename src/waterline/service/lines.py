@@ -135,6 +135,7 @@ class Ticket:
     arrival_s: float
     until_s: float  # it waits, when those who go first keep coming
     turn: Turn
+    id: str = ""  # by which the decision log knows it
     cost_gpu_s: float = 0.0  # expected, and charged while it runs
     lane: Lane | None = None  # where it runs, or ran last
     running: bool = False
@@ -148,6 +149,11 @@ class Ticket:
     begun_share_s: float = 0.0
     gpu_s: float = 0.0  # its part of the time of the replicas that worked on it, times their GPUs
     start_s: float = math.nan  # where it runs, or ran last
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a replica has ever had it."""
+        return not math.isnan(self.start_s)
 
     def waited_s(self, now_s: float) -> float:
         return now_s - self.arrival_s

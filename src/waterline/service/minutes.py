@@ -13,6 +13,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,6 +47,11 @@ log = structlog.get_logger()
 def hour_of(at_s: float) -> int:
     """Return the hour of the day, of the time of a tide."""
     return int(at_s // HOUR_S) % HOURS
+
+
+def since_midnight_s(moment: datetime) -> float:
+    """Return the time of day, by the clock on the wall."""
+    return (moment - moment.replace(hour=0, minute=0, second=0, microsecond=0)).total_seconds()
 
 
 def startable(plan: Plan) -> Plan:

@@ -2,7 +2,10 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from datetime import datetime, timedelta
 from typing import Any
 
 import structlog
@@ -10,10 +13,13 @@ import structlog
 from waterline.errors import UnknownNameError, WaterlineError, nearest
 from waterline.ledger import Ledger, read_keys, read_usage, revoke_key
 from waterline.service.gateway import Gateway
+from waterline.service.minutes import since_midnight_s
 from waterline.service.supervisor import ReplicaState
 from waterline.snapshot import Snapshot
 
 BY = ("day", "tenant", "client", "key", "model")  # usage is summed
+TOLD_EVERY_S = 0.2  # decisions
+MOST_UNTOLD = 10_000  # lines of them that wait for a reader: about 4 MB
 
 log = structlog.get_logger()
 
@@ -72,6 +78,30 @@ class Operator:
             raise NotOfferedError("This service was started without a fleet or plan file that could have changed.")
         self.hangup.set()
         return "The file is read again; the log says what changes, or what is wrong with it."
+
+    async def decisions(self) -> AsyncIterator[bytes]:
+        """Yield what is decided about requests from now on, lines of the decision log, until the service stops.
+
+        Who reads so slowly that lines would be lost is left: a log has no holes.
+        """
+        lines: deque[bytes] = deque(maxlen=MOST_UNTOLD)
+        begun = datetime.now().astimezone() - timedelta(seconds=self._gateway.now_s())
+        listeners, listener = self._gateway.dispatcher.log.listeners, lines.append
+        self._gateway.dispatcher.log.tell(listener, since_midnight_s(begun))
+        try:
+            while len(lines) < MOST_UNTOLD:
+                if lines:
+                    told = b"".join(lines)
+                    lines.clear()
+                    yield told
+                elif self.stopping.is_set():
+                    return
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(TOLD_EVERY_S):
+                        await self.stopping.wait()
+            log.warning("decisions are read too slowly, and not told any more to that reader")
+        finally:
+            listeners.remove(listener)
 
     async def keys(self) -> Any:
         return await asyncio.to_thread(read_keys, self._books().engine)

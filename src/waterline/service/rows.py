@@ -119,6 +119,12 @@ class Rows:
             accounts.limit[clients.tenant] = left
             accounts.used_gpu_s[clients.tenant] = max(accounts.used_gpu_s[clients.tenant], least_gpu_s)
 
+    @property
+    def tenant_names(self) -> dict[int, str]:
+        """Return whose each account is."""
+        names = {clients.tenant: name for name, clients in self.tenants.items()}
+        return names | {clients.tenant: f"{name}, spare" for name, clients in self._spare.items()}
+
     def under_way(self, tenant: str) -> int:
         """Return how many requests of a tenant wait or run."""
         known = (self.tenants.get(tenant), self._spare.get(tenant))
