@@ -154,6 +154,7 @@ REASONS: Final = (
 RULES_OF_REASONS: Final = ("why", "turn", "next_turn")  # keys of RULES
 NAMED_AS: Final = {"other": "place", "next_tenant": "tenant", "next_claimant": "claimant"}
 Known = Sequence[str] | Mapping[int, str]  # names by index
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 def nanoseconds(time_s: float) -> int:
@@ -227,7 +228,7 @@ def as_json(
         if value != NONE:
             rule = field in RULES_OF_REASONS
             said[field] = RULES[value][0] if rule else _named(value, names.get(NAMED_AS.get(field, "")))
-    return json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    return _encode(said).encode() + b"\n"
 
 
 def _named(index: int, known: Known | None) -> int | str:

@@ -59,16 +59,10 @@ class DecisionLog:
     # --- Before the desk is asked -----------------------------------------------------------------------------------
 
     def explain(self, ticket: Ticket, draw: int) -> None:
-        """Find out why a request would go where it would go with this draw."""
-        why.explain_place(
-            self._rows.desk,
-            ticket.service.row,
-            ticket.prompt_tokens,
-            ticket.tokens,
-            ticket.blocks,
-            draw,
-            self._reasons,
-        )
+        """Find out why a request would go where it would go with this draw; without a free slot it goes nowhere."""
+        desk, model = self._rows.desk, ticket.service.row
+        if desk.models.free_slots[model] > 0:
+            why.explain_place(desk, model, ticket.prompt_tokens, ticket.tokens, ticket.blocks, draw, self._reasons)
 
     def explain_turn(self, ticket: Ticket, draw: int) -> None:
         """Find out as well why it is the turn of one that has waited; who has begun before may not wait for it."""
