@@ -240,8 +240,8 @@ def test_a_request_that_can_never_fit_is_refused_with_a_reason() -> None:
 
 
 def test_without_a_replica_everybody_is_refused() -> None:
-    (passage,), _ = served([], [request(0, 1, 1)])
-    assert passage.refusal == TOO_LONG
+    (passage,), _ = served([], [request(0, 1, 1)], deadline_s=2.0)
+    assert (passage.refusal, passage.retry_s, passage.finish_ps) == (NOT_SERVED, 2.0, 0)
     (passage,), _ = served([capacity()], [request(0, 1, 1)], deadline_s=2.0, changes=[])
     assert (passage.refusal, passage.retry_s, passage.finish_ps) == (NOT_SERVED, 2.0, 0)
 
@@ -317,7 +317,7 @@ def test_who_was_preempted_while_writing_is_read_again_where_it_writes() -> None
 
 def test_a_prefill_replica_accepts_only_what_can_be_written_somewhere() -> None:
     reader = capacity("read", role="prefill")
-    assert served([reader], [request(0, 1, 1)])[0][0].refusal == TOO_LONG
+    assert served([reader], [request(0, 1, 1)])[0][0].refusal == NOT_SERVED, "nobody writes"
     passages, _ = served(
         [reader, capacity("write", role="decode", cache_tokens=20)], [request(0, 18, 3), request(0, 18, 2)]
     )

@@ -21,7 +21,7 @@ from waterline.cost.step import AttentionCost, StepCost
 from waterline.errors import InputError
 from waterline.plan import Role
 from waterline.policy import dispatch
-from waterline.policy.decisions import GAVE_UP, NOT_SERVED, OVER_LIMIT, TOO_LATE, TOO_LONG
+from waterline.policy.decisions import GAVE_UP, NOT_SERVED, OVER_LIMIT, TOO_LATE
 from waterline.rehearsal import jit, state, station, steptime
 from waterline.rehearsal.capacity import NEVER, Ask, Capacity, Change, Terms
 from waterline.rehearsal.oracle import serve
@@ -582,4 +582,4 @@ def test_without_replicas_everybody_is_refused() -> None:
     served = patient()
     served.offer(*columns((0, 1, 1)))
     served.finish()
-    assert served.collect().replica.tolist() == [-TOO_LONG]
+    assert served.collect().replica.tolist() == [-NOT_SERVED]

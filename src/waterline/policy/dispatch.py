@@ -50,7 +50,7 @@ class Models(NamedTuple):
     unread_tokens: NDArray[np.int64]  # [model]
     free_slots: NDArray[np.int64]  # [model] of those that read
     longest_tokens: NDArray[np.int64]  # [model] the longest request one of them may take
-    ever_tokens: NDArray[np.int64]  # [model] the longest that any in a row may take, in service or not
+    ever_tokens: NDArray[np.int64]  # [model] the longest that any in a row may take, in service or not; or 0
     role: NDArray[np.int64]  # [replica] BOTH, READS or WRITES
     holds_tokens: NDArray[np.int64]  # [replica] the longest request it can hold
     gpus_of: NDArray[np.float64]  # [replica]
@@ -306,7 +306,7 @@ def arrive(
         blocks: [block] keys of its prompt, see `routing`; may be empty.
         draw: see `routing.route`.
     """
-    if tokens > desk.models.ever_tokens[model]:
+    if tokens > desk.models.ever_tokens[model] > 0:
         return Arrival(TOO_LONG, NOBODY, 0, 0.0, 0.0)
     if tokens > desk.models.longest_tokens[model]:
         return Arrival(NOT_SERVED, NOBODY, 0, ttft_s, 0.0)
