@@ -195,11 +195,16 @@ def test_the_parts_add_up_to_the_bill(shares: list[tuple[str, float]], usd: floa
         assert sum(part.usd for part in parts) == pytest.approx(total.usd)
 
 
-def test_who_cancelled_counts_neither_for_nor_against_the_slo() -> None:
-    total = summarize([done(ttft_s=0.5), done(status="cancelled"), done(status="failed")], SLOS, 1.0, {"small/0": 0.0})[
-        0
+def test_who_cancelled_counts_neither_for_nor_against_the_slo_however_much_of_an_answer_there_was() -> None:
+    some = [
+        done(ttft_s=0.5),
+        done(status="cancelled"),
+        done(status="cancelled", output_tokens=0),
+        done(status="failed"),
     ]
-    assert (total.requests, total.completed, total.failed, total.cancelled) == (3, 1, 1, 1)
+    total = summarize(some, SLOS, 1.0, {"small/0": 0.0})[0]
+    assert (total.requests, total.completed, total.failed, total.cancelled) == (4, 1, 1, 2)
+    assert (total.left_midway, total.gave_up) == (1, 1)
     assert total.slo_fraction == 0.5
 
 

@@ -27,8 +27,8 @@ MOST_WATCHED = 100_000  # refusals at a time, to see whether the client comes ba
 TIME_BITS = 43  # of microseconds: 100 days
 
 OK, REFUSED, FAILED, CANCELLED = range(len(STATUSES))
-WITHIN, PROMPT, READ, CACHED, OUTPUT, SERVED, TOLD, RETURNED, HONOURED, FIELDS = range(
-    len(STATUSES), len(STATUSES) + 10
+WITHIN, MIDWAY, PROMPT, READ, CACHED, OUTPUT, SERVED, TOLD, RETURNED, HONOURED, FIELDS = range(
+    len(STATUSES), len(STATUSES) + 11
 )  # counted
 
 Reals = NDArray[np.float64]
@@ -93,6 +93,7 @@ class Summary(Struct, frozen=True, kw_only=True):
     refused: int
     failed: int
     cancelled: int  # by the client; they count neither for nor against the SLO
+    left_midway: int  # of them, those of whose answer something had been written; the others gave up before
     told: int  # of the refused, who were told when to come back
     returned: int  # of them, those whose client came back: asked the model again within an hour after that time
     honoured: int  # of them, those whose first request after it was taken
@@ -110,6 +111,11 @@ class Summary(Struct, frozen=True, kw_only=True):
     usd: float
     usd_per_million_tokens: float | None  # of prompts and answers that were served; None when none were
     kwh: float | None  # of the GPUs, computing and idle; None when their power is not known
+
+    @property
+    def gave_up(self) -> int:
+        """How many did not wait any longer, before anything of their answer had been written."""
+        return self.cancelled - self.left_midway
 
 
 def percentiles(values: Sequence[float] | Reals) -> Percentiles | None:
@@ -215,6 +221,7 @@ class Tally:
         ).reshape(rows, -1)
         for field, amount in (
             (WITHIN, within),
+            (MIDWAY, (status == CANCELLED) & (output_tokens > 0)),
             (PROMPT, prompt_tokens),
             (READ, ok * prompt_tokens),
             (CACHED, ok * cached_tokens),
@@ -321,6 +328,7 @@ class Tally:
             refused=counts[REFUSED],
             failed=counts[FAILED],
             cancelled=counts[CANCELLED],
+            left_midway=counts[MIDWAY],
             told=counts[TOLD],
             returned=counts[RETURNED],
             honoured=counts[HONOURED],

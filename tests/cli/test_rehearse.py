@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -284,6 +285,28 @@ def test_a_client_that_comes_back_when_told_is_counted(plan_file: Path, tmp_path
     said = json.loads(run(plan_file, "--trace", tmp_path / "log.csv", "--json").output)["total"]
     assert 0 <= said["honoured"] <= said["returned"] <= said["told"] <= said["refused"]
     assert said["returned"] > 0
+
+
+def test_who_gave_up_and_who_left_midway_are_told_apart_everywhere(plan_file: Path, tmp_path: Path) -> None:
+    rows = [f"0.{at:03},2000,50,{0.01 if at % 2 else ''}" for at in range(900)]  # before their prompt is read
+    rows += [f"{at},500,400,1.5" for at in (3000, 3010)]
+    (tmp_path / "log.csv").write_text("arrival_s,prompt_tokens,output_tokens,leaves_after_s\n" + "\n".join(rows) + "\n")
+    files = {kind: tmp_path / f"found.{kind}" for kind in ("csv", "html")}
+    asked = (plan_file, "--trace", tmp_path / "log.csv", "--output", files["csv"], "--html", files["html"])
+    result = CliRunner(env={"COLUMNS": "130"}).invoke(rehearse, [str(argument) for argument in asked])
+    assert result.exception is None
+    with files["csv"].open() as file:
+        reasons = Counter(row["reason"] for row in csv.DictReader(file) if row["status"] == "cancelled")
+    assert reasons["the client went away"] == 2
+    assert reasons["gave up"] > 5
+    said = json.loads(run(plan_file, "--trace", tmp_path / "log.csv", "--json").output)
+    for one in (said["total"], *said["by_tenant"].values()):
+        assert (one["cancelled"], one["left_midway"]) == (reasons.total(), 2)
+    head, total = (line for line in result.output.splitlines() if line.startswith(("┃        ┃", "│ all")))
+    assert re.search(r"┃ +gave ┃ +left ┃", head)
+    assert re.search(rf"│ +{reasons['gave up']} │ +2 │", total)
+    assert f">{reasons['gave up']:,}</td>" in files["html"].read_text()
+    assert "left midway" in files["html"].read_text()
 
 
 def test_decisions_are_lines_with_a_digest(plan_file: Path, tmp_path: Path) -> None:

@@ -234,6 +234,22 @@ def test_a_request_beyond_the_context_is_refused_with_a_reason() -> None:
     assert (rehearsal.duration_s, rehearsal.usd) == (0.0, 0.0)
 
 
+def test_what_can_be_read_and_not_written_is_too_long_and_what_nobody_serves_is_not_served() -> None:
+    plan = small_plan()
+    (one,) = plan.replicas
+    reader = replace(one, id="chat/read", role="prefill")
+    writer = replace(one, id="chat/write", role="decode", cache_tokens=2000, prefill_tokens_per_s=0.0)
+    reasons = []
+    for replicas in ((reader, writer), (reader,), ()):
+        happened = rehearse(replace(plan, replicas=replicas), burst(1, prompt_tokens=2500), decisions=True)
+        (completion,), (decision,) = happened.completions, said(happened)
+        reasons.append((decision["rule"], completion.reason))
+    assert reasons == [
+        ("too long", "2520 tokens, of which no replica of the model holds more than 2000"),
+        *[("not served", "no replica of the model that can hold it is in service")] * 2,
+    ]
+
+
 def test_more_replicas_finish_a_burst_sooner() -> None:
     plan = patient(small_plan())
     more = replace(plan, replicas=(*plan.replicas, replace(plan.replicas[0], id="chat/1")))
@@ -305,7 +321,8 @@ def test_who_does_not_want_to_wait_gives_up_and_counts_neither_way(tmp_path: Pat
     happened = rehearse(plan, open_trace(path), decisions=True)
     total = happened.summaries[0]
     gone = [one for one in happened.completions if one.status == "cancelled"]
-    assert total.cancelled == len(gone) > 0
+    assert total.cancelled == total.gave_up == len(gone) > 0
+    assert {one.reason for one in gone} == {"gave up"}
     assert {round(one.finish_s - one.arrival_s, 9) for one in gone} == {0.5}
     assert total.slo_fraction == total.within_slo / (total.requests - total.cancelled)
     assert not any(one.status == "cancelled" for one in happened.completions[1::2]), "the others wait"
@@ -334,7 +351,7 @@ def test_who_leaves_in_the_middle_of_its_answer_is_cancelled_with_what_it_has_an
     assert gone.output_tokens == pytest.approx((gone.finish_s - whole.ttft_s) / whole.tpot_s, rel=0.05)
     assert 0 < gone.gpu_s < whole.gpu_s / 2
     (total, *_) = happened.summaries
-    assert (total.completed, total.cancelled, total.requests) == (2, 1, 3)
+    assert (total.completed, total.cancelled, total.left_midway, total.requests) == (2, 1, 1, 3)
     assert total.output_tokens == 1000 + gone.output_tokens
     assert total.gpu_hours == pytest.approx(sum(one.gpu_s for one in happened.completions) / 3600)
     assert (total.within_slo, total.slo_fraction) == (2, 1.0)

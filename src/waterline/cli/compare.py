@@ -133,8 +133,10 @@ def _of_requests(about: str, summaries: "Sequence[Summary | None]") -> list[Line
     ]
     if any(one and one.returned for one in summaries):
         made.insert(2, line("retry times honoured", _honoured))
-    if any(one and one.cancelled for one in summaries):
-        made.insert(2, line("gave up", lambda one: f"{one.cancelled:,}", lambda one: one.cancelled))
+    if any(one and one.left_midway for one in summaries):
+        made.insert(2, line("left midway", lambda one: f"{one.left_midway:,}", lambda one: one.left_midway))
+    if any(one and one.gave_up for one in summaries):
+        made.insert(2, line("gave up", lambda one: f"{one.gave_up:,}", lambda one: one.gave_up))
     return made
 
 

@@ -347,9 +347,9 @@ def _gpu_hours(one: "Rehearsed") -> str:
 
 
 def _summaries(caption: str, names: Sequence[str], summaries: "Sequence[Summary]") -> str:
-    gave_up = any(one.cancelled for one in summaries)
+    gave_up, left = any(one.gave_up for one in summaries), any(one.left_midway for one in summaries)
     heads = [
-        *names, "requests", "refused", *(["gave up"] if gave_up else []),
+        *names, "requests", "refused", *(["gave up"] if gave_up else []), *(["left midway"] if left else []),
         "TTFT p50/p90/p99", "TPOT p50/p90/p99", "latency p50/p90/p99", "in SLO",
         "goodput/s", "GPU-h", "cost", "per M tokens",
     ]  # fmt: skip
@@ -358,7 +358,8 @@ def _summaries(caption: str, names: Sequence[str], summaries: "Sequence[Summary]
             *(getattr(one, name) or ("all" if index == 0 else "") for index, name in enumerate(names)),
             f"{one.requests:,}",
             f"{one.refused:,}",
-            *([f"{one.cancelled:,}"] if gave_up else []),
+            *([f"{one.gave_up:,}"] if gave_up else []),
+            *([f"{one.left_midway:,}"] if left else []),
             *(percentiles_text(times_s) for times_s in (one.ttft_s, one.tpot_s, one.latency_s)),
             f"{one.slo_fraction:.2%}",
             f"{one.goodput_per_s:,.3g}",

@@ -54,18 +54,22 @@ def show(found: "Rehearsed") -> None:
 
 def _draw_summaries(screen: "Console", title: str, parts: "Sequence[Summary]", total: "Summary") -> None:
     ttft, tpot = "TTFT p50/p90/p99", "TPOT p50/p90/p99"
-    heads = ["tenant", "model", "requests", "refused", "gave up", "cached", ttft, tpot, "in SLO", "goodput/s", "GPU-h"]
-    heads += ["cost", "per M tokens"]
-    nothing = {name for name, sum_ in (("gave up", total.cancelled), ("cached", total.cached_tokens)) if not sum_}
+    heads = ["tenant", "model", "requests", "refused", "gave up", "left midway", "cached", ttft, tpot, "in SLO"]
+    heads += ["goodput/s", "GPU-h", "cost", "per M tokens"]
+    rare = {"gave up": total.gave_up, "left midway": total.left_midway, "cached": total.cached_tokens}
+    nothing = {name for name, sum_ in rare.items() if not sum_}
     shown = [index for index, head in enumerate(heads) if head not in nothing]
-    spare = ("GPU-h", "per M tokens", "goodput/s", "gave up", tpot, "cost", "cached", "refused", ttft)
+    spare = (
+        "GPU-h", "per M tokens", "goodput/s", "left midway", "gave up", tpot, "cost", "cached", "refused", ttft
+    )  # fmt: skip
     rows = [
         (
             summary.tenant or "all",
             summary.model,
             f"{summary.requests:,}",
             f"{summary.refused:,}",
-            f"{summary.cancelled:,}",
+            f"{summary.gave_up:,}",
+            f"{summary.left_midway:,}",
             f"{summary.cached_fraction:.1%}",
             percentiles_text(summary.ttft_s),
             percentiles_text(summary.tpot_s),

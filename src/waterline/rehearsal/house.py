@@ -12,7 +12,7 @@ from waterline.cost import StepCost, replica_step_cost, transfer_s
 from waterline.fleet import HOURS, Demand
 from waterline.outcome import CANCELLED, NOWHERE, OK, REFUSED, STATUSES, Completion
 from waterline.plan import Plan, Replica
-from waterline.policy.decisions import NOT_SERVED, OVER_LIMIT, QUEUE_FULL, RULES, TOO_LATE, TOO_LONG
+from waterline.policy.decisions import GAVE_UP, NOT_SERVED, OVER_LIMIT, QUEUE_FULL, RULES, TOO_LATE, TOO_LONG
 from waterline.rehearsal.arrivals import Piece, joined
 from waterline.rehearsal.capacity import NEVER, Capacity, Terms
 from waterline.rehearsal.recorder import Recorder
@@ -22,7 +22,7 @@ from waterline.units import HOUR_S, PICOSECONDS_PER_S
 from waterline.workload.stream import BLOCK_TOKENS, UNSAID, Names
 
 PICOSECONDS_PER_HOUR = HOUR_S * PICOSECONDS_PER_S
-GONE = "the client went away"
+GONE = "the client went away"  # in the middle of its answer
 
 
 class House:
@@ -46,7 +46,6 @@ class House:
         self.tenants = [tenant.name for tenant in plan.fleet.tenants] or list(dict.fromkeys(row.tenant for row in rows))
         self.replicas: list[Replica] = []  # that ever came, as the station numbers them
         self.ttft_s = [plan.fleet.slos[model].ttft_s for model in self.models]
-        self.longest_tokens = dict.fromkeys(self.models, 0)  # that any replica held
         self.station = Station(self._terms())
         self.first_hour = first_hour
         self._hours = 0  # that have been kept so far
@@ -84,8 +83,6 @@ class House:
         capacities = [self.capacity(replica) for replica in replicas]
         self.replicas += replicas
         self._first_token_ps.extend(one.step.first_token_ps for one in capacities)
-        for replica, one in zip(replicas, capacities, strict=True):
-            self.longest_tokens[replica.model] = max(self.longest_tokens[replica.model], one.longest_tokens)
         return self.station.start_all(capacities, ready_ps)
 
     def drain(self, row: int, at_ps: int) -> None:
@@ -356,7 +353,7 @@ class Settled:
                 output_tokens=produced,
                 gpu_s=gpu_ps / PICOSECONDS_PER_S,
                 preemptions=preempted,
-                reason=self._reason(status, replica, row, prompt + output, retry_s),
+                reason=self._reason(status, replica, row, prompt + output, produced, retry_s),
                 client=self.house.names[client],
             )
 
@@ -368,18 +365,17 @@ class Settled:
         gpu_ps: Reals = busy_ps + passages.read_busy_ps * gpus[passages.read_by] + passages.lost_gpu_ps
         return gpu_ps
 
-    def _reason(self, status: int, replica: int, row: int, tokens: int, retry_s: float) -> str:
+    def _reason(self, status: int, replica: int, row: int, tokens: int, produced: int, retry_s: float) -> str:
+        if status == CANCELLED:
+            return GONE if produced else RULES[GAVE_UP][0]
         if replica >= 0:
-            return GONE if status == CANCELLED else ""
-        rule, model = -replica, self.house.rows[row].model
+            return ""
+        rule, model = -replica, self.house.models.index(self.house.rows[row].model)
         if rule == TOO_LONG:
-            longest_tokens = self.house.longest_tokens[model]
-            if not longest_tokens:
-                return "no replica of the model has ever been in service"
+            longest_tokens = self.house.station.memory.desk.models.ever_tokens[model]
             return f"{tokens} tokens, of which no replica of the model holds more than {longest_tokens}"
         if rule == TOO_LATE:
-            ttft_s = self.house.ttft_s[self.house.models.index(model)]
-            return f"would not start within {ttft_s:g} s; retry after {retry_s:.3g} s"
+            return f"would not start within {self.house.ttft_s[model]:g} s; retry after {retry_s:.3g} s"
         if rule == NOT_SERVED:
-            return "no replica of the model is in service"
+            return "no replica of the model that can hold it is in service"
         return f"{RULES[rule][0]}; retry after {retry_s:.3g} s" if rule in {QUEUE_FULL, OVER_LIMIT} else RULES[rule][0]
