@@ -1,9 +1,11 @@
-"""What a stranger's connection may cost: raw sockets against a server whose bounds are tight."""
+"""What a stranger's connection may cost: raw sockets against a server on whose clock time passes when a test says so."""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
+from itertools import accumulate
+from typing import Any
 
 import orjson
 import pytest
@@ -27,11 +29,46 @@ from waterline.service.server import listen
 HELLO = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nhi"
 
 
+class Clock:
+    """The event loop, but for what is to happen later: that happens when `go_on` says that so much time has passed."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.now_s = 0.0
+        self._timers: list[asyncio.TimerHandle] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def call_later(self, delay_s: float, callback: Callable[..., object], *arguments: Any) -> asyncio.TimerHandle:
+        self._timers.append(asyncio.TimerHandle(self.now_s + delay_s, callback, arguments, self._loop))
+        return self._timers[-1]
+
+    def go_on(self, seconds: float) -> None:
+        self.now_s += seconds
+        due = [timer for timer in self._timers if timer.when() <= self.now_s]
+        self._timers = [timer for timer in self._timers if timer not in due]
+        for timer in sorted(due):
+            if not timer.cancelled():
+                timer._run()
+
+
 class Tight(GuardedProtocol):
-    head_within_s = 0.2
-    read_within_s = 0.2
-    rest_within_s = 0.3
+    head_within_s = 2.0
+    read_within_s = 2.0
+    rest_within_s = 3.0
     most_connections = 3
+    clock: Clock
+    last: "Tight | None" = None  # that was opened
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.loop, Tight.last = self.clock, self  # type: ignore[assignment]
+        self.got_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        self.got_bytes += len(data)
+        super().data_received(data)
 
 
 class App:
@@ -39,6 +76,7 @@ class App:
 
     def __init__(self) -> None:
         self.slow: list[bool] = []
+        self.waits = False
         self.ended: list[str] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,8 +100,9 @@ class App:
                 if scope["path"] == "/streams":
                     await reply.begin(200, [])
                     await reply.chunk(b"word")
+                self.waits = True
                 try:
-                    await unless_disconnected(asyncio.sleep(0.3), scope, receive)
+                    await unless_disconnected(asyncio.sleep(60), scope, receive)
                     await reply.whole(200, b"late", [])
                 except (ClientGoneError, RuntimeError) as error:
                     self.ended.append(type(error).__name__)
@@ -72,30 +111,37 @@ class App:
 
 
 @asynccontextmanager
-async def tight() -> AsyncIterator[tuple[int, App]]:
-    app, listening = App(), listen("127.0.0.1", 0)
+async def tight() -> AsyncIterator[tuple[int, App, Clock]]:
+    app, listening, Tight.clock = App(), listen("127.0.0.1", 0), Clock()
     server = HttpServer(app, protocol=Tight)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     try:
-        yield listening.getsockname()[1], app
+        yield listening.getsockname()[1], app, Tight.clock
     finally:
-        server.should_exit = True
+        Tight.clock.go_on(3600.0)  # who lingers goes
+        server.should_exit, Tight.last = True, None
         await serving
 
 
-async def say(port: int, *data: bytes, pause_s: float = 0.0) -> bytes:
-    """Send some data; return all there is to read until the server closes."""
+async def say(port: int, *data: bytes, clock: Clock | None = None, pause_s: float = 0.0) -> bytes:
+    """Send some data, with pauses on the server's clock; return all there is to read until the server closes."""
+    before = Tight.last
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
 
+    def has_got(some_bytes: int) -> bool:
+        return Tight.last not in {None, before} and Tight.last.got_bytes == some_bytes
+
     async def send() -> None:
-        for part in data:
+        for part, sent_bytes in zip(data, accumulate(map(len, data)), strict=True):
             writer.write(part)
             await writer.drain()
-            await asyncio.sleep(pause_s)
+            if clock:
+                await until(partial(has_got, sent_bytes))
+                clock.go_on(pause_s)
 
     sending, answer = asyncio.create_task(send()), b""
     with suppress(ConnectionError):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while part := await reader.read(2**16):
                 answer += part
     sending.cancel()
@@ -111,11 +157,11 @@ def error_of(answer: bytes) -> tuple[int, str]:
 
 def test_headers_that_trickle_are_cut_and_a_silent_connection_is_closed() -> None:
     async def case() -> None:
-        async with tight() as (port, _):
+        async with tight() as (port, _, clock):
             trickle = [b"POST / HTTP/1.1\r\n", *(b"x-%d: y\r\n" % number for number in range(20))]
-            assert error_of(await say(port, *trickle, pause_s=0.02))[0] == 408
-            assert await say(port) == b""
-            later = await say(port, HELLO, b"\r\n", b"GET / HT", pause_s=0.05)
+            assert error_of(await say(port, *trickle, clock=clock, pause_s=0.2))[0] == 408
+            assert await say(port, b"", clock=clock, pause_s=2.0) == b""
+            later = await say(port, HELLO, b"\r\n", b"GET / HT", clock=clock, pause_s=1.5)
             assert later.startswith(b"HTTP/1.1 200")
             assert b"HTTP/1.1 408" in later, "the next request of a connection has as long"
 
@@ -124,7 +170,7 @@ def test_headers_that_trickle_are_cut_and_a_silent_connection_is_closed() -> Non
 
 def test_headers_without_end_are_refused() -> None:
     async def case() -> None:
-        async with tight() as (port, _):
+        async with tight() as (port, _, _):
             long = b"GET / HTTP/1.1\r\nx: " + b"y" * (LONGEST_HEAD_BYTES + 1)
             assert error_of(await say(port, long)) == (431, "headers_too_large")
             many = b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * (MOST_HEADERS + 1) + b"\r\n"
@@ -138,7 +184,7 @@ def test_headers_without_end_are_refused() -> None:
 
 def test_a_head_that_is_too_large_is_refused_in_one_piece_too_and_a_large_body_behind_it_is_not() -> None:
     async def case() -> None:
-        async with tight() as (port, _):
+        async with tight() as (port, _, _):
             for line in (b"x: " + b"x" * LONGEST_HEAD_BYTES, b"\r\n".join(b"x: " + b"x" * 9000 for _ in range(9))):
                 assert b" 431 " in await say(port, b"GET / HTTP/1.1\r\nhost: x\r\n" + line + b"\r\n\r\n")
             size = 2 * LONGEST_HEAD_BYTES
@@ -152,13 +198,16 @@ def test_bodies_on_their_way_are_bounded_together(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(asgi, "MOST_COMING_BYTES", 300_000)
 
     async def case() -> None:
-        async with tight() as (port, _):
+        async with tight() as (port, _, _):
             head = b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 200000\r\n\r\n"
             whole = b"x" * 200_000
-            waiting = asyncio.create_task(say(port, head + whole[:-1], whole[-1:], pause_s=0.5))
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head + whole[:-1])
             await until(lambda: asgi._coming.bytes > 190_000)
             assert b'"too_many_bytes"' in await say(port, head + whole)
-            assert (await waiting).endswith(b"200000 3")
+            writer.write(whole[-1:])
+            assert (await reader.read()).endswith(b"200000 3")
+            writer.close()
             assert asgi._coming.bytes == 0
             assert (await say(port, head + whole)).endswith(b"200000 3")
 
@@ -167,7 +216,7 @@ def test_bodies_on_their_way_are_bounded_together(monkeypatch: pytest.MonkeyPatc
 
 def test_trailers_are_no_headers() -> None:
     async def case() -> None:
-        async with tight() as (port, _):
+        async with tight() as (port, _, _):
             chunked = b"POST / HTTP/1.1\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n"
             trailers = b"".join(b"x-%d: y\r\n" % number for number in range(MOST_HEADERS + 1))
             assert (await say(port, chunked + trailers + b"\r\n")).endswith(b"\r\n\r\n2 2")
@@ -177,7 +226,7 @@ def test_trailers_are_no_headers() -> None:
 
 def test_requests_sent_ahead_are_answered_in_order_up_to_a_few() -> None:
     async def case() -> None:
-        async with tight() as (port, _):
+        async with tight() as (port, _, _):
             last = HELLO.replace(b"host: x", b"connection: close")
             assert (await say(port, HELLO * 5 + last)).count(b"HTTP/1.1 200") == 6
             answer = await say(port, HELLO * (MOST_AHEAD + 5) + last)
@@ -189,10 +238,10 @@ def test_requests_sent_ahead_are_answered_in_order_up_to_a_few() -> None:
 @pytest.mark.parametrize("path", [b"/late ", b"/streams "])
 def test_nonsense_behind_a_request_ends_it_and_never_stands_in_the_middle_of_an_answer(path: bytes) -> None:
     async def case() -> None:
-        async with tight() as (port, app):
+        async with tight() as (port, app, _):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(HELLO.replace(b"/ ", path, 1))
-            await asyncio.sleep(0.05)
+            await until(lambda: app.waits)
             writer.write(b"nonsense\r\n\r\n")
             answer = await reader.read()
             if path == b"/late ":
@@ -208,9 +257,13 @@ def test_nonsense_behind_a_request_ends_it_and_never_stands_in_the_middle_of_an_
 
 def test_who_does_not_read_is_cut_and_the_application_knows_why() -> None:
     async def case() -> None:
-        async with tight() as (port, app):
+        async with tight() as (port, app, clock):
             reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
             writer.write(HELLO.replace(b"/ ", b"/endless ", 1))
+            await until(lambda: Tight.last is not None and Tight.last._read_timer is not None)
+            clock.go_on(1.9)
+            assert not app.slow
+            clock.go_on(0.1)
             await until(lambda: app.slow == [True])
             writer.close()
             with suppress(ConnectionError):
@@ -221,7 +274,7 @@ def test_who_does_not_read_is_cut_and_the_application_knows_why() -> None:
 
 def test_more_connections_than_there_is_room_for_are_told_so() -> None:
     async def case() -> None:
-        async with tight() as (port, _):
+        async with tight() as (port, _, _):
             kept = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
             assert error_of(await say(port, HELLO)) == (503, "too_many_connections")
             for _, writer in kept:
@@ -232,7 +285,7 @@ def test_more_connections_than_there_is_room_for_are_told_so() -> None:
 
 def test_a_body_nobody_waits_for_is_read_up_to_a_bound() -> None:
     async def case() -> None:
-        async with tight() as (port, _):
+        async with tight() as (port, _, _):
             head = b"POST /early HTTP/1.1\r\ncontent-length: 1000000000\r\n\r\n"
             assert (await say(port, head, *[b"x" * 2**20] * 40)).startswith(b"HTTP/1.1 401")
 
@@ -241,14 +294,13 @@ def test_a_body_nobody_waits_for_is_read_up_to_a_bound() -> None:
 
 def test_a_body_nobody_waits_for_is_not_waited_for_however_it_trickles() -> None:
     async def case() -> None:
-        async with tight() as (port, _):
-            head, begun_s = b"POST /early HTTP/1.1\r\ncontent-length: 1000\r\n\r\n", time.monotonic()
-            assert (await say(port, head, *[b"x"] * 100, pause_s=0.05)).startswith(b"HTTP/1.1 401")
-            assert 0.2 < time.monotonic() - begun_s < 2
-            whole = head.replace(b"1000", b"2") + b"hi"
-            last = whole.replace(b"\r\n", b"\r\nconnection: close\r\n", 1)
-            assert (await say(port, whole, whole, last, pause_s=0.2)).count(b" 401 ") == 3, (
-                "whose body is whole may stay"
-            )
+        async with tight() as (port, _, clock):
+            head = b"POST /early HTTP/1.1\r\ncontent-length: 1000\r\n\r\n"
+            assert (await say(port, head, *[b"x"] * 100, clock=clock, pause_s=0.5)).startswith(b"HTTP/1.1 401")
+            assert 3.0 <= clock.now_s <= 4.0, "bytes that come make it no longer"
+            short = head.replace(b"1000", b"2")
+            last = short.replace(b"\r\n", b"\r\nconnection: close\r\n", 1)
+            answers = await say(port, short, b"hi", short + b"hi", last + b"hi", clock=clock, pause_s=1.0)
+            assert answers.count(b" 401 ") == 3, "whose body is whole may stay"
 
     asyncio.run(case())
