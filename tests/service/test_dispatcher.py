@@ -12,7 +12,7 @@ from waterline.fleet import Tenant
 from waterline.plan import Plan
 from waterline.policy.decisions import NOT_SERVED, TOO_LATE
 from waterline.service.dispatcher import Dispatcher, block_keys
-from waterline.service.lines import Refusal, Ticket, Turn
+from waterline.service.lines import Coming, Refusal, Ticket, Turn
 from waterline.service.rows import MOST_CLIENTS
 
 TENANTS = (Tenant(name="enterprise", guarantee=0.5, deserved=0.5), Tenant(name="public", deserved=0.5))
@@ -287,6 +287,74 @@ def test_who_asks_while_the_only_replica_is_in_doubt_waits_for_it() -> None:
     enter(desk, turns, "c", now_s=3.0)
     desk.set_ready("chat/0", ready=False, now_s=4.0)
     assert turns.lost == ["c"]
+
+
+def test_a_replica_that_drains_is_nobody_to_wait_for() -> None:
+    desk, turns = dispatcher(2, max_batch=1, ttft_s=10.0), Turns()
+    for name in "abc":
+        enter(desk, turns, name)
+    desk.hold("chat/0", 1.0, drains=True)
+    assert turns.lost == [], "there is another"
+    desk.hold("chat/1", 1.0, drains=True)
+    assert (turns.begun, turns.lost) == (["a", "b"], ["c"])
+    assert ask(desk, turns, "d", now_s=2.0) == Refusal(rule=NOT_SERVED, retry_after_s=math.inf)
+    assert desk.stand_ins(desk.lanes["chat/0"].replica) == ["chat/0"]
+    desk.leave(turns.tickets[0], 3.0)
+    desk.set_ready("chat/0", ready=False, now_s=3.0, back_in_s=8.0)  # it starts again
+    enter(desk, turns, "e", now_s=4.0)
+    desk.set_ready("chat/0", ready=True, now_s=5.0)
+    assert turns.begun == ["a", "b", "c"], "it has waited all the same"
+
+
+def test_who_asks_while_the_only_replica_makes_room_for_its_successor_waits_if_its_deadline_lets_it() -> None:
+    desk, turns = dispatcher(ttft_s=10.0), Turns()
+    running = enter(desk, turns, "a")
+    desk.hold("chat/0", 1.0, drains=True)
+    desk.expect([Coming(replica=desk.lanes["chat/0"].replica, there_s=31.0)])
+    assert ask(desk, turns, "early", now_s=1.0) == Refusal(rule=NOT_SERVED, retry_after_s=30.0)
+    enter(desk, turns, "flex", now_s=1.0, wait_s=600.0)
+    enter(desk, turns, "late", now_s=25.0)
+    desk.leave(running, 26.0)
+    assert turns.begun == ["a"]
+    successor = msgspec.structs.replace(desk.lanes["chat/0"].replica, id="chat/1")
+    desk.remove("chat/0")
+    desk.add(successor)
+    desk.expect(())
+    desk.set_ready("chat/1", ready=True, now_s=31.0)
+    assert turns.begun == ["a", "flex", "late"]
+
+
+def plan_of_two_sizes() -> Plan:
+    plan = plan_of(2, max_batch=1)
+    large, small = plan.replicas
+    large = msgspec.structs.replace(large, cache_tokens=512)
+    small = msgspec.structs.replace(small, cache_tokens=64)
+    return msgspec.structs.replace(plan, replicas=(large, small))
+
+
+def test_who_waits_for_a_large_replica_that_goes_holds_up_nobody() -> None:
+    desk, turns = Dispatcher(plan_of_two_sizes(), lambda: 0), Turns()
+    for replica in desk.lanes:
+        desk.set_ready(replica, ready=True, now_s=0.0)
+    tickets = [enter(desk, turns, "large", prompt_tokens=400), enter(desk, turns, "small")]
+    enter(desk, turns, "large, waits", prompt_tokens=400, line="another")
+    enter(desk, turns, "small, waits")
+    desk.leave(tickets[1], 1.0)
+    assert turns.begun == ["large", "small"], "the turn is that of one who needs the large one"
+    desk.set_ready("chat/0", ready=False, now_s=2.0)
+    desk.tick(2.0)
+    assert turns.begun == ["large", "small", "large, waits"], "its tokens are a guess: the engine may have room"
+    desk.leave(turns.tickets[2], 3.0)
+    assert turns.begun[3:] == ["small, waits"]
+
+
+def test_where_only_a_replica_that_is_too_small_has_not_failed_a_request_it_goes_back_to_the_large_one() -> None:
+    desk, turns = Dispatcher(plan_of_two_sizes(), lambda: 0), Turns()
+    for replica in desk.lanes:
+        desk.set_ready(replica, ready=True, now_s=0.0)
+    ticket = enter(desk, turns, "large", prompt_tokens=400)
+    desk.move(ticket, frozenset({"chat/0"}), 1.0)
+    assert (turns.begun, replica_of(ticket)) == (["large"] * 2, "chat/0")
 
 
 def test_whose_turn_never_comes_is_told_so() -> None:

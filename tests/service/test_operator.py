@@ -1,11 +1,13 @@
 """What an operator may do to a running service, and that requests come to no harm by it."""
 
 import asyncio
+import dataclasses
 import json
 from datetime import datetime
 from pathlib import Path
 
 import aiohttp
+import openai
 import pytest
 from serving import QUESTION, Served, fake_plan, served, until
 
@@ -104,6 +106,36 @@ def test_who_reads_decisions_too_slowly_is_told_no_more_rather_than_a_part() -> 
             with pytest.raises(StopAsyncIteration):
                 await anext(reading)
             assert log.listeners == []
+
+    asyncio.run(case())
+
+
+def test_while_the_only_replica_is_drained_its_model_is_away_and_that_is_said() -> None:
+    async def case() -> None:
+        async with (
+            served(fake_plan({"chat": 1, "other": 1}, output_tokens=300)) as service,
+            aiohttp.ClientSession() as http,
+        ):
+            under_way = asyncio.create_task(ask(service, 300))
+            await until(lambda: service.gateway.under_way("chat/0") == 1)
+            service.operator.drain("chat/0")
+            with pytest.raises(openai.InternalServerError, match="'chat' is not ready: chat/0 is draining") as caught:
+                await ask(service)
+            assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "30")
+            async with http.get(f"{service.url}/health") as health:
+                said = await health.json()
+            assert (health.status, said["status"], said["models"]["chat"]["ready"]) == (503, "not ready", 0)
+            assert said["replicas"] == {"chat/0": "draining", "other/0": "ready"}
+            await under_way
+            states = service.supervisor.states
+            for status in ("backing off", "starting"):  # its engine comes back in a moment, and is drained all the same
+                states["chat/0"] = dataclasses.replace(states["chat/0"], status=status, load_s=1.0)
+                service.operator.replica_changed("chat/0", states["chat/0"])
+                with pytest.raises(openai.InternalServerError, match=f"chat/0 is {status}"):
+                    await ask(service)
+            states["chat/0"] = dataclasses.replace(states["chat/0"], status="ready")
+            service.operator.undrain("chat/0")
+            await ask(service)
 
     asyncio.run(case())
 

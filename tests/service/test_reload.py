@@ -5,12 +5,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import openai
 import pytest
 from msgspec.structs import replace
 from serving import QUESTION, Served, fake_plan, served, until
 
 from waterline.errors import PlanFileError
 from waterline.plan import Place, Plan, read_plan
+from waterline.service.lines import Ticket
 from waterline.service.reload import changes, keep_to_file
 
 
@@ -98,6 +100,35 @@ def test_where_no_gpu_is_free_the_old_one_drains_first() -> None:
             assert statuses(service) == {"other/0": "ready", "chat/1": "ready"}
             await chat.create(model="other", messages=QUESTION, max_tokens=2)
             assert (await service.openai.models.list()).data[0].id == "chat"
+
+    asyncio.run(case())
+
+
+def test_while_the_only_replica_makes_room_for_its_successor_requests_wait_as_their_deadline_lets_them() -> None:
+    """It has 20 s of work, as planned, and its successor takes 100 s to load, as planned; both take less."""
+    before = spread(fake_plan({"chat": 1}, output_tokens=40, ttft_s=5.0))
+    before = replace(before, replicas=(replace(before.replicas[0], tpot_s=0.5),))
+    after = replace(before, replicas=(replace(before.replicas[0], max_batch=8, load_s=100.0),))
+
+    async def case() -> None:
+        async with served(before) as service:
+            chat = service.openai.chat.completions
+            desk, now_s = service.gateway.dispatcher, service.gateway.now_s
+            under_way = desk.enter("chat", 5, None, lambda _: None, now_s(), tenant="enterprise")
+            assert isinstance(under_way, Ticket)
+            moving = asyncio.create_task(service.keeper.move_to(after))
+            await until(lambda: statuses(service) == {"chat/0": "draining"})
+            patient = asyncio.create_task(
+                chat.create(model="chat", messages=QUESTION, max_tokens=2, service_tier="flex")
+            )
+            with pytest.raises(openai.InternalServerError, match="'chat' is not ready: chat/0 is draining") as caught:
+                await chat.create(model="chat", messages=QUESTION)
+            assert 30 < int(caught.value.response.headers["retry-after"]) <= 121, "without a successor it is 30"
+            assert service.gateway.snapshot().health == "not ready"
+            desk.leave(under_way, now_s())
+            assert (await patient).usage.completion_tokens == 2
+            await moving
+            assert [one.status for one in service.completions] == ["failed", "ok"]
 
     asyncio.run(case())
 

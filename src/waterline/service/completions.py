@@ -14,7 +14,7 @@ from waterline.errors import WaterlineError, nearest
 from waterline.ledger import new_request_id, utc_us
 from waterline.outcome import Completion, Status
 from waterline.plan import Replica
-from waterline.policy.decisions import NOT_SERVED, RULES, TOO_LATE, TOO_LONG
+from waterline.policy.decisions import NOT_SERVED, RULES, TOO_LATE
 from waterline.service.access import Access, Caller
 from waterline.service.asgi import ClientGoneError, Headers, Receive, Reply, Scope, read_body, unless_disconnected
 from waterline.service.body import BYTES_PER_TOKEN, CHAT, Asked, loaded, read_asked
@@ -82,10 +82,13 @@ class Turn:
 
         Raises RejectedError when there was none in that time, or its turn did not come long after it should have.
         """
+        nobody_s = math.inf  # since when there is nobody
         while not (self._come.done() and self._come.result()):
             hope = self.ticket.service.has_hope
+            nobody_s = math.inf if hope else min(nobody_s, self._now_s())
             if not self._come.done():
-                await asyncio.wait((self._come,), timeout=None if hope else within_s)
+                left_s = max(0.0, nobody_s + within_s - self._now_s())
+                await asyncio.wait((self._come,), timeout=None if hope else left_s)
                 if not self._come.done() and not self.ticket.service.has_hope:
                     raise self._nobody(NOT_SERVED)
             elif self._now_s() > self.ticket.until_s:
@@ -395,9 +398,11 @@ class Completions:
     def _refused(self, asked: Asked, refusal: Refusal) -> RejectedError:
         headers = retry_after(refusal.retry_after_s if math.isfinite(refusal.retry_after_s) else UNSERVED_S)
         again = f"Come back in {headers['retry-after']} s."
-        if refusal.rule in {NOT_SERVED, TOO_LONG}:
+        if refusal.rule == NOT_SERVED:
             lanes = self._dispatcher.services[asked.model].lanes
-            said = ", ".join(f"{lane.replica.id} is {self._states[lane.replica.id].status}" for lane in lanes)
+            said = ", ".join(
+                f"{lane.replica.id} is {lane.said(self._states[lane.replica.id].status)}" for lane in lanes
+            )
             return RejectedError(
                 f"'{asked.model}' is not ready: {said or 'it has no replica now'}. {again}",
                 status=503,

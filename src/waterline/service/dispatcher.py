@@ -21,7 +21,7 @@ from waterline.policy import dispatch
 from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, TAKES_OVER, WAITS_FOR_SLOT
 from waterline.policy.routing import MOST_DRAWN, NOBODY
 from waterline.service.decision_log import DecisionLog
-from waterline.service.lines import Lane, Refusal, Service, Ticket, Turn, most_tokens, reads_per_s, works_per_s
+from waterline.service.lines import Coming, Lane, Refusal, Service, Ticket, Turn, most_tokens, reads_per_s, works_per_s
 from waterline.service.rows import Rows
 
 Draw = Callable[[], int]
@@ -227,9 +227,13 @@ class Dispatcher:
         return [lane.replica for lane in service.lanes] if service else []
 
     def stand_ins(self, replica: Replica) -> list[str]:
-        """Return the ids of those that do what a replica does, itself among them; none of a model that is gone."""
-        alike = (one for one in self.replicas_of(replica.model) if (one.role == "decode") == (replica.role == "decode"))
-        return [one.id for one in alike]
+        """Return the ids of those that do what a replica does, itself among them and none else that drains.
+
+        None of a model that is gone.
+        """
+        service = self.services.get(replica.model)
+        stay = [one for one in service.lanes if not one.drains or one.replica.id == replica.id] if service else []
+        return [one.replica.id for one in stay if one.writes_only == (replica.role == "decode")]
 
     def under_way(self, tenant: str) -> int:
         """Return how many requests of a tenant wait or run."""
@@ -284,18 +288,28 @@ class Dispatcher:
         When it was the last, who waits is told that there is nobody now.
         """
         lane = self.lanes[replica_id]
-        lane.up, lane.held, lane.back_s = ready, False, now_s + back_in_s
+        lane.up, lane.held, lane.drains, lane.back_s = ready, False, False, now_s + back_in_s
         self._serve(lane, now_s)
-        service = self.services[lane.replica.model]
-        if not ready and not service.has_hope:
-            for ticket in [ticket for line in service.lines.values() for ticket in line]:
-                ticket.turn(False)  # noqa: FBT003 - a callback of one argument
+        if not ready:
+            self._tell_if_hopeless(self.services[lane.replica.model])
 
-    def hold(self, replica_id: str, now_s: float) -> None:
-        """A replica did not answer lately, or drains, and gets no more work; who waits for its model waits on."""
+    def hold(self, replica_id: str, now_s: float, *, drains: bool = False) -> None:
+        """A replica did not answer lately, or drains, and gets no more work; what it has stays its.
+
+        Who waits for its model waits on, unless it drains and was the last.
+        """
         lane = self.lanes[replica_id]
-        lane.up, lane.held = False, True
+        lane.up, lane.held, lane.drains = False, True, drains
         self._serve(lane, now_s)
+        if drains:
+            self._tell_if_hopeless(self.services[lane.replica.model])
+
+    def expect(self, coming: Iterable[Coming]) -> None:
+        """These will be started when there is room for them, and no others; models of a plan that is used."""
+        for service in self.services.values():
+            service.coming = []
+        for one in coming:
+            self.services[one.replica.model].coming.append(one)
 
     def doubt(self, replica_id: str, *, doubted: bool, now_s: float) -> None:
         """A replica fails requests and gets no more of them, or may have them again."""
@@ -330,6 +344,12 @@ class Dispatcher:
 
     # --- Inside -----------------------------------------------------------------------------------------------------
 
+    def _tell_if_hopeless(self, service: Service) -> None:
+        """Tell those who wait when there is nobody any more."""
+        if not service.has_hope:
+            for ticket in [ticket for line in service.lines.values() for ticket in line]:
+                ticket.turn(False)  # noqa: FBT003 - a callback of one argument
+
     def _arrive(self, ticket: Ticket, within_s: float) -> dispatch.Arrival:
         """Decide about a newcomer that may wait so long for its first token."""
         draw = self._draw()
@@ -353,7 +373,7 @@ class Dispatcher:
         """Decide about a newcomer while nobody serves its model: it may wait for those who should be there first."""
         service = ticket.service
         there_s = service.there_s
-        coming = [lane.replica for lane in service.lanes if lane.there_s <= there_s]
+        coming = [one.replica for one in service.expected if one.there_s <= there_s]
         readers = [replica for replica in coming if replica.role != "decode"]
         return dispatch.arrive_ahead(
             self.rows.desk,
@@ -393,6 +413,8 @@ class Dispatcher:
 
     def _start(self, service: Service, ticket: Ticket, now_s: float) -> bool:
         """Start a request where it has not failed before, if there is anybody else; tell whether there is a slot."""
+        # Who could hold it may have gone since it came: then it goes as one that comes now.
+        ticket.tokens = min(ticket.tokens, self.rows.desk.models.longest_tokens[service.row] or ticket.tokens)
         avoided = self._avoided(service, ticket, writers=False)
         self._set_serving(avoided, 0)
         draw = self._draw()
@@ -421,6 +443,7 @@ class Dispatcher:
         if not ticket.avoids:
             return ()
         ready = [lane for lane in service.lanes if lane.ready and lane.writes_only == writers]
+        ready = [lane for lane in ready if self.rows.desk.replicas.longest_tokens[lane.row] >= ticket.tokens]
         avoided = [lane.row for lane in ready if lane.replica.id in ticket.avoids]
         return avoided if len(avoided) < len(ready) else ()
 

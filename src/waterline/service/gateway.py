@@ -4,7 +4,7 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from waterline.service.dispatcher import Dispatcher
 from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError, shortened
 from waterline.service.limits import WRITE
+from waterline.service.lines import Coming
 from waterline.service.logs import about_request
 from waterline.service.metrics import Metrics
 from waterline.service.passage import Passages
@@ -175,7 +176,7 @@ class Gateway:
         """Send work there, or not; what is under way on a replica that is gone is cut, and fails as if it broke off."""
         self.metrics.replica_changed(self.dispatcher.lanes[replica_id].replica.model, state.status)
         if state.status in HELD:
-            self.dispatcher.hold(replica_id, self.now_s())
+            self.dispatcher.hold(replica_id, self.now_s(), drains=state.status == "draining")
             return
         back_in_s = self._back_in_s(replica_id, state)
         self.dispatcher.set_ready(replica_id, ready=state.status == "ready", now_s=self.now_s(), back_in_s=back_in_s)
@@ -201,6 +202,17 @@ class Gateway:
     def admit(self, replica: Replica) -> None:
         """A replica has come into being; it gets work as soon as it is ready."""
         self.dispatcher.add(replica)
+
+    def expect(self, coming: Iterable[tuple[Replica, float]]) -> None:
+        """These replicas, and no others, will be started when there is room, to be ready in so many seconds."""
+        now_s = self.now_s()
+        self.dispatcher.expect(Coming(replica=replica, there_s=now_s + in_s) for replica, in_s in coming)
+
+    def ends_in_s(self, replica_id: str) -> float:
+        """Return how long what a replica works on should take yet, were it begun now; 0 where that is nothing."""
+        replica = self.dispatcher.lanes[replica_id].replica
+        output_tokens = self.dispatcher.services[replica.model].planned.output_tokens
+        return replica.ttft_s + output_tokens * replica.tpot_s if self.under_way(replica_id) else 0.0
 
     def update(self, replica: Replica) -> None:
         """A replica goes on with other figures."""
@@ -291,7 +303,11 @@ class Gateway:
             body["models"] = {
                 model: {"ready": service.ready, "total": len(service.lanes)} for model, service in services.items()
             }
-            body["replicas"] = {replica: state.status for replica, state in self.states.items()}
+            lanes = self.dispatcher.lanes
+            body["replicas"] = {
+                replica: lanes[replica].said(state.status) if replica in lanes else state.status
+                for replica, state in self.states.items()
+            }
         await reply.whole(200 if healthy else 503, orjson.dumps(body), [JSON])
 
 

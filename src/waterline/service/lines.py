@@ -27,6 +27,7 @@ class Lane:
     rows: Rows = field(repr=False)
     up: bool = False  # its engine answers
     held: bool = False  # it drains, or did not answer lately: it gets nothing, but is not given up
+    drains: bool = False  # for that reason: nobody waits for it
     doubted: bool = False  # likewise, because it failed requests
     back_s: float = math.inf  # when it should be up again, while it is neither
     ready: bool = False  # it gets work
@@ -42,18 +43,32 @@ class Lane:
     @property
     def there_s(self) -> float:
         """Since when it is there for requests, or when it should be; infinite: nobody knows."""
-        return -math.inf if self.up or self.held else self.back_s
+        return -math.inf if self.up or (self.held and not self.drains) else self.back_s
 
     @property
     def writes_only(self) -> bool:
         """Whether it takes requests over from those that read prompts, and gets none else."""
         return self.replica.role == "decode"
 
+    def said(self, status: str) -> str:
+        """Return how it is in a word, given how its engine is: a ready one may get no work all the same."""
+        if status != "ready":
+            return status
+        return "draining" if self.drains else "ejected" if self.doubted else status
+
     def settle(self, now_s: float) -> None:
         """Count the time up to now; call it before `running` changes."""
         if self.running:
             self.share_s += (now_s - self.settled_s) / self.running
         self.settled_s = now_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coming:
+    """A replica that is to be started when others have made room for it."""
+
+    replica: Replica
+    there_s: float  # when it should be ready
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,6 +79,7 @@ class Service:
     planned: ModelPlan
     ttft_s: float
     lanes: list[Lane] = field(default_factory=list)
+    coming: list[Coming] = field(default_factory=list)  # besides these
     max_context_tokens: int = 0  # of the replica that takes most, in service or not
     gpu_s_per_prompt_token: float = 0.0  # when all its replicas are full …
     gpu_s_per_output_token: float = 0.0  # … likewise; the same, unless prompts are read apart
@@ -86,6 +102,11 @@ class Service:
         return len(roles) if _are_whole(roles) else 0
 
     @property
+    def expected(self) -> "list[Lane | Coming]":
+        """Who is there, or may come."""
+        return [*self.lanes, *self.coming]
+
+    @property
     def has_hope(self) -> bool:
         """Whether who waits waits for somebody that is there: who reads, and who writes."""
         return self.there_s == -math.inf
@@ -95,7 +116,7 @@ class Service:
         """Since when, or from when on, somebody reads and somebody writes, as far as is known."""
 
         def first_s(role: str) -> float:
-            return min((lane.there_s for lane in self.lanes if lane.replica.role == role), default=math.inf)
+            return min((one.there_s for one in self.expected if one.replica.role == role), default=math.inf)
 
         return min(first_s("both"), max(first_s("prefill"), first_s("decode")))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
@@ -49,8 +50,11 @@ class Operator:
 
     def replica_changed(self, replica: str, state: ReplicaState) -> None:
         """Tell the gateway of a replica's new state; one that is drained gets nothing, however well it is."""
-        if replica in self._drained and state.status == "ready":
-            state = dataclasses.replace(state, status="draining")
+        if replica in self._drained:
+            if state.status == "ready":
+                state = dataclasses.replace(state, status="draining")
+            else:  # however soon it is there
+                state = dataclasses.replace(state, delay_s=math.inf)
         self._gateway.replica_changed(replica, state)
 
     def snapshot(self) -> Snapshot:

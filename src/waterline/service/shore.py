@@ -140,13 +140,17 @@ class Shore:
             self._gateway.update(replica)
         gone = [replica_id for replica_id in self.replicas if replica_id not in stay]
         log.info("moves to the new plan", stay=len(stay), start=len(coming), drain=len(gone))
-        coming = await self._start_where_free(coming, engines)
-        drains = {self.drain(replica_id, self._grace_s(replica_id)) for replica_id in gone}
-        while coming and drains:
-            _, drains = await asyncio.wait(drains, return_when=asyncio.FIRST_COMPLETED)
+        try:
             coming = await self._start_where_free(coming, engines)
-        if drains:
-            await asyncio.wait(drains)
+            drains = {self.drain(replica_id, self._grace_s(replica_id)) for replica_id in gone}
+            while coming and drains:
+                self._expect(coming)
+                _, drains = await asyncio.wait(drains, return_when=asyncio.FIRST_COMPLETED)
+                coming = await self._start_where_free(coming, engines)
+            if drains:
+                await asyncio.wait(drains)
+        finally:
+            self._gateway.expect(())
         self._gateway.forget_models()
         log.info("runs the new plan")
 
@@ -177,10 +181,20 @@ class Shore:
             named = replica if replica.id not in self.replicas else replace(replica, id=self.free_name(replica.model))
             self.start(named, engines[replica.id])
             started.append(named.id)
+        self._expect(others)
         states = self._supervisor.states
         while any(states[one].status in NOT_YET for one in started):  # noqa: ASYNC110 - states are looked at, as by all
             await asyncio.sleep(LOOK_EVERY_S)
         return others
+
+    def _expect(self, coming: Iterable[Replica]) -> None:
+        """Say when those should be ready that wait for GPUs: who has these ends its work first, then they load."""
+        self._gateway.expect([(one, self._room_in_s(one) + one.load_s) for one in coming])
+
+    def _room_in_s(self, replica: Replica) -> float:
+        wanted = gpus_of(replica.pool, replica.places)
+        inside = [id_ for id_, one in self.replicas.items() if wanted & gpus_of(one.pool, one.places)]
+        return max((min(self._gateway.ends_in_s(id_), self._grace_s(id_)) for id_ in inside), default=0.0)
 
     def _grace_s(self, replica_id: str) -> float:
         """Return how long a replica gets to drain: the longest grace of those who ask its model."""

@@ -126,11 +126,8 @@ def _expected(plan: Plan, model: str) -> str:
 
 
 def _replica(lane: Lane, state: ReplicaState) -> ReplicaNow:
-    replica, said, reason = lane.replica, str(state.status), state.reason
-    if state.status == "ready" and lane.held:
-        said, reason = "draining", DRAINED
-    elif state.status == "ready" and lane.doubted:
-        said, reason = "ejected", EJECTED
+    replica, said = lane.replica, lane.said(state.status)
+    reason = {"draining": DRAINED, "ejected": EJECTED}.get(said, "") if state.status == "ready" else state.reason
     return ReplicaNow(
         id=replica.id,
         model=replica.model,
