@@ -30,7 +30,8 @@ from waterline.planner import make_plan
 from waterline.policy import tide as tides
 from waterline.rehearsal import prepare
 from waterline.rehearsal.acting import Tidal
-from waterline.rehearsal.arrivals import Piece, Traffic, piece_of, traffic
+from waterline.rehearsal.arrivals import Traffic, traffic
+from waterline.rehearsal.pieces import Piece, piece_of
 from waterline.rehearsal.recorder import Recorder
 from waterline.units import PICOSECONDS_PER_S
 

@@ -1,7 +1,7 @@
 """Make examples/traces/office-hour.csv: an hour of a small office, drawn by the rehearsal's own generator.
 
 Poisson arrivals at 0.42 requests/s, lognormal lengths around 1,000 prompt and 200 output tokens, in a context of 8,192;
-see `waterline.rehearsal.arrivals.poisson_trace`. The same bytes every time.
+see `waterline.rehearsal.drawing.poisson_trace`. The same bytes every time.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 from numpy.random import PCG64, Generator
 
 from waterline.fleet import HOURS
-from waterline.rehearsal.arrivals import poisson_trace
+from waterline.rehearsal.drawing import poisson_trace
 from waterline.units import HOUR_S
 from waterline.workload import Trace, write_trace
 

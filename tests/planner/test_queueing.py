@@ -23,8 +23,8 @@ from waterline.planner.queueing import (
     sustained_requests_per_s,
     usual_lengths,
 )
-from waterline.rehearsal.arrivals import poisson_trace
 from waterline.rehearsal.capacity import Capacity, Terms, asks
+from waterline.rehearsal.drawing import poisson_trace
 from waterline.rehearsal.oracle import Passage, serve
 from waterline.workload import Slo
 

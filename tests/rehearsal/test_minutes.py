@@ -19,8 +19,9 @@ from waterline.policy import tide as tides
 from waterline.policy.decisions import COMES_BACK, FIELDS, NONE, as_json, canonical_bytes
 from waterline.policy.tide import signal_line
 from waterline.rehearsal import POLICIES, Failure, Rehearsal, rehearse
-from waterline.rehearsal.arrivals import Piece, Traffic
+from waterline.rehearsal.arrivals import Traffic
 from waterline.rehearsal.failures import parse_failure, random_failures
+from waterline.rehearsal.pieces import Piece
 from waterline.roster import Roster
 from waterline.workload.operators import Surge
 

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from waterline.plan import Plan, Replica
 from waterline.policy.decisions import COMES_BACK, FIELDS, NONE, REASONS, TAKES_OVER
 from waterline.policy.holdings import NOBODY
-from waterline.rehearsal.arrivals import Piece, Traffic
+from waterline.rehearsal.arrivals import Traffic
 from waterline.rehearsal.capacity import PICOSECONDS_PER_NS, Terms
 from waterline.rehearsal.failures import Failure
 from waterline.rehearsal.house import House, Settled
 from waterline.rehearsal.minutes import Minutes
+from waterline.rehearsal.pieces import Piece
 from waterline.rehearsal.policies import Policy, Setting, setting
 from waterline.rehearsal.record import JobRecord, Move
 from waterline.rehearsal.recorder import Recorder

@@ -7,8 +7,7 @@ requests is never in memory whole.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from numpy.random import PCG64, Generator
@@ -18,64 +17,31 @@ from waterline.errors import InputError, TraceError
 from waterline.fleet import DEFAULT_CONTEXT_TOKENS, HOURS, Demand
 from waterline.plan import Plan
 from waterline.rehearsal.beside import ahead
-from waterline.rehearsal.capacity import NEVER
 from waterline.rehearsal.dealing import dealt
+from waterline.rehearsal.drawing import draw
+from waterline.rehearsal.pieces import (
+    LONGEST_DAYS,
+    PICOSECONDS_PER_NS,
+    PIECE,
+    Piece,
+    cached,
+    cut,
+    joined,
+    piece_of,
+    piece_of_chunk,
+)
 from waterline.units import DAY_S, GIGA, HOUR_S, PICOSECONDS_PER_S
-from waterline.workload import LENGTH_SIGMA, TICKS_PER_S, Request, Trace, operators, ragged
+from waterline.workload import Request, Trace, operators
 from waterline.workload.files import open_trace
 from waterline.workload.operators import Surge, until
-from waterline.workload.ragged import Ragged
-from waterline.workload.stream import DAY_NS, ENDLESS, UNSAID, Chunk, Names, Stream, measure
+from waterline.workload.stream import DAY_NS, UNSAID, Chunk, Names, Stream, measure
 
 DEFAULT_DURATION_S = 15 * 60.0
 MOST_DRAWN = 2_000_000_000  # requests; an hour or more of work
-LONGEST_DAYS = 100  # time is kept in 64 bits of picoseconds
 HOUR_NS = HOUR_S * GIGA
 FAR_S = 1e9  # what lasts longer has no need to be cut
-PIECE = 1 << 16  # requests, about
-PICOSECONDS_PER_NS = PICOSECONDS_PER_S // GIGA
-PICOSECONDS_PER_TICK = PICOSECONDS_PER_S // TICKS_PER_S
 
 Integers = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some requests in the order of their arrival, one entry of each array a request."""
-
-    arrival_ps: Integers
-    prompt_tokens: Integers
-    output_tokens: Integers
-    row: Integers  # index of the row of the demand that asks
-    cached_tokens: NDArray[np.int32]  # of the prompt; at least one token of it is not
-    client: NDArray[np.int32]  # index of its name in `Traffic.clients`, or UNSAID
-    patience_ps: Integers  # how long it waits for its turn, or NEVER: as long as it takes
-    leaves_ps: Integers  # after its arrival, when its client goes away whatever has come by then, or NEVER
-    blocks: Ragged  # keys of its prompt, see `policy.routing`
-
-    def __len__(self) -> int:
-        return len(self.arrival_ps)
-
-    def __getitem__(self, which: slice | NDArray[Any]) -> "Piece":
-        return Piece(*(getattr(self, name)[which] for name in COLUMNS))
-
-
-COLUMNS = tuple(column.name for column in fields(Piece))
-
-
-def piece_of(
-    arrival_ps: Integers,
-    prompt_tokens: Integers,
-    output_tokens: Integers,
-    row: Integers,
-    cached_tokens: NDArray[np.int32],
-) -> Piece:
-    """Return requests of clients without a name, who stay to the end; their prompts have nothing to do with others."""
-    count = len(arrival_ps)
-    nobody, endless = np.full(count, UNSAID, np.int32), np.full(count, NEVER)
-    return Piece(
-        arrival_ps, prompt_tokens, output_tokens, row, cached_tokens, nobody, endless, endless, ragged.empty(count)
-    )  # fmt: skip
 
 
 class Traffic:
@@ -310,8 +276,8 @@ class _Dealt:
 
     def pieces(self) -> Iterator[Piece]:
         for chunk in self.asked.chunks():
-            piece = _piece(chunk, chunk.model, self.prefix_hits[chunk.model])
-            yield from _cut(replace(piece, blocks=piece.blocks.apart(1 + self.model_of_row[piece.row], "model")))
+            piece = piece_of_chunk(chunk, chunk.model, self.prefix_hits[chunk.model])
+            yield from cut(replace(piece, blocks=piece.blocks.apart(1 + self.model_of_row[piece.row], "model")))
 
     def notes(
         self, rows: Sequence[Demand], counts: Sequence[int], spans_ps: Sequence[tuple[int, int] | None]
@@ -373,7 +339,7 @@ class _Asked:
                 for index in range(len(self.rows))
             ]
             merged = joined(parts)
-            yield from _cut(merged[np.argsort(merged.arrival_ps, kind="stable")])
+            yield from cut(merged[np.argsort(merged.arrival_ps, kind="stable")])
 
     def _replayed(self, index: int, stream: Stream) -> Stream:
         """Return a row's own trace, by the clock of the rehearsal, and with the surges of its tenant."""
@@ -421,8 +387,9 @@ class _Asked:
             first_hour=0,
             generator=Generator(PCG64([self.seed, index, number])),
         )
-        cached = _cached(prompts, row.prefix_hit)
-        drawn = piece_of(begin_ps + arrivals_ps, prompts, outputs, np.full(len(prompts), index), cached)
+        drawn = piece_of(
+            begin_ps + arrivals_ps, prompts, outputs, np.full(len(prompts), index), cached(prompts, row.prefix_hit)
+        )
         if not surges:
             return drawn
         clock_ns = self.hour * HOUR_NS + drawn.arrival_ps // PICOSECONDS_PER_NS
@@ -452,7 +419,7 @@ class _Cursor:
             if chunk is None:
                 break
             chunk = replace(chunk, client=self._among_all(chunk.client))
-            piece = _piece(chunk, np.full(len(chunk), self._row), self._prefix_hit)
+            piece = piece_of_chunk(chunk, np.full(len(chunk), self._row), self._prefix_hit)
             taken.append(replace(piece, blocks=piece.blocks.apart(1 + piece.row, "row")))
         whole = joined(taken)
         end = len(whole) if end_ps is None else int(np.searchsorted(whole.arrival_ps, end_ps))
@@ -467,95 +434,6 @@ class _Cursor:
         return self._numbers[client]
 
 
-def _piece(chunk: Chunk, row: NDArray[Any], prefix_hit: float | NDArray[np.float64]) -> Piece:
-    """Return a chunk as a piece. `prefix_hit`: of a trace that does not tell what was cached."""
-    prompts = chunk.prompt_tokens.astype(np.int64)
-    told = np.where(chunk.blocks.counts > 0, 0, np.minimum(chunk.cached_tokens, chunk.prompt_tokens - 1))
-    return Piece(
-        chunk.arrival_ns * PICOSECONDS_PER_NS,
-        prompts,
-        chunk.output_tokens.astype(np.int64),
-        row.astype(np.int64),
-        np.maximum(told, _cached(prompts, prefix_hit)),
-        chunk.client,
-        _durations_ps(chunk.patience_ns),
-        _durations_ps(chunk.leaves_ns),
-        chunk.blocks,
-    )
-
-
-def _durations_ps(durations_ns: Integers) -> Integers:
-    """Return times that may be ENDLESS; those longer than any rehearsal are, too."""
-    endless = (durations_ns == ENDLESS) | (durations_ns > LONGEST_DAYS * DAY_S * GIGA)
-    return np.where(endless, NEVER, durations_ns * PICOSECONDS_PER_NS)
-
-
-def _cached(prompt_tokens: Integers, prefix_hit: float | NDArray[np.float64]) -> NDArray[np.int32]:
-    """Return how much of prompts is cached; at least their last token is read."""
-    return np.minimum(np.rint(prefix_hit * prompt_tokens), prompt_tokens - 1).astype(np.int32)
-
-
-def draw(
-    hourly_requests_per_s: Sequence[float],
-    *,
-    prompt_tokens: int,
-    output_tokens: int,
-    max_context_tokens: int,
-    duration_s: float,
-    first_hour: int,
-    generator: Generator,
-) -> tuple[Integers, Integers, Integers]:
-    """Draw Poisson arrivals whose rate changes with the hour, and lognormal lengths.
-
-    Arrivals at the largest rate are thinned to the rate of their hour, and rounded to 100 ns, which a trace file keeps.
-    Lengths are independent, with the stated means and `LENGTH_SIGMA`, at least 1; where prompt and output exceed the
-    context, the output is cut, and the prompt when it alone does. So the means come out a little lower than stated when
-    they are not far below the context.
-
-    Returns arrivals in picoseconds from the start, prompt tokens and output tokens.
-    """
-    largest = max(hourly_requests_per_s)
-    candidates_s = np.sort(generator.random(generator.poisson(largest * duration_s))) * duration_s
-    hours = (first_hour + (candidates_s // HOUR_S).astype(np.int64)) % HOURS
-    kept = generator.random(len(candidates_s)) * largest < np.asarray(hourly_requests_per_s)[hours]
-    ticks = np.rint(candidates_s[kept] * TICKS_PER_S).astype(np.int64)
-    prompts = np.clip(_lengths(prompt_tokens, len(ticks), generator), 1, max_context_tokens - 1)
-    outputs = np.clip(_lengths(output_tokens, len(ticks), generator), 1, max_context_tokens - prompts)
-    return ticks * PICOSECONDS_PER_TICK, prompts, outputs
-
-
-def poisson_trace(
-    name: str,
-    hourly_requests_per_s: Sequence[float],
-    *,
-    prompt_tokens: int,
-    output_tokens: int,
-    max_context_tokens: int,
-    duration_s: float,
-    first_hour: int,
-    generator: Generator,
-) -> Trace:
-    """Return what `draw` draws as a trace."""
-    arrivals_ps, prompts, outputs = draw(
-        hourly_requests_per_s,
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        max_context_tokens=max_context_tokens,
-        duration_s=duration_s,
-        first_hour=first_hour,
-        generator=generator,
-    )
-    return Trace(
-        name=name,
-        requests=[
-            Request(arrival_s=ticks / TICKS_PER_S, prompt_tokens=prompt, output_tokens=output)
-            for ticks, prompt, output in zip(
-                (arrivals_ps // PICOSECONDS_PER_TICK).tolist(), prompts.tolist(), outputs.tolist(), strict=True
-            )
-        ],
-    )
-
-
 def busiest_hour(rows: Iterable[Demand]) -> int:
     """Return the hour of the day, from 0, with the most tokens asked for over all rows; the first of equal ones."""
     hourly = [
@@ -567,12 +445,6 @@ def busiest_hour(rows: Iterable[Demand]) -> int:
     return totals.index(max(totals)) if totals else 0
 
 
-def _lengths(mean: float, count: int, generator: Generator) -> Integers:
-    """Draw whole numbers; a lognormal with parameter μ has the mean exp(μ + σ²/2)."""
-    lengths = generator.lognormal(np.log(mean) - LENGTH_SIGMA**2 / 2, LENGTH_SIGMA, count)
-    return np.rint(lengths).astype(np.int64)
-
-
 def _context_tokens(plan: Plan, row: Demand) -> int:
     return plan.fleet.model(row.model).max_context_tokens or DEFAULT_CONTEXT_TOKENS
 
@@ -582,20 +454,6 @@ def _rows(plan: Plan) -> tuple[Demand, ...]:
         return plan.fleet.demand
     tenant = plan.fleet.tenants[0].name if plan.fleet.tenants else "public"
     return tuple(Demand(tenant=tenant, model=model.model, requests_per_s=0.0) for model in plan.models)
-
-
-def joined(parts: Sequence[Piece]) -> Piece:
-    """Return pieces as one, in the order they are given."""
-    if len(parts) == 1:
-        return parts[0]
-    none = np.zeros(0, np.int64)
-    parts = [piece_of(none, none, none, none, none.astype(np.int32)), *parts]
-    return Piece(*(ragged.joined([getattr(part, name) for part in parts]) for name in COLUMNS))
-
-
-def _cut(asked: Piece) -> Iterator[Piece]:
-    for begin in range(0, len(asked), PIECE):
-        yield asked[begin : begin + PIECE]
 
 
 def _check_drawn(requests: float, length_s: float) -> None:

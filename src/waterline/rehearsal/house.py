@@ -13,8 +13,8 @@ from waterline.fleet import HOURS, Demand
 from waterline.outcome import CANCELLED, NOWHERE, OK, REFUSED, STATUSES, Completion
 from waterline.plan import Plan, Replica
 from waterline.policy.decisions import GAVE_UP, NOT_SERVED, OVER_LIMIT, QUEUE_FULL, RULES, TOO_LATE, TOO_LONG
-from waterline.rehearsal.arrivals import Piece, joined
 from waterline.rehearsal.capacity import NEVER, Capacity, Terms
+from waterline.rehearsal.pieces import Piece, joined
 from waterline.rehearsal.recorder import Recorder
 from waterline.rehearsal.state import NEVER_PS, Integers, Reals
 from waterline.rehearsal.station import Passages, Station

@@ -23,9 +23,9 @@ from waterline.policy.decisions import RULES
 from waterline.policy.holdings import DRAIN, HAND_BACK, HOLD, NOBODY, START, TAKE_OVER, Moves
 from waterline.policy.jit import compiled
 from waterline.policy.tide import Log, Signal
-from waterline.rehearsal.arrivals import Piece
 from waterline.rehearsal.failures import Failure, placed
 from waterline.rehearsal.jobs import Books, Work
+from waterline.rehearsal.pieces import Piece
 from waterline.rehearsal.record import Move, MoveKind
 from waterline.roster import Roster, Run, expected_output_tokens, token_costs
 from waterline.units import HOUR_S, PICOSECONDS_PER_S
