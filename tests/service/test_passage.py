@@ -310,7 +310,7 @@ def test_when_llama_cpp_is_killed_another_goes_on_with_the_very_answer() -> None
         async with served(plan) as service:
             expected = [await ask(service, fields, path=path) for fields, path in cases]
             asking = [asyncio.create_task(ask(service, fields, path=path)) for fields, path in cases]
-            watches = service.gateway._passages._watches
+            watches = service.gateway._passages._watches._of
             await until(lambda: any(watch.heard for watch in watches["abacus/0"]))
             os.kill(service.supervisor.states["abacus/0"].pid or 0, signal.SIGKILL)
             got = await asyncio.gather(*asking)

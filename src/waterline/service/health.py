@@ -1,4 +1,4 @@
-"""How well replicas serve, as real traffic shows: who is left out for a while, and how long a silence may last.
+"""How well replicas serve, as real traffic shows: who is left out for a while, and what is usual of each.
 
 A replica that fails requests is *ejected*: it gets no new work until a request of our own has been answered there,
 which is tried after pauses that grow each time. At most half of a model's replicas are out at once: where all fail, the
@@ -30,7 +30,6 @@ LEARNT = 0.1  # weight of one more measurement
 USUAL_FIRST = 8.0
 USUAL_NEXT = 25.0
 BREAK_S = 1.0
-WHILE_OTHERS_SPEAK = 4.0  # times that: an engine makes room by setting one request aside for a while
 
 log = structlog.get_logger()
 
@@ -77,27 +76,6 @@ class Vitals:
             self.ttft_s += (ttft_s - self.ttft_s) * (LEARNT if self.ttft_s else 1.0)
         if not math.isnan(tpot_s):
             self.tpot_s += (tpot_s - self.tpot_s) * (LEARNT if self.tpot_s else 1.0)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Watch:
-    """One request at one replica, and the silence it is in."""
-
-    vitals: Vitals
-    patience: float  # times what is usual
-    within: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
-    whole_tokens: int = 0  # at most, of an answer that comes whole
-    since_s: float = math.inf  # when the silence began; inf before we listen, and when it was ended
-    heard: bool = False
-    writing: bool = False  # what has come, to a client: we do not listen
-    silent: bool = False  # too long
-
-    def allowed_s(self, now_s: float) -> float:
-        vitals = self.vitals
-        if self.whole_tokens:
-            return vitals.whole_within_s(self.whole_tokens) * self.patience
-        within_s = (vitals.next_within_s if self.heard else vitals.first_within_s) * self.patience
-        return within_s * WHILE_OTHERS_SPEAK if now_s - vitals.heard_s < within_s else within_s
 
 
 class Health:

@@ -3,7 +3,7 @@
 The client sees one answer. An engine that fails before anything was said is a reason to ask another; one that fails in
 the middle of a stream, to have another go on from there (`continuation`). A failure is whatever keeps an answer from
 going on: no connection, a 5xx, an answer of the wrong kind, an event that nobody can read or that tells of an error, an
-end before the end, and silence (`health`).
+end before the end, and silence (`silence`).
 
 What decides about places is elsewhere and shows itself here as a `Placement`; nobody here knows of queues or shares.
 """
@@ -27,12 +27,13 @@ from waterline.service.engines import Engine
 from waterline.service.engines.dialect import AT_ONCE
 from waterline.service.errors import RejectedError
 from waterline.service.events import DONE, BadEventError
-from waterline.service.health import Health, Watch
+from waterline.service.health import Health
 from waterline.service.pairs import Handover, Pairs, Wanted, discreet, trial
 from waterline.service.response_relay import Relay
 from waterline.service.response_resume import Written, as_rest_of
 from waterline.service.responses import RESPONSES
 from waterline.service.said import Said
+from waterline.service.silence import Watch, Watches
 from waterline.service.stream import Stream
 from waterline.service.supervisor import ReplicaState
 from waterline.service.upstream import BrokenStreamError, Progress, UnansweredError, ask, passed_back, read_whole
@@ -42,7 +43,6 @@ DEATHS = 6  # … and engines that may die with it: each may be its doing, but r
 PATIENCE_S = 30.0  # for a place where a stream goes on, while no replica is in service
 PAUSE_S = 0.05  # before somebody is asked again who was full, or away; doubled each time
 LONGEST_PAUSE_S = 1.0
-LOOK_EVERY_S = 0.1  # for silence
 LAST_BYTES_WITHIN_S = 0.2  # of a stream that is done
 WAITS_LONGER = 4.0  # times, after each silence: perhaps it is the request that takes long
 ABORT_WITHIN_S = 1.0
@@ -141,10 +141,8 @@ class Passages:
         self._replicas_of = replicas_of
         self._now_s = now_s
         self.health = Health(replicas_of, on_doubt, self._probe, clock=now_s)
-        self._watches: dict[str, set[Watch]] = {}  # by replica
+        self._watches = Watches(self._has_others)
         self._pairs = Pairs(engines, states, self._post)
-        self._looking: asyncio.TimerHandle | None = None
-        self._looked_s = 0.0
         self._chores: set[asyncio.Task[None]] = set()
 
     def make_responses(self, replicas: Iterable[Replica]) -> bool:
@@ -155,21 +153,19 @@ class Passages:
     def cut(self, replica_id: str) -> None:
         """End what is under way on a replica that is gone, as if it had broken off."""
         self.health.forget(replica_id)
-        for watch in self._watches.get(replica_id, ()):
-            watch.within.reschedule(0.0)
+        self._watches.cut(replica_id)
 
     def forget(self, replica_id: str) -> None:
         """A replica is gone for good, and nobody is on it any more."""
         self.health.forget(replica_id)
-        self._watches.pop(replica_id, None)
+        self._watches.forget(replica_id)
 
     def close(self) -> None:
         """Stop watching; what is under way is left to whoever carries it."""
         self.health.close()
         for chore in self._chores:
             chore.cancel()
-        if self._looking:
-            self._looking.cancel()
+        self._watches.close()
 
     async def carry(self, passage: Passage, reply: Reply) -> None:
         """Wait for a place and relay the answer, from as many engines as it takes.
@@ -260,9 +256,7 @@ class Passages:
         reading = asyncio.get_running_loop().call_later(NEVER_S if shows else replica.ttft_s, place.first_token)
         vitals.unread_tokens += _unread_tokens(asked, replica)
         watch = Watch(vitals=vitals, patience=math.inf if last else WAITS_LONGER**passage.silences)
-        watches = self._watches.setdefault(replica.id, set())
-        watches.add(watch)
-        self._look_soon()
+        self._watches.begin(watch)
         try:
             async with asyncio.timeout(None) as watch.within:  # `cut` and silence set an end to it
                 if replica.role == "prefill":
@@ -280,7 +274,7 @@ class Passages:
         except BadEventError as error:
             raise UnansweredError(str(error)) from error
         finally:
-            watches.discard(watch)
+            self._watches.end(watch)
             vitals.unread_tokens -= 0 if watch.heard else _unread_tokens(asked, replica)
             reading.cancel()
 
@@ -411,36 +405,6 @@ class Passages:
         except RejectedError:
             return True
         return True
-
-    # --- Silence ----------------------------------------------------------------------------------------------------
-
-    def _look_soon(self) -> None:
-        if self._looking is None:
-            loop = asyncio.get_running_loop()
-            self._looked_s = loop.time()
-            self._looking = loop.call_later(LOOK_EVERY_S, self._look)
-
-    def _look(self) -> None:
-        """End what has been silent for too long, where somebody else could go on."""
-        now_s = asyncio.get_running_loop().time()
-        late_s = now_s - self._looked_s - LOOK_EVERY_S  # we ourselves were busy, and may not have read what has come
-        self._looking = None
-        for watches in self._watches.values():
-            if not watches:
-                continue
-            self._look_soon()
-            if late_s > LOOK_EVERY_S:
-                for watch in watches:
-                    watch.since_s += late_s
-                continue
-            others = self._has_others(next(iter(watches)).vitals.replica)
-            for watch in watches:
-                if watch.writing or watch.since_s == math.inf:
-                    continue
-                watch.silent = others and now_s - watch.since_s > watch.allowed_s(now_s)
-                if watch.silent:
-                    watch.since_s = math.inf
-                    watch.within.reschedule(0.0)
 
     def _has_others(self, replica: Replica) -> bool:
         return any(self._status(other) == "ready" for other in self._replicas_of(replica) if other != replica.id)

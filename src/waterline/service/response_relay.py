@@ -27,10 +27,10 @@ from waterline.service.body import (
 from waterline.service.connections import Response
 from waterline.service.errors import error_json
 from waterline.service.events import LONGEST_EVENT_BYTES, UNREADABLE, BadEventError, check_text
-from waterline.service.health import Watch
 from waterline.service.media import Linked
 from waterline.service.response_resume import BEGINS, Event, Written
 from waterline.service.responses import RESPONSES, check_stateless
+from waterline.service.silence import Watch
 from waterline.service.upstream import Progress, UnansweredError, engine_words, passed_back
 
 ENDS = ("response.completed", "response.incomplete")

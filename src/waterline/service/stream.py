@@ -9,8 +9,8 @@ from functools import partial
 from waterline.service.asgi import Reply
 from waterline.service.connections import Response
 from waterline.service.events import DONE, BadEventError, Event, Events, read_events
-from waterline.service.health import Watch
 from waterline.service.said import Said
+from waterline.service.silence import Watch
 from waterline.service.upstream import Progress, UnansweredError, engine_words, passed_back
 from waterline.service.weave import Weave
 
