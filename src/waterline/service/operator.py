@@ -51,7 +51,7 @@ class Operator:
     def replica_changed(self, replica: str, state: ReplicaState) -> None:
         """Tell the gateway of a replica's new state; one that is drained gets nothing, however well it is."""
         if replica in self._drained:
-            if state.status == "ready":
+            if state.status in {"ready", "suspect"}:
                 state = dataclasses.replace(state, status="draining")
             else:  # however soon it is there
                 state = dataclasses.replace(state, delay_s=math.inf)
