@@ -7,10 +7,13 @@ from hypothesis import strategies as st
 
 from waterline.policy.admission import (
     ADMIT,
+    CAUTION,
     HALF_LIFE_S,
     LEAST_MEMORY_S,
     MEMORY_S,
     NOBODY,
+    PACE_S,
+    UNKNOWN_S,
     Accounts,
     FairQueue,
     admit,
@@ -121,6 +124,36 @@ def test_a_client_holds_no_more_places_than_are_free_so_there_is_one_for_the_nex
     assert admit(books, queue, 0, 0, 1.0, 0, 8, 1e6, 0.0, 5.0) == (QUEUE_FULL, pytest.approx(1e-6))
 
 
+def test_who_finds_no_place_is_told_to_come_back_when_each_client_that_waits_has_had_its_turn() -> None:
+    books, queue = accounts(*ONE), new_queue(1, [0, 0, 0])
+    for _ in range(4):
+        enter(queue, 0, 0, 3.0)
+    enter(queue, 1, 0, 3.0)
+    ask_for = lambda client, gpu_s, places: admit(books, queue, client, 0, gpu_s, 0, places, 10.0, 0.0, 1e4)  # noqa: E731
+    assert ask_for(0, 1.0, 9) == (QUEUE_FULL, pytest.approx(3.0 * 2 / 10)), "4 of 9 places are free, and 4 are its own"
+    assert ask_for(0, 7.0, 9) == (QUEUE_FULL, pytest.approx(7.0 / 10)), "no sooner than it would take itself"
+    assert ask_for(0, 1.0, 10)[0] == WAITS_FOR_SLOT
+    assert ask_for(2, 1.0, 5) == (QUEUE_FULL, pytest.approx(1.0 / 10)), "no place is free at all"
+
+
+def test_who_is_too_late_is_told_when_its_prompt_could_be_read_and_its_turn_come_in_seven_tenths_of_its_time() -> None:
+    books, queue = accounts(*ONE), new_queue(1, [0])
+    for _ in range(20):
+        enter(queue, 0, 0, 2.0)  # its turn comes in 4 s
+    assert ask(books, queue, 0, unread_s=1.0) == (TOO_LATE, pytest.approx(4 - CAUTION * (5 - 1)))
+    assert ask(books, queue, 0, unread_s=7.0) == (TOO_LATE, pytest.approx((7 - 5) + 4))
+    for _ in range(17):
+        leave(queue, 0, 0, 2.0)
+    assert ask(books, queue, 0, unread_s=1.0) == (WAITS_FOR_SLOT, pytest.approx(1.0 + 0.6))
+
+
+def test_who_may_wait_until_it_is_below_its_limit_again_waits_though_a_slot_is_free() -> None:
+    books, queue = accounts((0.0, 0.2, 0.5)), new_queue(1, [0])
+    books.used_gpu_s[0] = 2 ** (3 / HALF_LIFE_S) * 0.5 * 10 * MEMORY_S
+    assert ask(books, queue, 0, slots=1) == (WAITS_FOR_SLOT, pytest.approx(3.0, rel=1e-6))
+    assert ask(books, queue, 0, slots=1, unread_s=4.0) == (WAITS_FOR_SLOT, pytest.approx(4.0))
+
+
 def test_without_a_replica_one_deadline_is_the_answer() -> None:
     assert admit(accounts(*ONE), new_queue(1, [0]), 0, 0, 1.0, 0, 8, 0.0, 0.0, 5.0) == (NOT_SERVED, 5.0)
 
@@ -162,6 +195,50 @@ def test_of_tenants_of_equal_standing_as_much_is_ahead_as_they_deserve_beside_on
             enter(queue, client, 0, 1.0)
     assert work_ahead_gpu_s(books, queue, 0, 1.0) == (0, 10 + 0.5 * (10 + 1))
     assert work_ahead_gpu_s(books, queue, 1, 1.0) == (0, 10 + 10), "twice as much would be, but there is no more"
+
+
+def test_of_ones_own_tenant_each_other_client_is_ahead_with_as_much_as_one_has_and_asks_for() -> None:
+    books, queue = accounts(*ONE), new_queue(1, [0, 0, 0, 0])
+    for client, requests in enumerate((2, 10, 1)):
+        for _ in range(requests):
+            enter(queue, client, 0, 1.0)
+    assert work_ahead_gpu_s(books, queue, 0, 1.5) == (0, 2 + 2 * (2 + 1.5)), "its own, and of two others as much each"
+    assert work_ahead_gpu_s(books, queue, 1, 1.5) == (0, 13), "there is no more"
+    assert work_ahead_gpu_s(books, queue, 3, 1.5) == (0, 3 * 1.5), "three others"
+
+
+def test_work_of_tenants_that_go_first_is_done_at_the_whole_pace_and_the_rest_at_what_they_leave() -> None:
+    books = accounts((0.5, 0.5, 1.0), (0.0, 0.1, 1.0), (0.0, 0.1, 1.0))
+    queue = new_queue(3, [0, 1, 2], models=2)
+    books.used_gpu_s[:] = np.array([0.1, 0.5, 0.5]) * 10 * MEMORY_S  # the first goes first, the others borrow
+    enter(queue, 1, 1, 12.0)  # lines are client x models + model: of the first …
+    enter(queue, 3, 1, 4.0)  # … and of the second, at the second model
+    queue.started_gpu_s[:] = [99.0, 99.0, 99.0, 30.0, 8.0, 2.0]
+    queue.queued_s[:] = [99.0, 10.0 - UNKNOWN_S]
+    gpus = 10.0 / UNKNOWN_S
+    assert until_turn_s(books, queue, 3, 1, 1.0, gpus) == pytest.approx(12 / ((40 + 10) / 10) + 4 / ((10 + 10) / 10))
+    assert until_turn_s(books, queue, 1, 1, 1.0, gpus) == pytest.approx(12 / ((40 + 10) / 10))
+    assert until_turn_s(books, queue, 2, 0, 1.0, gpus) == 0.0, "nobody waits for the first model"
+
+
+def test_a_pace_is_seen_while_somebody_waits_and_is_served_and_half_of_it_is_forgotten_in_15_s() -> None:
+    books, queue, gpus = accounts(*ONE), new_queue(1, [0], models=3), np.array([10.0, 0.0, 10.0])
+
+    def pass_s(seconds: float) -> list[float]:
+        keep_pace(queue, seconds, gpus)
+        return queue.queued_s.tolist()
+
+    for model in (0, 1):
+        for _ in range(3):
+            enter(queue, model, model, 2.0)
+    take(books, queue, 0, 0, 2.0)
+    assert (pass_s(1.0), queue.started_gpu_s.tolist()) == ([0, 0, 0], [0, 0, 0]), "they have only come"
+    take(books, queue, 0, 0, 2.0)
+    assert pass_s(PACE_S) == pytest.approx([PACE_S, 0, 0]), "nobody serves the second, nobody waits for the third"
+    assert queue.started_gpu_s.tolist() == pytest.approx([1.0, 0, 0])
+    leave(queue, 0, 0, 2.0)
+    assert pass_s(PACE_S) == pytest.approx([1.5 * PACE_S, 0, 0]), "somebody waited in that time"
+    assert pass_s(PACE_S) == pytest.approx([0.75 * PACE_S, 0, 0]), "and in this nobody did"
 
 
 def test_the_wait_follows_the_pace_at_which_work_was_begun_and_what_goes_first_leaves_of_it() -> None:
@@ -321,6 +398,14 @@ def test_what_a_request_did_cost_counts_in_the_end() -> None:
     assert books.used_gpu_s[0] == 11
     settle(books, queue, 0, -9.5)
     assert next_line(books, queue, 0)[0] == 0
+
+
+def test_what_is_paid_back_after_it_was_forgotten_leaves_no_credit() -> None:
+    books, queue = accounts(*ONE), new_queue(1, [0])
+    start_at_once(books, queue, 0, 8.0)
+    age(books, HALF_LIFE_S, serves=True)
+    settle(books, queue, 0, -6.0)
+    assert books.used_gpu_s[0] == 0.0
 
 
 # --- Accounts --------------------------------------------------------------------------------------------------------

@@ -38,6 +38,18 @@ def test_a_replica_without_a_slot_gets_nothing_though_it_would_be_done_first() -
     assert [ask(made, PUBLIC).replica for _ in range(2)] == [0, 1]
 
 
+def test_every_slot_of_a_large_pool_is_found_before_anybody_waits() -> None:
+    made = desk(*[(0, BOTH)] * 12, *[(1, BOTH)] * 20, models=2)
+    assert sorted(ask(made, PUBLIC, model=1).replica for _ in range(20)) == list(range(12, 32))
+    assert ask(made, PUBLIC, model=1).rule == WAITS_FOR_SLOT, "the free ones are of another model"
+    dispatch.gave_up(made, 1, PUBLIC, 2.0)
+    for replica in range(14, 30):
+        end(made, replica, PUBLIC, model=1)
+    dispatch.set_in_service(made, range(20, 32), serves=False)
+    assert sorted(ask(made, PUBLIC, model=1).replica for _ in range(6)) == list(range(14, 20))
+    assert ask(made, PUBLIC, model=1).rule == WAITS_FOR_SLOT
+
+
 def test_whose_turn_it_is_depends_on_the_tenant_then_on_the_client() -> None:
     made = desk((0, BOTH))
     for client in (PUBLIC, PUBLIC, PUBLIC, OTHER, PAID):
@@ -170,6 +182,8 @@ def test_clients_and_rows_are_added_while_requests_wait() -> None:
         ask(made, client)
     more = dispatch.with_rows(dispatch.with_clients(made, [0, 1, 1, 0, 1]), 3)
     assert ask(more, 3).rule == WAITS_FOR_SLOT
+    for longer, before in zip(more.replicas, made.replicas, strict=True):
+        assert longer.tolist() == [*before.tolist(), *[0] * (len(longer) - len(before))]
     dispatch.put(more, 2, 0, gpus=1.0, slots=3, longest_tokens=1000, tokens_per_s=100.0, prefill_tokens_per_s=1000.0)
     dispatch.set_in_service(more, [2], serves=True)
     assert [start_next(more)[0] for _ in range(4)] == [3, OTHER, PUBLIC, NOBODY]

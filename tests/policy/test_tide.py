@@ -7,10 +7,23 @@ import numpy as np
 import pytest
 from world import integers
 
+from waterline.policy import forecast
 from waterline.policy import tide as tides
 from waterline.policy.decisions import canonical_bytes
-from waterline.policy.holdings import DRAINING, GONE, LOADING, READY, START, Layouts, Moves, Tenants, new_services
+from waterline.policy.holdings import (
+    DRAINING,
+    GONE,
+    LOADING,
+    NOBODY,
+    READY,
+    START,
+    Layouts,
+    Moves,
+    Tenants,
+    new_services,
+)
 from waterline.policy.jit import compiled
+from waterline.policy.tally import SLACK
 from waterline.policy.tide import FIXED, REACT, Log, Tide, feed, replay, signal_line
 
 STEP_S, LOAD_S, GRACE_S = 10.0, 100.0, 20.0
@@ -185,10 +198,152 @@ def test_the_log_is_the_same_with_and_without_numba() -> None:
 
 
 def test_a_step_is_a_tenth_of_the_shortest_load() -> None:
-    assert [tides.step_length_s([load_s]) for load_s in (20.0, 240.0, 9000.0)] == [10.0, 24.0, 60.0]
+    assert [tides.step_length_s([load_s, 1e5]) for load_s in (20.0, 240.0, 9000.0)] == [10.0, 24.0, 60.0]
     assert tides.step_length_s([]) == 60.0
 
 
 def test_a_signal_that_is_none_is_refused() -> None:
     with pytest.raises(KeyError, match="lost"):
         feed(new_tide(), {"at_s": 0.0, "signal": "lost", "replica": 0})
+
+
+# --- What is needed ---------------------------------------------------------------------------------------------------
+
+
+def run_replicas(tide: Tide, *counts: int, rate: float = 1.0) -> Tide:
+    """Write so many replicas of each service in, ready for long."""
+    row = 0
+    for service, count in enumerate(counts):
+        rows = slice(row, row := row + count)
+        tide.replicas.service[rows], tide.replicas.gpus[rows], tide.replicas.rate[rows] = service, 4, rate
+        tide.replicas.state[rows] = READY
+    return tide
+
+
+def pooled(tide: Tide, wanted: list[float], kept: list[float]) -> tuple[list[float], list[float]]:
+    tide.services.wanted[:], tide.services.kept[:] = wanted, kept
+    tides.pool_fractions(tide)
+    return tide.services.wanted.round(9).tolist(), tide.services.kept.round(9).tolist()
+
+
+def test_what_is_needed_beyond_whole_replicas_is_asked_for_together_up_to_a_replica_the_most_first() -> None:
+    tide = new_tide(models=(0, 0, 0, 1))
+    wanted, kept = pooled(tide, [1.5, 0.3, 0.4, 0.1], [1.6, 0.3, 0.7, 0.1])
+    assert wanted == [1.9, 0.3, 0.0, 0.1], "0.5 and 0.4 fit into one; 0.3 does not; 0.1 is of another model"
+    assert kept == [2.0, 0.3, 0.3, 0.1]
+    assert pooled(tide, [0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0])[0] == [1.0, 0.0, 0.0, 0.0], "a replica to the brim"
+
+
+def test_what_is_needed_beyond_whole_replicas_goes_first_to_who_has_most_to_spare_the_least_of_it_first() -> None:
+    tide = run_replicas(new_tide(8, models=(0, 0, 0, 0, 1)), 2, 2, 0, 0, 3)
+    wanted, kept = pooled(tide, [0.8, 1.5, 0.6, 0.4, 0.0], [0.9, 1.5, 0.6, 0.4, 0.0])
+    assert wanted == [1.8, 1.5, 0.0, 0.0, 0.0], "1.1, then 0.7 to spare, beside 0.5; three of another model"
+    assert kept == [1.9, 1.5, 0.0, 0.0, 0.0]
+    assert pooled(tide, [1.5, 1.8, 0.5, 0.0, 0.0], [1.5, 1.8, 0.5, 0.0, 0.0])[0] == [2.0, 1.8, 0.0, 0.0, 0.0]
+    assert pooled(tide, [1.5, 1.8, 0.6, 0.3, 0.0], [1.5, 1.8, 0.6, 0.3, 0.0])[0] == [1.8, 1.8, 0.6, 0.0, 0.0]
+
+
+def test_what_several_need_is_asked_for_by_one_that_is_below_its_limit() -> None:
+    tide = run_replicas(new_tide(), 1)
+    for limit_gpus, wanted in ((5.0, [1.8, 0.0]), (4.0, [1.0, 0.8])):
+        tide.tenants.limit_gpus[0] = limit_gpus
+        assert pooled(tide, [1.5, 0.3], [1.5, 0.3])[0] == wanted
+    tide.tenants.limit_gpus[1] = 0.0
+    assert pooled(tide, [1.5, 0.3], [1.5, 0.3])[0] == [1.5, 0.3], "nobody may have another"
+
+
+def test_jobs_and_models_that_run_nowhere_share_nothing() -> None:
+    tide = new_tide()
+    tide.source[1] = FIXED
+    assert pooled(tide, [0.5, 0.3], [0.5, 0.3])[0] == [0.5, 0.3]
+    tide.source[1] = REACT
+    tide.layouts.gpus[:] = 0
+    assert pooled(tide, [0.5, 0.3], [0.5, 0.3])[0] == [0.5, 0.3]
+
+
+def test_parts_are_parts_of_the_smallest_replica_that_a_model_may_have() -> None:
+    tide = new_tide(2)
+    tide.layouts.rate[0] = [2.0, 0.5]
+    assert pooled(tide, [0.8, 0.1], [0.8, 0.1])[0] == [0.9, 0.0], "0.3 beyond one of 0.5, and 0.1"
+    tide.layouts.gpus[0, 1] = 0
+    assert pooled(tide, [0.7, 1.4], [0.7, 1.4])[0] == [0.7, 1.4], "0.7 and 1.4 are more than one of 2.0"
+
+
+def test_replicas_that_drain_are_no_supply_and_those_that_load_or_are_claimed_are() -> None:
+    tide = run_replicas(new_tide(), 2, 2, rate=0.7)
+    tide.replicas.state[:4] = [READY, LOADING, DRAINING, READY]
+    tide.claims.service[1], tide.claims.node[1], tide.layouts.rate[0, 3] = 1, 3, 1.5
+    assert tides.supply_of(tide).tolist() == pytest.approx([1.4, 0.7 + 1.5])
+
+
+def test_what_is_needed_is_asked_for_without_what_replicas_of_the_plan_carry_and_never_below_the_floor() -> None:
+    world = World(new_tide(models=(0, 1, 2)))
+    world.tide.carried[0, 23], world.tide.floor[1], world.tide.source[2], world.tide.fixed[2] = 0.5, 0.2, FIXED, 3.0
+    world.tide.carried[1, :] = 1.0
+    for hour, wanted in ((22, 2.0), (23, 1.5), (24, 2.0), (47, 1.5)):
+        world.now_s = hour * 3600.0
+        world.step(2.0, 0.9)
+        assert world.tide.services.wanted.tolist() == world.tide.services.kept.tolist() == [wanted, 0.2, 3.0], hour
+
+
+def test_who_is_forecast_starts_when_it_needs_a_fiftieth_more_and_keeps_all_that_it_needs() -> None:
+    world = World(new_tide(models=(0,)), source=tides.FORECAST)
+    for step in range(50):
+        world.step(1.0 + 0.1 * step)
+        wanted, kept = forecast.needs(world.tide.series, 0, step)
+        assert world.tide.services.wanted.tolist() == [wanted * (1.0 - SLACK)]
+        assert world.tide.services.kept.tolist() == [kept]
+
+
+def test_a_service_looks_as_far_ahead_as_it_takes_in_the_worst_case_to_get_a_replica() -> None:
+    tide = new_tide(2, models=(0, 1))
+    layouts, tenants = tide.layouts, tide.tenants
+    layouts.load_s[:], tenants.grace_s[:] = [[95.0, 300.0], [40.0, 60.0]], [GRACE_S, 2.0]
+    layouts.gpus[0, 1] = 0  # where it would take 300 s
+    series = tides.new_tide(tenants, tide.services, layouts, np.full(2, 8), STEP_S).series
+    assert series.horizon.tolist() == [12 + 1, 8 + 1], "(95 + 20) / 10 begun, (60 + 20) / 10, and one to notice it"
+
+
+# --- What happens to replicas and nodes -------------------------------------------------------------------------------
+
+
+def test_what_a_job_might_have_lost_is_forgotten_when_its_run_ends() -> None:
+    tide = run_replicas(new_tide(models=(0, 1), jobs=1.0), 0, 0, 1)
+    tides.has_loaded(tide, 0, 0.0)
+    tides.decide(tide, 50.0)
+    assert tide.replicas.lost_gpu_s[0] == 4 * 50.0
+    tides.has_ended(tide, 0)
+    run_replicas(tide, 1)  # in the same row
+    tides.has_loaded(tide, 0, 60.0)
+    tides.decide(tide, 100.0)
+    assert tide.replicas.lost_gpu_s[0] == 0.0
+
+
+def claim_on(tide: Tide, claim: int, service: int, node: int) -> None:
+    tide.claims.service[claim], tide.claims.node[claim], tide.claims.held_gpus[claim] = service, node, 2
+    tide.free_gpus[node] -= 2
+
+
+def test_where_a_replica_does_not_fit_the_claims_of_its_model_are_given_up_and_no_others() -> None:
+    tide = run_replicas(new_tide(2, models=(0, 0, 1)), 1)
+    for claim, (service, node) in enumerate([(1, 0), (2, 0), (1, 1)]):
+        claim_on(tide, claim, service, node)
+    tide.free_gpus[0] -= 4
+    tides.does_not_fit(tide, 0)
+    assert tide.claims.service[:3].tolist() == [NOBODY, 2, 1]
+    assert tide.free_gpus.tolist() == [8 - 2, 8 - 2]
+    assert tide.layouts.gpus.tolist() == [[0, 4], [4, 4]]
+    assert tide.replicas.state[0] == GONE
+
+
+def test_when_gpus_fail_as_many_claims_on_their_node_are_given_up_as_must_be() -> None:
+    tide = new_tide(2)
+    for claim, node in enumerate([1, 0, 0, 0]):
+        claim_on(tide, claim, 0, node)
+    tides.node_down(tide, 0, 2)
+    assert (tide.free_gpus.tolist(), tide.down_gpus.tolist()) == ([0, 6], [2, 0]), "two idle ones are enough"
+    tides.node_down(tide, 0, 3)
+    assert tide.claims.service[:4].tolist() == [0, NOBODY, NOBODY, 0]
+    assert (tide.free_gpus.tolist(), tide.down_gpus.tolist()) == ([1, 6], [5, 0])
+    tides.node_up(tide, 0, 5)
+    assert (tide.free_gpus.tolist(), tide.down_gpus.tolist()) == ([6, 6], [0, 0])
