@@ -78,6 +78,8 @@ def test_a_request_starts_at_once_when_a_slot_is_free_and_nobody_waits() -> None
     assert ask(books, queue, 0, slots=1) == (SLOT_FREE, 0.0)
     assert ask(books, queue, 0, slots=1, unread_s=4.0) == (SLOT_FREE, 4.0)
     assert ask(books, queue, 0, slots=1, unread_s=7.0) == (TOO_LATE, 2.0)
+    enter(queue, 0, 0, 2.0)
+    assert ask(books, queue, 0, slots=1)[0] == WAITS_FOR_SLOT, "somebody waits, who was there before"
 
 
 def test_a_greedy_client_is_refused_while_a_quiet_one_is_taken_in() -> None:
@@ -132,6 +134,7 @@ def test_who_finds_no_place_is_told_to_come_back_when_each_client_that_waits_has
     ask_for = lambda client, gpu_s, places: admit(books, queue, client, 0, gpu_s, 0, places, 10.0, 0.0, 1e4)  # noqa: E731
     assert ask_for(0, 1.0, 9) == (QUEUE_FULL, pytest.approx(3.0 * 2 / 10)), "4 of 9 places are free, and 4 are its own"
     assert ask_for(0, 7.0, 9) == (QUEUE_FULL, pytest.approx(7.0 / 10)), "no sooner than it would take itself"
+    assert ask_for(1, 1.0, 6) == (QUEUE_FULL, pytest.approx(3.0 * 2 / 10)), "one is free, and one is its own"
     assert ask_for(0, 1.0, 10)[0] == WAITS_FOR_SLOT
     assert ask_for(2, 1.0, 5) == (QUEUE_FULL, pytest.approx(1.0 / 10)), "no place is free at all"
 
@@ -180,12 +183,12 @@ def test_tenants_that_go_first_are_ahead_and_those_that_borrow_are_not() -> None
     books = accounts((0.3, 0.4, 1.0), (0.0, 0.2, 1.0), (0.0, 0.1, 1.0))
     queue = new_queue(3, [0, 1, 2])
     books.used_gpu_s[:] = np.array([0.1, 0.1, 0.5]) * 10 * MEMORY_S  # below guarantee, below deserved, borrows
-    for client in range(3):
-        for _ in range(10):
+    for client, requests in enumerate((10, 4, 7)):
+        for _ in range(requests):
             enter(queue, client, 0, 1.0)
     assert work_ahead_gpu_s(books, queue, 0, 1.0) == (0, 10)
-    assert work_ahead_gpu_s(books, queue, 1, 1.0) == (10, 10)
-    assert work_ahead_gpu_s(books, queue, 2, 1.0) == (20, 10)
+    assert work_ahead_gpu_s(books, queue, 1, 1.0) == (10, 4)
+    assert work_ahead_gpu_s(books, queue, 2, 1.0) == (10 + 4, 7)
 
 
 def test_of_tenants_of_equal_standing_as_much_is_ahead_as_they_deserve_beside_ones_own() -> None:
@@ -204,6 +207,7 @@ def test_of_ones_own_tenant_each_other_client_is_ahead_with_as_much_as_one_has_a
             enter(queue, client, 0, 1.0)
     assert work_ahead_gpu_s(books, queue, 0, 1.5) == (0, 2 + 2 * (2 + 1.5)), "its own, and of two others as much each"
     assert work_ahead_gpu_s(books, queue, 1, 1.5) == (0, 13), "there is no more"
+    assert work_ahead_gpu_s(books, queue, 2, 1.5) == (0, 1 + 2 * (1 + 1.5))
     assert work_ahead_gpu_s(books, queue, 3, 1.5) == (0, 3 * 1.5), "three others"
 
 
@@ -276,6 +280,79 @@ def test_below_the_guarantee_goes_first_then_below_deserved_then_who_borrows_lea
     assert next_line(books, queue, 0) == (1, BELOW_DESERVED)
     books.used_gpu_s[:] = np.array([0.41, 0.3, 0.2]) * 10 * MEMORY_S  # 1.03, 1.5 and 2 times what they deserve
     assert next_line(books, queue, 0) == (0, BORROWS)
+
+
+def test_of_two_below_their_guarantee_the_one_with_the_smaller_part_of_it_goes_first() -> None:
+    books, queue = accounts((0.6, 0.6, 1.0), (0.2, 0.2, 1.0)), new_queue(2, [0, 1])
+    books.used_gpu_s[:] = np.array([0.3, 0.15]) * 10 * MEMORY_S  # a half, and three quarters
+    for client in (0, 1):
+        enter(queue, client, 0, 1.0)
+    assert next_line(books, queue, 0) == (0, BELOW_GUARANTEE)
+
+
+def test_who_has_exactly_its_guarantee_what_it_deserves_or_its_limit_is_not_below_it() -> None:
+    books, queue = accounts((0.125, 0.25, 0.5), (0.0, 0.0, 1.0)), new_queue(2, [0, 1])
+    enter(queue, 0, 0, 1.0)
+    for share, turn in ((0.125, (0, BELOW_DESERVED)), (0.25, (0, BORROWS)), (0.5, (NOBODY, OVER_LIMIT))):
+        books.used_gpu_s[0] = share * 10 * MEMORY_S
+        assert share_of(books, 0) == share
+        assert next_line(books, queue, 0) == turn
+    assert until_below_limit_s(books, 0) > ADMIT
+    books.used_gpu_s[:] = np.array([0.499, 1.5]) * 10 * MEMORY_S
+    assert until_below_limit_s(books, 0) == ADMIT
+    assert until_below_limit_s(books, 1) == ADMIT, "a limit of 1 is none"
+
+
+def test_who_was_served_least_is_next_among_many_though_others_give_up() -> None:
+    """At the second of two models; the clients of three tenants in turn, twenty each."""
+    books, dice = accounts(*[(0.0, 0.3, 1.0)] * 3), np.random.default_rng(5)
+    queue = new_queue(3, [0, 1, 2] * 20, models=2)
+    lines = np.arange(1, 120, 2)
+    served_gpu_s = dice.permutation(60).astype(float)
+    queue.counter_gpu_s[lines] = served_gpu_s
+    for line in dice.permutation(lines):
+        enter(queue, int(line), 1, 1.0)
+    gone = dice.choice(lines, 25, replace=False).tolist()
+    for line in gone:
+        leave(queue, line, 1, 1.0)
+    for tenant in range(3):
+        books.used_gpu_s[:] = 9.0
+        books.used_gpu_s[tenant] = 0.0
+        mine = [line for line in lines.tolist() if queue.tenant[line] == tenant and line not in gone]
+        turns = []
+        for _ in mine:
+            turns.append(next_line(books, queue, 1)[0])
+            leave(queue, turns[-1], 1, 1.0)
+        assert turns == sorted(mine, key=lambda line: queue.counter_gpu_s[line])
+    assert next_line(books, queue, 1)[0] == NOBODY
+
+
+def test_who_starts_at_once_after_a_pause_is_lifted_to_who_was_served_last() -> None:
+    books, queue = accounts(*ONE), new_queue(1, [0, 0])
+    for client, gpu_s, counters in (
+        (0, 2.0, [2.0, 0.0]),
+        (0, 3.0, [5.0, 0.0]),  # served last with a counter of 2
+        (1, 1.0, [5.0, 3.0]),
+        (0, 1.0, [6.0, 3.0]),  # with a counter of 5
+        (1, 1.0, [6.0, 6.0]),
+        (0, 1.0, [7.0, 6.0]),
+    ):
+        start_at_once(books, queue, client, gpu_s)
+        assert queue.counter_gpu_s.tolist() == counters
+
+
+def test_work_that_waits_is_counted_and_leaves_no_dust() -> None:
+    queue = new_queue(1, [0, 0])
+    for client, gpu_s in ((0, 0.1), (0, 0.2), (0, 0.3), (1, 0.4)):
+        enter(queue, client, 0, gpu_s)
+    leave(queue, 0, 0, 0.2)
+    assert (queue.waiting_gpu_s.tolist(), queue.group_gpu_s.tolist()) == (
+        pytest.approx([0.4, 0.4]),
+        pytest.approx([0.8]),
+    )
+    for client, gpu_s in ((0, 0.1), (0, 0.3), (1, 0.4)):
+        leave(queue, client, 0, gpu_s)
+    assert (queue.waiting_gpu_s.tolist(), queue.group_gpu_s.tolist()) == ([0.0, 0.0], [0.0])
 
 
 def serve(
@@ -419,6 +496,18 @@ def test_half_of_what_was_used_is_forgotten_in_a_half_life_however_often_it_ages
     assert books.used_gpu_s[0] == pytest.approx(50.0, rel=1e-6)
     age(books, 30.0, serves=True)
     assert books.aged_s[0] == 60.0, "time does not run backwards"
+
+
+def test_what_gpus_had_to_give_is_remembered_as_long_as_what_was_used_once_they_serve() -> None:
+    books = new_accounts([0.0], [1.0], [1.0], 10.0)
+    age(books, 40.0, serves=False)
+    assert books.memory_s[0] == LEAST_MEMORY_S
+    age(books, 40.0 + HALF_LIFE_S, serves=True)
+    assert books.memory_s[0] == pytest.approx((LEAST_MEMORY_S + MEMORY_S) / 2)
+    books.used_gpu_s[0] = 100.0
+    assert share_of(books, 0) == pytest.approx(100.0 / (10 * books.memory_s[0]))
+    age(books, 40.0 + 2 * HALF_LIFE_S, serves=False)
+    assert books.memory_s[0] == pytest.approx((LEAST_MEMORY_S + MEMORY_S) / 2), "while nobody serves nothing is given"
 
 
 @given(st.floats(0, 2000))

@@ -232,6 +232,8 @@ def test_what_is_needed_beyond_whole_replicas_is_asked_for_together_up_to_a_repl
     assert wanted == [1.9, 0.3, 0.0, 0.1], "0.5 and 0.4 fit into one; 0.3 does not; 0.1 is of another model"
     assert kept == [2.0, 0.3, 0.3, 0.1]
     assert pooled(tide, [0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0])[0] == [1.0, 0.0, 0.0, 0.0], "a replica to the brim"
+    tide = new_tide(models=(0, 0, 0, 0))
+    assert pooled(tide, [0.5, 0.3, 0.4, 0.2], [0.5, 0.3, 0.4, 0.2])[0] == [0.9, 0.5, 0.0, 0.0]
 
 
 def test_what_is_needed_beyond_whole_replicas_goes_first_to_who_has_most_to_spare_the_least_of_it_first() -> None:
@@ -250,6 +252,19 @@ def test_what_several_need_is_asked_for_by_one_that_is_below_its_limit() -> None
         assert pooled(tide, [1.5, 0.3], [1.5, 0.3])[0] == wanted
     tide.tenants.limit_gpus[1] = 0.0
     assert pooled(tide, [1.5, 0.3], [1.5, 0.3])[0] == [1.5, 0.3], "nobody may have another"
+    tide = run_replicas(new_tide(models=(0, 0, 1)), 1, 2)
+    tide.replicas.gpus[3:] = 4  # of rows of the first service that are empty by now
+    tide.tenants.limit_gpus[:] = [5.0, 8.0, 8.0]
+    assert pooled(tide, [1.5, 2.3, 0.4], [1.5, 2.3, 0.4])[0] == [1.8, 2.0, 0.4]
+    tide.tenants.limit_gpus[0] = 4.0
+    assert pooled(tide, [1.5, 2.3, 0.4], [1.5, 2.3, 0.4])[0] == [1.5, 2.3, 0.4], "nor who asks for another model"
+
+
+def test_a_run_that_is_done_is_needed_no_more_and_there_are_never_less_than_none() -> None:
+    tide = new_tide(jobs=1.5)
+    for left in (0.5, 0.0, 0.0):
+        tides.has_finished(tide, 2)
+        assert tide.fixed[2] == left
 
 
 def test_jobs_and_models_that_run_nowhere_share_nothing() -> None:
@@ -304,6 +319,22 @@ def test_a_service_looks_as_far_ahead_as_it_takes_in_the_worst_case_to_get_a_rep
     assert series.horizon.tolist() == [12 + 1, 8 + 1], "(95 + 20) / 10 begun, (60 + 20) / 10, and one to notice it"
 
 
+def test_there_are_rows_for_as_many_replicas_as_find_room_and_for_all_that_run() -> None:
+    tide = new_tide(1, models=(0, 1))
+    tide.layouts.gpus[:] = [[4], [0]]  # the second model does not run there
+
+    def rows(*running_gpus: int) -> int:
+        made = tides.new_tide(
+            tide.tenants, tide.services, tide.layouts, np.full(1, 8), STEP_S, running_gpus=running_gpus
+        )
+        assert len(made.claims.service) == len(made.saved_s) == len(made.replicas.state)
+        return len(made.replicas.state)
+
+    assert [rows(), rows(2), rows(1, 4), rows(*[8] * 3)] == [2, 4, 8, 3]
+    tide.layouts.gpus[:] = 0
+    assert rows() == 1
+
+
 # --- What happens to replicas and nodes -------------------------------------------------------------------------------
 
 
@@ -312,6 +343,9 @@ def test_what_a_job_might_have_lost_is_forgotten_when_its_run_ends() -> None:
     tides.has_loaded(tide, 0, 0.0)
     tides.decide(tide, 50.0)
     assert tide.replicas.lost_gpu_s[0] == 4 * 50.0
+    tides.has_saved(tide, 0, 50.0)
+    tides.decide(tide, 50.5)
+    assert tide.replicas.lost_gpu_s[0] == 4 * 0.5
     tides.has_ended(tide, 0)
     run_replicas(tide, 1)  # in the same row
     tides.has_loaded(tide, 0, 60.0)
