@@ -17,7 +17,7 @@ from waterline.policy.decisions import (
     TOO_LONG,
     WAITS_FOR_SLOT,
 )
-from waterline.policy.dispatch import BOTH, NOBODY, READS, WRITES
+from waterline.policy.dispatch import BOTH, NOBODY, READS, WRITES, Desk
 
 
 def test_a_request_starts_while_there_is_a_slot_and_then_waits_at_the_desk() -> None:
@@ -29,7 +29,8 @@ def test_a_request_starts_while_there_is_a_slot_and_then_waits_at_the_desk() -> 
     assert dispatch.next_turn(made, 0) == (NOBODY, NO_REPLICA), "no slot has come free"
     end(made, 1, PUBLIC)
     assert start_next(made) == (PUBLIC, BELOW_DESERVED, 1)
-    assert dispatch.next_turn(made, 0)[0] == NOBODY
+    end(made, 1, PUBLIC)
+    assert dispatch.next_turn(made, 0) == (NOBODY, NO_REPLICA), "nobody waits"
 
 
 def test_a_replica_without_a_slot_gets_nothing_though_it_would_be_done_first() -> None:
@@ -197,3 +198,168 @@ def test_python_reads_the_same_desk_faster_in_memory_views() -> None:
     dispatch.set_in_service(shown, [0], serves=False)
     assert made.queue.model_waiting[0] == 1
     assert made.models.gpus[0] == 0.0
+
+
+# --- The books, beside books kept by hand -----------------------------------------------------------------------------
+
+
+def mixed() -> Desk:
+    """Return a desk of two models: three replicas that do both; two that read, and two that write, the other."""
+    made = dispatch.new_desk([0.0], [1.0], [1.0], [0, 0], models=2, rows=8)
+    for row, (model, role, slots, rate) in enumerate(
+        [(0, BOTH, 2, 50.0)] * 3 + [(1, READS, 3, 400.0)] * 2 + [(1, WRITES, 1, 20.0)] * 2
+    ):
+        rates = {"tokens_per_s": rate, "prefill_tokens_per_s": 1000.0 + row}
+        dispatch.put(made, row, model, role=role, gpus=1.0 + row, slots=slots, longest_tokens=500 + 10 * row, **rates)
+    dispatch.set_in_service(made, range(7), serves=True)
+    return made
+
+
+def test_what_a_model_can_do_is_added_up_over_its_replicas_in_service() -> None:
+    made = mixed()
+    models = made.models
+    assert models.gpus.tolist() == [1 + 2 + 3, 4 + 5 + 6 + 7]
+    assert made.accounts.gpus[0] == 28
+    assert models.prefill_tokens_per_s.tolist() == [3003.0, 2007.0]
+    assert models.reader_tokens_per_s.tolist() == [1001.0, 1003.5]
+    assert models.gpu_s_per_prompt_token.tolist() == pytest.approx([6 / 150, (4 + 5) / 800])
+    assert models.gpu_s_per_output_token.tolist() == pytest.approx([6 / 150, (6 + 7) / 40])
+    assert models.free_slots.tolist() == [6, 6]
+    assert models.longest_tokens.tolist() == models.ever_tokens.tolist() == [520, 540]
+    assert made.replicas.longest_tokens.tolist() == [500, 510, 520, 530, 540, 550, 560, 0]
+    dispatch.set_in_service(made, [2, 3, 6], serves=False)
+    assert models.gpus.tolist() == [1 + 2, 5 + 6]
+    assert made.accounts.gpus[0] == 14
+    assert models.longest_tokens.tolist() == [510, 540]
+    assert models.ever_tokens.tolist() == [520, 540], "those that may come back"
+    dispatch.set_in_service(made, [5], serves=False)
+    assert models.longest_tokens.tolist() == [510, 0], "nobody would write it"
+    assert models.gpu_s_per_output_token[1] == 0.0
+
+
+def test_a_reader_takes_no_more_than_a_writer_in_service_can_hold() -> None:
+    made = mixed()
+    made.models.holds_tokens[5:7] = [300, 200]
+    dispatch.set_in_service(made, [5], serves=False)
+    assert made.replicas.longest_tokens[3:7].tolist() == [200, 200, 300, 200]
+    assert (made.models.longest_tokens[1], made.models.ever_tokens[1]) == (200, 300)
+
+
+def test_a_request_costs_what_is_read_and_what_is_written_of_it_each_at_its_price() -> None:
+    made = mixed()
+    answer = dispatch.arrive(made, 1, 0, 100, 60, 10, 200, 60.0, NO_BLOCKS, 0)
+    assert (answer.cached_tokens, answer.gpu_s) == (60, pytest.approx(40 * 9 / 800 + 10 * 13 / 40))
+    assert (made.replicas.unread_tokens[3:5].sum(), made.replicas.backlog_tokens[3:5].sum()) == (40, 100 + 1)
+
+
+def test_a_row_that_is_given_out_again_is_empty_and_out_of_service() -> None:
+    made = mixed()
+    ask(made, PUBLIC)
+    dispatch.put(made, 0, 0, gpus=1.0, slots=5, longest_tokens=9, tokens_per_s=1.0, prefill_tokens_per_s=1.0)
+    replicas = made.replicas
+    assert (replicas.serves[0], replicas.free_slots[0], replicas.born[0]) == (0, 5, 2)
+    assert (replicas.backlog_tokens[0], replicas.unread_tokens[0]) == (0, 0)
+
+
+def test_who_gives_up_leaves_the_line_to_its_own_model() -> None:
+    made = desk((0, BOTH), (1, BOTH), models=2)
+    for _ in range(3):
+        ask(made, OTHER, model=1)
+    dispatch.gave_up(made, 1, OTHER, 2.0)
+    assert made.queue.model_waiting.tolist() == [0, 1]
+    assert made.queue.waiting[dispatch.line_of(made, 1, OTHER)] == 1
+
+
+def test_a_second_that_passes_is_one_second_whatever_the_clock_says() -> None:
+    made = desk((0, BOTH))
+    for _ in range(3):
+        ask(made, PUBLIC)
+    for now_s in (100.0, 101.0, 101.0):
+        dispatch.tick(made, now_s)
+    assert made.queue.queued_s[0] == 1.0, "nobody waited yet when the clock began"
+    memory_s = made.accounts.memory_s[0]
+    dispatch.set_in_service(made, [0], serves=False)
+    dispatch.tick(made, 200.0)
+    assert made.accounts.memory_s[0] == memory_s, "while nobody serves, nothing is given"
+    dispatch.set_in_service(made, [0], serves=True)
+    dispatch.tick(made, 300.0)
+    assert made.accounts.memory_s[0] > memory_s
+
+
+class Books:
+    """What each replica has, kept by hand: of each request what is to be read, of that what is not cached, its output."""
+
+    def __init__(self, made: Desk) -> None:
+        self.made, self.has = made, [list[list[int]]() for _ in range(7)]
+        self.waits: dict[tuple[int, int], list[list[int]]] = {
+            (model, client): [] for model in (0, 1) for client in (0, 1)
+        }
+        self.slots = made.replicas.free_slots.tolist()
+
+    def arrive(self, model: int, client: int, prompt: int, cached: int, output: int) -> None:
+        answer = dispatch.arrive(self.made, model, client, prompt, cached, output, 500, 1e9, NO_BLOCKS, 0)
+        if answer.rule == SLOT_FREE:
+            self.has[answer.replica].append([prompt, prompt - cached, output])
+        elif answer.rule == WAITS_FOR_SLOT:
+            self.waits[model, client].append([prompt, prompt - cached, output])
+
+    def start(self, model: int) -> None:
+        while (client := dispatch.next_turn(self.made, model)[0]) != NOBODY:
+            prompt, unread, output = self.waits[model, client][0]
+            asked = model, client, prompt, prompt - unread, output, 500, 2.0, NO_BLOCKS, 0
+            replica, cached, _ = dispatch.start(self.made, *asked)
+            if replica == NOBODY:  # nobody in service writes
+                return
+            assert cached == prompt - unread
+            self.has[replica].append(self.waits[model, client].pop(0))
+
+    def go_on(self, replica: int, dice: np.random.Generator) -> None:
+        """Let a request of a replica have its first token, or leave; what was read of the second model is taken over."""
+        number = int(dice.integers(len(self.has[replica])))
+        prompt, unread, output = self.has[replica][number]
+        model, role = (0, BOTH) if replica < 3 else (1, READS if replica < 5 else WRITES)
+        if prompt > 0:
+            dispatch.first_token(self.made, model, replica, prompt, unread)
+            self.has[replica][number][:2] = 0, 0
+            return
+        writer = dispatch.take_over(self.made, 1, output, 500, 0) if role == READS else NOBODY
+        if role == READS and writer == NOBODY:
+            return
+        if role == READS:
+            self.has[writer].append([0, 0, output])
+        dispatch.left(self.made, model, replica, output)
+        del self.has[replica][number]
+
+    def agree(self) -> None:
+        made, replicas = self.made, self.made.replicas
+        written = [[1 if row in (3, 4) else one[2] for one in has] for row, has in enumerate(self.has)]
+        backlog = [sum(one[0] for one in has) + sum(more) for has, more in zip(self.has, written, strict=True)]
+        assert replicas.backlog_tokens[:7].tolist() == backlog
+        unread = np.array([sum(one[1] for one in has) for has in self.has])
+        free = np.array([self.slots[row] - (len(has) if row < 5 else 0) for row, has in enumerate(self.has)])
+        assert replicas.unread_tokens[:7].tolist() == unread.tolist()
+        assert replicas.free_slots[:7].tolist() == free.tolist()
+        serves = replicas.serves[:7] > 0
+        for model, rows in enumerate((slice(0, 3), slice(3, 5))):
+            assert made.models.unread_tokens[model] == unread[rows][serves[rows]].sum()
+            assert made.models.free_slots[model] == free[rows][serves[rows]].sum()
+            listed = made.ready.free[8 * model :][: made.ready.frees[model]].tolist()
+            assert sorted(listed) == [row for row in range(rows.start, rows.stop) if serves[row] and free[row] > 0]
+            assert made.queue.model_waiting[model] == sum(len(self.waits[model, client]) for client in (0, 1))
+
+
+def test_the_desk_keeps_its_books_whatever_happens() -> None:
+    books, dice = Books(mixed()), np.random.default_rng(6)
+    for _ in range(400):
+        event, model, row = dice.integers(10), int(dice.integers(2)), int(dice.integers(7))
+        if event < 4:
+            prompt = int(dice.integers(20, 200))
+            books.arrive(model, int(dice.integers(2)), prompt, int(dice.integers(20)), int(dice.integers(1, 50)))
+        elif event < 8 and books.has[row]:
+            books.go_on(row, dice)
+        elif event == 8:
+            books.start(model)
+        elif event == 9:
+            dispatch.set_in_service(books.made, [row], serves=not books.made.replicas.serves[row])
+        books.agree()
+    assert sum(len(waits) for waits in books.waits.values()) > 5
