@@ -9,13 +9,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from serving import until
 
+from waterline.errors import EngineError
 from waterline.fleet import Fleet, Job, Model, Pool, Tenant
 from waterline.plan import Place
-from waterline.service.jobs import Jobs, RunState, saved_at_s
+from waterline.service.jobs import CRASHES, Holding, Jobs, Machines, RunState, ThisMachine, saved_at_s
 from waterline.service.processes import end_marked, marked
 from waterline.service.state import State, claim_state
 
@@ -80,7 +82,9 @@ class Running:
 
 
 @asynccontextmanager
-async def running(gpu: str = "h100-sxm-80g", grace_s: float = 5.0) -> AsyncIterator[Running]:
+async def running(
+    gpu: str = "h100-sxm-80g", grace_s: float = 5.0, machines: Machines | None = None
+) -> AsyncIterator[Running]:
     fleet = Fleet(
         name="box",
         pools=(Pool(name="box", gpu=gpu, nodes=1, gpus_per_node=4, usd_per_gpu_hour=1.0),),
@@ -89,7 +93,7 @@ async def running(gpu: str = "h100-sxm-80g", grace_s: float = 5.0) -> AsyncItera
     )
     told: list[RunState] = []
     with claim_state("box") as state:
-        jobs = Jobs(fleet, state, lambda _name, run: told.append(run))
+        jobs = Jobs(fleet, state, lambda _name, run: told.append(run), machines)
         try:
             yield Running(jobs=jobs, told=told, state=state)
         finally:
@@ -202,6 +206,56 @@ def test_a_run_that_keeps_crashing_waits_longer_and_longer_and_is_given_up(monke
     assert told[-1].reason.startswith("It has crashed 5 times without a checkpoint between: its command left with 127")
 
 
+class Failing(ThisMachine):
+    """A node that goes away with the first run on it, and is away for a while."""
+
+    def __init__(self, away: int) -> None:
+        self.lost = [f"node box/0 is away for the {number}. time." for number in range(away)]
+
+    async def hold(self, *arguments: Any) -> Holding:
+        if len(self.lost) > 1:
+            raise EngineError(self.lost.pop())
+        held = await super().hold(*arguments)
+        return Gone(held, self.lost.pop()) if self.lost else held
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A holder whose node goes away."""
+
+    held: Holding
+    why: str
+
+    @property
+    def pid(self) -> int:
+        return self.held.pid
+
+    def tell(self, data: bytes) -> None:
+        self.held.tell(data)
+
+    async def wait(self) -> int:
+        raise EngineError(self.why)
+
+
+def test_a_run_whose_node_is_gone_has_not_crashed_and_waits_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("waterline.service.jobs.NODE_AGAIN_S", 0.01)
+    code = "import os, time; open(os.environ['WATERLINE_CHECKPOINT'], 'a').write('up'); time.sleep(60)"
+
+    async def case() -> list[RunState]:
+        async with running(grace_s=0.1, machines=Failing(away=3 * CRASHES)) as service:
+            start(service, job(*python(code), checkpoint=tmp_path / "up"))
+            await until(lambda: service.statuses[-2:] == ["loading", "running"] and (tmp_path / "up").exists())
+            return service.told
+
+    told = asyncio.run(case())
+    lost = [state.reason for state in told if state.status == "backing off"]
+    assert len(lost) == 3 * CRASHES
+    assert lost[-1] == "node box/0 is away for the 0. time. It is tried again every 0.01 s."
+    assert not {"given up", "done"} & {state.status for state in told}
+
+
 def test_a_crash_after_a_new_checkpoint_is_the_first_one_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("waterline.service.jobs.FIRST_DELAY_S", 0.01)
     code = (
@@ -249,6 +303,7 @@ def test_who_is_left_by_a_killed_service_is_found_by_the_next_and_two_services_d
 
 SERVICE = """
 import asyncio, sys
+from waterline.errors import EngineError
 from waterline.fleet import Fleet, Job, Model, Pool, Tenant
 from waterline.plan import Place
 from waterline.service.jobs import Jobs

@@ -17,7 +17,7 @@ from waterline.errors import EngineError, InputError, MissingExtraError
 from waterline.fleet import Job, Pool
 from waterline.plan import Place, Plan
 from waterline.service.processes import find_process
-from waterline.service.ray_cluster import Node, RayCluster, match, too_few, wanted_pools
+from waterline.service.ray_cluster import Node, RayCluster, RemoteChild, _silence, match, too_few, wanted_pools
 
 H100, MI300X = "h100-sxm-80g", "mi300x"
 
@@ -90,6 +90,32 @@ def test_where_no_cluster_answers_that_is_said_at_once(address: str) -> None:
     with pytest.raises(InputError, match=f"no Ray cluster answers at '{address}': .*Start one"):
         RayCluster(address)
     assert time.monotonic() - begun_s < 10
+
+
+class Silent:
+    """What Ray shows of an actor whose node has been cut off: nothing ever comes back."""
+
+    def __getattr__(self, method: str) -> "Silent":
+        return self
+
+    def remote(self, *_arguments: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().create_future()
+
+
+def test_who_leaves_the_cluster_does_not_wait_for_a_node_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("waterline.service.ray_cluster.STOPPED_WITHIN_S", 0.01)
+
+    async def case() -> str:
+        child = RemoteChild("chat/0")
+        child._parts.append((Silent(), "chat/0 0", "box/0 (10.0.0.1)"))
+        stopping = asyncio.create_task(child.stop())
+        await child.stop(verify=False)
+        await asyncio.sleep(0.05)
+        assert not stopping.done(), "while the service runs, its GPUs are not free before it is known"
+        stopping.cancel()
+        return await _silence(Silent(), 0.01)
+
+    assert asyncio.run(case()) == "nothing within 0.01 s"
 
 
 # --- A cluster of two nodes on this machine -------------------------------------------------------------------------

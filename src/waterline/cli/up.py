@@ -66,6 +66,7 @@ def up(
     waterline up plan.json --port 8001
     waterline up plan.json --ray 10.0.0.1:6379
     """  # noqa: D301 - click wants the character, not its name
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the first process of a container has none
     try:
         _fill_standard_streams()
         _up(fleet, host, port, admin_host, admin_port, proxies, engine, ray, ledger, as_json=as_json)

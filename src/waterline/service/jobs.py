@@ -8,6 +8,7 @@ ends is judged by who wanted it and by what it has saved, not by its exit code a
 - It left by itself with 0: it is done.
 - It left by itself with anything else: it has crashed, and is started again on its GPUs, at once if it has saved
   something since it started, else after longer and longer waits; after `CRASHES` without a checkpoint it is given up.
+- Its node is gone, which is no fault of its own: it is started again when there is one in its place.
 
 Its GPUs are free when the last of its processes is gone, and not before: that is looked at, not believed.
 """
@@ -39,6 +40,7 @@ HOLDER = str(Path(__file__).with_name("holder.py"))
 CRASHES = 5  # in a row, without a new checkpoint
 FIRST_DELAY_S = 1.0
 LONGEST_DELAY_S = 300.0
+NODE_AGAIN_S = 5.0  # between two looks for a node that is gone
 LOOK_AGAIN_S = 5.0  # for processes that hang in the kernel
 LOOKS_A_CHECKPOINT = 20  # at the folder, while one is awaited; but at most
 LOOK_SELDOM_S = 10.0  # so seldom, and
@@ -82,7 +84,7 @@ class Holding(Protocol):
         ...
 
     async def wait(self) -> int:
-        """Return its exit code, once it is gone."""
+        """Return its exit code, once it is gone. Raises EngineError when its machine is gone, and it with it."""
         ...
 
 
@@ -318,12 +320,20 @@ class Run:
         while not self._stopping.is_set():
             self.saved_s, begun_s = 0.0, time.time()
             looking = asyncio.create_task(self._look_for_checkpoints(begun_s))
-            reason = await self._run()
+            reason, lost = "", ""
+            try:
+                reason = await self._run()
+            except EngineError as error:
+                lost = str(error)
             await self._verify()
             looking.cancel()
             await self._look(begun_s)
             if self._stopping.is_set():
                 break
+            if lost:
+                self._change("backing off", f"{lost} It is tried again every {NODE_AGAIN_S:g} s.")
+                await self._pause(NODE_AGAIN_S)
+                continue
             if not reason:
                 self._change("done")
                 return
@@ -335,13 +345,20 @@ class Run:
                 return
             delay_s = min(delay_s, LONGEST_DELAY_S)
             self._change("backing off", f"{reason} It is started again in {delay_s:g} s.")
-            with suppress(TimeoutError):
-                async with asyncio.timeout(delay_s):
-                    await self._stopping.wait()
+            await self._pause(delay_s)
         self._change("stopped")
 
+    async def _pause(self, within_s: float) -> None:
+        """Wait, but not longer than it is wanted."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._stopping.wait()
+
     async def _run(self) -> str:
-        """Run it once, to the end of all its processes; return what went wrong, nothing if it is done."""
+        """Run it once, to the end of its holder; return what went wrong, nothing if it is done.
+
+        Raises EngineError when its node cannot be reached, or is gone.
+        """
         starts = self.state.starts + 1
         command = [word.replace(COPY, str(self.state.copy)) for word in self._job.command]
         environment = {**self._environment, "WATERLINE_START": str(starts)}
@@ -351,8 +368,6 @@ class Run:
             )
         except OSError as error:
             return f"cannot write its log: {error.strerror}"
-        except EngineError as error:
-            return str(error).rstrip(".")
         self.state = replace(self.state, pid=self._process.pid, starts=starts)
         self._change("loading")
         if self._stopping.is_set():

@@ -7,7 +7,6 @@ Ray again. Engines listen on their node's address, and the gateway asks them the
 
 import asyncio
 import re
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ from msgspec.structs import replace
 from waterline.errors import EngineError, InputError, MissingExtraError
 from waterline.fleet import Fleet, Pool
 from waterline.plan import Plan, Replica
-from waterline.service.child import Running, StillbornError
+from waterline.service.child import ENDED_WITHIN_S, Running, StillbornError
 from waterline.service.engines import COMMANDED, Engine, command_of, prepare_engines
 from waterline.service.engines.dialect import Dialect
 from waterline.service.engines.hosted import hosted
@@ -36,6 +35,7 @@ from waterline.service.state import State
 
 HOST_WITHIN_S = 60.0  # a node starts our actor; its interpreter has to load us
 REACHED_WITHIN_S = 5.0
+STOPPED_WITHIN_S = ENDED_WITHIN_S + 1.0  # the way there and back included
 CALLS = 1000  # that may wait on a node at once: two or so for each engine
 # Ray would kill our actor's children before they can end what they have started themselves, and jobs save their work.
 LEAVES_CHILDREN = {"RAY_kill_child_processes_on_worker_exit": "0"}
@@ -221,7 +221,7 @@ class RayCluster:
         node = self._nodes[spot]
         async with self._making.setdefault(node.id, asyncio.Lock()):
             host = self._hosts.get(node.id)
-            if host is None or not await _answers(host):
+            if host is None or await _silence(host):
                 host = self._hosts[node.id] = await self._make_host(spot, node, mark)
         return host, node
 
@@ -242,10 +242,10 @@ class RayCluster:
             )
             .remote(f"{socket.gethostname()}:{mark}/{spot[0]}.{spot[1]}", grace_s)  # nodes may share a machine
         )
-        if not await _answers(host, HOST_WITHIN_S + grace_s):
+        if why := await _silence(host, HOST_WITHIN_S + grace_s):
             self._ray.kill(host)
             raise EngineError(
-                f"{where} did not start our actor within {HOST_WITHIN_S:g} s. Are its {node.gpus} GPUs free (ray "
+                f"{where} did not start our actor: {why}. Is it there still, are its {node.gpus} GPUs free (ray "
                 "status), and is this version of waterline-llm[ray] installed there?"
             )
         log.info("has a node", pool=spot[0], node=spot[1], address=node.address, gpus=node.gpus)
@@ -295,11 +295,18 @@ class RemoteChild:
         host, key, where = self._parts[0]
         return await _words(host.last_words.remote(key), where)
 
-    async def stop(self, *, verify: bool = True) -> None:  # noqa: ARG002 - its node does so always
+    async def stop(self, *, verify: bool = True) -> None:
+        """End its processes; a node that is gone has ended them.
+
+        Not to `verify` is to leave the cluster: nobody waits then for a node that is silent, of which Ray believes for
+        a minute that it is there. It ends them as soon as it hears of that.
+        """
         for end in self._ends:
             end.cancel()
         stops = [_said(host.stop.remote(key, self._replica), where) for host, key, where in self._parts]
-        await asyncio.gather(*stops, return_exceptions=True)  # a node that is gone has ended them
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None if verify else STOPPED_WITHIN_S):
+                await asyncio.gather(*stops, return_exceptions=True)
 
 
 class RemoteRun:
@@ -313,10 +320,7 @@ class RemoteRun:
         self._host.tell.remote(self._key, data)
 
     async def wait(self) -> int:
-        try:
-            code: int = (await _said(self._host.left.remote(self._key), self._where)).value
-        except EngineError:  # its node is gone, and it with it
-            return -signal.SIGKILL
+        code: int = (await _said(self._host.left.remote(self._key), self._where)).value
         return code
 
 
@@ -324,11 +328,16 @@ def _where(spot: Spot, node: Node) -> str:
     return f"{spot[0]}/{spot[1]} ({node.address})"
 
 
-async def _answers(host: Any, within_s: float = HOST_WITHIN_S) -> bool:
-    with suppress(Exception):  # Ray has many for an actor that is dead, or cannot be reached
+async def _silence(host: Any, within_s: float = HOST_WITHIN_S) -> str:
+    """Return why an actor does not answer; nothing if it does."""
+    try:
         async with asyncio.timeout(within_s):
-            return bool(await host.ready.remote())
-    return False
+            await host.ready.remote()
+    except TimeoutError:
+        return f"nothing within {within_s:g} s"
+    except Exception as error:  # noqa: BLE001 - Ray has many for an actor that is dead, or cannot be reached
+        return f"{type(error).__name__}, {str(error).strip().splitlines()[-1].rstrip('.')}"
+    return ""
 
 
 async def _said(reference: Any, where: str) -> Said:

@@ -139,8 +139,10 @@ def prepare(plan: Plan, replica: Replica, seat: Seat | None = None) -> LlamaCpp 
 def main(model: str, alias: str, slots: int, context: int, host: str) -> None:
     """Serve one model on a free port of this machine until standard input ends."""
     end_with_parent()
-    import xllamacpp  # noqa: PLC0415 - an extra, and only this process needs it
-
+    try:
+        import xllamacpp  # noqa: PLC0415 - an extra, and only this process needs it
+    except ImportError as error:  # of a library that slim systems leave out
+        sys.exit(f"{error}. llama.cpp needs OpenMP; on Debian and Ubuntu: apt-get install libgomp1")
     threads = max(1, min(os.cpu_count() or 1, Path(model).stat().st_size // BYTES_PER_THREAD))
     parameters = xllamacpp.CommonParams()
     parameters.model.path = model
