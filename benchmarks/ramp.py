@@ -28,6 +28,7 @@ from waterline.fleet import Demand, Fleet, Job, Model, Pool, Tenant, check_fleet
 from waterline.plan import Plan
 from waterline.planner import make_plan
 from waterline.policy import tide as tides
+from waterline.policy.holdings import Moves
 from waterline.rehearsal import prepare
 from waterline.rehearsal.acting import Tidal
 from waterline.rehearsal.arrivals import Traffic, traffic
@@ -96,7 +97,7 @@ def live(policy: str, quiet_per_s: float, high_s: float, seed: int) -> tuple[int
     plan = plan_of(quiet_per_s)
     ramp = Ramp(plan, quiet_per_s, high_s, seed)
     recorder = Recorder(plan, ramp.length_s)
-    actor = Tidal("waterline", plan, ramp.asked, recorder, ())
+    actor = Tidal("waterline", plan, ramp.asked, recorder, (), reasons=False)
     tide, minutes, roster = actor.minutes.tide, actor.minutes, actor.setting.roster
     public = roster.service("public", "chat")
     if policy == "reactive":
@@ -105,7 +106,7 @@ def live(policy: str, quiet_per_s: float, high_s: float, seed: int) -> tuple[int
         ahead_s = np.arange(0.0, 131.0, 10.0)
         decide = minutes.decide
 
-        def know(known: tides.Tide, now_s: float) -> tides.Moves:
+        def know(known: tides.Tide, now_s: float) -> Moves:
             most = rate(now_s - minutes.first_s + ahead_s, quiet_per_s, high_s).max()
             known.source[public], known.fixed[public] = tides.FIXED, most
             return decide(known, now_s)

@@ -80,6 +80,7 @@ def record(requests: int, replicas: int) -> float:
         "busy_ps": answer_ps // 30,
         "preemptions": np.zeros(PIECE, np.int64),
         "retry_s": np.where(replica < 0, 30.0, 0.0),
+        "cached_tokens": np.zeros(PIECE, np.int64),
         "read_by": np.full(PIECE, -1),
         "read_busy_ps": np.zeros(PIECE, np.int64),
     }

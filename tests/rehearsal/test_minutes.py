@@ -23,6 +23,7 @@ from waterline.rehearsal.arrivals import Traffic
 from waterline.rehearsal.failures import parse_failure, random_failures
 from waterline.rehearsal.pieces import Piece
 from waterline.roster import Roster
+from waterline.workload import Request, Trace
 from waterline.workload.operators import Surge
 
 HOUR_NS = 3600 * 10**9
@@ -188,6 +189,18 @@ def test_every_policy_serves_an_ordinary_hour(policy: str) -> None:
     done = rehearse(PLAN, duration_s=300.0, keep=False, policy=policy)
     assert done.summaries[0].slo_fraction > 0.97
     assert (done.digest == "") == (policy == "plan")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_who_is_refused_learns_why_whoever_decides(policy: str) -> None:
+    """A thousand ask at once, of whom one asks for more than any replica holds."""
+    asked = [Request(arrival_s=0.0, prompt_tokens=2000, output_tokens=100)] * 1000
+    asked.append(Request(arrival_s=1.0, prompt_tokens=40_000, output_tokens=1))
+    done = rehearse(PLAN, Trace(name="crowd", requests=tuple(asked)), policy=policy)
+    *_, longest = done.completions
+    assert longest.reason == "40001 tokens, of which no replica of the model holds more than 32768"
+    late = {one.reason.split(" s; retry after ")[0] for one in done.completions[:-1] if one.status == "refused"}
+    assert late == {"would not start within 2"}
 
 
 def test_a_fixed_split_lends_nothing() -> None:

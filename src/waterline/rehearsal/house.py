@@ -51,7 +51,7 @@ class House:
         self._hours = 0  # that have been kept so far
         self._serving: dict[str, int] = {}  # replicas of the plan, by id, and their numbers
         self._steps: dict[tuple[object, ...], StepCost] = {}
-        self._model_of_row = np.array([self.models.index(row.model) for row in rows], np.int64)
+        self.model_of_row = np.array([self.models.index(row.model) for row in rows], np.int64)
         self._tenant_of_row = np.array([self.tenants.index(row.tenant) for row in rows], np.int64)
         self._client_of: dict[tuple[int, int], int] = {}  # tenant and name: number at the desk
         self._first_token_ps = array("q")  # [replica] that a client waits for one, besides its step
@@ -146,7 +146,7 @@ class House:
             asked.prompt_tokens,
             asked.output_tokens,
             asked.cached_tokens,
-            model=self._model_of_row[asked.row],
+            model=self.model_of_row[asked.row],
             client=self._clients(asked),
             patience_ps=np.where(asked.patience_ps == NEVER, NEVER_PS, asked.patience_ps),
             leaves_ps=np.where(leaves, asked.leaves_ps, NEVER_PS) if leaves.any() else None,
@@ -370,7 +370,7 @@ class Settled:
             return GONE if produced else RULES[GAVE_UP][0]
         if replica >= 0:
             return ""
-        rule, model = -replica, self.house.models.index(self.house.rows[row].model)
+        rule, model = -replica, int(self.house.model_of_row[row])  # which a policy may call otherwise than its row does
         if rule == TOO_LONG:
             longest_tokens = self.house.station.memory.desk.models.ever_tokens[model]
             return f"{tokens} tokens, of which no replica of the model holds more than {longest_tokens}"
