@@ -164,7 +164,7 @@ def test_vllm_is_told_what_was_planned() -> None:
         "vllm serve meta-llama/Llama-3.1-8B --served-model-name chat --host 127.0.0.1 --port 8100 "
         "--tensor-parallel-size 1 --max-model-len 4096 --max-num-seqs 8 --max-num-batched-tokens 8192 "
         "--gpu-memory-utilization 0.9 --dtype bfloat16 --kv-cache-dtype auto --enable-prefix-caching "
-        "--scheduling-policy priority --max-num-queued-reqs 16"
+        "--enable-prompt-tokens-details --scheduling-policy priority --max-num-queued-reqs 16"
     )
     assert environment == {"CUDA_VISIBLE_DEVICES": "0"}
 
@@ -175,7 +175,8 @@ def test_sglang_is_told_what_was_planned() -> None:
         "sglang serve --model-path meta-llama/Llama-3.1-8B --served-model-name chat "
         "--host 127.0.0.1 --port 8100 --tp-size 1 --context-length 4096 --max-running-requests 8 "
         "--chunked-prefill-size 8192 --dtype bfloat16 --kv-cache-dtype auto --enable-priority-scheduling "
-        "--schedule-low-priority-values-first --max-queued-requests 8 --enable-metrics"
+        "--schedule-low-priority-values-first --max-queued-requests 8 --enable-metrics "
+        "--enable-cache-report"
     )
     assert environment == {"CUDA_VISIBLE_DEVICES": "0"}
 

@@ -59,7 +59,7 @@ def test_an_event_in_a_form_that_is_new_to_us_passes_as_it_is() -> None:
 
 
 def test_comments_other_fields_and_other_ends_of_lines_are_understood() -> None:
-    stream = b': ping\n\nevent: x\ndata: {"a":1}\n\ndata:{"b":2}\r\n\r\ndata: {\ndata: "c":3}\n\ndata:[DONE]'
+    stream = b': ping\n\ndata: null\n\nevent: x\ndata: {"a":1}\n\ndata:{"b":2}\r\n\r\ndata: {\ndata: "c":3}\n\ndata:[DONE]'
     out, progress = read_in_pieces(stream, 1000)
     assert b"".join(out) == b'event: x\ndata: {"a":1}\n\ndata:{"b":2}\n\ndata: {\ndata: "c":3}\n\n'
     assert (progress.events, progress.done) == (3, True)
@@ -340,6 +340,14 @@ def test_a_500_that_is_the_requests_fault_is_a_400_where_the_engine_says_so() ->
     status, text, _ = asyncio.run(asked_of(parses, faults=FAULTS))
     assert status == 400
     assert '"code":"invalid_value"' in text
+
+
+def test_what_an_engine_cannot_do_is_no_failure_of_its() -> None:
+    async def cannot(_request: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "This server does not support embeddings"}}, status=501)
+
+    status, message = asyncio.run(asked_of(cannot))[:2]
+    assert (status, "does not support embeddings" in message) == (400, True), "no other would, and nobody is sick"
 
 
 def test_a_key_that_is_refused_is_not_the_clients_doing() -> None:

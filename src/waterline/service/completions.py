@@ -138,7 +138,7 @@ class Visit:
     wait_s: float  # for its first token
     arrival_s: float
     ticket: Ticket | None = None  # once it was taken in
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress
     is_over: bool = False
     over_quota: bool = False  # it was refused for that: the ledger's business, and no matter of load
     settled: Future[None] | None = None  # done when it stands in the ledger
@@ -305,6 +305,7 @@ class Completions:
             turn=Turn(self._dispatcher, self._now_s, lambda rule: self._nobody(rule, asked, service)),
             wait_s=patient_s if request.wait_s is None else request.wait_s,
             arrival_s=arrival_s,
+            progress=Progress(asked=asked),
         )
 
     def _take_in(self, visit: Visit) -> None:
@@ -377,6 +378,8 @@ class Completions:
             finish_s=progress.first_token_s if came_whole else self._now_s(),
             prompt_tokens=tokens[0] or asked.prompt_tokens,
             output_tokens=tokens[1],
+            cached_tokens=min(progress.cached_tokens, tokens[0]),
+            thinking_tokens=progress.thinking_tokens,
             gpu_s=ticket.gpu_s if ticket else 0.0,
             reason=reason,
             whole=came_whole,

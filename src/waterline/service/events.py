@@ -56,6 +56,9 @@ class Choice(Struct):
 class Usage(Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    prompt_tokens_details: Any = None
+    completion_tokens_details: Any = None
+    reasoning_tokens: Any = None  # where SGLang says it
 
 
 class Event(Struct):
@@ -135,6 +138,8 @@ class Events:
         for block in blocks:
             lines = [line for line in block.split(b"\n") if line and not line.startswith(b":")]
             said = b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
+            if said == b"null":  # llama.cpp opens so what it says to several prompts
+                continue
             if said == b"[DONE]":
                 self.done = True
                 break

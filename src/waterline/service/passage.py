@@ -23,6 +23,7 @@ from waterline.service.asgi import Headers, Reply
 from waterline.service.body import COMPLETIONS, Asked
 from waterline.service.connections import Connections, Response
 from waterline.service.continuation import RefusedError, ended, missing_reason, missing_usage, resume, wishes
+from waterline.service.counts import Counts
 from waterline.service.engines import Engine
 from waterline.service.engines.dialect import AT_ONCE
 from waterline.service.errors import RejectedError
@@ -464,7 +465,7 @@ async def _end_alone(passage: Passage, reply: Reply) -> bool:
         return False
     await reply.chunk(missing_usage(said))
     prompt_tokens = len(said.prompt_ids) if said.prompt_ids else passage.progress.prompt_tokens or asked.prompt_tokens
-    passage.progress.told(prompt_tokens, said.tokens)
+    passage.progress.told(Counts(prompt=prompt_tokens, output=said.tokens))
     passage.progress.done = True
     await reply.end(DONE)
     return True

@@ -25,6 +25,7 @@ from waterline.service.body import (
     explained,
 )
 from waterline.service.connections import Response
+from waterline.service.counts import read_counts
 from waterline.service.errors import error_json
 from waterline.service.events import LONGEST_EVENT_BYTES, UNREADABLE, BadEventError, check_text
 from waterline.service.media import Linked
@@ -187,7 +188,7 @@ class Relay:
         if event.type in ENDS:
             self._last = block + b"\n\n"
             if event.response and event.response.usage:
-                self._progress.told(event.response.usage.input_tokens, event.response.usage.output_tokens)
+                self._progress.told(read_counts(msgspec.structs.asdict(event.response.usage)))
         elif event.type in BEGINS and not (self._reply.begun or good):
             self._held += block + b"\n\n"
             self._written.add(event, _data(block))

@@ -22,6 +22,8 @@ BEGINS = ("response.queued", "response.created", "response.in_progress")  # noth
 class _Usage(Struct):
     input_tokens: int = 0
     output_tokens: int = 0
+    input_tokens_details: Any = None
+    output_tokens_details: Any = None
 
 
 class _Response(Struct):

@@ -51,6 +51,7 @@ class Stream:
         self._time = asyncio.get_running_loop().time
         self._first_s = math.nan
         self._pieces = said.pieces
+        progress.ask_anew()
 
     async def relay(self, watch: Watch, on_first: Callable[[], None]) -> None:
         """Pass the answer on as it comes. Raises BadEventError or UnansweredError where it cannot go on."""

@@ -5,7 +5,7 @@ Closing the connection is what makes an engine stop generating.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -13,10 +13,12 @@ import orjson
 
 from waterline.errors import EngineError
 from waterline.service.asgi import Headers
+from waterline.service.body import Asked
 from waterline.service.connections import AbsentError, Connections, Response
+from waterline.service.counts import Counts, of_all, read_counts, sum_of
 from waterline.service.engines import Engine
 from waterline.service.errors import RejectedError, retry_after
-from waterline.service.events import LOST, Event, check_text
+from waterline.service.events import LOST, Event, Usage, check_text
 
 LONGEST_ERROR_BYTES = 65_536
 PASSED_ON = (b"user-agent",)  # of the request: the rest is between others, and the client's key is not for engines
@@ -25,6 +27,7 @@ STREAM, WHOLE = "text/event-stream", "application/json"  # what answers are made
 PATH = re.compile(r"(?<![\w:/.])(?!/v1/)(?:/[\w.@+~-]+){2,}/?|\b[A-Za-z]:\\[^\s\"']+")  # of a file, not of a URL
 OUR_MISTAKES = (401, 403, 407)  # of the statuses from 400 on: the key is ours, the client can do nothing about it
 BUSY = (429, 503)  # an engine that is full, or loads: not a sick one
+UNABLE = 501  # it does not do such a thing, and nor do others of its kind: llama.cpp about embeddings
 
 
 class UnansweredError(RejectedError):
@@ -66,8 +69,14 @@ class Progress:
     first_token_s: float = float("nan")
     events: int = 0  # of a stream, without [DONE]
     done: bool = False  # the stream has come to its end
+    asked: Asked | None = None  # where there may be several answers
     prompt_tokens: int | None = None  # as the engine says, once it does
     told_output_tokens: int | None = None  # likewise
+    cached_tokens: int = 0  # of the prompt, likewise
+    told_thinking_tokens: int = 0  # likewise
+    thoughts: int = 0  # events of a stream that are such
+    # Usages of several answers, of the engine that is asked now: those of each, and those of no answer in particular.
+    usages: tuple[list[Counts], list[Counts]] = field(default_factory=lambda: ([], []))
 
     @property
     def output_tokens(self) -> int:
@@ -79,27 +88,52 @@ class Progress:
             return self.told_output_tokens
         return max(0, self.events - (2 if self.done else 1))
 
+    @property
+    def thinking_tokens(self) -> int:
+        """Of those, what the engine calls thoughts, else the events of a stream that were some."""
+        return min(self.output_tokens, max(self.told_thinking_tokens, self.thoughts))
+
     def saw(self, events: list[Event]) -> None:
         self.events += len(events)
         for event in events:
+            for choice in event.choices or ():
+                if choice.delta and (choice.delta.reasoning_content or choice.delta.reasoning):
+                    self.thoughts += 1
             if event.usage:
-                self.told(event.usage.prompt_tokens, event.usage.completion_tokens)
+                self._read(event, event.usage)
             elif event.timings:
                 self.timed(event.timings)
 
-    def told(self, prompt_tokens: object, output_tokens: object) -> None:
-        """Take what an engine says of tokens, as far as those are counts."""
-        if isinstance(prompt_tokens, int) and prompt_tokens >= 0:
-            self.prompt_tokens = prompt_tokens
-        if isinstance(output_tokens, int) and output_tokens >= 0:
-            self.told_output_tokens = output_tokens
+    def _read(self, event: Event, usage: Usage) -> None:
+        counts = read_counts(msgspec.structs.asdict(usage))
+        if self.asked and self.asked.answers > 1:
+            of_each, of_all = self.usages
+            if not event.choices:
+                of_all.append(counts)
+            elif any(choice.finish_reason for choice in event.choices):
+                of_each.append(counts)
+            else:  # so far
+                return
+            counts = sum_of(of_all or of_each, self.asked)
+        self.told(counts)
+
+    def ask_anew(self) -> None:
+        """Another engine is asked, which counts for itself."""
+        self.usages = ([], [])
+
+    def told(self, counts: Counts) -> None:
+        """Take what an engine says of tokens."""
+        self.prompt_tokens = self.prompt_tokens if counts.prompt is None else counts.prompt
+        self.told_output_tokens = self.told_output_tokens if counts.output is None else counts.output
+        self.cached_tokens = counts.cached or self.cached_tokens
+        self.told_thinking_tokens = counts.thinking or self.told_thinking_tokens
 
     def timed(self, timings: Any) -> None:
         """Take what llama.cpp says of the prompt where there is no usage: tokens kept from before, and read."""
         if self.prompt_tokens is None and isinstance(timings, dict):
             counts = [timings.get(name, 0) for name in ("cache_n", "prompt_n")]
             if all(isinstance(count, int) for count in counts):
-                self.told(sum(counts), None)
+                self.told(Counts(prompt=sum(counts), cached=counts[0]))
 
 
 async def ask(
@@ -150,8 +184,8 @@ async def read_whole(response: Response, progress: Progress) -> bytes:
     if whole.error is not None or any(choice.finish_reason in LOST for choice in whole.choices or ()):
         raise UnansweredError(f"The engine gave up: {engine_words(data)[0][:200]}")
     if isinstance(whole.usage, dict):
-        sides = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))  # of chats, of responses
-        progress.told(*(whole.usage.get(chat, whole.usage.get(response)) for chat, response in sides))
+        counts = read_counts(whole.usage)
+        progress.told(of_all(data, counts, whole.timings, progress.asked) if progress.asked else counts)
     progress.timed(whole.timings)
     progress.done = True
     return data
@@ -187,7 +221,7 @@ async def _raise_refusal(response: Response, faults: Mapping[str, str]) -> None:
     status = response.status
     again = {name: response.headers[name] for name in ("retry-after",) if name in response.headers}
     fault = next((code for words, code in faults.items() if words in message.lower()), None)
-    if fault and status == 500:
+    if (fault and status == 500) or status == UNABLE:
         status = 400
     if 400 <= status < 500 and status not in {*OUR_MISTAKES, *BUSY}:
         raise RejectedError(message, status=status, param=param, code=fault or code or "engine_refused", headers=again)

@@ -44,6 +44,7 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
         "--schedule-low-priority-values-first",  # as vLLM does, so that the gateway need not know which it is
         *("--max-queued-requests", str(replica.max_batch)),  # the queue is in the gateway
         "--enable-metrics",
+        "--enable-cache-report",  # how much of a prompt was cached, for the ledger
         *_role(replica),
     )
     return arguments, seats.devices(gpu, replica, seat) | _aiter(gpu.target)

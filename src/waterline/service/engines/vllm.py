@@ -40,6 +40,7 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
         *seats.quantization_flags(plan, replica, llm, "vLLM", WHILE_LOADING),
         *("--kv-cache-dtype", profile.cache_dtype(replica.precision)),
         "--enable-prefix-caching",
+        "--enable-prompt-tokens-details",  # how much of a prompt was cached, for the ledger
         *("--scheduling-policy", "priority"),  # lower numbers first
         *("--max-num-queued-reqs", str(2 * replica.max_batch)),  # running ones count; the queue is in the gateway
         *_transfer(replica),
