@@ -23,7 +23,7 @@ from waterline.service.asgi import (
     unless_disconnected,
 )
 from waterline.service.errors import RejectedError
-from waterline.service.limits import LONGEST_HEAD_BYTES, MOST_AHEAD, MOST_HEADERS, GuardedProtocol, was_slow
+from waterline.service.limits import LONGEST_HEAD_BYTES, MOST_AHEAD, MOST_HEADERS, WRITE, GuardedProtocol, was_slow
 from waterline.service.server import listen
 
 HELLO = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nhi"
@@ -95,6 +95,13 @@ class App:
                 while not was_slow(scope):
                     await reply.chunk(b"word " * 2000)
                 self.slow.append(True)
+                return
+            if scope["path"] == "/parts":
+                reply = Reply(send, write=scope[WRITE])
+                await reply.begin(200, [])
+                await reply.chunk(b"one\r\n\r\n")
+                reply.push(b"two")
+                await reply.end(b"three")
                 return
             if scope["path"] in {"/late", "/streams"}:
                 if scope["path"] == "/streams":
@@ -251,6 +258,19 @@ def test_nonsense_behind_a_request_ends_it_and_never_stands_in_the_middle_of_an_
                 assert answer.endswith(b"word\r\n")
             await until(lambda: app.ended == ["ClientGoneError"])
             writer.close()  # not before: who leaves ends a request anyway
+
+    asyncio.run(case())
+
+
+@pytest.mark.parametrize("connection", [b"", b"connection: keep-alive\r\n"], ids=["", "keep-alive"])
+def test_a_stream_to_a_client_of_http_1_0_has_no_chunks_and_ends_with_its_connection(connection: bytes) -> None:
+    async def case() -> None:
+        async with tight() as (port, _):
+            asked = b"POST /parts HTTP/1.0\r\n" + connection + b"content-length: 2\r\n\r\nhi"
+            head, _, body = (await say(port, asked)).partition(b"\r\n\r\n")
+            assert body == b"one\r\n\r\ntwothree"
+            assert b"transfer-encoding" not in head
+            assert (await say(port, asked.replace(b"/parts", b"/"))).endswith(b"\r\n\r\n2 %d" % (1 + bool(connection)))
 
     asyncio.run(case())
 

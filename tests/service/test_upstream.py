@@ -59,7 +59,9 @@ def test_an_event_in_a_form_that_is_new_to_us_passes_as_it_is() -> None:
 
 
 def test_comments_other_fields_and_other_ends_of_lines_are_understood() -> None:
-    stream = b': ping\n\ndata: null\n\nevent: x\ndata: {"a":1}\n\ndata:{"b":2}\r\n\r\ndata: {\ndata: "c":3}\n\ndata:[DONE]'
+    stream = (
+        b': ping\n\ndata: null\n\nevent: x\ndata: {"a":1}\n\ndata:{"b":2}\r\n\r\ndata: {\ndata: "c":3}\n\ndata:[DONE]'
+    )
     out, progress = read_in_pieces(stream, 1000)
     assert b"".join(out) == b'event: x\ndata: {"a":1}\n\ndata:{"b":2}\n\ndata: {\ndata: "c":3}\n\n'
     assert (progress.events, progress.done) == (3, True)

@@ -23,6 +23,7 @@ LINGERS_S = 1.0  # a connection that was refused, for its client to read why
 FILES_KEPT = 128  # descriptors that are not for clients: engines' pipes, the ledger, the log
 FILES_PER_REQUEST = 2  # its client's connection, and one to an engine
 MOST_FILES = 2**20
+CHUNKED = b"transfer-encoding: chunked\r\n"
 # Keys of the scope: what this server tells beside ASGI.
 SLOW = "waterline.slow"  # its client was cut, because it did not read
 ON_GONE = "waterline.on_gone"  # takes what to call when the client goes away
@@ -110,7 +111,10 @@ class GuardedProtocol(HttpToolsProtocol):
         scope = cast("dict[str, Any]", self.scope)
         scope[ON_GONE] = self.when_gone
         super().on_headers_complete()
-        self.cycle.transport = cast("asyncio.Transport", _HeadFirst(self.transport, self.loop))
+        is_old = scope["http_version"] == "1.0"
+        if is_old:  # where a stream has no other end
+            self.cycle.keep_alive = False
+        self.cycle.transport = cast("asyncio.Transport", _HeadFirst(self.transport, self.loop, is_old=is_old))
         scope[WRITE] = partial(self._write, self.cycle)
         scope[BODY] = partial(self._body, self.cycle)
 
@@ -233,22 +237,29 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 class _HeadFirst:
-    """Sends the head of an answer together with what follows at once: a packet less, and a call of the system."""
+    """Sends the head of an answer together with what follows at once: a packet less, and a call of the system.
 
-    __slots__ = ("_head", "_is_first", "_loop", "_transport")
+    A client of HTTP/1.0 knows no chunks: it gets what is in them, until the connection ends.
+    """
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+    __slots__ = ("_head", "_is_first", "_is_old", "_loop", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, *, is_old: bool) -> None:
         self._transport, self._loop = transport, loop
-        self._head, self._is_first = b"", True
+        self._head, self._is_first, self._is_old = b"", True, is_old
 
     def write(self, data: bytes) -> None:
         if self._is_first:
+            if self._is_old:
+                self._is_old = CHUNKED in data
+                data = data.replace(CHUNKED, b"", 1)
             self._head, self._is_first = data, False
             self._loop.call_soon(self._flush)
-        elif self._head:
-            self._head, head = b"", self._head
-            self._transport.write(head + data)
-        else:
+            return
+        if self._is_old:
+            data = _unchunked(data)
+        self._head, head = b"", self._head
+        if data := head + data if head else data:
             self._transport.write(data)
 
     def close(self) -> None:
@@ -262,6 +273,16 @@ class _HeadFirst:
         if self._head and not self._transport.is_closing():
             self._transport.write(self._head)
         self._head = b""
+
+
+def _unchunked(data: bytes) -> bytes:
+    """Return what is in some whole chunks."""
+    parts = []
+    while data:
+        size, _, rest = data.partition(b"\r\n")
+        parts.append(rest[: int(size, 16)])
+        data = rest[int(size, 16) + 2 :]
+    return b"".join(parts)
 
 
 def was_slow(scope: MutableMapping[str, Any]) -> bool:
