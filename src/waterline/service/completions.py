@@ -380,7 +380,7 @@ class Completions:
             output_tokens=tokens[1],
             cached_tokens=min(progress.cached_tokens, tokens[0]),
             thinking_tokens=progress.thinking_tokens,
-            gpu_s=ticket.gpu_s if ticket else 0.0,
+            gpu_s=ticket.gpu_s if ticket and visit.turn.replicas else 0.0,  # it may leave as its turn comes
             reason=reason,
             whole=came_whole,
         )

@@ -1,0 +1,37 @@
+"""Requests that end where nobody expects it."""
+
+import asyncio
+
+import orjson
+from serving import QUESTION, fake_plan, served, until
+
+from waterline.outcome import summarize
+from waterline.service.access import Caller
+from waterline.service.asgi import Message, Reply
+from waterline.service.body import CHAT
+from waterline.service.completions import Request
+
+
+async def nowhere(_message: Message) -> None:
+    pass
+
+
+def test_who_leaves_as_its_turn_comes_has_been_on_no_replica_and_took_no_time_of_one() -> None:
+    async def case() -> None:
+        async with served(fake_plan(max_batch=1, output_tokens=400)) as service:
+            body = orjson.dumps({"model": "chat", "messages": QUESTION})
+            caller = Caller(tenant="enterprise", client="one", line="one")
+            asked = [Request(endpoint=CHAT, body=body, caller=caller) for _ in range(2)]
+            submit, waits = service.gateway.completions.submit, service.gateway.dispatcher.services["chat"]
+            working, waiting = (asyncio.create_task(submit(one, Reply(nowhere))) for one in asked)
+            await until(lambda: waits.waiting == 1)
+            working.cancel()  # and its place is the other's, in the same step …
+            waiting.cancel()  # … in which that leaves
+            await asyncio.gather(working, waiting, return_exceptions=True)
+            first, second = service.completions
+            assert (first.replica, second.replica) == ("chat/0", "")
+            assert first.gpu_s > 0.0 == second.gpu_s
+            usd_per_hour = {replica.id: 1.0 for replica in service.gateway.plan.replicas}
+            assert summarize(service.completions, service.gateway.plan.fleet.slos, 1.0, usd_per_hour)
+
+    asyncio.run(case())
