@@ -198,6 +198,7 @@ def test_a_fleet_file_that_changes_is_followed_and_one_that_is_wrong_is_not(tmp_
             time.sleep(0.05)
         [pid] = children_of(service.process.pid)
         assert [pid] != service.children
+        asyncio.run(count(service, "counter"))
         fleet.write_text("name = 1")
         service.process.send_signal(signal.SIGHUP)
         time.sleep(0.5)
@@ -205,7 +206,18 @@ def test_a_fleet_file_that_changes_is_followed_and_one_that_is_wrong_is_not(tmp_
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(5) == 0
         assert service.process.stderr
+        assert service.process.stdout
         assert "'name': expected text" in service.process.stderr.read()
+        total, _ = json.loads(service.process.stdout.read())["summaries"]
+        assert total["completed"] == 1, "of a model that came with a later plan"
+
+
+async def count(service: Up, model: str) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{service.url}/completions", json={"model": model, "prompt": "1", "max_tokens": 3}) as reply,
+    ):
+        assert reply.status == 200, await reply.text()
 
 
 async def models(service: Up) -> list[str]:
@@ -388,7 +400,7 @@ def test_the_last_words_show_who_left_apart_from_what_failed() -> None:
         prompt_tokens=3,
         output_tokens=4,
     )
-    text = _goodbye(make_plan(load_fleet(LAPTOP)), deque([left]), 10.0, {"abacus/0": 0.0}, as_json=False)
+    text = _goodbye(deque([left]), load_fleet(LAPTOP).slos, 10.0, {"abacus/0": 0.0}, as_json=False)
     assert text.startswith("\npublic, abacus: 1 cancelled; 3 tokens in, 4 out")
 
 
@@ -471,12 +483,12 @@ async def health(service: Up) -> int:
 
 
 def test_the_last_words_know_what_replicas_cost_that_came_and_went() -> None:
-    plan = make_plan(load_fleet(LAPTOP))
+    slos = load_fleet(LAPTOP).slos
     lent = Completion(
         tenant="public", model="abacus", replica="abacus/7", status="ok", arrival_s=0.0, first_token_s=0.1, finish_s=1.0,
         prompt_tokens=5, output_tokens=9, gpu_s=0.5,
     )  # fmt: skip
     usd = {"abacus/0": 0.25, "abacus/7": 0.125}
-    assert "1 completed" in _goodbye(plan, deque([lent]), 10.0, usd, as_json=False)
-    total, abacus = json.loads(_goodbye(plan, deque([lent]), 10.0, usd, as_json=True))["summaries"]
+    assert "1 completed" in _goodbye(deque([lent]), slos, 10.0, usd, as_json=False)
+    total, abacus = json.loads(_goodbye(deque([lent]), slos, 10.0, usd, as_json=True))["summaries"]
     assert (total["usd"], abacus["usd"]) == (pytest.approx(0.375), pytest.approx(0.125)), "nobody used the other"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from waterline.outcome import Completion, Summary
     from waterline.plan import Plan
     from waterline.service.ray_cluster import RayCluster
+    from waterline.workload import Slo
 
 LAPTOP = Path(__file__).with_name("laptop.toml")
 SUMMARISED = 100_000  # latest requests that the last words are about
@@ -113,6 +114,7 @@ def _up(
     admin, page = open_admin(admin_host, admin_port, api_port)
     log_to(Outlet(sys.stderr), terminal=bool(sys.stderr and sys.stderr.isatty()))
     completions: deque[Completion] = deque(maxlen=SUMMARISED)
+    slos: dict[str, Slo] = {}  # of all models that were served, in whatever plan
     say = Outlet(sys.stdout).say
 
     def on_ready(missing: list[str]) -> None:
@@ -124,7 +126,11 @@ def _up(
     if not host.startswith(OF_THIS_MACHINE):
         Outlet(sys.stderr).say(_who_may(plan, host))
     with listening, admin.listening, Ledger.open(ledger) as books:
-        note = partial(_note_fleet, books.engine)
+
+        def note(plan: "Plan") -> None:
+            slos.update(plan.fleet.slos)
+            _note_fleet(books.engine, plan)
+
         note(plan)
         usd = serve(
             plan,
@@ -144,7 +150,7 @@ def _up(
     if cluster:
         cluster.leave()
     if completions:
-        say(_goodbye(plan, completions, monotonic() - begun_s, usd, as_json=as_json))
+        say(_goodbye(completions, slos, monotonic() - begun_s, usd, as_json=as_json))
 
 
 def _plan(path: Path, engine: str) -> "Plan":
@@ -267,7 +273,7 @@ def _ready_json(plan: "Plan", url: str, page: str, engine: str) -> str:
 
 
 def _goodbye(
-    plan: "Plan", completions: "deque[Completion]", lasted_s: float, usd: dict[str, float], *, as_json: bool
+    completions: "deque[Completion]", slos: "dict[str, Slo]", lasted_s: float, usd: dict[str, float], *, as_json: bool
 ) -> str:
     """Return what became of the requests, a line for each tenant and model; `usd`: what each replica has cost."""
     import msgspec
@@ -276,7 +282,7 @@ def _goodbye(
     from waterline.units import HOUR_S
 
     usd_per_hour = {replica: paid * HOUR_S / lasted_s for replica, paid in usd.items()}  # taken over the whole time
-    summaries = summarize(completions, plan.fleet.slos, lasted_s, usd_per_hour)
+    summaries = summarize(completions, slos, lasted_s, usd_per_hour)
     if as_json:
         return msgspec.json.encode({"summaries": summaries}).decode()
     return "\n" + "\n".join(_line(summary) for summary in summaries[1:])
