@@ -1,10 +1,15 @@
 """Requests that end where nobody expects it."""
 
 import asyncio
+from pathlib import Path
 
+import openai
 import orjson
-from serving import QUESTION, fake_plan, served, until
+import pytest
+from aiohttp import web
+from serving import QUESTION, engine_that, fake_plan, served, until
 
+from waterline.ledger import Ledger, connect, read_usage
 from waterline.outcome import summarize
 from waterline.service.access import Caller
 from waterline.service.asgi import Message, Reply
@@ -35,3 +40,27 @@ def test_who_leaves_as_its_turn_comes_has_been_on_no_replica_and_took_no_time_of
             assert summarize(service.completions, service.gateway.plan.fleet.slos, 1.0, usd_per_hour)
 
     asyncio.run(case())
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(400, "cancelled"), (500, "failed")])
+def test_nobody_is_charged_for_what_an_engine_refuses_or_fails_to_begin(
+    status: int, outcome: str, tmp_path: Path
+) -> None:
+    async def answer(_request: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "no"}}, status=status)
+
+    async def case() -> None:
+        with Ledger.open(str(tmp_path / "ledger.db")) as ledger:
+            async with (
+                engine_that(answer) as url,
+                served(fake_plan(engine="openai", urls=(url,)), ledger=ledger) as service,
+            ):
+                with pytest.raises(openai.APIStatusError):
+                    await service.openai.chat.completions.create(model="chat", messages=QUESTION)  # type: ignore[call-overload]
+                [completion] = service.completions
+                assert (completion.status, completion.replica, completion.prompt_tokens) == (outcome, "chat/0", 0)
+
+    asyncio.run(case())
+    [row] = read_usage(connect(str(tmp_path / "ledger.db")), ["tenant"])
+    assert (row.requests, getattr(row, outcome)) == (1, 1)
+    assert (row.prompt_tokens, row.output_tokens, row.nano_usd) == (0, 0, 0)

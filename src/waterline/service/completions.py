@@ -364,7 +364,9 @@ class Completions:
         if visit.is_over:
             return
         visit.is_over = True
-        asked, progress, ticket, tokens = visit.asked, visit.progress, visit.ticket, visit.tokens
+        asked, progress, ticket = visit.asked, visit.progress, visit.ticket
+        in_vain = reason == INVALID or (status == "failed" and math.isnan(progress.first_token_s))
+        tokens = (0, 0) if in_vain else visit.tokens  # nobody is charged for a refusal, nor for a failure of ours
         if ticket:
             self._dispatcher.leave(ticket, self._now_s())
         came_whole = status == "ok" and not asked.stream
@@ -376,7 +378,7 @@ class Completions:
             arrival_s=ticket.start_s if ticket and visit.request.spare else visit.arrival_s,  # a day is no lateness
             first_token_s=progress.first_token_s,
             finish_s=progress.first_token_s if came_whole else self._now_s(),
-            prompt_tokens=tokens[0] or asked.prompt_tokens,
+            prompt_tokens=tokens[0] if visit.turn.replicas else asked.prompt_tokens,
             output_tokens=tokens[1],
             cached_tokens=min(progress.cached_tokens, tokens[0]),
             thinking_tokens=progress.thinking_tokens,
