@@ -2,14 +2,16 @@ import threading
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import inspect, select, text
 
 from waterline.errors import InputError, LedgerError
 from waterline.ledger import connect, create_key, read_keys
-from waterline.ledger.database import MIGRATIONS
-from waterline.ledger.tables import REVISION, metadata
+from waterline.ledger.database import MIGRATIONS, _engine
+from waterline.ledger.tables import REVISION, completions, keys, metadata
 
 
 def test_the_migrations_make_the_tables_that_the_code_queries(url: str) -> None:
@@ -17,6 +19,35 @@ def test_the_migrations_make_the_tables_that_the_code_queries(url: str) -> None:
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
+
+
+def test_an_older_ledger_keeps_what_is_in_it_and_a_newer_one_is_left_alone(url: str) -> None:
+    engine = _engine(url)
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    assert "batches" not in inspect(engine).get_table_names()
+    key = {"id": "k1", "hash": "h", "prefix": "wl-abc", "tenant": "public", "client": "alice", "models": "[]"}
+    with engine.begin() as connection:
+        connection.execute(keys.insert(), {**key, "created_us": 1})
+        row = dict.fromkeys(["prompt_tokens", "cached_tokens", "output_tokens", "thinking_tokens", "gpu_us"], 3)
+        names = {"id": "r1", "tenant": "public", "client": "alice", "key_id": "k1", "model": "m", "replicas": "[]"}
+        row |= {"arrival_us": 1, "finish_us": 2, "nano_usd": 5}
+        connection.execute(completions.insert(), {**names, **row, "outcome": "ok", "reason": ""})
+    engine.dispose()
+
+    engine = connect(url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        assert connection.execute(select(completions.c.id, completions.c.nano_usd)).all() == [("r1", 5)]
+    assert [key.client for key in read_keys(engine)] == ["alice"]
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    engine.dispose()
+    with pytest.raises(LedgerError, match="belongs to a newer Waterline: its tables are at step 9999"):
+        connect(url)
 
 
 def test_the_newest_migration_is_the_one_the_code_asks_for() -> None:

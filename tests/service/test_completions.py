@@ -1,6 +1,7 @@
 """Requests that end where nobody expects it."""
 
 import asyncio
+import sqlite3
 from pathlib import Path
 
 import openai
@@ -15,6 +16,7 @@ from waterline.service.access import Caller
 from waterline.service.asgi import Message, Reply
 from waterline.service.body import CHAT
 from waterline.service.completions import Request
+from waterline.service.supervisor import ReplicaState
 
 
 async def nowhere(_message: Message) -> None:
@@ -64,3 +66,36 @@ def test_nobody_is_charged_for_what_an_engine_refuses_or_fails_to_begin(
     [row] = read_usage(connect(str(tmp_path / "ledger.db")), ["tenant"])
     assert (row.requests, getattr(row, outcome)) == (1, 1)
     assert (row.prompt_tokens, row.output_tokens, row.nano_usd) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_replica_may_go_as_soon_as_it_has_said_all(stream: bool, tmp_path: Path) -> None:
+    """A replica that drains has nothing to do any more while the last byte waits for the ledger."""
+
+    async def case() -> None:
+        with Ledger.open(str(tmp_path / "ledger.db")) as ledger:
+            async with served(fake_plan(output_tokens=60), ledger=ledger) as service:
+                lane = service.gateway.dispatcher.lanes["chat/0"]
+
+                async def ask() -> str:
+                    reply = await service.openai.chat.completions.create(  # type: ignore[call-overload]
+                        model="chat", messages=QUESTION, stream=stream
+                    )
+                    if not stream:
+                        return str(reply.choices[0].finish_reason)
+                    return str([chunk.choices[0].finish_reason async for chunk in reply][-1])
+
+                asking = asyncio.create_task(ask())
+                await until(lambda: lane.running == 1)
+                await asyncio.sleep(0.03)  # the reservation is on the disk
+                disk = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
+                disk.execute("begin immediate")
+                await until(lambda: lane.running == 0)
+                service.supervisor._change("chat/0", ReplicaState(status="stopped"))
+                await asyncio.sleep(0.05)
+                disk.execute("rollback")
+                disk.close()
+                async with asyncio.timeout(5):
+                    assert await asking == "stop"
+
+    asyncio.run(case())

@@ -38,9 +38,13 @@ def connect(url: str, *, create: bool = True) -> Engine:
             f"there is no ledger {_name(engine)}: `waterline up` makes one, and `waterline keys create`. "
             "Is it elsewhere? Say --ledger FILE."
         )
-    with in_words(engine):
-        if _revision(engine) != REVISION:
-            _migrate(engine)
+    try:
+        with in_words(engine):
+            if _revision(engine) != REVISION:
+                _migrate(engine)
+    except BaseException:
+        engine.dispose()
+        raise
     return engine
 
 

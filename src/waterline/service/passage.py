@@ -302,6 +302,7 @@ class Passages:
     ) -> None:
         try:
             await relay.relay(watch, lambda: self._heard(passage, watch))
+            self._let_go(watch)
             await relay.end()
             watch.vitals.took(*relay.pace(begun_s))
         except BaseException:
@@ -322,7 +323,13 @@ class Passages:
         self._heard(passage, watch)
         if passage.handover:
             data = discreet(data)
+        self._let_go(watch)
         await reply.whole(200, data, passed_back(response))
+
+    def _let_go(self, watch: Watch) -> None:
+        """Its engine has said all: what becomes of that while its client gets the end of it is nobody's business."""
+        self._watches.get(watch.vitals.replica.id, set()).discard(watch)
+        watch.within.reschedule(None)
 
     def _wanted(self, passage: Passage, replica: Replica, reply: Reply) -> Wanted:
         """Return what an engine is asked: the client's request, or the rest of its answer. Raises RefusedError."""
