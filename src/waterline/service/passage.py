@@ -328,7 +328,7 @@ class Passages:
 
     def _let_go(self, watch: Watch) -> None:
         """Its engine has said all: what becomes of that while its client gets the end of it is nobody's business."""
-        self._watches.get(watch.vitals.replica.id, set()).discard(watch)
+        self._watches.end(watch)
         watch.within.reschedule(None)
 
     def _wanted(self, passage: Passage, replica: Replica, reply: Reply) -> Wanted:
