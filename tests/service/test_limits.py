@@ -265,7 +265,7 @@ def test_nonsense_behind_a_request_ends_it_and_never_stands_in_the_middle_of_an_
 @pytest.mark.parametrize("connection", [b"", b"connection: keep-alive\r\n"], ids=["", "keep-alive"])
 def test_a_stream_to_a_client_of_http_1_0_has_no_chunks_and_ends_with_its_connection(connection: bytes) -> None:
     async def case() -> None:
-        async with tight() as (port, _):
+        async with tight() as (port, _, _):
             asked = b"POST /parts HTTP/1.0\r\n" + connection + b"content-length: 2\r\n\r\nhi"
             head, _, body = (await say(port, asked)).partition(b"\r\n\r\n")
             assert body == b"one\r\n\r\ntwothree"
