@@ -22,6 +22,7 @@ from waterline.rehearsal import POLICIES, Failure, Rehearsal, rehearse
 from waterline.rehearsal.arrivals import Traffic
 from waterline.rehearsal.failures import parse_failure, random_failures
 from waterline.rehearsal.pieces import Piece
+from waterline.rehearsal.state import LOSS_PS
 from waterline.roster import Roster
 from waterline.workload import Request, Trace
 from waterline.workload.operators import Surge
@@ -238,6 +239,14 @@ def test_requests_on_a_node_that_fails_go_on_elsewhere_and_another_replica_start
     assert all(move.node != failed for move in down)
     assert any(move.node == failed for move in done.moves if move.at_s >= 1200)
     assert done.timeline.down_gpus @ done.timeline.lengths_s == pytest.approx(4 * 900.0)
+    lost_gpu_s = sum(
+        float(settled.passages.losses[:, LOSS_PS].sum()) / 1e12 for settled in done.kept
+    )  # of one GPU each
+    assert lost_gpu_s > 1.0
+    computed_gpu_s = sum(one.gpu_s for one in done.completions)
+    assert total.gpu_hours == pytest.approx(computed_gpu_s / 3600)
+    assert sum(one.gpu_hours for one in done.by_pool) == pytest.approx(computed_gpu_s / 3600)
+    assert (done.timeline.used_gpus @ done.timeline.lengths_s).sum() == pytest.approx(computed_gpu_s)
 
 
 def test_failures_are_read_and_drawn() -> None:

@@ -378,7 +378,7 @@ def test_who_was_on_a_replica_that_failed_goes_first_and_keeps_its_tokens() -> N
         (1, 1, 1004),
         (1, 0, 7012),
     ]
-    assert (a.produced_tokens, a.finish_ps, a.lost_gpu_ps) == (5, 7012, 502 + 501)
+    assert (a.produced_tokens, a.finish_ps, a.losses) == (5, 7012, [(0, 502 + 501, 2500)])
 
 
 @pytest.mark.parametrize(("leaves_ps", "tokens", "finish_ps"), [(2009, 2, 2010), (2010, 2, 2010), (2011, 3, 3012)])
@@ -425,7 +425,7 @@ def test_who_leaves_a_replica_that_fails_does_not_come_back() -> None:
     changes = [change(0, "ready", 0), change(2500, "fail", 0), change(4000, "ready", 1)]
     asked = [replace(request(0, 2, 5), leaves_ps=2200), request(0, 2, 4)]
     (a, b), _ = served([capacity("a/0"), capacity("a/1")], asked, changes=changes)
-    assert (a.refusal, a.produced_tokens, a.finish_ps, a.lost_gpu_ps) == (GAVE_UP, 2, 2500, 502 + 501)
+    assert (a.refusal, a.produced_tokens, a.finish_ps, a.losses) == (GAVE_UP, 2, 2500, [(0, 502 + 501, 2500)])
     assert (b.replica, b.restarts, b.produced_tokens) == (1, 1, 4)
 
 

@@ -215,7 +215,6 @@ FIELDS = (
     "retry_s",
     "read_by",
     "read_busy_ps",
-    "lost_gpu_ps",
     "restarts",
     "cached_tokens",
     "left_tokens",
@@ -226,7 +225,10 @@ def rows(passages: station.Passages) -> Iterator[tuple[object, ...]]:
     placed: list[list[tuple[int, ...]]] = [[] for _ in range(len(passages))]
     for at_ps, request, *entry in passages.placed.tolist():
         placed[request].append((at_ps, *entry))
-    return zip(*(getattr(passages, name).tolist() for name in FIELDS), placed, strict=True)
+    losses: list[list[tuple[int, ...]]] = [[] for _ in range(len(passages))]
+    for request, *loss in passages.losses.tolist():
+        losses[request].append(tuple(loss))
+    return zip(*(getattr(passages, name).tolist() for name in FIELDS), losses, placed, strict=True)
 
 
 def by_steps(
@@ -244,10 +246,10 @@ def by_steps(
             passage.retry_s,
             passage.read_by,
             passage.read_busy_ps,
-            passage.lost_gpu_ps,
             passage.restarts,
             passage.found_tokens,
             passage.produced_tokens if passage.left else state.NONE,
+            passage.losses,
             passage.placed,
         )
         for passage in serve(fleet, asked, house, changes=changes)
@@ -388,8 +390,8 @@ def test_real_steps_are_skipped_exactly_too(name: str) -> None:
     assert sum(row[6] for row in stepped) > 50, "the cache is full at times"
     assert rules[-TOO_LATE] + rules[-OVER_LIMIT] > 50, "not everybody can be served in time"
     assert rules[-GAVE_UP] > 5, "not everybody waits so long"
-    assert sum(row[5] >= 0 and row[13] >= 0 for row in stepped) > 100, "not everybody stays to the end"
-    assert sum(row[11] for row in stepped) > 20, "much was under way on the replica that failed"
+    assert sum(row[5] >= 0 and row[12] >= 0 for row in stepped) > 100, "not everybody stays to the end"
+    assert sum(row[10] for row in stepped) > 20, "much was under way on the replica that failed"
     assert set(rules) >= {0, 1, 2, 3}
 
 
@@ -541,7 +543,7 @@ def test_a_replica_that_fails_loses_its_cache_and_no_request() -> None:
     assert passages.finish_ps[0] == 10_500 + 2000 + 39 * 1000, (
         "15 tokens are read in two steps, the 11th comes with them"
     )
-    assert passages.lost_gpu_ps[0] == 10_000
+    assert passages.losses.tolist() == [[0, 0, 10_000, 10_500]]
     assert passages.started_ps[0] == 0
 
 

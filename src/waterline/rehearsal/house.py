@@ -304,6 +304,18 @@ class Settled:
             clients=list(house.names),
             client=asked.client.astype(np.int64),
         )
+        if len(passages.losses):
+            request, replica, busy_ps, at_ps = passages.losses.T
+            recorder.lose(
+                tenant=tenants[asked.row[request]],
+                model=models[asked.row[request]],
+                replica=known[replica],
+                busy_ps=busy_ps,
+                began_ps=passages.started_ps[request],
+                lost_ps=at_ps,
+                clients=list(house.names),
+                client=asked.client[request].astype(np.int64),
+            )
 
     def completions(self) -> Iterator[Completion]:
         """Return them one by one."""
@@ -358,12 +370,13 @@ class Settled:
             )
 
     def _gpu_ps(self) -> Reals:
-        """Return the GPU time of each request, where it was read and where it was written, and where that failed."""
+        """Return the GPU time of each request, where it was read and where it was written, and what it lost."""
         gpus = np.array([*(one.gpus for one in self.house.station.capacities), 0], np.float64)
         passages = self.passages
         busy_ps = passages.busy_ps * gpus[np.maximum(passages.replica, NEVER)]
-        gpu_ps: Reals = busy_ps + passages.read_busy_ps * gpus[passages.read_by] + passages.lost_gpu_ps
-        return gpu_ps
+        request, replica, lost_ps, _ = passages.losses.T
+        gpu_ps: Reals = busy_ps + passages.read_busy_ps * gpus[passages.read_by]
+        return gpu_ps + np.bincount(request, lost_ps * gpus[replica], len(gpu_ps))
 
     def _reason(self, status: int, replica: int, row: int, tokens: int, produced: int, retry_s: float) -> str:
         if status == CANCELLED:

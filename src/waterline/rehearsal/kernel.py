@@ -51,13 +51,16 @@ from waterline.rehearsal.state import (
     FIXED,
     FOUND,
     FREE_SLOT,
-    GPUS,
     GROWTH_PS,
     HAS_LEFT,
     HEAD,
     LEAVING,
     LEFT_WITH,
-    LOST_GPU_PS,
+    LOSS,
+    LOSS_AT,
+    LOSS_PS,
+    LOSS_REPLICA,
+    LOSS_REQUEST,
     MODEL,
     MODEL_FIELDS,
     NEVER_PS,
@@ -262,7 +265,6 @@ def write_result(memory: Memory, request: int, client: int, finish: int, served_
     memory.results[result + FOUND] = 0
     memory.extras[extra + READ_BY] = NONE
     memory.extras[extra + READ_SHARE] = 0
-    memory.extras[extra + LOST_GPU_PS] = 0
     memory.extras[extra + RESTARTS] = 0
     memory.extras[extra + LEFT_WITH] = NONE
 
@@ -429,6 +431,17 @@ def fail(memory: Memory, replica: int, now: int) -> None:
 
 
 @inlined
+def write_loss(memory: Memory, request: int, replica: int, busy_ps: int, now: int) -> None:
+    """Write down what a replica had spent on a request that has to begin again; the station has made room."""
+    loss = 1 + LOSS * memory.losses[0]
+    memory.losses[loss + LOSS_REQUEST] = request
+    memory.losses[loss + LOSS_REPLICA] = replica
+    memory.losses[loss + LOSS_PS] = busy_ps
+    memory.losses[loss + LOSS_AT] = now
+    memory.losses[0] += 1
+
+
+@inlined
 def come_back(memory: Memory, replica: int, slot: int, now: int) -> None:
     """Put a request whose replica has failed before all others of its client; what it has produced is kept.
 
@@ -439,10 +452,10 @@ def come_back(memory: Memory, replica: int, slot: int, now: int) -> None:
     client, extra = memory.results[request * RESULT + CLIENT], request * EXTRA
     spent = spent_gpu_s(memory, replica, slot) - memory.reals[2 * request + COST_GPU_S]
     dispatch.settle(memory.desk, model, client, spent)
-    memory.extras[extra + LOST_GPU_PS] += memory.slots[at + BUSY_PS] * memory.fixed[replica * FIXED + GPUS]
+    write_loss(memory, request, replica, memory.slots[at + BUSY_PS], now)
     reader = memory.extras[extra + READ_BY]
     if reader != NONE:
-        memory.extras[extra + LOST_GPU_PS] += memory.extras[extra + READ_SHARE] * memory.fixed[reader * FIXED + GPUS]
+        write_loss(memory, request, reader, memory.extras[extra + READ_SHARE], now)
         memory.extras[extra + READ_BY] = NONE
         memory.extras[extra + READ_SHARE] = 0
     memory.extras[extra + RESTARTS] += 1

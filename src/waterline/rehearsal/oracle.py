@@ -380,9 +380,9 @@ class SteppedFleet:
         """Put a request whose replica has failed before all others of its client; what it has produced is kept."""
         model, client = passage.ask.model, passage.ask.client
         self.settle(passage)
-        passage.lost_gpu_ps += passage.busy_ps * self.capacities[passage.replica].gpus
+        passage.losses.append((passage.replica, passage.busy_ps, now_ps))
         if passage.read_by != NOBODY:
-            passage.lost_gpu_ps += passage.read_busy_ps * self.capacities[passage.read_by].gpus
+            passage.losses.append((passage.read_by, passage.read_busy_ps, now_ps))
         passage.read_by, passage.read_busy_ps, passage.busy_ps = NOBODY, 0, 0
         passage.read_tokens = passage.cached_tokens = 0
         if passage.produced_tokens == 0:

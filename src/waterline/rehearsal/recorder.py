@@ -178,6 +178,26 @@ class Recorder:
             )
             self._busy(read_by[split], read_busy_ps[split])
 
+    def lose(
+        self,
+        *,
+        tenant: Integers,
+        model: Integers,
+        replica: Integers,  # that had spent it
+        busy_ps: Integers,  # share of its steps
+        began_ps: Integers,  # when the request was first given to a replica
+        lost_ps: Integers,  # when the one that had it failed
+        clients: Sequence[str],
+        client: Integers,
+    ) -> None:
+        """Write down what replicas had spent on requests that had to begin again, because one failed; by loss."""
+        busy_s = busy_ps / PICOSECONDS_PER_S
+        self.tally.use(clients, tenant=tenant, client=client, model=model, replica=replica, busy_s=busy_s)
+        self.sampler.use(
+            tenant=tenant, model=model, begin_ps=began_ps, end_ps=lost_ps, replica=replica, busy_ps=busy_ps
+        )
+        self._busy(replica, busy_ps)
+
     @property
     def duration_s(self) -> float:
         return (self.last_ps - self.first_ps) / PICOSECONDS_PER_S if self.first_ps is not None else 0.0

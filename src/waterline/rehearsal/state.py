@@ -92,11 +92,15 @@ RETRY_S, COST_GPU_S = range(2)  # when to come back; what it was charged when it
 (
     READ_BY,  # a split's reader
     READ_SHARE,
-    LOST_GPU_PS,  # what replicas that failed had spent on it …
-    RESTARTS,  # … and how many they were
+    RESTARTS,  # how many replicas failed that had it
     LEFT_WITH,  # tokens, when its client left; before, -2 less the number of the timer of that; NONE: it does not leave
-) = range(5)
-EXTRA = 5
+) = range(4)
+EXTRA = 4
+
+# What a replica that failed, or that read for one, had spent on a request.
+LOSS_REQUEST, LOSS_REPLICA, LOSS_PS, LOSS_AT = range(4)
+LOSS = 4
+LOSSES_EACH = 2  # a request has at most so many at once: read and written
 
 # A request that the desk gives to a replica, and why: what is kept for the log of decisions, if that is wanted.
 ENTRY_AT, ENTRY_REQUEST, ENTRY_RULE, ENTRY_REPLICA, ENTRY_REASONS = range(5)
@@ -201,6 +205,7 @@ class Memory(NamedTuple):
     caches: Any  # [replica x CACHE]
     pages: Any  # [page x PAGE]
     buckets: Any  # [a power of two] the first page of each, or NONE
+    losses: Any  # [1 + losses x LOSS] how many there are, and they
     log: Any  # [1 + entries x ENTRY] how many entries there are, and they; empty where no log is kept
     remembers: Any  # () until prompts come with their blocks, then (1,): compiled code is another for either
     logs: Any  # () where no log is kept, else (1,): likewise, and who keeps one also remembers
@@ -276,6 +281,7 @@ def make_memory(terms: Terms, slots: int) -> Memory:
         caches=aligned(0),
         pages=aligned(0),
         buckets=aligned(1, NONE),
+        losses=aligned(1),
         log=aligned(1 if terms.reasons else 0),
         remembers=(1,) if terms.reasons else (),
         logs=(1,) if terms.reasons else (),

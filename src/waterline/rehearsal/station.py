@@ -34,7 +34,9 @@ from waterline.rehearsal.state import (
     FREE_SLOT,
     LATEST_PS,
     LEFT_WITH,
-    LOST_GPU_PS,
+    LOSS,
+    LOSS_REQUEST,
+    LOSSES_EACH,
     NEVER_PS,
     NEXT_TICK_PS,
     NONE,
@@ -89,10 +91,10 @@ class Passages:
     retry_s: Reals  # after which those who were refused were told to come back
     read_by: Integers  # the prefill replica, where reading and writing are apart, or NONE
     read_busy_ps: Integers  # share of its steps; `busy_ps` is that of the other
-    lost_gpu_ps: Integers  # GPU time that it had had on replicas that failed
-    restarts: Integers  # how many of them
+    restarts: Integers  # how many replicas failed that had it
     cached_tokens: Integers  # of the prompt, in the cache of the replica that read it
     left_tokens: Integers  # that it had when its client left; NONE where that stayed to the end
+    losses: Integers  # [n, LOSS] what replicas had spent on one of them before one that had it failed, in that order
     placed: Integers  # [n, ENTRY] each time that one of them was given to a replica, in that order, if it is kept
 
     def __len__(self) -> int:
@@ -156,7 +158,8 @@ class Station:
         self.rows = 0  # of the results, in use …
         self.gone = 0  # … and how many of the first have been handed out
         self._moved = 0  # requests whose rows are not there any more
-        self._placed: list[Integers] = []  # entries of the log, of requests by their number among all
+        self._placed = [np.zeros((0, ENTRY), np.int64)]  # entries of the log, of requests by their number among all
+        self._losses = [np.zeros((0, LOSS), np.int64)]  # likewise, what those had spent on them that failed
         self._kinds: dict[tuple[int, bool, int], Kind] = {}
         self._changes = Changes()
 
@@ -269,7 +272,8 @@ class Station:
         """Hand out what is settled: all requests up to the first one that has not ended."""
         count = self._settled()
         first, last = self.gone, self.gone + count
-        placed = self._take_placed(self._moved + first, count)
+        placed = _take(self._placed, ENTRY_REQUEST, self._moved + first, count)
+        losses = _take(self._losses, LOSS_REQUEST, self._moved + first, count)
         results = self.memory.results[first * RESULT : last * RESULT].reshape(-1, RESULT).copy()
         extras = self.memory.extras[first * EXTRA : last * EXTRA].reshape(-1, EXTRA).copy()
         retry_s = self.memory.reals[2 * first + RETRY_S : 2 * last : 2].copy()
@@ -285,10 +289,10 @@ class Station:
             retry_s=np.where(results[:, SERVED_BY] < 0, retry_s, 0.0),
             read_by=extras[:, READ_BY],
             read_busy_ps=extras[:, READ_SHARE],
-            lost_gpu_ps=extras[:, LOST_GPU_PS],
             restarts=extras[:, RESTARTS],
             cached_tokens=results[:, FOUND],
             left_tokens=np.maximum(extras[:, LEFT_WITH], NONE),
+            losses=losses,
             placed=placed,
         )
 
@@ -336,11 +340,15 @@ class Station:
         """Let the event loop run, see `kernel.run`."""
         if len(self.memory.log):
             self._make_entries()
+        if failed != NONE:
+            self._make_losses()
         done = run(self._seen(), asked, start, row, last_ps, changed, failed, draining)
         if self.memory.counters[OUT_OF_TIME]:
             _refuse_time()
         if len(self.memory.log):
             self._empty_log()
+        if failed != NONE:
+            self._empty_losses()
         return done
 
     def _change(self) -> None:
@@ -426,16 +434,18 @@ class Station:
             self._placed.append(entries)
             log[0] = 0
 
-    def _take_placed(self, first: int, count: int) -> Integers:
-        """Return the entries of so many requests, from the first of them on, and keep the others."""
-        if not self._placed:
-            return np.zeros((0, ENTRY), np.int64)
-        entries = np.concatenate(self._placed)
-        taken = entries[:, ENTRY_REQUEST] < first + count
-        self._placed = [entries[~taken]]
-        entries = entries[taken]
-        entries[:, ENTRY_REQUEST] -= first
-        return entries
+    def _make_losses(self) -> None:
+        """Make room for what a replica may lose that fails; there is nothing in it."""
+        needed = 1 + LOSS * LOSSES_EACH * int(self.memory.counters[UNDER_WAY])
+        if needed > len(self.memory.losses):
+            self.memory = self.memory._replace(losses=longer(self.memory.losses, 2 * needed))
+
+    def _empty_losses(self) -> None:
+        losses, count = self.memory.losses, int(self.memory.losses[0])
+        rows = losses[1 : 1 + count * LOSS].reshape(count, LOSS).copy()
+        rows[:, LOSS_REQUEST] += self._moved
+        self._losses.append(rows)
+        losses[0] = 0
 
     def _make_room(self) -> None:
         memory = self.memory
@@ -450,6 +460,18 @@ class Station:
                 "plan more of them, or give the model an SLO, so that some are refused."
             )
         self.memory = with_slots(self.memory, slots)
+
+
+def _take(tables: list[Integers], column: int, first: int, count: int) -> Integers:
+    """Return the rows of so many requests, from the first of them on, and keep the others; `column`: whose a row is."""
+    rows = np.concatenate(tables) if len(tables) > 1 else tables[0]
+    if not len(rows):
+        return rows
+    taken = rows[:, column] < first + count
+    tables[:] = [rows[~taken]]
+    rows = rows[taken]
+    rows[:, column] -= first
+    return rows
 
 
 def shown(memory: Memory) -> Memory:

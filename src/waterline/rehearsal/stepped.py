@@ -43,7 +43,7 @@ class Passage:
     preemptions: int = 0
     read_by: int = NOBODY  # the prefill replica, where reading and writing are apart; the shares above are the other's
     read_busy_ps: int = 0
-    lost_gpu_ps: int = 0  # that it had had on replicas that failed
+    losses: list[tuple[int, int, int]] = field(default_factory=list)  # a replica, what it spent, when that was lost
     restarts: int = 0
     found_tokens: int = 0  # of its prompt, in the cache when it was read
     placed: list[tuple[int, ...]] = field(default_factory=list)  # when, the rule, the replica, and `decisions.REASONS`
