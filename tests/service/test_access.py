@@ -1,16 +1,17 @@
 """Who is let in, as whom, and to which models."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 import openai
 import pytest
-from serving import QUESTION, fake_plan, served
+from serving import QUESTION, Served, fake_plan, served
 
 from waterline.fleet import Fleet, Tenant
-from waterline.ledger import Key
+from waterline.ledger import Key, Ledger
 from waterline.plan import Plan
 from waterline.service.access import DEFAULT_TENANTS, Access, anonymous_tenant, line_of
 from waterline.service.asgi import HttpServer
@@ -150,17 +151,22 @@ def test_a_body_is_not_read_of_who_is_not_let_in() -> None:
     asyncio.run(case())
 
 
-def test_every_reply_has_a_request_id_the_clients_own_where_that_is_sane() -> None:
+def test_every_reply_has_a_request_id_the_clients_own_where_that_is_sane(tmp_path: Path) -> None:
     async def case() -> None:
-        async with served(fake_plan(), start=False) as service, aiohttp.ClientSession() as session:
-            cases = [("/health", "mine-1.2:3"), ("/nowhere", "bad id"), ("/v1/models", "x" * 200), ("/health", "")]
-            seen = []
-            for path, sent in cases:
-                async with session.get(service.url + path, headers={"x-request-id": sent} if sent else {}) as reply:
-                    seen.append(reply.headers["x-request-id"])
-            assert seen[0] == "mine-1.2:3"
-            assert len(set(seen)) == len(seen)
-            assert not {"bad id", "x" * 200} & set(seen)
+        with Ledger.open(str(tmp_path / "ledger.db")) as ledger:
+            async with served(fake_plan(), start=False, ledger=ledger) as service, aiohttp.ClientSession() as session:
+                await ask(service, session)
+
+    async def ask(service: Served, session: aiohttp.ClientSession) -> None:
+        cases = [("/health", "mine-1.2:3"), ("/nowhere", "bad id"), ("/v1/models", "x" * 200), ("/health", "")]
+        cases += [("/v1/files", "bad id"), ("/v1/batches/none", "")]
+        seen = []
+        for path, sent in cases:
+            async with session.get(service.url + path, headers={"x-request-id": sent} if sent else {}) as reply:
+                seen.append(reply.headers["x-request-id"])
+        assert seen[0] == "mine-1.2:3"
+        assert len(set(seen)) == len(seen)
+        assert not {"bad id", "x" * 200} & set(seen)
 
     asyncio.run(case())
 

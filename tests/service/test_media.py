@@ -77,6 +77,9 @@ def test_pictures_of_responses_and_embeddings_are_looked_at_too() -> None:
             read_own(asked)
     with pytest.raises(RejectedError, match="not on the public network"):
         read_asked(CHAT, as_chat(body)[0])
+    tool = {"type": "mcp", "server_label": "here", "server_url": INSIDE}
+    with pytest.raises(RejectedError, match="not on the public network"):
+        read_own(json.dumps({"model": "m", "input": "hi", "tools": [{"type": "web_search"}, tool]}).encode())
     with pytest.raises(RejectedError, match="not on the public network"):
         read_asked(EMBEDDINGS, chat({"type": "image_url", "image_url": INSIDE}, input="x"))
 

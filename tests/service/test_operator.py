@@ -196,9 +196,9 @@ def test_keys_and_usage_are_those_of_the_ledger(tmp_path: Path) -> None:
                 async with asyncio.timeout(5):
                     while not (used := await service.operator.usage("", "")):  # noqa: ASYNC110 - a thread writes it
                         await asyncio.sleep(0.02)
-                assert [(one.tenant, one.model, one.requests, one.output_tokens) for one in used] == [
-                    ("enterprise", "chat", 1, 3)
-                ]
+                assert [
+                    (one["tenant"], one["model"], one["requests"], one["failed"], one["output_tokens"]) for one in used
+                ] == [("enterprise", "chat", 1, 0, 3)]
                 assert await service.operator.usage("2100-01-01", "") == []
 
     asyncio.run(case())

@@ -16,7 +16,7 @@ from waterline.ledger import Ledger, new_request_id
 from waterline.outcome import Completion
 from waterline.plan import Plan, Replica
 from waterline.service.access import Access, is_local
-from waterline.service.asgi import JSON, ClientGoneError, Receive, Reply, Scope, Send
+from waterline.service.asgi import JSON, ClientGoneError, Message, Receive, Reply, Scope, Send
 from waterline.service.body import CHAT, COMPLETIONS, EMBEDDINGS
 from waterline.service.books import Books
 from waterline.service.completions import Completions
@@ -129,12 +129,13 @@ class Gateway:
         self._mounted[prefix] = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._mounted and (app := self._mounted_at(scope["path"])):
-            await app(scope, receive, send)
-            return
         scope[ID] = new_request_id()
         about_request(scope[ID])
-        reply = Reply(send, [(REQUEST_ID, _request_id(scope))], scope.get(WRITE))
+        shown = (REQUEST_ID, _request_id(scope))
+        if self._mounted and (app := self._mounted_at(scope["path"])):
+            await app(scope, receive, _showing(shown, send))
+            return
+        reply = Reply(send, [shown], scope.get(WRITE))
         try:
             await self._route(scope)(scope, receive, reply)
         except ClientGoneError:
@@ -309,6 +310,17 @@ class Gateway:
                 for replica, state in self.states.items()
             }
         await reply.whole(200 if healthy else 503, orjson.dumps(body), [JSON])
+
+
+def _showing(header: tuple[bytes, bytes], send: Send) -> Send:
+    """Return what sends an answer with one header more."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [header, *message.get("headers", ())]}
+        await send(message)
+
+    return sending
 
 
 def _request_id(scope: Scope) -> bytes:

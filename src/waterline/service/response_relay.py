@@ -28,7 +28,7 @@ from waterline.service.connections import Response
 from waterline.service.counts import read_counts
 from waterline.service.errors import error_json
 from waterline.service.events import LONGEST_EVENT_BYTES, UNREADABLE, BadEventError, check_text
-from waterline.service.media import Linked
+from waterline.service.media import Linked, check_url
 from waterline.service.response_resume import BEGINS, Event, Written
 from waterline.service.responses import RESPONSES, check_stateless
 from waterline.service.silence import Watch
@@ -48,9 +48,14 @@ class _Item(Struct):
     arguments: str | None = None
 
 
+class _Tool(Struct):
+    server_url: str | None = None  # of an MCP server
+
+
 class _Body(Steering, kw_only=True):
     model: str
     input: str | list[_Item]
+    tools: list[_Tool] | None = None
     instructions: str | None = None
     stream: bool | None = None
     max_output_tokens: Tokens | None = None
@@ -69,6 +74,9 @@ def read_own(body: bytes) -> Asked:
         asked = _BODY.decode(body)
         check_stateless(orjson.loads(body))
         asked.check()
+        for tool in asked.tools or ():
+            if tool.server_url is not None:
+                check_url(tool.server_url, "server_url")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, orjson.JSONDecodeError) as error:
         raise explained(error, body) from error
     items = [_Item(content=asked.input)] if isinstance(asked.input, str) else asked.input
