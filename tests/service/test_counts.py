@@ -10,8 +10,11 @@ from aiohttp import web
 from serving import QUESTION, engine_that, fake_plan, laptop_plan, served
 
 from waterline.ledger import Ledger, Usage, connect, read_usage
+from waterline.service import events
 from waterline.service.body import CHAT, COMPLETIONS, read_asked
 from waterline.service.counts import Counts, of_all, read_counts, sum_of
+from waterline.service.events import Choice, Delta, Event
+from waterline.service.upstream import Progress
 
 
 def asked(**fields: Any) -> Any:
@@ -63,7 +66,20 @@ def test_usages_of_each_answer_are_added_up_and_a_prompt_counts_once() -> None:
     assert sum_of(three, asked(messages=QUESTION, n=3)) == Counts(20, 24, 0)
     two_prompts = [Counts(4, 7), Counts(4, 7), Counts(30, 5), Counts(30, 5)]
     assert sum_of(two_prompts, asked(prompt=["1*1=", "a longer one"], n=2)) == Counts(34, 24)
+    assert sum_of([Counts(8, 7), Counts(9, 7)], asked(prompt=["1*1=", 5, 6])) == Counts(17, 14)
     assert sum_of([Counts(20, 24)], asked(messages=QUESTION, n=3)) == Counts(20, 24), "of an engine that counts all"
+
+
+def test_who_leaves_when_the_first_of_two_answers_has_ended_is_charged_for_what_came_of_the_other() -> None:
+    progress = Progress(asked=asked(messages=QUESTION, n=2))
+    of_first = [Event(choices=[Choice(index=0, delta=Delta(content="a"))]) for _ in range(7)]
+    progress.saw([*of_first, Event(choices=[], usage=events.Usage(prompt_tokens=20, completion_tokens=7))])
+    assert progress.output_tokens == 7
+    progress.saw([Event(choices=[Choice(index=1, delta=Delta(content="a"))]) for _ in range(100)])
+    assert progress.output_tokens == 107
+    progress.saw([Event(choices=[], usage=events.Usage(prompt_tokens=20, completion_tokens=100))])
+    progress.done = True
+    assert (progress.prompt_tokens, progress.output_tokens) == (20, 107)
 
 
 def test_of_a_usage_of_the_first_answer_the_others_are_worked_out_from_their_length() -> None:

@@ -105,6 +105,7 @@ def _prompt_sizes(asked: Asked) -> list[int]:
         return [asked.prompt_tokens]
     prompt = asked.fields["prompt"]
     many = prompt if isinstance(prompt, list) else [prompt]
-    if isinstance(many[0], int):
-        return [len(many)]
-    return [estimated_tokens(len(one.encode())) if isinstance(one, str) else len(one) for one in many]
+    texts = [one for one in many if not isinstance(one, int)]
+    sizes = [estimated_tokens(len(one.encode())) if isinstance(one, str) else len(one) for one in texts]
+    alone = len(many) - len(texts)  # tokens that stand by themselves are one prompt
+    return [*sizes, alone] if alone else sizes

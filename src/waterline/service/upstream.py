@@ -75,7 +75,7 @@ class Progress:
     cached_tokens: int = 0  # of the prompt, likewise
     told_thinking_tokens: int = 0  # likewise
     thoughts: int = 0  # events of a stream that are such
-    # Usages of several answers, of the engine that is asked now: those of each, and those of no answer in particular.
+    # Usages of several answers, of the engine that is asked now: with the end of one of them, and by themselves.
     usages: tuple[list[Counts], list[Counts]] = field(default_factory=lambda: ([], []))
 
     @property
@@ -84,9 +84,11 @@ class Progress:
 
         A chat stream has two more: the role, and the reason it ended. Those that never ended have the first only.
         """
-        if self.told_output_tokens is not None:
-            return self.told_output_tokens
-        return max(0, self.events - (2 if self.done else 1))
+        seen = max(0, self.events - (2 if self.done else 1))
+        if self.told_output_tokens is None:
+            return seen
+        is_all = self.done or not self.asked or self.asked.answers == 1  # else others may be under way
+        return self.told_output_tokens if is_all else max(self.told_output_tokens, seen)
 
     @property
     def thinking_tokens(self) -> int:
@@ -107,14 +109,14 @@ class Progress:
     def _read(self, event: Event, usage: Usage) -> None:
         counts = read_counts(msgspec.structs.asdict(usage))
         if self.asked and self.asked.answers > 1:
-            of_each, of_all = self.usages
+            with_an_end, alone = self.usages
             if not event.choices:
-                of_all.append(counts)
+                alone.append(counts)
             elif any(choice.finish_reason for choice in event.choices):
-                of_each.append(counts)
+                with_an_end.append(counts)
             else:  # so far
                 return
-            counts = sum_of(of_all or of_each, self.asked)
+            counts = sum_of(alone or with_an_end, self.asked)
         self.told(counts)
 
     def ask_anew(self) -> None:
@@ -132,7 +134,7 @@ class Progress:
         """Take what llama.cpp says of the prompt where there is no usage: tokens kept from before, and read."""
         if self.prompt_tokens is None and isinstance(timings, dict):
             counts = [timings.get(name, 0) for name in ("cache_n", "prompt_n")]
-            if all(isinstance(count, int) for count in counts):
+            if all(isinstance(count, int) and count >= 0 for count in counts):
                 self.told(Counts(prompt=sum(counts), cached=counts[0]))
 
 
