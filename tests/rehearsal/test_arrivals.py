@@ -165,6 +165,13 @@ def test_one_request_is_said_in_the_singular() -> None:
     assert asked.notes[0] == "given: 1 request"
 
 
+def test_the_length_of_a_trace_of_days_is_a_number_of_minutes() -> None:
+    two = Trace(name="given", requests=[*requests(1), Request(arrival_s=90_000.0, prompt_tokens=10, output_tokens=5)])
+    asked = traffic(small_plan(), two, seed=0, duration_s=None)
+    assert len(asked.requests()) == 2
+    assert asked.notes[0] == "given: 2 requests in 1,500 min"
+
+
 def test_few_long_requests_make_an_hour_busier_than_many_short_ones() -> None:
     day = Demand(
         tenant="a", model="chat", requests_per_s=(0.0,) * 12 + (5.0,) * 12, prompt_tokens=100, output_tokens=20

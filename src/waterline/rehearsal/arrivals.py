@@ -473,4 +473,5 @@ def _span(count: int, span_ps: tuple[int, int] | None) -> str:
     if count == 1:
         return "1 request"
     span_s = (span_ps[1] - span_ps[0]) / PICOSECONDS_PER_S if span_ps else 0.0
-    return f"{count:,} requests in {span_s / 60:.3g} min"
+    minutes = span_s / 60
+    return f"{count:,} requests in {f'{minutes:.3g}' if minutes < 1000 else f'{minutes:,.0f}'} min"
