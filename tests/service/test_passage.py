@@ -16,7 +16,8 @@ from msgspec.structs import replace
 from serving import Served, fake_plan, laptop_plan, served, until
 
 from waterline.service.body import CHAT, COMPLETIONS
-from waterline.service.passage import ATTEMPTS
+from waterline.service.health import Watch
+from waterline.service.passage import ATTEMPTS, Passage
 
 TOKENS = 50
 
@@ -309,11 +310,17 @@ def test_when_llama_cpp_is_killed_another_goes_on_with_the_very_answer() -> None
     async def case() -> list[bool]:
         async with served(plan) as service:
             expected = [await ask(service, fields, path=path) for fields, path in cases]
-            asking = [asyncio.create_task(ask(service, fields, path=path)) for fields, path in cases]
-            watches = service.gateway._passages._watches._of
-            await until(lambda: any(watch.heard for watch in watches["abacus/0"]))
-            os.kill(service.supervisor.states["abacus/0"].pid or 0, signal.SIGKILL)
-            got = await asyncio.gather(*asking)
+            passages, pid = service.gateway._passages, service.supervisor.states["abacus/0"].pid or 0
+            hear, kills = passages._heard, [pid]
+
+            def kill_who_has_begun(passage: Passage, watch: Watch) -> None:
+                hear(passage, watch)
+                if watch.vitals.replica.id == "abacus/0" and kills:
+                    os.kill(kills.pop(), signal.SIGKILL)
+
+            passages._heard = kill_who_has_begun  # type: ignore[method-assign]
+            got = await asyncio.gather(*(ask(service, fields, path=path) for fields, path in cases))
+            assert not kills
             for mine, its in zip(got, expected, strict=True):
                 assert (mine.errors, mine.dones) == ([], 1)
                 assert (mine.text, mine.thought) == (its.text, its.thought)
