@@ -86,8 +86,7 @@ def test_a_replica_may_go_as_soon_as_it_has_said_all(stream: bool, tmp_path: Pat
                     return str([chunk.choices[0].finish_reason async for chunk in reply][-1])
 
                 asking = asyncio.create_task(ask())
-                await until(lambda: lane.running == 1)
-                await asyncio.sleep(0.03)  # the reservation is on the disk
+                await until(lambda: lane.running == 1 and not ledger.lag().waiting_rows)  # its reservation is written
                 disk = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
                 disk.execute("begin immediate")
                 await until(lambda: lane.running == 0)
