@@ -49,6 +49,38 @@ def test_it_begins_with_the_day_of_the_plan() -> None:
         assert needs(series, 0, step)[0] == pytest.approx(40.0, rel=0.1)
 
 
+def test_the_day_of_the_plan_is_a_line_between_the_middles_of_its_times() -> None:
+    """Its times are five minutes long, so from 12:57:30 to 13:02:30 it goes from the one hour to the other."""
+    series = new_series([4], 30.0)
+    expect_day(series, 0, np.arange(24.0))
+    steps = {"12:55": 1550, "12:57:30": 1555, "12:58:30": 1557, "13:00": 1560, "13:02:30": 1565, "midnight": 0}
+    said = {at: round(ahead(series, step - 4)[0], 9) for at, step in steps.items()}
+    assert said == {"12:55": 12, "12:57:30": 12, "12:58:30": 12.2, "13:00": 12.5, "13:02:30": 13, "midnight": 11.5}
+
+
+@pytest.mark.parametrize("unseen", [119, 120, 121, None])
+def test_a_time_of_day_is_known_when_it_and_those_beside_it_have_been_seen(unseen: int | None) -> None:
+    series = new_series([4], 30.0)
+    series.typical[:], series.days[:, 119:122] = 7.0, 1
+    if unseen is not None:
+        series.days[0, unseen] = 0
+    assert ahead(series, 1205 - 4)[0] == (0.0 if unseen is not None else 7.0)
+
+
+def test_a_day_that_is_half_as_busy_again_is_expected_to_remain_so() -> None:
+    """From 12:00 on the day has twice its load. Both opinions have been right so far, so they count alike."""
+    series = new_series([20], 30.0)
+    expect_day(series, 0, np.repeat([40.0, 80.0], 12))
+    for step in range(1320, 1430):  # 11:00 to 11:55
+        observe(series, 0, step, 60.0)
+    assert ahead(series, 1429, 20)[0] == pytest.approx((60 + 1.5 * 80) / 2, rel=0.1)
+
+
+def test_the_mean_load_is_that_of_some_six_hours() -> None:
+    series = follow([40.0] * 10 + [80.0] * 721)
+    assert series.mean[0] == pytest.approx(80 - 40 / np.e, rel=0.01), "720 steps of 30 s"
+
+
 def test_a_steady_load_stays() -> None:
     assert ahead(follow([40.0] * 100), 99) == pytest.approx((40.0, 40.0))
 
@@ -106,6 +138,10 @@ def test_in_a_long_gap_a_trend_dies_away() -> None:
     rising = [10.0 + step for step in range(60)]
     series = follow(rising)
     assert ahead(series, 59 + 1000)[0] < 69 + 40, "not by one a step for ever"
+    back = follow(rising)
+    for step in range(300, 304):
+        observe(back, 0, step, 69.0)
+    assert ahead(back, 303)[0] == pytest.approx(69.0, abs=0.5)
     for step in range(1060, 1090):
         observe(series, 0, step, 20.0)
     assert ahead(series, 1089)[0] == pytest.approx(20.0, rel=0.1)

@@ -225,6 +225,34 @@ def test_a_claim_that_is_no_longer_needed_is_given_back_to_all() -> None:
     assert (fleet.claims.held_gpus[0], fleet.claims.service[0], fleet.gpus_of("b")) == (0, NOBODY, 8)
 
 
+def test_a_claim_that_cannot_be_completed_is_dropped_and_its_tenant_starts_elsewhere_at_once() -> None:
+    fleet = Fleet((8, 8), {"a": (0, 8, 8), "b": (0, 0, 16)}, model_gpus=((8, 8), (4, 4))).run("b").want(a=8, b=4)
+    fleet.claims.service[0], fleet.claims.held_gpus[0], fleet.free_gpus[0] = 0, 4, 0  # nothing drains for it any more
+    moves = fleet.moves()
+    assert said(moves) == [("hand back", "claim dropped"), ("start", "own, idle")]
+    assert (moves.node.tolist(), moves.gpus.tolist()) == ([0, 1], [4, 8])
+
+
+def test_while_gpus_are_freed_for_a_claim_it_counts_as_its_tenants() -> None:
+    fleet = Fleet((8, 8), {"a": (0, 8, 8), "b": (0, 0, 16)}, model_gpus=((8, 0), (4, 4))).run("b", 2).want(a=16, b=8)
+    fleet.step()
+    fleet.layouts.gpus[0, 1] = fleet.layouts.rate[0, 1] = 8
+    assert said(fleet.moves()) == [], "it has its limit of 8, though the other node idles"
+
+
+def test_a_claim_is_kept_by_who_needs_just_that_replica() -> None:
+    fleet = Fleet((8,), {"a": (0, 8, 8), "b": (0, 0, 8)}, model_gpus=((8,), (4,))).run("b", 2).want(b=8).settle(40)
+    fleet.want(a=8).step(30.0)
+    assert said(fleet.step()) == [("start", "claim kept")]
+
+
+def test_what_was_freed_beyond_a_claim_is_there_for_others_in_the_same_step() -> None:
+    shares = {"a": (0, 4, 8), "b": (0, 0, 8), "c": (0, 0, 8)}
+    fleet = Fleet((8,), shares, model_gpus=((4,), (8,), (4,))).run("b").want(a=4, c=4)
+    fleet.step(30.0)
+    assert said(fleet.step()) == [("start", "claim kept"), ("start", "borrow idle")]
+
+
 def test_whoever_is_not_needed_in_the_end_is_put_back() -> None:
     """The small one gives first, because its tenant deserves nothing; with the large one it is not needed."""
     shares = {"a": (0, 4, 8), "b": (0, 0, 8), "c": (0, 1, 8)}
@@ -249,6 +277,21 @@ def test_what_could_be_spared_for_five_minutes_is_handed_back_with_a_deadline() 
     moves = next(moves for moves in handed_back if len(moves.kind))
     assert said(moves) == [("hand back", "surplus")] * 5, "a tenth more than is needed stays"
     assert moves.deadline_s.tolist() == [330 + 30] * 5
+
+
+def test_what_is_handed_back_is_ones_own_and_of_that_what_loses_least_and_then_the_newest() -> None:
+    fleet = Fleet((8,), {"public": (0, 0, 8), "job": (0, 0, 8)})
+    fleet.run("job", 2).run("public", lost_gpu_s=9).run("public", since_s=-5).run("public").run("public", since_s=-9)
+    fleet.want(public=4, job=2).settle(40)
+    fleet.want(public=1)
+    moves = next(moves for moves in (fleet.step() for _ in range(40)) if len(moves.kind))
+    assert said(moves) == [("hand back", "surplus")] * 2
+    assert moves.victim.tolist() == [4, 3]
+
+
+def test_a_replica_starts_where_it_leaves_the_fewest_gpus_idle() -> None:
+    fleet = Fleet((8, 4, 6), {"public": (0, 0, 18)}, model_gpus=((4, 4, 4),)).want(public=8)
+    assert fleet.moves().node.tolist() == [1, 2]
 
 
 def test_no_replica_goes_back_before_its_minimum_runtime() -> None:
