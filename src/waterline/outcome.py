@@ -49,12 +49,12 @@ class Completion:
     prompt_tokens: int
     output_tokens: int  # produced
     cached_tokens: int = 0  # of the prompt, in the cache of the replica that read it
-    thinking_tokens: int = 0  # of the output
     gpu_s: float = 0.0  # its share of the replica's step time, times the replica's GPUs
     preemptions: int = 0  # how often its cache was taken and what it held had to be computed again
     reason: str = ""  # why it was refused or failed
     client: str = ""  # "": not named
     whole: bool = False  # its answer came in one piece: nobody saw how long its first token took, and the others
+    thinking_tokens: int = 0  # of the output; a rehearsal does not tell them apart
 
     @property
     def ttft_s(self) -> float:
