@@ -191,7 +191,7 @@ def test_live_it_follows_the_service_says_when_it_is_gone_and_leaves_with_ctrl_c
                 until(screen, "Trying again")
                 process.send_signal(signal.SIGINT)
                 until(screen, "\x1b[?1049l")
-                assert process.wait(5) == 0
+                assert process.wait(30) == 0
             finally:
                 process.kill()
         os.close(screen)

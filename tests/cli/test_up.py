@@ -179,7 +179,7 @@ main()
             process.send_signal(signal.SIGINT)
             time.sleep(0.1)
             process.send_signal(signal.SIGINT)
-            assert process.wait(2) == 130
+            assert process.wait(30) == 130
             assert time.monotonic() - begun_s < 0.9, "without the second it waits a second for its child"
             assert gone_within(children, 0.2)
         finally:
@@ -204,7 +204,7 @@ def test_a_fleet_file_that_changes_is_followed_and_one_that_is_wrong_is_not(tmp_
         time.sleep(0.5)
         assert (asyncio.run(models(service)), children_of(service.process.pid)) == (["counter"], [pid])
         service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(5) == 0
+        assert service.process.wait(30) == 0
         assert service.process.stderr
         assert service.process.stdout
         assert "'name': expected text" in service.process.stderr.read()
@@ -245,7 +245,7 @@ def test_it_says_what_runs_and_how_to_ask_it() -> None:
             answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True).stdout
             assert json.loads(answer)["choices"][0]["message"]["content"] == "203342"
             process.send_signal(signal.SIGTERM)
-            assert process.wait(5) == 0
+            assert process.wait(30) == 0
             assert "public, abacus: 1 completed; " in process.stdout.read()
         finally:
             process.kill()
@@ -366,7 +366,7 @@ def test_a_service_for_everybody_says_so_and_prints_a_url_that_works() -> None:
     with up("--engine", "fake", "--host", "0.0.0.0") as service:
         assert service.url.startswith("http://127.0.0.1:")
         service.process.send_signal(signal.SIGHUP)
-        assert service.process.wait(5) == 0, "a closed terminal ends it in good order"
+        assert service.process.wait(30) == 0, "a closed terminal ends it in good order"
         assert service.process.stderr
         assert service.process.stderr.read().count("Requests need a key. Make one: waterline keys create") == 1
 
@@ -439,7 +439,7 @@ def test_when_nobody_reads_its_words_any_more_it_goes_on() -> None:
         print(f"noticed and restarted within {time.monotonic() - begun_s:.2f} s; /health said {seen}")
         assert seen == {200, 503}
         service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(5) == 0
+        assert service.process.wait(30) == 0
 
 
 def test_words_that_cannot_be_written_hold_nothing_up(capfd: pytest.CaptureFixture[str]) -> None:
@@ -467,7 +467,7 @@ def test_without_any_standard_stream_it_serves() -> None:
                 assert time.monotonic() - begun_s < 20
                 assert process.poll() is None
             process.send_signal(signal.SIGTERM)
-            assert process.wait(5) == 0
+            assert process.wait(30) == 0
         finally:
             process.kill()
 
