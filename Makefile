@@ -12,8 +12,10 @@ up: .venv/.up
 check: .venv/.check
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	@# While one core looks at types, the other compiles the rehearsal, once for all tests.
-	@$(BIN)/waterline rehearse examples/mixed.toml --duration 1s --decisions /dev/null >/dev/null & \
+	@# While one core looks at types, the other compiles the rehearsal, without a log and with one, once for all tests.
+	@for log in "" "--decisions /dev/null"; do \
+	  $(BIN)/waterline rehearse examples/mixed.toml --duration 1s $$log >/dev/null; \
+	done & \
 	$(BIN)/mypy && $(BIN)/lint-imports; looked=$$?; wait; exit $$looked
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile
 
