@@ -64,6 +64,7 @@ def told() -> set[str]:
     )  # fmt: skip
     metrics.moved(MoveNow(at_s=0.0, kind="start", rule="", why="", tenant="public", what="m", pool="a", gpus=1))
     metrics.ejected("m", EjectionNow(at_s=0.0, replica="m/0", reason=""))
+    metrics.hedged("m", "won", 0.1)
     metrics.replica_changed("m", "ready")
     return set(re.findall(r"(?m)^(waterline_\w+)", metrics.text().decode()))
 

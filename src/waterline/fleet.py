@@ -75,6 +75,7 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     url: str = ""  # of a running OpenAI-compatible server, for the engine "openai"
     api_key_env: str = ""  # the environment variable that holds that server's key
     measured: tuple[Measured, ...] = ()  # at most one for a kind of GPU
+    hedge_after_s: Positive | None = None  # without a first token: a second replica is asked too; None: never
 
 
 class Tenant(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -409,6 +409,25 @@ def start(
     return replica, kept_tokens, rule
 
 
+def hedge(
+    desk: Desk,
+    model: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    tokens: int,
+    blocks: NDArray[np.int64],
+    draw: int,
+) -> tuple[int, int]:
+    """Give a request that runs a second replica, on nobody's account; return that and what is cached there, or NOBODY.
+
+    Arguments as at `arrive`. Whoever asks has seen to it that nobody waits, and that its own replica does not serve.
+    """
+    replica, kept_tokens, _ = _route(desk, model, prompt_tokens, tokens, blocks, draw)
+    if replica != NOBODY:
+        _give(desk, model, replica, prompt_tokens, prompt_tokens - kept_tokens, output_tokens, blocks)
+    return replica, kept_tokens
+
+
 @swift
 def take_over(desk: Desk, model: int, output_tokens: int, tokens: int, draw: int) -> int:
     """Choose the replica that writes what another has read; NOBODY while none that can hold it is in service."""

@@ -63,9 +63,14 @@ class Turn:
     """The place of one request, as the dispatcher gives it: a `passage.Placement`."""
 
     def __init__(
-        self, dispatcher: Dispatcher, now_s: Callable[[], float], nobody: Callable[[int], RejectedError]
+        self,
+        dispatcher: Dispatcher,
+        now_s: Callable[[], float],
+        nobody: Callable[[int], RejectedError],
+        on_hedge: Callable[[str, str, float], None],
     ) -> None:
         self._dispatcher = dispatcher
+        self._on_hedge = on_hedge  # told of the model, what became of it, and the GPU time that was for nothing
         self._now_s = now_s
         self._nobody = nobody
         self._come: Future[bool] = asyncio.get_running_loop().create_future()
@@ -124,6 +129,23 @@ class Turn:
 
     def first_token(self) -> None:
         self._dispatcher.first_token(self.ticket)
+
+    def second(self, give_up: Callable[[], None]) -> Replica | None:
+        replica = self._dispatcher.hedge(self.ticket, give_up, self._now_s())
+        if not replica:
+            self._on_hedge(self.ticket.service.planned.model, "none free", 0.0)
+        return replica
+
+    def take_second(self) -> None:
+        lost_gpu_s = self._dispatcher.take_second(self.ticket, self._now_s())
+        assert self.ticket.lane  # noqa: S101 - it runs there now
+        self.replicas.append(self.ticket.lane.replica.id)
+        self._on_hedge(self.ticket.service.planned.model, "won", lost_gpu_s)
+
+    def drop_second(self) -> None:
+        self._on_hedge(
+            self.ticket.service.planned.model, "lost", self._dispatcher.drop_second(self.ticket, self._now_s())
+        )
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -302,7 +324,9 @@ class Completions:
             asked=asked,
             service=service,
             entry=entry,
-            turn=Turn(self._dispatcher, self._now_s, lambda rule: self._nobody(rule, asked, service)),
+            turn=Turn(
+                self._dispatcher, self._now_s, lambda rule: self._nobody(rule, asked, service), self._metrics.hedged
+            ),
             wait_s=patient_s if request.wait_s is None else request.wait_s,
             arrival_s=arrival_s,
             progress=Progress(asked=asked),
@@ -350,6 +374,7 @@ class Completions:
             place=visit.turn,
             patience_s=min(visit.wait_s, FLEX_S),
             progress=visit.progress,
+            hedge_after_s=None if visit.request.spare else visit.service.hedge_after_s,
         )
         await self._passages.carry(passage, reply)
 

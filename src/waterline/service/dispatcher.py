@@ -21,7 +21,18 @@ from waterline.policy import dispatch
 from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, TAKES_OVER, WAITS_FOR_SLOT
 from waterline.policy.routing import MOST_DRAWN, NOBODY
 from waterline.service.decision_log import DecisionLog
-from waterline.service.lines import Coming, Lane, Refusal, Service, Ticket, Turn, most_tokens, reads_per_s, works_per_s
+from waterline.service.lines import (
+    Coming,
+    Lane,
+    Refusal,
+    Second,
+    Service,
+    Ticket,
+    Turn,
+    most_tokens,
+    reads_per_s,
+    works_per_s,
+)
 from waterline.service.rows import Rows
 
 Draw = Callable[[], int]
@@ -112,6 +123,8 @@ class Dispatcher:
             turn=turn,
             id=id_,
         )
+        if service.hedged:
+            self._make_room(service)
         return self._take_in(ticket, self._arrive(ticket, within_s), now_s)
 
     def first_token(self, ticket: Ticket) -> None:
@@ -148,7 +161,84 @@ class Dispatcher:
             dispatch.come_back(self.rows.desk, service.row, ticket.client, ticket.cost_gpu_s)
             service.lines.setdefault(ticket.client, deque()).appendleft(ticket)
             service.returned.append(ticket)
+        self._make_room(service)
         self._advance(service, now_s)
+
+    # --- Requests that two replicas work on, until one of them speaks -----------------------------------------------
+
+    def hedge(self, ticket: Ticket, give_up: Callable[[], None], now_s: float) -> Replica | None:
+        """Give a request a second replica, where one has a slot that nobody waits for; None: there is none.
+
+        Its time there is on nobody's account, unless it is that replica that answers. When somebody comes who would
+        have to wait for the slot, it is theirs, and `give_up` is called.
+        """
+        service = ticket.service
+        if service.lines or not (ticket.running and ticket.lane) or ticket.second:
+            return None
+        others = [lane for lane in service.lanes if lane.ready]
+        avoided = {ticket.lane.replica.id, *ticket.avoids}
+        out = [one.row for one in others if one.replica.id in avoided or one.replica.role != "both"]
+        self._set_serving(out, 0)
+        draw = self._draw()
+        if self.log.listeners:
+            self.log.explain(ticket, draw)
+        row, cached_tokens = dispatch.hedge(
+            self.rows.desk,
+            service.row,
+            ticket.prompt_tokens,
+            ticket.output_tokens,
+            ticket.tokens,
+            ticket.blocks,
+            draw,
+        )
+        self._set_serving(out, 1)
+        if row == NOBODY:
+            return None
+        if self.log.listeners:
+            self.log.write(ticket, SLOT_FREE, now_s, row=row)
+        lane = self._lane_at[row]
+        lane.settle(now_s)
+        lane.running += 1
+        unread_tokens = ticket.prompt_tokens - cached_tokens
+        ticket.second = Second(lane=lane, unread_tokens=unread_tokens, begun_share_s=lane.share_s, give_up=give_up)
+        service.hedged.append(ticket)
+        return lane.replica
+
+    def take_second(self, ticket: Ticket, now_s: float) -> float:
+        """Let a request run on its second replica alone; return the GPU time it had on the first, which nobody pays."""
+        second, first = ticket.second, ticket.lane
+        assert second  # noqa: S101 - it runs on both
+        assert first  # noqa: S101
+        self.first_token(ticket)
+        lost_gpu_s = self._leave_lane(ticket, first, ticket.begun_share_s, now_s)
+        ticket.second = None
+        ticket.service.hedged.remove(ticket)
+        ticket.lane, ticket.begun_share_s = second.lane, second.begun_share_s
+        ticket.unread, ticket.unread_tokens = True, second.unread_tokens
+        self._advance(ticket.service, now_s)
+        return lost_gpu_s
+
+    def drop_second(self, ticket: Ticket, now_s: float) -> float:
+        """Let it run on its first replica alone; return the GPU time it had on the second. Without one, nothing."""
+        lost_gpu_s = self._leave_second(ticket, now_s)
+        self._advance(ticket.service, now_s)
+        return lost_gpu_s
+
+    def _leave_second(self, ticket: Ticket, now_s: float) -> float:
+        if not (second := ticket.second):
+            return 0.0
+        ticket.second = None
+        ticket.service.hedged.remove(ticket)
+        row = second.lane.row
+        dispatch.first_token(self.rows.desk, ticket.service.row, row, ticket.prompt_tokens, second.unread_tokens)
+        return self._leave_lane(ticket, second.lane, second.begun_share_s, now_s)
+
+    def _make_room(self, service: Service) -> None:
+        """Where there is no slot left, take one from who has two replicas."""
+        if service.hedged and self.rows.desk.models.free_slots[service.row] <= 0:
+            second = service.hedged[-1].second
+            assert second  # noqa: S101 - or it would not be there
+            second.give_up()
 
     # --- Requests whose prompt is read on one replica, and the answer written on another ----------------------------
 
@@ -329,6 +419,7 @@ class Dispatcher:
             else:
                 row = self.rows.models.pop()
                 self.services[planned.model] = Service(row=row, planned=planned, ttft_s=slos[planned.model].ttft_s)
+            self.services[planned.model].hedge_after_s = plan.fleet.model(planned.model).hedge_after_s
 
     def forget(self, model: str) -> None:
         """Forget a model that has no replica left."""
@@ -469,6 +560,7 @@ class Dispatcher:
         """
         if not (ticket.running or ticket.was_read):
             return False
+        self._leave_second(ticket, now_s)
         had_gpu_s = ticket.read_gpu_s
         if ticket.running and ticket.lane:
             self.first_token(ticket)

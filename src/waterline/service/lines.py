@@ -78,6 +78,7 @@ class Service:
     row: int
     planned: ModelPlan
     ttft_s: float
+    hedge_after_s: float | None = None  # without a first token, as its owner says; None: never
     lanes: list[Lane] = field(default_factory=list)
     coming: list[Coming] = field(default_factory=list)  # besides these
     max_context_tokens: int = 0  # of the replica that takes most, in service or not
@@ -86,6 +87,7 @@ class Service:
     usd_per_gpu_s: float = 0.0
     lines: dict[int, deque["Ticket"]] = field(default_factory=dict)  # by client; those in which somebody waits
     returned: list["Ticket"] = field(default_factory=list)  # of these, who has begun before and goes first
+    hedged: list["Ticket"] = field(default_factory=list)  # who has a second replica
 
     @property
     def waiting(self) -> int:
@@ -140,6 +142,16 @@ class Service:
             self.usd_per_gpu_s = sum(replica.usd_per_hour for replica in replicas) / gpus / HOUR_S
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Second:
+    """The second replica of a request, until one of the two has spoken."""
+
+    lane: Lane
+    unread_tokens: int
+    begun_share_s: float
+    give_up: Callable[[], None]  # called when somebody needs its place
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Ticket:
     """One request that was taken in, until it leaves."""
@@ -160,6 +172,7 @@ class Ticket:
     cost_gpu_s: float = 0.0  # expected, and charged while it runs
     lane: Lane | None = None  # where it runs, or ran last
     running: bool = False
+    second: Second | None = None  # where it runs as well
     writer: Lane | None = None  # who takes it over, while its prompt is read elsewhere
     keeper: Lane | None = None  # who has read its prompt and keeps the cache, until it is fetched
     was_read: bool = False

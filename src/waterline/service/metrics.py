@@ -70,6 +70,18 @@ class Metrics:
         self.ejections = Counter(
             "waterline_ejections", "Times a replica got no work for a while.", ("model",), registry=self.registry
         )
+        self.hedges = Counter(
+            "waterline_hedges",
+            "Requests that a second replica was wanted for, by what became of it.",
+            ("model", "outcome"),
+            registry=self.registry,
+        )
+        self.hedge_gpu_s = Counter(
+            "waterline_hedge_gpu_seconds",
+            "GPU time on the replica whose answer nobody got.",
+            ("model",),
+            registry=self.registry,
+        )
         self.changes = Counter(
             "waterline_replica_changes",
             "Times a replica came into a state.",
@@ -91,6 +103,10 @@ class Metrics:
     def ejected(self, model: str, ejection: EjectionNow) -> None:
         self.recent.ejections.appendleft(ejection)
         self.ejections.labels(model).inc()
+
+    def hedged(self, model: str, outcome: str, lost_gpu_s: float) -> None:
+        self.hedges.labels(model, outcome).inc()
+        self.hedge_gpu_s.labels(model).inc(lost_gpu_s)
 
     def replica_changed(self, model: str, state: str) -> None:
         self.changes.labels(model, state).inc()

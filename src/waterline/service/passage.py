@@ -13,7 +13,7 @@ import math
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import orjson
@@ -29,6 +29,7 @@ from waterline.service.engines.dialect import AT_ONCE
 from waterline.service.errors import RejectedError
 from waterline.service.events import DONE, BadEventError
 from waterline.service.health import Health
+from waterline.service.hedge import Race
 from waterline.service.pairs import Handover, Pairs, Wanted, discreet, trial
 from waterline.service.response_relay import Relay
 from waterline.service.response_resume import Written, as_rest_of
@@ -80,6 +81,21 @@ class Placement(Protocol):
         """Its prompt has been read; told again, this changes nothing."""
         ...
 
+    def second(self, give_up: Callable[[], None]) -> Replica | None:
+        """Take a second replica, where one has a slot to spare.
+
+        `give_up` is called when others come to need it; it calls `drop_second`.
+        """
+        ...
+
+    def take_second(self) -> None:
+        """Be there alone from now on."""
+        ...
+
+    def drop_second(self) -> None:
+        """Be where it was before alone; it may have been given up."""
+        ...
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Passage:
@@ -97,6 +113,8 @@ class Passage:
     at: Replica = field(init=False)  # where it is
     pid: int | None = None  # … and the process of that
     handover: Handover | None = None  # from who reads its prompt, where another writes the answer
+    hedge_after_s: float | None = None  # without a first token, a second engine is asked; None: never, or no more
+    race: Race | None = None  # of the two
 
     @property
     def endpoint(self) -> str:
@@ -180,7 +198,7 @@ class Passages:
             passage.at = await passage.place.replica(_patience_s(passage, reply))
             said, passage.pid, passage.handover = passage.said.pieces, self._pid(passage.at.id), None
             try:
-                await self._go(passage, reply, last=len(failures.fruitless) >= ATTEMPTS - 1)
+                await self._go(passage, failures, reply, last=len(failures.fruitless) >= ATTEMPTS - 1)
             except UnansweredError as error:
                 if passage.said.pieces > said:
                     failures = Failures(until_s=self._now_s() + PATIENCE_S, accused=failures.accused)
@@ -204,15 +222,11 @@ class Passages:
         self, error: UnansweredError, failures: "Failures", replica: Replica, pid: int | None, reply: Reply
     ) -> None:
         """Take a failure into account. Raises it when it was one too many, for the client to see."""
-        failures.avoid.add(replica.id)
+        self._blame(error, failures, replica, pid)
         others = set(self._replicas_of(replica)) - failures.avoid
         untried = any(self._status(other) == "ready" for other in others)
         if not untried:
             failures.avoid = {replica.id}  # another round
-        if not error.certain:
-            failures.accused += [replica] * (not error.busy)
-        elif self._status(replica.id) in ALIVE:  # else its death is known, and nobody's news
-            self.health.failed(replica, silent=error.silent)
         if error.busy or error.absent:  # that costs nobody anything: it is tried again as long as there is time
             if untried:
                 return
@@ -221,15 +235,27 @@ class Passages:
             await asyncio.sleep(failures.pause_s)
             failures.pause_s = min(2.0 * failures.pause_s, LONGEST_PAUSE_S)
             return
-        failures.fruitless.append((replica.id, pid))
         died = sum(self._pid(id_) != known or self._status(id_) not in ALIVE for id_, known in failures.fruitless)
         if len(failures.fruitless) - died >= ATTEMPTS or died >= DEATHS:
             raise BrokenStreamError(str(error)) if reply.begun else error
 
-    async def _go(self, passage: Passage, reply: Reply, *, last: bool) -> None:
+    def _blame(self, error: UnansweredError, failures: Failures, replica: Replica, pid: int | None) -> None:
+        """Note that a replica has failed a request."""
+        failures.avoid.add(replica.id)
+        if not error.certain:
+            failures.accused += [replica] * (not error.busy)
+        elif self._status(replica.id) in ALIVE:  # else its death is known, and nobody's news
+            self.health.failed(replica, silent=error.silent)
+        if not (error.busy or error.absent):
+            failures.fruitless.append((replica.id, pid))
+
+    async def _go(self, passage: Passage, failures: Failures, reply: Reply, *, last: bool) -> None:
         """Have it answered where it is, or read there and answered elsewhere; then it is there."""
         try:
-            await self._ask(passage, passage.at, reply, last=last)
+            if passage.hedge_after_s is None or reply.begun or passage.at.role != "both":
+                await self._ask(passage, passage.at, reply, last=last)
+            else:
+                await self._hedged(passage, passage.hedge_after_s, failures, reply, last=last)
             if handover := passage.handover:
                 self.health.served(passage.at)
                 passage.at = handover.writer or await passage.place.writer(_patience_s(passage, reply))
@@ -238,6 +264,29 @@ class Passages:
         finally:
             if passage.handover:
                 passage.handover.close()
+
+    async def _hedged(self, passage: Passage, after_s: float, failures: Failures, reply: Reply, *, last: bool) -> None:
+        """Have it answered where it is, or where it is sent as well when no token comes for so long."""
+        rival = replace(passage, said=Said(), written=Written())  # what is said goes to the one that says it
+
+        def ask_second(second: Replica) -> Coroutine[Any, Any, None]:
+            passage.hedge_after_s = None  # once is enough
+            rival.at, rival.pid = second, self._pid(second.id)
+            return self._ask(rival, second, reply, last=last)
+
+        def on_second() -> None:
+            passage.at, passage.pid = rival.at, rival.pid
+            passage.said, passage.written = rival.said, rival.written
+
+        def on_failure(error: UnansweredError, *, second: bool) -> None:
+            failed = rival if second else passage
+            self._blame(error, failures, failed.at, failed.pid)
+
+        race = passage.race = rival.race = Race(passage.place, on_second, on_failure)
+        try:
+            await race.run(self._ask(passage, passage.at, reply, last=last), after_s, ask_second)
+        finally:
+            passage.race = None
 
     def _at_fault(self, passage: Passage) -> tuple[Replica, int | None]:
         """Return who has failed a request, and its process: where it is, unless the cache it needs is gone."""
@@ -376,6 +425,8 @@ class Passages:
         passage.place.has_read()
 
     def _heard(self, passage: Passage, watch: Watch) -> None:
+        if passage.race:
+            passage.race.spoke()
         watch.heard = True
         watch.vitals.unread_tokens -= _unread_tokens(passage.asked, watch.vitals.replica)
         if math.isnan(passage.progress.first_token_s):

@@ -163,10 +163,10 @@ class Relay:
             data, problem = self._said(whole + mark)
             if problem and not self._reply.begun:
                 raise problem
+            if (data or self._last) and not watch.heard:
+                self._first_s = watch.since_s
+                on_first()
             if data:
-                if not watch.heard:
-                    self._first_s = watch.since_s
-                    on_first()
                 if self._written.problem or not self._may_go_on:
                     watch.patience = math.inf  # to end it now would help nobody
                 watch.writing = True
