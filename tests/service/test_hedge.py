@@ -102,7 +102,9 @@ class Scene:
     async def quiet(self) -> None:
         await until(self.is_quiet)
 
-    def used(self) -> Usage:
+    async def used(self) -> Usage:
+        """Return what the ledger has of the client, once it has something."""
+        await until(lambda: bool(read_usage(connect(self.ledger), ["client"])))
         [row] = read_usage(connect(self.ledger), ["client"])
         return row
 
@@ -154,8 +156,8 @@ def test_when_the_first_is_late_the_second_answers_and_the_first_is_left_at_once
         [one] = there.service.completions
         assert (one.status, one.output_tokens) == ("ok", 10)
         assert one.replica == f"chat/{there.engines.index(second)}"
-        await until(lambda: there.used().requests == 1)
-        row = there.used()
+        row = await there.used()
+        assert row.requests == 1
         assert (row.ok, row.output_tokens, row.prompt_tokens) == (1, 10, one.prompt_tokens), "charged once"
 
     run(case, tmp_path)
@@ -270,8 +272,8 @@ def test_when_all_fail_the_client_gets_one_clean_error(tmp_path: Path) -> None:
         await there.quiet()
         assert len(there.asked) >= 3
         assert [one.status for one in there.service.completions] == ["failed"]
-        await until(lambda: there.used().requests == 1)
-        assert (there.used().output_tokens, there.used().nano_usd) == (0, 0)
+        row = await there.used()
+        assert (row.requests, row.output_tokens, row.nano_usd) == (1, 0, 0)
 
     run(case, tmp_path, failing=99)
 

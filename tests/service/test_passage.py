@@ -16,8 +16,8 @@ from msgspec.structs import replace
 from serving import Served, fake_plan, laptop_plan, served, until
 
 from waterline.service.body import CHAT, COMPLETIONS
-from waterline.service.health import Watch
 from waterline.service.passage import ATTEMPTS, Passage
+from waterline.service.silence import Watch
 
 TOKENS = 50
 

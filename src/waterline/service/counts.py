@@ -16,6 +16,7 @@ from waterline.service.said import THINKING, parts
 
 PROMPT = ("prompt_tokens", "input_tokens")  # of chats, of responses
 OUTPUT = ("completion_tokens", "output_tokens")
+PROMPT_DETAILS, OUTPUT_DETAILS = (tuple(f"{name}_details" for name in names) for names in (PROMPT, OUTPUT))
 
 
 class Counts(NamedTuple):
@@ -29,8 +30,8 @@ class Counts(NamedTuple):
 
 def read_counts(usage: Mapping[str, Any]) -> Counts:
     """Return what a usage says, as far as it is counts."""
-    cached = (_within(usage.get(f"{name}_details"), "cached_tokens") for name in PROMPT)
-    thinking = (_within(usage.get(f"{name}_details"), "reasoning_tokens") for name in OUTPUT)
+    cached = (_within(usage.get(name), "cached_tokens") for name in PROMPT_DETAILS)
+    thinking = (_within(usage.get(name), "reasoning_tokens") for name in OUTPUT_DETAILS)
     return Counts(
         prompt=_first(*(usage.get(name) for name in PROMPT)),
         output=_first(*(usage.get(name) for name in OUTPUT)),
@@ -54,9 +55,7 @@ def sum_of(usages: Sequence[Counts], asked: Asked) -> Counts:
 def of_all(data: bytes, said: Counts, timings: Any, asked: Asked) -> Counts:
     """Return the counts of all answers in a reply that came whole."""
     alone = asked.answers > 1 and isinstance(timings, dict) and timings.get("predicted_n") == said.output
-    if said.output is None or not (
-        alone or (said.thinking is None and any(b'"%b"' % name in data for name in _THOUGHTS))
-    ):
+    if said.output is None or not (alone or (said.thinking is None and any(name in data for name in _THOUGHTS))):
         return said
     texts = _texts(data)
     sizes = [sum(map(len, text.values())) for text in texts]
@@ -78,7 +77,7 @@ class _Answers(Struct):
 
 
 _ANSWERS = msgspec.json.Decoder(_Answers)
-_THOUGHTS = tuple(name.encode() for name in THINKING)
+_THOUGHTS = tuple(f'"{name}"'.encode() for name in THINKING)
 
 
 def _texts(data: bytes) -> list[dict[str, str]]:
