@@ -306,9 +306,9 @@ def arrive(
         blocks: [block] keys of its prompt, see `routing`; may be empty.
         draw: see `routing.route`.
     """
-    if tokens > desk.models.ever_tokens[model] > 0:
-        return Arrival(TOO_LONG, NOBODY, 0, 0.0, 0.0)
     if tokens > desk.models.longest_tokens[model]:
+        if tokens > desk.models.ever_tokens[model] > 0:
+            return Arrival(TOO_LONG, NOBODY, 0, 0.0, 0.0)
         return Arrival(NOT_SERVED, NOBODY, 0, ttft_s, 0.0)
     line = line_of(desk, model, client)
     gpu_s = expected_gpu_s(desk, model, prompt_tokens - cached_tokens, output_tokens)
