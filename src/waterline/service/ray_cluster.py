@@ -336,7 +336,8 @@ async def _silence(host: Any, within_s: float = HOST_WITHIN_S) -> str:
     except TimeoutError:
         return f"nothing within {within_s:g} s"
     except Exception as error:  # noqa: BLE001 - Ray has many for an actor that is dead, or cannot be reached
-        return f"{type(error).__name__}, {str(error).strip().splitlines()[-1].rstrip('.')}"
+        *_, last = ("", *str(error).strip().splitlines())  # some say nothing
+        return f"{type(error).__name__}, {last.rstrip('.')}".rstrip(", ")
     return ""
 
 
