@@ -23,7 +23,18 @@ from waterline.service.engines.openai import Attached
 from waterline.service.errors import RejectedError, error_json
 
 PLAN = fake_plan()
-BEFORE = ("reset", "closed", "500", "503", "429", "hang", "wrong type", "empty", "nonsense")  # a byte of the answer
+BEFORE = (
+    "reset",
+    "closed",
+    "500",
+    "503",
+    "429",
+    "told 503",
+    "hang",
+    "wrong type",
+    "empty",
+    "nonsense",
+)  # a byte of the answer
 WITHIN = ("cut", "half", "end", "stall", "broken", "error", "abort", "chunked")  # a stream
 HARMLESS = ("trickle", "comments", "late")
 
@@ -42,6 +53,7 @@ class Engine:
 
     faulty: bool = False
     owner: str = "vllm"  # which dialect it speaks
+    refuses: str = ""  # a field that no request may have
     output_tokens: int = 50
     max_context_tokens: int = 4096
     token_s: float = 0.0
@@ -89,6 +101,9 @@ class Engine:
             await self._whole(line, 200, b"{}")
             return
         asked = read_asked(path.removeprefix("/v1"), body)
+        if self.refuses in fields:
+            await self._whole(line, 400, b'{"error": {"message": "' + self.refuses.encode() + b' is not for me"}}')
+            return
         try:
             answer = Answer(asked, self.part, chat=path.endswith(CHAT))
         except RejectedError as error:
@@ -139,8 +154,11 @@ class Engine:
         elif fault == "nonsense":
             data = b"data: {nonsense\n\n" if stream else b'{"choices": ['
             await self._whole(line, 200, data, "text/event-stream" if stream else "application/json")
+        elif fault.startswith("told") and stream:  # as vLLM 0.32 does: 200, and the first event says otherwise
+            event = b'data: {"error": {"message": "a fault", "code": %s}}' % fault.removeprefix("told ").encode()
+            await self._whole(line, 200, event + b"\n\ndata: [DONE]\n\n", "text/event-stream")
         else:
-            await self._whole(line, int(fault), b'{"error": {"message": "a fault"}}')
+            await self._whole(line, int(fault.removeprefix("told ")), b'{"error": {"message": "a fault"}}')
 
     async def _stream(self, answer: Answer, line: Line, fault: str, after: int) -> None:
         line.writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")

@@ -198,8 +198,9 @@ def test_thoughts_end_at_their_mark_wherever_tokens_part_it(sizes: list[int], en
     assert said.finished == {0: "stop"}
 
 
-ANSWER = (
+ANSWER = (  # two, as vLLM weaves them
     ROLE,
+    chat({"role": "assistant", "content": ""}, index=1),
     chat({"content": "I"}, id=1),
     chat({"content": " look"}, id=2),
     chat({"content": "B"}, index=1, id=7),
@@ -217,17 +218,19 @@ def test_asked_once_more_the_client_gets_what_it_lacks_and_nothing_twice(cut: in
     said, whole = have_said(*ANSWER[:cut]), have_said(*ANSWER)
     weave = asked_to_go_on({"n": 2, "temperature": 0, "tools": [{}]}, said).weave
     other = [{**event, "id": "chatcmpl-b", "created": 8} for event in ANSWER]
-    other[4] = chat({"tool_calls": [{"index": 0, "id": "y", "function": {"name": "sea", "arguments": ""}}]})
+    other[5] = chat({"tool_calls": [{"index": 0, "id": "y", "function": {"name": "sea", "arguments": ""}}]})
     rest = woven(weave, *other)
     said.add(read_events(encoded(*rest)))
     assert {channel: "".join(texts) for channel, texts in said.texts.items()} == {
         channel: "".join(texts) for channel, texts in whole.texts.items()
     }
     assert said.finished == whole.finished
+    choices = [choice for event in (*ANSWER[:cut], *rest) for choice in event["choices"]]
+    assert sorted(choice["index"] for choice in choices if "role" in choice["delta"]) == [0, 1]
+    assert sorted(choice["index"] for choice in choices if choice["finish_reason"]) == [0, 1]
     deltas = [choice["delta"] for event in rest for choice in event["choices"]]
-    assert not any("role" in delta for delta in deltas)
     named = [call for delta in deltas for call in delta.get("tool_calls", ()) if "id" in call]
-    assert len(named) == (cut <= 4), "a call that has an id keeps it"
+    assert len(named) == (cut <= 5), "a call that has an id keeps it"
     assert {event["id"] for event in rest} == {"chatcmpl-a"}
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
+from aiohttp import web
 from faulty import BEFORE, HARMLESS, QUESTION, WITHIN, Engine, listening, said_by
 from msgspec.structs import replace
-from serving import Served, fake_plan, laptop_plan, served, until
+from serving import Served, engine_that, fake_plan, laptop_plan, served, until
 
 from waterline.service.body import CHAT, COMPLETIONS
+from waterline.service.engines.openai import Attached
 from waterline.service.passage import ATTEMPTS, Passage
 from waterline.service.silence import Watch
 
@@ -27,6 +29,7 @@ class Got:
     """One stream as its client saw it."""
 
     text: str = ""
+    texts: dict[int, str] = field(default_factory=dict)  # by answer
     thought: str = ""
     roles: int = 0
     finishes: list[str] = field(default_factory=list)
@@ -60,7 +63,9 @@ class Got:
                 self.keys |= set(choice)
                 delta = choice.get("delta", {})
                 self.roles += "role" in delta
-                self.text += delta.get("content") or choice.get("text") or ""
+                text = delta.get("content") or choice.get("text") or ""
+                self.text += text
+                self.texts[choice["index"]] = self.texts.get(choice["index"], "") + text
                 self.thought += delta.get("reasoning_content") or ""
                 self.finishes += [choice["finish_reason"]] if choice["finish_reason"] else []
 
@@ -229,7 +234,26 @@ def test_what_fails_everybody_ends_after_a_few_and_nobody_is_blamed() -> None:
     asyncio.run(with_engines(engines, case))
 
 
-@pytest.mark.parametrize("fault", ["503", "429"])
+@pytest.mark.parametrize("greedy", [True, False])
+def test_where_the_next_engine_does_not_take_what_was_said_it_is_asked_once_more(greedy: bool) -> None:
+    """vLLM refuses to go on with a message where the chat template changes what stands in it."""
+    engines = (Engine(faulty=True), Engine(refuses="continue_final_message"))
+    fields = {**REQUEST, "stop": ["zzz"], **({"temperature": 0} if greedy else {})}
+
+    async def case(service: Served) -> None:
+        for _ in range(4):
+            got = await ask(service, fields, "cut@17")
+            if greedy or not got.errors:
+                check(got, fields, engines[1])
+            else:
+                assert "continue_final_message is not for me" in got.errors[0]["message"]
+                assert said_by(fields, engines[1]).startswith(got.text)
+        assert sum("continue_final_message" in body for body in engines[1].bodies) > 0, "it was asked so first"
+
+    asyncio.run(with_engines(engines, case))
+
+
+@pytest.mark.parametrize("fault", ["503", "429", "told 503"])
 def test_who_is_merely_full_is_not_sick_and_is_waited_for(fault: str) -> None:
     engines = (Engine(faulty=True), Engine())
 
@@ -245,6 +269,32 @@ def test_who_is_merely_full_is_not_sick_and_is_waited_for(fault: str) -> None:
         check(await asking, REQUEST, engines[1])
 
     asyncio.run(with_engines(engines, case))
+
+
+def test_a_storm_of_requests_that_are_refused_within_a_stream_ejects_nobody() -> None:
+    """vLLM looks at the grammar of a stream once it has begun it: status 200, and its first event is the refusal."""
+    said = {"message": "Grammar error: Invalid type: nonsense", "type": "BadRequestError", "code": 400}
+
+    async def refuses(request: web.Request) -> web.StreamResponse:
+        await request.read()
+        data = b"data: " + orjson.dumps({"error": said}) + b"\n\ndata: [DONE]\n\n"
+        return web.Response(body=data, content_type="text/event-stream")
+
+    async def case() -> None:
+        async with engine_that(refuses, model="chat") as url:
+            engines = {f"chat/{number}": Attached(url=url, name="chat") for number in range(2)}
+            async with (
+                served(fake_plan({"chat": 2}), engines=engines) as service,
+                aiohttp.ClientSession() as session,
+            ):
+                for _ in range(40):
+                    async with session.post(f"{service.url}/v1{CHAT}", json={**REQUEST, "stream": True}) as reply:
+                        assert (reply.status, reply.content_type) == (400, "application/json")
+                        assert (await reply.json())["error"]["message"] == said["message"]
+                assert {lane.doubted for lane in service.gateway.dispatcher.lanes.values()} == {False}
+                assert {one.status for one in service.completions} == {"cancelled"}
+
+    asyncio.run(case())
 
 
 def test_a_storm_of_wrong_requests_ejects_nobody() -> None:

@@ -58,7 +58,7 @@ def resume(asked: Asked, path: str, said: Said, dialect: Dialect, max_context_to
         return _once_more(fields, path, said, dialect)
     if ended(asked, said):
         return _count(fields, path, said)
-    obstacle = _obstacle(asked, fields, said)
+    obstacle = said.refusal or _obstacle(asked, fields, said)
     if not obstacle and _ids_suffice(fields, path, said, dialect):
         return _by_ids(asked, fields, path, said, dialect, max_context_tokens)
     if not obstacle and (body := _by_text(asked, fields, path, said, dialect)):

@@ -97,6 +97,7 @@ class Events:
         self.begun = False  # an event has come
         self.done = False  # [DONE] has come
         self.problem = ""  # with what follows the events that were returned last: the stream cannot go on
+        self.refusal = b""  # what the engine said of it in the place of an answer: vLLM begins a stream before it looks
         self.latest: list[Event] = []  # those that were returned last
 
     def feed(self, chunk: bytes) -> bytes:
@@ -132,7 +133,7 @@ class Events:
 
     def _cut_slowly(self, data: bytes) -> bytes:
         """Take events one by one: comments, other fields, other ends of lines, and those that are wrong."""
-        good = []
+        good: list[bytes] = []
         self.latest = []
         *blocks, self._rest = data.replace(b"\r\n", b"\n").split(b"\n\n")
         for block in blocks:
@@ -151,6 +152,7 @@ class Events:
                 break
             if _failed(event):
                 self.problem = f"The engine gave up: {self._explain(said)[:200]}"
+                self.refusal = b"" if self.begun or good else said
                 break
             self.latest.append(event)
             good.append(b"\n".join(lines) + b"\n\n")

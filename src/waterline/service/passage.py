@@ -209,9 +209,7 @@ class Passages:
                     break
                 passage.place.move(frozenset(failures.avoid) | _asked_with_it(passage))
             except (RefusedError, RejectedError) as why:
-                if not reply.begun:
-                    raise
-                raise BrokenStreamError(f"The engine broke off, and nobody can go on: {why}") from why
+                _bear_refusal(passage, why, reply)
             else:
                 self.health.served(passage.at)
                 break
@@ -333,7 +331,10 @@ class Passages:
         watch.since_s = begun_s = _now_s()
         response = await self._begun(passage, replica, wanted, stream=True)
         weave, hides_ids = wanted.weave, wanted.hides_ids
-        stream = Stream(response, passage.said, passage.progress, reply, weave=weave, hides_ids=hides_ids)
+        faults = self._engines[replica.id].faults
+        stream = Stream(
+            response, passage.said, passage.progress, reply, weave=weave, hides_ids=hides_ids, faults=faults
+        )
         await self._to_its_end(passage, response, stream, watch, begun_s)
 
     async def _relay(self, passage: Passage, replica: Replica, reply: Reply, watch: Watch) -> None:
@@ -473,6 +474,16 @@ class Passages:
 
     def _status(self, replica_id: str) -> str:
         return self._states[replica_id].status if replica_id in self._states else ""
+
+
+def _bear_refusal(passage: Passage, why: RefusedError | RejectedError, reply: Reply) -> None:
+    """Have it asked in another way to go on, where it was the way that was refused. Raises what the client sees."""
+    if not reply.begun:
+        raise why
+    if isinstance(why, RefusedError) or passage.said.refusal:
+        raise BrokenStreamError(f"The engine broke off, and nobody can go on: {why}") from why
+    passage.said.refusal = f"the next one refuses to: {str(why).rstrip('.')}"
+    passage.place.move(frozenset())
 
 
 # --- What an engine is asked beside what the client wants -----------------------------------------------------------

@@ -154,7 +154,7 @@ class Relay:
             try:
                 chunk = await self._response.read_some()
             except OSError as error:
-                raise UnansweredError("The engine broke off.") from error
+                raise self._broke_off() from error
             watch.since_s = watch.vitals.heard_s = self._time()
             data = (rest + (chunk or b"\n\n")).replace(b"\r\n", b"\n")
             whole, mark, rest = data.rpartition(b"\n\n")
@@ -162,7 +162,7 @@ class Relay:
                 raise BadEventError("The engine sent an event without end.")
             data, problem = self._said(whole + mark)
             if problem and not self._reply.begun:
-                raise problem
+                raise UnansweredError(str(problem), certain=False) from problem
             if (data or self._last) and not watch.heard:
                 self._first_s = watch.since_s
                 on_first()
@@ -175,7 +175,11 @@ class Relay:
             if problem:
                 raise problem
             if not chunk and not self._last:
-                raise UnansweredError("The engine broke off.")
+                raise self._broke_off()
+
+    def _broke_off(self) -> UnansweredError:
+        """Say so. Before the first word it may be the request: vLLM ends a stream so whose grammar it cannot read."""
+        return UnansweredError("The engine broke off.", certain=self._deltas > 0)
 
     def _said(self, data: bytes) -> tuple[bytes, BadEventError | None]:
         """Return what goes to the client now of whole events, and what is wrong with the one that follows, if it is."""

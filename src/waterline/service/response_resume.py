@@ -101,7 +101,7 @@ def as_rest_of(written: Written, body: bytes) -> tuple[Asked, Said, ResponseStre
         raise RefusedError("it has not said how it begins.") from None
     chat, asked = as_chat(body)
     text = "".join(written.texts)
-    said = Said(texts={(0, "content"): [text]} if text else {}, pieces=len(written.texts), told=False, role=True)
+    said = Said(texts={(0, "content"): [text]} if text else {}, pieces=len(written.texts), told=False, roles={0})
     item = Item(kind="text", id=written.place[0], index=0, said=[text])
     return read_asked(CHAT, chat), said, ResponseStream(_Answer(asked, begun), sequence=written.sequence, item=item)
 

@@ -30,8 +30,9 @@ class Said:
     told: bool = True  # every text came with its ids
     prompt_ids: list[int] | None = None
     pieces: int = 0  # events with text: a token each, as engines do
-    role: bool = False
+    roles: set[int] = field(default_factory=set)  # answers whose role was told
     unknown: bool = False  # something was said in a form that we do not know
+    refusal: str = ""  # why an engine did not go on from here
     finished: dict[int, str] = field(default_factory=dict)  # by answer
     usage: bool = False
     first: bytes = b""  # events, which name the stream
@@ -66,7 +67,7 @@ class Said:
         if choice.prompt_token_ids:
             self.prompt_ids = choice.prompt_token_ids
         if choice.delta and choice.delta.role:
-            self.role = True
+            self.roles.add(choice.index)
         if choice.finish_reason:
             self.finished[choice.index] = choice.finish_reason
 

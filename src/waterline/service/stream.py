@@ -3,7 +3,7 @@
 import asyncio
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from waterline.service.asgi import Reply
@@ -11,7 +11,7 @@ from waterline.service.connections import Response
 from waterline.service.events import DONE, BadEventError, Event, Events, read_events
 from waterline.service.said import Said
 from waterline.service.silence import Watch
-from waterline.service.upstream import Progress, UnansweredError, engine_words, passed_back
+from waterline.service.upstream import Progress, UnansweredError, engine_words, passed_back, refusal
 from waterline.service.weave import Weave
 
 # It never stands inside a text, where each quote has a backslash before it.
@@ -29,6 +29,7 @@ class Stream:
         reply: to the client.
         weave: makes it a part of a stream that has begun; None where it is the beginning.
         hides_ids: of tokens, which the client has not asked for.
+        faults: codes by words in the engine's refusals, as `Engine` has them.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Stream:
         *,
         weave: Weave | None,
         hides_ids: bool,
+        faults: Mapping[str, str] | None = None,
     ) -> None:
         self._response = response
         self._said = said
@@ -47,6 +49,7 @@ class Stream:
         self._reply = reply
         self._weave = weave
         self._hides_ids = hides_ids
+        self._faults = faults or {}
         self._events = Events(lambda data: engine_words(data)[0])
         self._time = asyncio.get_running_loop().time
         self._first_s = math.nan
@@ -54,10 +57,12 @@ class Stream:
         progress.ask_anew()
 
     async def relay(self, watch: Watch, on_first: Callable[[], None]) -> None:
-        """Pass the answer on as it comes. Raises BadEventError or UnansweredError where it cannot go on."""
+        """Pass the answer on as it comes. Raises BadEventError or RejectedError where it cannot go on."""
         events = self._events
         at_once = None if self._weave else partial(self._at_once, watch)
         while not events.done:
+            if events.refusal:
+                raise refusal(events.refusal, self._faults)
             if events.problem:
                 raise BadEventError(events.problem)
             try:

@@ -218,22 +218,48 @@ async def _check(response: Response, engine: Engine, wanted: str) -> None:
 
 
 async def _raise_refusal(response: Response, faults: Mapping[str, str]) -> None:
-    """Say what the engine said. 4xx is the client's own doing; everything else is a reason to try another engine."""
-    message, code, param = engine_words(await _read_most(response, LONGEST_ERROR_BYTES))
-    status = response.status
+    data = await _read_most(response, LONGEST_ERROR_BYTES)
     again = {name: response.headers[name] for name in ("retry-after",) if name in response.headers}
+    raise refusal(data, faults, status=response.status, headers=again)
+
+
+def refusal(
+    data: bytes, faults: Mapping[str, str], *, status: int | None = None, headers: Mapping[str, str] | None = None
+) -> RejectedError:
+    """Return what the engine said, and whose doing it is: a 4xx is the client's own, all else a reason to ask another.
+
+    Args:
+        data: the error as the engine words it.
+        faults: codes by words in it, as `Engine` has them.
+        status: of the answer; None where the error came as the first event of a stream and tells it itself.
+        headers: of the answer that say when to ask again.
+    """
+    message, code, param = engine_words(data)
+    status = status or _status_told(data)
+    if status is None:
+        return UnansweredError(f"The engine gave up: {message[:200]}")
     fault = next((code for words, code in faults.items() if words in message.lower()), None)
     if (fault and status == 500) or status == UNABLE:
         status = 400
     if 400 <= status < 500 and status not in {*OUR_MISTAKES, *BUSY}:
-        raise RejectedError(message, status=status, param=param, code=fault or code or "engine_refused", headers=again)
-    raise UnansweredError(
+        code = fault or code or "engine_refused"
+        return RejectedError(message, status=status, param=param, code=code, headers=headers)
+    return UnansweredError(
         f"The engine answered {status}: {message}",
         status=status if status in BUSY else 502,
-        headers=again,
+        headers=headers,
         busy=status in BUSY,
         certain=False,
     )
+
+
+def _status_told(data: bytes) -> int | None:
+    """Return the status that an error names as its code: vLLM, SGLang and llama.cpp do so."""
+    try:
+        code = orjson.loads(data)["error"]["code"]
+    except (orjson.JSONDecodeError, LookupError, TypeError):
+        return None
+    return code if isinstance(code, int) and 400 <= code < 600 else None
 
 
 async def _read_most(response: Response, longest_bytes: int) -> bytes:

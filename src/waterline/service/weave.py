@@ -36,7 +36,8 @@ class Weave:
     ) -> None:
         self._said = said
         self._stamp = said.stamp
-        self._role = said.role
+        self._roles = frozenset(said.roles)
+        self._finished = frozenset(said.finished)
         self._earlier_tokens = earlier_tokens
         self._as_chat = as_chat
         self._thinking = thinking
@@ -89,11 +90,13 @@ class Weave:
         if self._as_chat:
             text, last = choice.pop("text", None) or "", bool(choice.get("finish_reason"))
             choice["delta"] = self._parted(text, last=last)
-        delta = choice.get("delta")
-        if isinstance(delta, dict) and self._role and delta.pop("role", None):
+        delta, index = choice.get("delta"), choice.get("index", 0)
+        if isinstance(delta, dict) and index in self._roles and delta.pop("role", None):
             for name in [name for name, value in delta.items() if not value]:
                 del delta[name]
         if self._left_out and not self._shortened(choice):
+            return False
+        if index in self._finished:  # one of several answers; what it says is what was said
             return False
         return bool(delta or choice.get("text") or choice.get("finish_reason") or choice.get("token_ids"))
 
