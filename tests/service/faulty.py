@@ -222,7 +222,8 @@ async def _forever(line: Line) -> None:
 
 def _reset(line: Line) -> None:
     """Cut the connection with a reset, so that what is on its way may be lost."""
-    line.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with suppress(OSError):  # the other side has left already
+        line.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     line.writer.transport.abort()
     raise ConnectionError
 

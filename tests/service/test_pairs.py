@@ -193,7 +193,7 @@ def test_a_cache_that_has_gone_with_its_reader_is_not_the_fault_of_the_one_that_
             text, _ = await stream(service)
             assert text == "".join(single(apps["r1"]).words)
             assert [len(app.asked) for app in apps.values()] == [1, 1, 2]
-            health = service.gateway._passages.health
+            health = service.gateway._asker.health
             assert {one.id: health.of(one).failures for one in plan.replicas}["w0"] == 0.0
 
     asyncio.run(case())

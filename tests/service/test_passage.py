@@ -16,9 +16,10 @@ from faulty import BEFORE, HARMLESS, QUESTION, WITHIN, Engine, listening, said_b
 from msgspec.structs import replace
 from serving import Served, engine_that, fake_plan, laptop_plan, served, until
 
+from waterline.service.asking import Passage
 from waterline.service.body import CHAT, COMPLETIONS
 from waterline.service.engines.openai import Attached
-from waterline.service.passage import ATTEMPTS, Passage
+from waterline.service.passage import ATTEMPTS
 from waterline.service.silence import Watch
 
 TOKENS = 50
@@ -360,7 +361,7 @@ def test_when_llama_cpp_is_killed_another_goes_on_with_the_very_answer() -> None
     async def case() -> list[bool]:
         async with served(plan) as service:
             expected = [await ask(service, fields, path=path) for fields, path in cases]
-            passages, pid = service.gateway._passages, service.supervisor.states["abacus/0"].pid or 0
+            passages, pid = service.gateway._asker, service.supervisor.states["abacus/0"].pid or 0
             hear, kills = passages._heard, [pid]
 
             def kill_who_has_begun(passage: Passage, watch: Watch) -> None:

@@ -37,6 +37,7 @@ TAKES_OVER: Final = 19
 BELOW_GUARANTEE: Final = 20
 BELOW_DESERVED: Final = 21
 BORROWS: Final = 22
+HEDGES: Final = 25
 PREFIX_CACHED: Final = 30
 SHORTEST_WAIT: Final = 31
 NO_REPLICA: Final = 32
@@ -71,6 +72,7 @@ RULES: Final[dict[int, tuple[str, str]]] = {
     GAVE_UP: ("gave up", "Its client did not wait any longer."),
     COMES_BACK: ("comes back", "Its replica failed: it goes on from where it was, before its client's other requests."),
     TAKES_OVER: ("takes over", "Its prompt was read on another replica; this one writes the answer."),
+    HEDGES: ("hedges", "Its first token is late: it is sent to this replica too, where a slot was to spare."),
     BELOW_GUARANTEE: ("below guarantee", "Its tenant has used less GPU time than it is guaranteed."),
     BELOW_DESERVED: ("below deserved", "Its tenant has used less GPU time than it deserves."),
     BORROWS: ("borrows", "Its tenant has used what it deserves; nobody below that waits."),

@@ -421,11 +421,18 @@ def hedge(
     """Give a request that runs a second replica, on nobody's account; return that and what is cached there, or NOBODY.
 
     Arguments as at `arrive`. Whoever asks has seen to it that nobody waits, and that its own replica does not serve.
+    Most of those who are asked second are left before they have read the prompt: see `hedge_won`.
     """
     replica, kept_tokens, _ = _route(desk, model, prompt_tokens, tokens, blocks, draw)
     if replica != NOBODY:
-        _give(desk, model, replica, prompt_tokens, prompt_tokens - kept_tokens, output_tokens, blocks)
+        _give(desk, model, replica, prompt_tokens, prompt_tokens - kept_tokens, output_tokens, blocks[:0])
     return replica, kept_tokens
+
+
+def hedge_won(desk: Desk, replica: int, blocks: NDArray[np.int64]) -> None:
+    """Note that the second replica of a request has it alone now, and keeps its prompt."""
+    if len(blocks) > 0:
+        routing.remember(desk.prefixes, desk.replicas.born, blocks, replica)
 
 
 @swift

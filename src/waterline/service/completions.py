@@ -17,6 +17,7 @@ from waterline.plan import Replica
 from waterline.policy.decisions import NOT_SERVED, RULES, TOO_LATE
 from waterline.service.access import Access, Caller
 from waterline.service.asgi import ClientGoneError, Headers, Receive, Reply, Scope, read_body, unless_disconnected
+from waterline.service.asking import Passage
 from waterline.service.body import BYTES_PER_TOKEN, CHAT, Asked, loaded, read_asked
 from waterline.service.books import OVER_QUOTA, UNLIMITED, Books, Entry
 from waterline.service.dispatcher import NO_BLOCKS, Dispatcher, block_keys
@@ -24,7 +25,7 @@ from waterline.service.errors import RejectedError, retry_after, shortened
 from waterline.service.limits import was_slow
 from waterline.service.lines import Refusal, Service, Ticket
 from waterline.service.metrics import Metrics
-from waterline.service.passage import Passage, Passages
+from waterline.service.passage import Passages
 from waterline.service.response_relay import Own, read_own
 from waterline.service.response_stream import ResponseStream
 from waterline.service.responses import RESPONSES, Answer, as_chat
@@ -127,25 +128,29 @@ class Turn:
         self._come = asyncio.get_running_loop().create_future()
         self._dispatcher.move(self.ticket, avoid, self._now_s())
 
-    def first_token(self) -> None:
-        self._dispatcher.first_token(self.ticket)
+    def first_token(self, replica_id: str) -> None:
+        self._dispatcher.first_token(self.ticket, replica_id)
 
-    def second(self, give_up: Callable[[], None]) -> Replica | None:
-        replica = self._dispatcher.hedge(self.ticket, give_up, self._now_s())
+    def second(self, on_lost: Callable[[], None]) -> Replica | None:
+        def lost(gpu_s: float) -> None:
+            self._hedged("lost", gpu_s)
+            on_lost()
+
+        replica = self._dispatcher.hedge(self.ticket, lost, self._now_s())
         if not replica:
-            self._on_hedge(self.ticket.service.planned.model, "none free", 0.0)
+            self._hedged("none free", 0.0)
         return replica
 
     def take_second(self) -> None:
-        lost_gpu_s = self._dispatcher.take_second(self.ticket, self._now_s())
+        self._hedged("won", self._dispatcher.take_second(self.ticket, self._now_s()))
         assert self.ticket.lane  # noqa: S101 - it runs there now
         self.replicas.append(self.ticket.lane.replica.id)
-        self._on_hedge(self.ticket.service.planned.model, "won", lost_gpu_s)
 
     def drop_second(self) -> None:
-        self._on_hedge(
-            self.ticket.service.planned.model, "lost", self._dispatcher.drop_second(self.ticket, self._now_s())
-        )
+        self._hedged("lost", self._dispatcher.drop_second(self.ticket, self._now_s()))
+
+    def _hedged(self, outcome: str, lost_gpu_s: float) -> None:
+        self._on_hedge(self.ticket.service.planned.model, outcome, lost_gpu_s)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -291,7 +296,7 @@ class Completions:
         if request.endpoint != RESPONSES:
             return read_asked(request.endpoint, request.body)
         model = str(_field(request.body, "model"))
-        if self._passages.make_responses(self._dispatcher.replicas_of(model)):
+        if self._passages.asker.make_responses(self._dispatcher.replicas_of(model)):
             reply.edit = Own()
             return read_own(request.body)
         body, asked = as_chat(request.body)

@@ -14,6 +14,7 @@ from waterline.policy import dispatch, why
 from waterline.policy.decisions import (
     COMES_BACK,
     GAVE_UP,
+    HEDGES,
     NONE,
     NOT_SERVED,
     REASONS,
@@ -89,7 +90,7 @@ class DecisionLog:
         if rule == WAITS_FOR_SLOT and ticket.has_begun:
             rule = COMES_BACK
         at_ns, came_ns = (nanoseconds(self._begun_s + time_s) for time_s in (now_s, ticket.arrival_s))
-        waited_ms = NONE if rule in {COMES_BACK, TAKES_OVER} else (at_ns - came_ns) // NANOSECONDS_PER_MS
+        waited_ms = NONE if rule in {COMES_BACK, HEDGES, TAKES_OVER} else (at_ns - came_ns) // NANOSECONDS_PER_MS
         back_ns = at_ns + nanoseconds(back_in_s) if 0.0 < back_in_s < math.inf else NONE
         tokens = ticket.prompt_tokens + ticket.output_tokens
         entry = (at_ns, rule, ticket.clients.tenant, ticket.client, NONE, row, tokens, waited_ms, back_ns)

@@ -1,9 +1,9 @@
 """The live desk: requests in their lines, and the calls that ask `policy.dispatch` about them.
 
-Every decision (taken in or not, whose turn, on which replica) is the policy's; here are the requests themselves and the
-time each of them had; `rows` has the numbers the policy goes by. No socket and no clock: what happens is told by calls,
-time comes in as an argument, and the answers are values or calls of a request's `turn`. So a rehearsal, fed the same
-events, decides alike.
+Every decision (taken in or not, whose turn, on which replica) is the policy's; here are the requests themselves.
+`places` has what each of them has on replicas, `rows` the numbers the policy goes by. No socket and no clock: what
+happens is told by calls, time comes in as an argument, and the answers are values or calls of a request's `turn`. So a
+rehearsal, fed the same events, decides alike.
 
 Requests wait here, those of one client to one model in the order they came; a replica gets one only when it has a slot.
 """
@@ -11,21 +11,20 @@ Requests wait here, those of one client to one model in the order they came; a r
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from waterline.plan import Plan, Replica
 from waterline.policy import dispatch
-from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, TAKES_OVER, WAITS_FOR_SLOT
+from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
 from waterline.policy.routing import MOST_DRAWN, NOBODY
 from waterline.service.decision_log import DecisionLog
 from waterline.service.lines import (
     Coming,
     Lane,
     Refusal,
-    Second,
     Service,
     Ticket,
     Turn,
@@ -33,7 +32,9 @@ from waterline.service.lines import (
     reads_per_s,
     works_per_s,
 )
+from waterline.service.places import Places
 from waterline.service.rows import Rows
+from waterline.service.second_places import SecondPlaces
 
 Draw = Callable[[], int]
 
@@ -59,6 +60,8 @@ class Dispatcher:
         self._lane_at: dict[int, Lane] = {}  # by row
         self._loads: dict[tuple[str, str], tuple[int, int]] = {}
         self.log = DecisionLog(self.rows, self._lane_at)
+        self._places = Places(self.rows, self._lane_at, self.log, self._draw)
+        self._seconds = SecondPlaces(self.rows, self._lane_at, self.log, self._draw, self._places)
         self.use_plan(plan)
         for replica in plan.replicas:
             self.add(replica)
@@ -123,18 +126,19 @@ class Dispatcher:
             turn=turn,
             id=id_,
         )
-        if service.hedged:
-            self._make_room(service)
+        if service.hedged and self.rows.desk.models.free_slots[service.row] <= 0:
+            self._seconds.lose_one(service, now_s)
         return self._take_in(ticket, self._arrive(ticket, within_s), now_s)
 
-    def first_token(self, ticket: Ticket) -> None:
-        """Its prompt has been read, or its cache fetched; told again, this changes nothing."""
-        self._fetched(ticket)
-        if ticket.unread and ticket.running and ticket.lane:
-            ticket.unread = False
-            dispatch.first_token(
-                self.rows.desk, ticket.service.row, ticket.lane.row, ticket.prompt_tokens, ticket.unread_tokens
-            )
+    def first_token(self, ticket: Ticket, replica_id: str = "") -> None:
+        """Its prompt has been read, or its cache fetched; told again, this changes nothing.
+
+        By the replica of that name, where it may be its second.
+        """
+        if ticket.second and ticket.second.lane.replica.id == replica_id:
+            self._seconds.read(ticket)
+        else:
+            self._places.first_token(ticket)
 
     def leave(self, ticket: Ticket, now_s: float, gpu_s: float | None = None) -> None:
         """A request has ended, in whatever way; its place goes to the next.
@@ -143,7 +147,8 @@ class Dispatcher:
         """
         if self.log.listeners and not ticket.running:
             self.log.write_end(ticket, now_s)
-        if not self._take_off(ticket, now_s, gpu_s):
+        self._seconds.drop(ticket, now_s)
+        if not self._places.give_up(ticket, now_s, gpu_s):
             self._unline(ticket)
             dispatch.gave_up(self.rows.desk, ticket.service.row, ticket.client, ticket.cost_gpu_s)
         ticket.clients.go(ticket.client)
@@ -157,88 +162,34 @@ class Dispatcher:
         """
         service = ticket.service
         ticket.avoids, ticket.until_s = avoid, math.inf
-        if self._take_off(ticket, now_s):
+        self._seconds.drop(ticket, now_s)
+        if self._places.give_up(ticket, now_s):
             dispatch.come_back(self.rows.desk, service.row, ticket.client, ticket.cost_gpu_s)
             service.lines.setdefault(ticket.client, deque()).appendleft(ticket)
             service.returned.append(ticket)
-        self._make_room(service)
         self._advance(service, now_s)
 
     # --- Requests that two replicas work on, until one of them speaks -----------------------------------------------
 
-    def hedge(self, ticket: Ticket, give_up: Callable[[], None], now_s: float) -> Replica | None:
+    def hedge(self, ticket: Ticket, on_lost: Callable[[float], None], now_s: float) -> Replica | None:
         """Give a request a second replica, where one has a slot that nobody waits for; None: there is none.
 
         Its time there is on nobody's account, unless it is that replica that answers. When somebody comes who would
-        have to wait for the slot, it is theirs, and `give_up` is called.
+        have to wait for the slot, it is theirs, and `on_lost` is told the GPU time that was for nothing.
         """
-        service = ticket.service
-        if service.lines or not (ticket.running and ticket.lane) or ticket.second:
-            return None
-        others = [lane for lane in service.lanes if lane.ready]
-        avoided = {ticket.lane.replica.id, *ticket.avoids}
-        out = [one.row for one in others if one.replica.id in avoided or one.replica.role != "both"]
-        self._set_serving(out, 0)
-        draw = self._draw()
-        if self.log.listeners:
-            self.log.explain(ticket, draw)
-        row, cached_tokens = dispatch.hedge(
-            self.rows.desk,
-            service.row,
-            ticket.prompt_tokens,
-            ticket.output_tokens,
-            ticket.tokens,
-            ticket.blocks,
-            draw,
-        )
-        self._set_serving(out, 1)
-        if row == NOBODY:
-            return None
-        if self.log.listeners:
-            self.log.write(ticket, SLOT_FREE, now_s, row=row)
-        lane = self._lane_at[row]
-        lane.settle(now_s)
-        lane.running += 1
-        unread_tokens = ticket.prompt_tokens - cached_tokens
-        ticket.second = Second(lane=lane, unread_tokens=unread_tokens, begun_share_s=lane.share_s, give_up=give_up)
-        service.hedged.append(ticket)
-        return lane.replica
+        return self._seconds.give(ticket, on_lost, now_s)
 
     def take_second(self, ticket: Ticket, now_s: float) -> float:
         """Let a request run on its second replica alone; return the GPU time it had on the first, which nobody pays."""
-        second, first = ticket.second, ticket.lane
-        assert second  # noqa: S101 - it runs on both
-        assert first  # noqa: S101
-        self.first_token(ticket)
-        lost_gpu_s = self._leave_lane(ticket, first, ticket.begun_share_s, now_s)
-        ticket.second = None
-        ticket.service.hedged.remove(ticket)
-        ticket.lane, ticket.begun_share_s = second.lane, second.begun_share_s
-        ticket.unread, ticket.unread_tokens = True, second.unread_tokens
+        lost_gpu_s = self._seconds.take(ticket, now_s)
         self._advance(ticket.service, now_s)
         return lost_gpu_s
 
     def drop_second(self, ticket: Ticket, now_s: float) -> float:
         """Let it run on its first replica alone; return the GPU time it had on the second. Without one, nothing."""
-        lost_gpu_s = self._leave_second(ticket, now_s)
+        lost_gpu_s = self._seconds.drop(ticket, now_s)
         self._advance(ticket.service, now_s)
         return lost_gpu_s
-
-    def _leave_second(self, ticket: Ticket, now_s: float) -> float:
-        if not (second := ticket.second):
-            return 0.0
-        ticket.second = None
-        ticket.service.hedged.remove(ticket)
-        row = second.lane.row
-        dispatch.first_token(self.rows.desk, ticket.service.row, row, ticket.prompt_tokens, second.unread_tokens)
-        return self._leave_lane(ticket, second.lane, second.begun_share_s, now_s)
-
-    def _make_room(self, service: Service) -> None:
-        """Where there is no slot left, take one from who has two replicas."""
-        if service.hedged and self.rows.desk.models.free_slots[service.row] <= 0:
-            second = service.hedged[-1].second
-            assert second  # noqa: S101 - or it would not be there
-            second.give_up()
 
     # --- Requests whose prompt is read on one replica, and the answer written on another ----------------------------
 
@@ -247,59 +198,14 @@ class Dispatcher:
 
         Where nobody takes over any more, those are asked that drain, or did not answer lately.
         """
-        service = ticket.service
-        avoided = self._avoided(service, ticket, writers=True)
-        self._set_serving(avoided, 0)
-        draw = self._draw()
-        if self.log.listeners:
-            self.log.explain_writer(ticket, draw)
-        row = dispatch.take_over(self.rows.desk, service.row, ticket.output_tokens, ticket.tokens, draw)
-        self._set_serving(avoided, 1)
-        lane = self._lane_at[row] if row != NOBODY else self._leaving_writer(ticket)
-        if not lane:
-            return None
-        if self.log.listeners:
-            self.log.write(ticket, TAKES_OVER, now_s, row=lane.row)
-        lane.settle(now_s)
-        lane.running += 1
-        ticket.writer = lane
-        if not ticket.running:
-            self._pass_on(ticket)
-        return lane
+        return self._places.hand_over(ticket, now_s)
 
     def has_read(self, ticket: Ticket, now_s: float) -> None:
         """The prompt has been read, and the next may be; its cache is kept until it is fetched, see `first_token`."""
-        reader = ticket.lane
-        assert reader  # noqa: S101 - it runs there
-        self.first_token(ticket)
-        ticket.read_gpu_s = self._leave_lane(ticket, reader, ticket.begun_share_s, now_s)
-        ticket.running, ticket.was_read, ticket.keeper = False, True, reader
-        reader.keeping += 1
-        if ticket.writer:
-            self._pass_on(ticket)
+        self._places.has_read(ticket, now_s)
         self._advance(ticket.service, now_s)
 
-    def _pass_on(self, ticket: Ticket) -> None:
-        """Let a request run where it is written."""
-        assert ticket.writer  # noqa: S101 - that has been chosen
-        ticket.lane, ticket.writer, ticket.running = ticket.writer, None, True
-        ticket.begun_share_s = ticket.lane.share_s
-
-    def _fetched(self, ticket: Ticket) -> None:
-        if ticket.keeper:
-            ticket.keeper.keeping -= 1
-            ticket.keeper = None
-
-    def _leaving_writer(self, ticket: Ticket) -> Lane | None:
-        """Return who would be done first of those that write, are there, and get no more."""
-        lanes = [lane for lane in ticket.service.lanes if lane.writes_only and lane.held and not lane.doubted]
-        able = [lane for lane in lanes if most_tokens(lane.replica) >= ticket.tokens]
-        lane = min(able, key=lambda one: one.backlog_tokens / one.replica.tokens_per_s, default=None)
-        if lane:
-            if self.log.listeners:
-                self.log.explain_last_resort(lane.row)
-            self.rows.desk.replicas.backlog_tokens[lane.row] += ticket.output_tokens
-        return lane
+    # --- The fleet as it is, and the time that passes ---------------------------------------------------------------
 
     def tick(self, now_s: float) -> None:
         """Let the accounts forget, and tell those whose turn does not come; once a second."""
@@ -494,6 +400,13 @@ class Dispatcher:
         return ticket
 
     def _advance(self, service: Service, now_s: float) -> None:
+        """Start whoever may start; where slots are lacking, those that are second places are theirs."""
+        self._start_all(service, now_s)
+        while service.hedged and self._seconds.are_needed(service):
+            self._seconds.lose_one(service, now_s)
+            self._start_all(service, now_s)
+
+    def _start_all(self, service: Service, now_s: float) -> None:
         """Start whoever may start: first those who have begun before."""
         for ticket in tuple(service.returned):
             self._start(service, ticket, now_s)
@@ -506,8 +419,8 @@ class Dispatcher:
         """Start a request where it has not failed before, if there is anybody else; tell whether there is a slot."""
         # Who could hold it may have gone since it came: then it goes as one that comes now.
         ticket.tokens = min(ticket.tokens, self.rows.desk.models.longest_tokens[service.row] or ticket.tokens)
-        avoided = self._avoided(service, ticket, writers=False)
-        self._set_serving(avoided, 0)
+        avoided = self._places.avoided(ticket, writers=False)
+        self.rows.set_serving(avoided, 0)
         draw = self._draw()
         if self.log.listeners:
             self.log.explain_turn(ticket, draw)
@@ -523,64 +436,17 @@ class Dispatcher:
             ticket.blocks,
             draw,
         )
-        self._set_serving(avoided, 1)
+        self.rows.set_serving(avoided, 1)
         if replica != NOBODY:
             self._unline(ticket)
             self._run(ticket, WAITS_FOR_SLOT, replica, cached_tokens, now_s)
         return replica != NOBODY
 
-    def _avoided(self, service: Service, ticket: Ticket, *, writers: bool) -> Sequence[int]:
-        """Return the rows where a request has failed before, if there is anybody else for it."""
-        if not ticket.avoids:
-            return ()
-        ready = [lane for lane in service.lanes if lane.ready and lane.writes_only == writers]
-        ready = [lane for lane in ready if self.rows.desk.replicas.longest_tokens[lane.row] >= ticket.tokens]
-        avoided = [lane.row for lane in ready if lane.replica.id in ticket.avoids]
-        return avoided if len(avoided) < len(ready) else ()
-
-    def _set_serving(self, rows: Sequence[int], serves: int) -> None:
-        for row in rows:
-            self.rows.desk.replicas.serves[row] = serves
-
     def _run(self, ticket: Ticket, rule: int, row: int, cached_tokens: int, now_s: float) -> None:
         if self.log.listeners:
             self.log.write(ticket, rule, now_s, row=row)
-        lane = self._lane_at[row]
-        lane.settle(now_s)
-        lane.running += 1
-        ticket.lane, ticket.running, ticket.unread = lane, True, True
-        ticket.unread_tokens = ticket.prompt_tokens - cached_tokens
-        ticket.begun_share_s, ticket.start_s = lane.share_s, now_s
+        self._places.take(ticket, row, cached_tokens, now_s)
         ticket.turn(True)  # noqa: FBT003 - a callback of one argument
-
-    def _take_off(self, ticket: Ticket, now_s: float, gpu_s: float | None = None) -> bool:
-        """Take a request off its replica, and charge what it had there instead of what was expected.
-
-        What it had where its prompt was read counts in. False when it waits for its turn, and has nothing to give up.
-        """
-        if not (ticket.running or ticket.was_read):
-            return False
-        self._leave_second(ticket, now_s)
-        had_gpu_s = ticket.read_gpu_s
-        if ticket.running and ticket.lane:
-            self.first_token(ticket)
-            had_gpu_s += self._leave_lane(ticket, ticket.lane, ticket.begun_share_s, now_s)
-        if ticket.writer:  # it has not begun there
-            self._leave_lane(ticket, ticket.writer, ticket.writer.share_s, now_s)
-            ticket.writer = None
-        self._fetched(ticket)
-        ticket.running, ticket.was_read, ticket.read_gpu_s = False, False, 0.0
-        had_gpu_s = had_gpu_s if gpu_s is None else gpu_s
-        ticket.gpu_s += had_gpu_s
-        dispatch.settle(self.rows.desk, ticket.service.row, ticket.client, had_gpu_s - ticket.cost_gpu_s)
-        return True
-
-    def _leave_lane(self, ticket: Ticket, lane: Lane, begun_share_s: float, now_s: float) -> float:
-        """Take a request off one replica; return the GPU time it had there since its share was at the beginning."""
-        dispatch.left(self.rows.desk, ticket.service.row, lane.row, ticket.output_tokens)
-        lane.settle(now_s)
-        lane.running -= 1
-        return (lane.share_s - begun_share_s) * lane.replica.layout.gpus
 
     def _unline(self, ticket: Ticket) -> None:
         """Take a request out of its line; those who have begun before stand first."""

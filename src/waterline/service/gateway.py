@@ -17,6 +17,7 @@ from waterline.outcome import Completion
 from waterline.plan import Plan, Replica
 from waterline.service.access import Access, is_local
 from waterline.service.asgi import JSON, ClientGoneError, Message, Receive, Reply, Scope, Send
+from waterline.service.asking import Asker
 from waterline.service.body import CHAT, COMPLETIONS, EMBEDDINGS
 from waterline.service.books import Books
 from waterline.service.completions import Completions
@@ -94,7 +95,7 @@ class Gateway:
         self.metrics = Metrics(self._slos, self.snapshot)
         self._clock = clock
         self._begun_s = clock()
-        self._passages = Passages(
+        self._asker = Asker(
             engines,
             states,
             connections,
@@ -107,7 +108,7 @@ class Gateway:
             dispatcher=self.dispatcher,
             access=self.access,
             books=Books(ledger),
-            passages=self._passages,
+            passages=Passages(self._asker, replicas_of=self.dispatcher.stand_ins, now_s=self.now_s),
             metrics=self.metrics,
             on_completion=on_completion,
             now_s=self.now_s,
@@ -182,7 +183,7 @@ class Gateway:
         back_in_s = self._back_in_s(replica_id, state)
         self.dispatcher.set_ready(replica_id, ready=state.status == "ready", now_s=self.now_s(), back_in_s=back_in_s)
         if state.status != "ready":
-            self._passages.cut(replica_id)
+            self._asker.cut(replica_id)
 
     def _back_in_s(self, replica_id: str, state: ReplicaState) -> float:
         """Return when a replica should be ready that is not: as measured, else as planned; inf where nobody knows."""
@@ -221,7 +222,7 @@ class Gateway:
 
     def dismiss(self, replica_id: str) -> None:
         """A replica is gone for good, and nobody is on it any more."""
-        self._passages.forget(replica_id)
+        self._asker.forget(replica_id)
         self.dispatcher.remove(replica_id)
 
     def under_way(self, replica_id: str) -> int:
@@ -252,7 +253,7 @@ class Gateway:
     def cut(self) -> None:
         """End every request that is under way, and refuse new ones: the service stops."""
         self.completions.cut()
-        self._passages.close()
+        self._asker.close()
 
     def _mounted_at(self, path: str) -> App | None:
         for prefix, app in self._mounted.items():

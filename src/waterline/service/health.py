@@ -50,6 +50,8 @@ class Vitals:
     ejected: bool = False
     pause_s: float = field(default=FIRST_PAUSE_S)
     on_trial: bool = False  # back after an ejection, and nothing served since
+    mute_s: float = 0.0  # time in which requests waited here in vain that others answered, since it last spoke …
+    mute_until_s: float = -math.inf  # … up to when that has been counted
 
     @property
     def reading_s(self) -> float:
@@ -114,7 +116,7 @@ class Health:
     def served(self, replica: Replica) -> None:
         vitals = self._faded(replica)
         vitals.requests += 1.0
-        vitals.in_a_row = 0
+        vitals.in_a_row, vitals.mute_s = 0, 0.0
         if vitals.on_trial:
             vitals.on_trial, vitals.pause_s = False, FIRST_PAUSE_S
 
@@ -127,6 +129,20 @@ class Health:
         often = vitals.requests >= OF_AT_LEAST and vitals.failures >= OFTEN * vitals.requests
         if (often or vitals.on_trial or vitals.in_a_row >= IN_A_ROW) and not vitals.ejected:
             self._eject(vitals)
+
+    def was_beaten(self, replica: Replica, since_s: float, now_s: float) -> None:
+        """Count that it said nothing to a request since then, until another answered; times as of `Vitals.heard_s`.
+
+        That is no failure; but where it says nothing to anybody, it falls silent, though nobody waits for so long.
+        """
+        vitals = self.of(replica)
+        if vitals.heard_s > vitals.mute_until_s:
+            vitals.mute_s = 0.0
+        vitals.mute_s += max(0.0, now_s - max(since_s, vitals.heard_s, vitals.mute_until_s))
+        vitals.mute_until_s = now_s
+        if vitals.mute_s > vitals.first_within_s:
+            vitals.mute_s = 0.0
+            self.failed(replica, silent=True)
 
     def forget(self, replica_id: str) -> None:
         """A replica has gone or begun anew: what it was like before counts for nothing."""

@@ -19,17 +19,27 @@ Asking = Coroutine[Any, Any, None]
 
 
 class Place(Protocol):
-    """Where the request is, see `passage.Placement`."""
+    """Where the request is, see `asking.Placement`."""
 
-    def second(self, give_up: Callable[[], None]) -> Replica | None: ...
+    def second(self, on_lost: Callable[[], None]) -> Replica | None: ...
     def take_second(self) -> None: ...
     def drop_second(self) -> None: ...
 
 
-class Failed(Protocol):
-    """Told that one of the two has failed where the other goes on."""
+class Listener(Protocol):
+    """Told what becomes of the two."""
 
-    def __call__(self, error: UnansweredError, *, second: bool) -> None: ...
+    def goes_second(self) -> None:
+        """It is the second that goes on with the request; told again when that speaks."""
+        ...
+
+    def failed(self, error: UnansweredError, *, second: bool) -> None:
+        """One of them has failed, which ends nothing: the other goes on."""
+        ...
+
+    def was_beaten(self, *, second: bool) -> None:
+        """One of them has said nothing when the other spoke."""
+        ...
 
 
 class Race:
@@ -37,14 +47,12 @@ class Race:
 
     Args:
         place: of the request.
-        on_second: told that it is the second engine that goes on with the request, and again when that speaks.
-        on_failure: told of a failure that ends nothing.
+        listener: told what becomes of the two.
     """
 
-    def __init__(self, place: Place, on_second: Callable[[], None], on_failure: Failed) -> None:
+    def __init__(self, place: Place, listener: Listener) -> None:
         self._place = place
-        self._on_second = on_second
-        self._on_failure = on_failure
+        self._listener = listener
         self._first: Task[None] | None = None  # while it may be the one that answers …
         self._second: Task[None] | None = None  # … likewise
         self._spoke = False
@@ -56,11 +64,11 @@ class Race:
         self._first = tasks[0]
         try:
             await asyncio.wait(tasks, timeout=after_s)
-            if not (tasks[0].done() or self._spoke) and (replica := self._place.second(self._drop_second)):
+            if not (tasks[0].done() or self._spoke) and (replica := self._place.second(self._lose_second)):
                 tasks.append(loop.create_task(ask_second(replica)))
                 self._second = tasks[1]
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                self._settle(*tasks)
+                self._settle()
             await (self._first or tasks[1])
         finally:
             if self._first:
@@ -72,23 +80,31 @@ class Race:
         if self._spoke:
             return
         self._spoke = True
-        if asyncio.current_task() is self._second:
+        is_second = asyncio.current_task() is self._second
+        if self._second and not self._has_failed(self._first if is_second else self._second, second=not is_second):
+            self._listener.was_beaten(second=not is_second)
+        if is_second:
             self._go_second()
         else:
             self._drop_second()
 
-    def _settle(self, first: Task[None], second: Task[None]) -> None:
+    def _settle(self) -> None:
         """See who goes on, now that one of the two has ended: it has lost, or failed, or answered already."""
-        if self._spoke:
+        if self._spoke or not self._second:
             return
-        if second.done() or not self._second:
-            error = None if second.cancelled() or not second.done() else second.exception()
-            if isinstance(error, UnansweredError):
-                self._on_failure(error, second=True)
+        if self._second.done():
+            self._has_failed(self._second, second=True)
             self._drop_second()
-        elif isinstance(error := first.exception(), UnansweredError):  # else it is refused, and would be there
-            self._on_failure(error, second=False)
+        elif self._has_failed(self._first, second=False):  # else it is refused, and would be there
             self._go_second()
+
+    def _has_failed(self, task: Task[None] | None, *, second: bool) -> bool:
+        """Tell of a failure that ends nothing, if it was one."""
+        error = task.exception() if task and task.done() and not task.cancelled() else None
+        if isinstance(error, UnansweredError):
+            self._listener.failed(error, second=second)
+            return True
+        return False
 
     def _go_second(self) -> None:
         """Go on with the second alone."""
@@ -96,14 +112,19 @@ class Race:
             self._first.cancel()
             self._first = None
             self._place.take_second()
-        self._on_second()
+        self._listener.goes_second()
 
     def _drop_second(self) -> None:
         """Go on with the first alone, and give the place of the second back, if there is one."""
         if self._second:
+            self._lose_second()
+            self._place.drop_second()
+
+    def _lose_second(self) -> None:
+        """Go on with the first alone: the place of the second is somebody else's now."""
+        if self._second:
             self._second.cancel()
             self._second = None
-            self._place.drop_second()
 
 
 async def _end(tasks: Sequence[Task[None]]) -> None:

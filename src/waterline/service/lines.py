@@ -142,14 +142,15 @@ class Service:
             self.usd_per_gpu_s = sum(replica.usd_per_hour for replica in replicas) / gpus / HOUR_S
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Second:
     """The second replica of a request, until one of the two has spoken."""
 
     lane: Lane
     unread_tokens: int
     begun_share_s: float
-    give_up: Callable[[], None]  # called when somebody needs its place
+    on_lost: Callable[[float], None]  # told when somebody else gets the place, and the GPU time that was for nothing
+    unread: bool = True
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -73,6 +73,11 @@ class Rows:
             self.replicas = list(range(known, 2 * known))[::-1]
         return self.replicas.pop()
 
+    def set_serving(self, rows: Iterable[int], serves: int) -> None:
+        """Leave replicas out of one decision, and put them back."""
+        for row in rows:
+            self.desk.replicas.serves[row] = serves
+
     def use_tenants(self, tenants: Iterable[Tenant]) -> None:
         """Go by the shares of these tenants from now on; those who are gone keep their rows."""
         for tenant in tenants:
