@@ -153,3 +153,40 @@ def test_whatever_happens_half_of_the_replicas_stay(events: list[tuple[int, str]
             assert len(world.doubted) <= 2
 
     run(case)
+
+
+def test_a_replica_that_says_nothing_is_silent_also_where_others_are_quicker_to_answer() -> None:
+    async def case(world: World) -> None:
+        mute, within_s = world.replicas[0], world.health.of(world.replicas[0]).first_within_s
+        for number in range(6):
+            since_s = number * within_s
+            world.health.was_beaten(mute, since_s, since_s + 0.4 * within_s)
+            assert world.doubted == (set() if number < 5 else {mute.id}), "waited for 2.4 times as long, in all"
+
+    run(case)
+
+
+def test_two_who_wait_at_a_time_wait_no_longer_than_one() -> None:
+    async def case(world: World) -> None:
+        mute, within_s = world.replicas[0], world.health.of(world.replicas[0]).first_within_s
+        for _ in range(9):
+            world.health.was_beaten(mute, 0.0, 0.9 * within_s)
+        assert world.health.of(mute).failures == 0.0
+
+    run(case)
+
+
+@pytest.mark.parametrize("speaks", ["a stream", "a whole answer"])
+def test_a_replica_that_is_beaten_time_and_again_and_answers_others_is_not_silent(speaks: str) -> None:
+    async def case(world: World) -> None:
+        slow, within_s = world.replicas[0], world.health.of(world.replicas[0]).first_within_s
+        for number in range(20):
+            since_s = number * within_s
+            world.health.was_beaten(slow, since_s, since_s + 0.9 * within_s)
+            if speaks == "a stream":
+                world.health.of(slow).heard_s = since_s + 0.95 * within_s
+            else:
+                world.health.served(slow)
+        assert world.health.of(slow).failures == 0.0
+
+    run(case)
