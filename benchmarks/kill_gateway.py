@@ -2,10 +2,11 @@
 
     python benchmarks/kill_gateway.py                      # 50 kills, about three seconds each
     python benchmarks/kill_gateway.py --kills 5 --seed 3 --url postgresql://…
+    python benchmarks/kill_gateway.py --hedged             # two replicas, and every request is sent to both
 
-The service plays one replica with a fake engine. Clients ask for streams and for whole answers, without a key, with a
-key that has tokens for few, and with one that has plenty; each remembers the id of its request, how many tokens came,
-and whether the answer ended. Then SIGKILL, a new start on the same ledger, and:
+The service plays one replica with a fake engine, or two. Clients ask for streams and for whole answers, without a key,
+with a key that has tokens for few, and with one that has plenty; each remembers the id of its request, how many tokens
+came, and whether the answer ended. Then SIGKILL, a new start on the same ledger, and:
 
 - every answer of which a byte came has its row;
 - an answer that came to its end is charged what its usage says: it is settled before its last byte goes out;
@@ -45,21 +46,25 @@ name = "kill-gateway"
 name = "cards"
 gpu = "rtx-4090"
 nodes = 1
-gpus_per_node = 1
+gpus_per_node = {gpus}
 [[models]]
 name = "small"
 weights = "qwen3-8b"
-slo = { ttft_s = 60.0, tpot_s = 1.0 }
+slo = {{ ttft_s = 60.0, tpot_s = 1.0 }}
+{hedge}
 [[tenants]]
 name = "public"
 deserved = 1.0
 anonymous = true
 [[demand]]
 model = "small"
-requests_per_s = 0.1
+requests_per_s = {requests_per_s}
 prompt_tokens = 100
 output_tokens = 100
 """
+
+ALONE = {"gpus": 1, "requests_per_s": 0.1, "hedge": ""}
+HEDGED = {"gpus": 2, "requests_per_s": 60, "hedge": "hedge_after_s = 0.001"}  # before the first token of any
 
 
 @dataclass(slots=True, kw_only=True)
@@ -171,12 +176,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--hedged", action="store_true", help="two replicas, and every request is sent to both")
     parser.add_argument("--url", default="", help="an empty PostgreSQL; without it SQLite in a temporary folder")
     arguments = parser.parse_args()
     seen: list[Seen] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "fleet.toml").write_text(FLEET)
+        (folder / "fleet.toml").write_text(FLEET.format(**(HEDGED if arguments.hedged else ALONE)))
         url = arguments.url or str(folder / "ledger.db")
         limits, secrets = {}, [""]
         with Ledger.open(url) as ledger:
@@ -203,6 +209,8 @@ def main() -> None:
         f"{len(broken)} broke off: {sum(one.tokens for one in broken):,} tokens had come, {gift:,} are not charged.\n"
         f"Rows: {', '.join(f'{count:,} {outcome}' for outcome, count in outcomes)}."
     )
+    if arguments.hedged:
+        print(f"{sum(',' in row.replicas for row in rows):,} were answered by the second replica that was asked.")
 
 
 if __name__ == "__main__":

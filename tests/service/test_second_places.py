@@ -131,6 +131,17 @@ def test_the_time_on_the_replica_that_answers_is_paid_and_on_the_other_it_is_nob
     assert [float(one) for one in list(accounts.used_gpu_s)[:3]] == pytest.approx([paid_gpu_s, 0.0, 0.0])
 
 
+@pytest.mark.parametrize(("drains", "lost_gpu_s", "unread"), [("chat/0", [], [100, 100]), ("chat/1", [2.0], [100, 0])])
+def test_a_replica_that_drains_does_not_wait_for_what_another_does_as_well(
+    drains: str, lost_gpu_s: list[float], unread: list[int]
+) -> None:
+    desk = Desk()
+    late = desk.enter("late")
+    desk.hedge(late)
+    desk.does.hold(drains, 2.0, drains=True)
+    assert (desk.lost_gpu_s, desk.unread()) == (lost_gpu_s, unread)
+
+
 @pytest.mark.parametrize("ends", ["leave", "move"])
 def test_who_ends_or_moves_on_leaves_both(ends: str) -> None:
     desk = Desk()

@@ -298,6 +298,7 @@ class Dispatcher:
         lane.up, lane.held, lane.drains = False, True, drains
         self._serve(lane, now_s)
         if drains:
+            self._seconds.lose_on(lane, self.services[lane.replica.model], now_s)
             self._tell_if_hopeless(self.services[lane.replica.model])
 
     def expect(self, coming: Iterable[Coming]) -> None:

@@ -117,7 +117,14 @@ class SecondPlaces:
 
     def lose_one(self, service: Service, now_s: float) -> None:
         """Take the second place from the request that got one last."""
-        ticket = service.hedged[-1]
+        self._lose(service.hedged[-1], now_s)
+
+    def lose_on(self, lane: Lane, service: Service, now_s: float) -> None:
+        """Take those away that are on a replica which drains: nobody waits for what another does as well."""
+        for ticket in [one for one in service.hedged if one.second and one.second.lane is lane]:
+            self._lose(ticket, now_s)
+
+    def _lose(self, ticket: Ticket, now_s: float) -> None:
         assert ticket.second  # noqa: S101 - or it would not be there
         on_lost = ticket.second.on_lost
         on_lost(self.drop(ticket, now_s))
