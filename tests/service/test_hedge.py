@@ -18,7 +18,10 @@ from waterline.errors import FleetFileError
 from waterline.fleet import load_fleet
 from waterline.ledger import Ledger, Quotas, Usage, connect, create_key, read_usage
 from waterline.plan import Plan
+from waterline.service.access import Caller
+from waterline.service.asgi import Reply
 from waterline.service.body import CHAT
+from waterline.service.completions import Request
 from waterline.service.engines.fake import Answer
 
 LATE_S = 0.05
@@ -175,6 +178,24 @@ def test_nobody_is_asked_twice_unless_the_owner_wants_it_and_the_first_is_late(
         assert there.hedges() == {}
 
     run(case, tmp_path, after_s)
+
+
+def test_a_request_of_a_batch_is_sent_to_nobody_twice(tmp_path: Path) -> None:
+    async def send(_message: object) -> None:
+        raise AssertionError("its engine has said nothing")
+
+    async def case(there: Scene) -> None:
+        caller = Caller(tenant="enterprise", client="acme", line="acme: batches")
+        headers = [(b"user-agent", STALLS[False].encode())]
+        request = Request(endpoint=CHAT, body=orjson.dumps(FIELDS), caller=caller, headers=headers, spare=True)
+        asking = asyncio.create_task(there.service.gateway.completions.submit(request, Reply(send)))
+        await until(lambda: len(there.asked) == 1)
+        await asyncio.sleep(3 * LATE_S)
+        assert (len(there.asked), there.hedges()) == (1, {})
+        asking.cancel()
+        await there.quiet()
+
+    run(case, tmp_path)
 
 
 def test_when_the_first_speaks_first_the_second_is_left_at_once(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import openai
 import orjson
 import pytest
 from aiohttp import web
+from msgspec.structs import replace
 from serving import Answer, Served, engine_that, fake_plan, served, until
 
 from waterline.service.errors import RejectedError
@@ -66,10 +67,14 @@ async def no_chats(_request: web.Request) -> web.StreamResponse:
 
 
 @asynccontextmanager
-async def serving(*engines: Answer, chats: Answer = no_chats, owner: str = "nobody") -> AsyncIterator[Served]:
+async def serving(
+    *engines: Answer, chats: Answer = no_chats, owner: str = "nobody", hedge_after_s: float | None = None
+) -> AsyncIterator[Served]:
     async with AsyncExitStack() as stack:
         urls = [await stack.enter_async_context(engine_that(chats, responses=one, owner=owner)) for one in engines]
         plan = fake_plan({"chat": len(urls)}, engine="openai", urls=(urls[0],))
+        models = tuple(replace(model, hedge_after_s=hedge_after_s) for model in plan.fleet.models)
+        plan = replace(plan, fleet=replace(plan.fleet, models=models))
         service = await stack.enter_async_context(served(plan, start=False))
         for number, url in enumerate(urls):
             attached = service.supervisor.engines[f"chat/{number}"]
@@ -122,6 +127,37 @@ def test_an_engine_that_fails_before_it_said_anything_is_nobodys_news(before: tu
                 assert [one.type async for one in stream].count("response.created") == 1
             await until(lambda: not service.gateway.under_way("chat/0"))
             assert {one.status for one in service.completions} == {"ok"}
+
+    asyncio.run(case())
+
+
+def test_one_that_says_only_that_it_has_begun_is_late_and_a_second_makes_the_response() -> None:
+    asked: list[bytes] = []
+    probes: list[bytes] = []
+    says_all, done = engine(BEGUN, *SAID, DONE, asked=[]), asyncio.Event()
+
+    async def first_late(request: web.Request) -> web.StreamResponse:
+        asked.append(await request.read())
+        if asked[-1] == b"{}" or len(asked) > len(probes) + 1:
+            return await says_all(request)
+        reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await reply.prepare(request)
+        await reply.write(BEGUN.replace(b"resp_engine", b"resp_of_the_first"))
+        await done.wait()
+        return reply
+
+    async def case() -> None:
+        async with serving(first_late, first_late, hedge_after_s=0.05) as service:
+            probes[:] = asked
+            body = {"model": "chat", "input": "hi", "stream": True}
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(f"{service.url}/v1/responses", json=body) as reply,
+            ):
+                assert await reply.read() == b"".join((BEGUN, *SAID, DONE))
+            done.set()
+            await until(lambda: len(service.completions) == 1)
+            assert (service.completions[0].status, len(asked) - len(probes)) == ("ok", 2)
 
     asyncio.run(case())
 
