@@ -70,7 +70,7 @@ def test_a_job_takes_a_node_where_one_is_large_enough(tmp_path: Path) -> None:
 
 
 def test_who_asks_without_a_key_is_the_only_tenant_where_none_is_written(tmp_path: Path) -> None:
-    assert load_fleet(write(tmp_path, TEN_LINES)).tenant("public").anonymous
+    assert load_fleet(write(tmp_path, TEN_LINES)).tenant("public").anonymous == "local"
     assert not any(tenant.anonymous for tenant in load_fleet(write(tmp_path, WHOLE)).tenants)
 
 
@@ -198,8 +198,12 @@ def test_one_tenant_at_most_asks_without_a_key(tmp_path: Path) -> None:
     both = WHOLE.replace('name = "public"', 'name = "public", anonymous = true').replace(
         'name = "lab"', 'name = "lab", anonymous = true'
     )
-    with pytest.raises(FleetFileError, match=r"those of public and of lab: each is anonymous = true"):
+    with pytest.raises(FleetFileError, match=r"those of public and of lab: each is anonymous"):
         load_fleet(write(tmp_path, both))
+    with pytest.raises(
+        FleetFileError, match=r"number 1 \('public'\): 'lokal' is none. Write one of: true, false, \"local\""
+    ):
+        load_fleet(write(tmp_path, both.replace("true", '"lokal"')))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ PRICED_ENGINES = ("trtllm",)  # that `waterline fit` and `waterline estimate` kn
 
 NO_PRICES: Mapping[str, float] = {}
 Objective = Literal["money", "energy", "goodput"]
+Anonymous = bool | Literal["local"]
 MOST = 10**7  # of anything that is counted here; a slip of the finger, not a fleet, is larger
 Count = Annotated[int, Meta(ge=1, le=MOST)]
 Positive = Annotated[float, Meta(gt=0, le=MOST)]
@@ -88,7 +89,7 @@ class Tenant(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     priority: Annotated[int, Meta(ge=-MOST, le=MOST)] = 0  # higher outbids lower, among those who borrow
     grace_s: Seconds = 30.0  # that its replicas and jobs get to drain or to save their work when they must stop
     min_runtime_s: Seconds = 300.0  # that they run, once loaded, before anybody may stop them
-    anonymous: bool = False  # requests without a key are this tenant's; at most one
+    anonymous: Anonymous = False  # requests without a key are its, of everybody or of this machine; of one at most
 
 
 class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -271,8 +272,9 @@ def _explain(message: str, data: dict[str, Any]) -> str:
         return f"{place}unknown key '{unknown[1]}'. {nearest(unknown[1], table.__struct_fields__)}"
     if missing := re.search(r"missing required field `(.+)`", problem):
         return f"{place}the key '{missing[1]}' is missing. Add it: {missing[1]} = …"
-    if other := re.fullmatch(r"Invalid enum value '(.*)'", problem):  # there is one such key
-        return f"{place}'{other[1]}' is none. Write one of: {', '.join(get_args(Objective))}."
+    if other := re.fullmatch(r"Invalid enum value '(.*)'", problem):
+        known = ", ".join(get_args(Objective)) if where.endswith("objective") else 'true, false, "local"'
+        return f"{place}'{other[1]}' is none. Write one of: {known}."
     problem = re.sub(
         r"`([^`]+)`", lambda types: " or ".join(IN_WORDS.get(t, t) for t in types[1].split(" | ")), problem
     )
@@ -308,7 +310,7 @@ def check_fleet(fleet: Fleet, path: Path, usd_per_gpu_hour: Mapping[str, float] 
         _check_unique(path, kind, [part.name for part in parts])
     pools = tuple(_complete_pool(pool, path, usd_per_gpu_hour) for pool in fleet.pools)
     models = tuple(_complete_model(model, path) for model in fleet.models)
-    tenants = fleet.tenants or (Tenant(name="public", deserved=1.0, anonymous=True),)
+    tenants = fleet.tenants or (Tenant(name="public", deserved=1.0, anonymous="local"),)
     gpus = sum(pool.gpus for pool in pools)
     tenants = tuple(_complete_tenant(tenant, gpus, path) for tenant in tenants)
     _check_shares(tenants, gpus, path)
@@ -463,7 +465,7 @@ def _check_anonymous(tenants: tuple[Tenant, ...], path: Path) -> None:
     names = [tenant.name for tenant in tenants if tenant.anonymous]
     if len(names) > 1:
         raise FleetFileError(
-            f"{path}: requests without a key would be those of {' and of '.join(names)}: each is anonymous = true. "
+            f"{path}: requests without a key would be those of {' and of '.join(names)}: each is anonymous. "
             "Keep that of one tenant."
         )
 

@@ -8,16 +8,17 @@ import aiohttp
 import msgspec
 import openai
 import pytest
-from serving import QUESTION, Served, fake_plan, served
+from serving import LAPTOP, QUESTION, Served, fake_plan, served
 
-from waterline.fleet import Fleet, Tenant
+from waterline.fleet import Fleet, Tenant, load_fleet
 from waterline.ledger import Key, Ledger
 from waterline.plan import Plan
-from waterline.service.access import DEFAULT_TENANTS, Access, anonymous_tenant, line_of
+from waterline.service.access import Access, anonymous_tenant, line_of
 from waterline.service.asgi import HttpServer
 from waterline.service.errors import RejectedError
 from waterline.service.server import is_loopback, listen
 
+LOCAL = Tenant(name="public", deserved=1.0, anonymous="local")
 TENANTS = (Tenant(name="enterprise", deserved=0.5), Tenant(name="public", deserved=0.5, anonymous=True))
 
 
@@ -102,7 +103,8 @@ def test_an_address_is_one_subscriber() -> None:
 
 
 def test_a_fleet_that_names_no_tenants_is_open_to_its_own_machine_alone() -> None:
-    default, named = fleet_of(*DEFAULT_TENANTS), fleet_of(*TENANTS)
+    default, named = load_fleet(LAPTOP), fleet_of(*TENANTS)
+    assert [(tenant.name, tenant.anonymous) for tenant in default.tenants] == [("public", "local")]
     assert [anonymous_tenant(default, loopback=loopback) for loopback in (True, False)] == ["public", ""]
     assert [anonymous_tenant(named, loopback=loopback) for loopback in (True, False)] == ["public", "public"]
     assert anonymous_tenant(fleet_of(TENANTS[0]), loopback=True) == ""
@@ -187,14 +189,16 @@ def test_every_reply_has_a_request_id_the_clients_own_where_that_is_sane(tmp_pat
 def test_a_request_is_of_this_machine_when_it_says_so_and_no_proxy_passed_it_on(
     headers: list[tuple[bytes, bytes]], local: bool
 ) -> None:
-    access = Access(fleet_of(*DEFAULT_TENANTS), Known(), loopback=True)
+    access = Access(fleet_of(LOCAL), Known(), loopback=True)
     request = {"headers": headers, "client": ("127.0.0.1", 4711)}
     if local:
         assert access.caller(request).tenant == "public"
     else:
         with pytest.raises(RejectedError, match="comes from elsewhere"):
             access.caller(request)
-    assert Access(fleet_of(*TENANTS), Known(), loopback=True).caller(request).tenant == "public", "it is for everybody"
+    for tenants in (TENANTS, (Tenant(name="public", deserved=1.0, anonymous=True),)):  # what is assumed, but said
+        access = Access(fleet_of(*tenants), Known(), loopback=True)
+        assert access.caller(request).tenant == "public", "it is for everybody"
 
 
 def test_only_a_proxy_that_was_named_is_believed_who_its_clients_are() -> None:

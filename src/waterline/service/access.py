@@ -10,7 +10,7 @@ from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from typing import Protocol
 
-from waterline.fleet import Fleet, Tenant
+from waterline.fleet import Fleet
 from waterline.ledger import Key
 from waterline.service.asgi import Scope
 from waterline.service.errors import RejectedError, shortened
@@ -21,7 +21,7 @@ BEARER = re.compile(rb"(?i)bearer +([\x21-\x7e]{1,256}) *")
 PASSED_ON = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")  # what a proxy says
 HERE = re.compile(rb"(?i)(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?")
 CHALLENGE = {"www-authenticate": 'Bearer realm="waterline"'}
-DEFAULT_TENANTS = (Tenant(name="public", deserved=1.0, anonymous=True),)  # of a fleet file that names none
+LOCAL = "local"  # anonymous = "local": those of this machine need no key
 
 
 class Keys(Protocol):
@@ -73,7 +73,7 @@ class Access:
         """Go by the tenants of a fleet from now on."""
         self._tenants = {tenant.name for tenant in fleet.tenants}
         self._anonymous = anonymous_tenant(fleet, loopback=self._loopback)
-        self._local_only = fleet.tenants == DEFAULT_TENANTS
+        self._local_only = any(tenant.anonymous == LOCAL for tenant in fleet.tenants)
 
     def caller(self, scope: Scope) -> Caller:
         """Return whose request this is.
@@ -131,11 +131,10 @@ def is_local(scope: Scope) -> bool:
 def anonymous_tenant(fleet: Fleet, *, loopback: bool) -> str:
     """Return whose requests without a key are; "" where a key is needed.
 
-    The tenant of a fleet that names none is open to this machine alone: nobody has said that it is for everybody.
+    A tenant that is anonymous = "local" is open to this machine alone; so is the one of a fleet that names none.
     """
-    if fleet.tenants == DEFAULT_TENANTS and not loopback:
-        return ""
-    return next((tenant.name for tenant in fleet.tenants if tenant.anonymous), "")
+    names = (tenant.name for tenant in fleet.tenants if tenant.anonymous and (loopback or tenant.anonymous != LOCAL))
+    return next(names, "")
 
 
 def _refused(message: str) -> RejectedError:

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from waterline.errors import WaterlineError, nearest
 from waterline.ledger import new_request_id, utc_us
 from waterline.outcome import Completion, Status
-from waterline.plan import Replica
-from waterline.policy.decisions import NOT_SERVED, RULES, TOO_LATE
+from waterline.policy.decisions import NOT_SERVED, RULES
 from waterline.service.access import Access, Caller
 from waterline.service.asgi import ClientGoneError, Headers, Receive, Reply, Scope, read_body, unless_disconnected
 from waterline.service.asking import Passage
@@ -30,11 +29,11 @@ from waterline.service.response_relay import Own, read_own
 from waterline.service.response_stream import ResponseStream
 from waterline.service.responses import RESPONSES, Answer, as_chat
 from waterline.service.supervisor import ReplicaState
+from waterline.service.turn import Turn
 from waterline.service.upstream import Progress
 from waterline.service.usage import WithoutUsage
 
 WRITTEN_WITHIN_S = 2.0  # what an answer waits for the ledger; it is written all the same, and the lag is shown
-NO_WRITER_S = 1.0  # until who can write is looked for again: as long as in a rehearsal
 LAST_WORD_S = 0.2  # for the last event of a stream that is cut
 UNSERVED_S = 30.0  # after which to ask again for a model without a replica, where nobody knows when there is one
 FLEX_S = 600.0  # a request with service_tier "flex" would rather wait than be refused
@@ -58,99 +57,6 @@ class Request:
     again: bool = False  # until it ends well it will be submitted again, under the same id
     spare: bool = False  # it takes only what nobody else wants …
     counts: bool = True  # … and is demand for which GPUs are moved
-
-
-class Turn:
-    """The place of one request, as the dispatcher gives it: a `passage.Placement`."""
-
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        now_s: Callable[[], float],
-        nobody: Callable[[int], RejectedError],
-        on_hedge: Callable[[str, str, float], None],
-    ) -> None:
-        self._dispatcher = dispatcher
-        self._on_hedge = on_hedge  # told of the model, what became of it, and the GPU time that was for nothing
-        self._now_s = now_s
-        self._nobody = nobody
-        self._come: Future[bool] = asyncio.get_running_loop().create_future()
-        self.replicas: list[str] = []  # that worked on it
-        self.ticket: Ticket  # once it was taken in
-
-    def call(self, go: bool) -> None:  # noqa: FBT001 - a callback of one argument
-        """End the wait; nobody waits any more when the client has left."""
-        if not self._come.done():
-            self._come.set_result(go)
-
-    async def replica(self, within_s: float = 0.0) -> Replica:
-        """Wait for its turn and return where it may go; while the model has no replica no longer than `within_s`.
-
-        Raises RejectedError when there was none in that time, or its turn did not come long after it should have.
-        """
-        nobody_s = math.inf  # since when there is nobody
-        while not (self._come.done() and self._come.result()):
-            hope = self.ticket.service.has_hope
-            nobody_s = math.inf if hope else min(nobody_s, self._now_s())
-            if not self._come.done():
-                left_s = max(0.0, nobody_s + within_s - self._now_s())
-                await asyncio.wait((self._come,), timeout=None if hope else left_s)
-                if not self._come.done() and not self.ticket.service.has_hope:
-                    raise self._nobody(NOT_SERVED)
-            elif self._now_s() > self.ticket.until_s:
-                raise self._nobody(TOO_LATE)
-            else:  # the last replica is gone
-                self._come = asyncio.get_running_loop().create_future()
-        assert self.ticket.lane  # noqa: S101 - its turn has come
-        replica = self.ticket.lane.replica
-        self.replicas.append(replica.id)
-        return replica
-
-    async def writer(self, within_s: float) -> Replica:
-        """Return where the answer is written to a prompt that is read elsewhere; wait for somebody so long.
-
-        Raises RejectedError when there was nobody in that time.
-        """
-        until_s = self._now_s() + within_s
-        while not (lane := self._dispatcher.hand_over(self.ticket, self._now_s())):
-            if self._now_s() >= until_s:
-                raise self._nobody(NOT_SERVED)
-            await asyncio.sleep(NO_WRITER_S)
-        self.replicas.append(lane.replica.id)
-        return lane.replica
-
-    def has_read(self) -> None:
-        self._dispatcher.has_read(self.ticket, self._now_s())
-
-    def move(self, avoid: frozenset[str] = frozenset()) -> None:
-        """Give its place up for one elsewhere; without names it is its own replica that is to be avoided."""
-        avoid = avoid or frozenset(self.replicas[-1:])
-        self._come = asyncio.get_running_loop().create_future()
-        self._dispatcher.move(self.ticket, avoid, self._now_s())
-
-    def first_token(self, replica_id: str) -> None:
-        self._dispatcher.first_token(self.ticket, replica_id)
-
-    def second(self, on_lost: Callable[[], None]) -> Replica | None:
-        def lost(gpu_s: float) -> None:
-            self._hedged("lost", gpu_s)
-            on_lost()
-
-        replica = self._dispatcher.hedge(self.ticket, lost, self._now_s())
-        if not replica:
-            self._hedged("none free", 0.0)
-        return replica
-
-    def take_second(self) -> None:
-        self._hedged("won", self._dispatcher.take_second(self.ticket, self._now_s()))
-        assert self.ticket.lane  # noqa: S101 - it runs there now
-        self.replicas.append(self.ticket.lane.replica.id)
-
-    def drop_second(self) -> None:
-        self._hedged("lost", self._dispatcher.drop_second(self.ticket, self._now_s()))
-
-    def _hedged(self, outcome: str, lost_gpu_s: float) -> None:
-        self._on_hedge(self.ticket.service.planned.model, outcome, lost_gpu_s)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
