@@ -122,6 +122,25 @@ def test_a_reply_says_what_is_left_of_the_quota(tmp_path: Path) -> None:
     asyncio.run(case())
 
 
+def test_a_reply_says_what_is_left_of_the_money_and_pretends_no_tokens(tmp_path: Path) -> None:
+    async def case() -> None:
+        quotas = Quotas(nano_usd_per_month=1_000_000, nano_usd_total=50_000)
+        async with kept(tmp_path, plan_of(), quotas) as (_, client):
+            raw = client.chat.completions.with_raw_response
+            total = await ask(client, max_tokens=10)
+            reply = await raw.create(model="chat", messages=QUESTION, max_tokens=10)
+            said = {name: value for name, value in reply.headers.items() if name.startswith("x-ratelimit")}
+            left = f"{(50_000 - total * 1000) / 1e9:.6f}"  # a token is a millionth of a dollar
+            assert said == {"x-ratelimit-limit-usd": "0.000050", "x-ratelimit-remaining-usd": left}, "it never resets"
+            impatient = client.with_options(max_retries=2)
+            with pytest.raises(openai.RateLimitError, match=r"\$0\.00005 in all") as caught:
+                await ask(impatient, max_tokens=100)
+            assert caught.value.response.headers["x-should-retry"] == "false"
+            assert used(tmp_path)["acme"].refused == 1, "a client that retries by itself is told not to"
+
+    asyncio.run(case())
+
+
 def test_a_key_that_is_made_or_revoked_elsewhere_is_known_within_a_second(tmp_path: Path) -> None:
     async def case() -> None:
         async with kept(tmp_path, plan_of()) as (service, client):

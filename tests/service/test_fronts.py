@@ -20,7 +20,7 @@ from aiohttp import web
 from msgspec.structs import replace
 from serving import QUESTION, engine_that, fake_plan, served, until
 
-from waterline.service.access import DEFAULT_TENANTS
+from waterline.fleet import Tenant
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
 BODY = {"model": "chat", "messages": QUESTION}
@@ -232,8 +232,8 @@ def test_a_fleet_that_is_open_to_its_own_machine_alone_is_not_open_through_a_fro
     front: Callable[[int], Front],
 ) -> None:
     async def case() -> tuple[int, str]:
-        plan = fake_plan()
-        plan = replace(plan, fleet=replace(plan.fleet, tenants=DEFAULT_TENANTS, demand=()))
+        plan, local = fake_plan(), Tenant(name="public", deserved=1.0, anonymous="local")
+        plan = replace(plan, fleet=replace(plan.fleet, tenants=(local,), demand=()))
         async with served(plan, start=False) as service, front(port_of(service.url)).clients() as clients:
             return await read(clients, "/v1/chat/completions", io.BytesIO(json.dumps(BODY).encode()))
 

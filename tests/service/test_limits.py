@@ -185,6 +185,9 @@ def test_headers_without_end_are_refused() -> None:
             assert error_of(await say(port, b"GET /" + b"y" * (LONGEST_HEAD_BYTES + 1)))[0] == 431
             assert error_of(await say(port, b"\x16\x03\x01 this is TLS")) == (400, "bad_http")
             assert error_of(await say(port, b"GET /\xff HTTP/1.1\r\n\r\n")) == (400, "bad_http")
+            for hosts in (b"", b"host: x\r\nHost: x\r\n", b"host: x\r\nhost: y\r\n"):  # proxies might read another
+                assert error_of(await say(port, b"GET / HTTP/1.1\r\n" + hosts + b"\r\n")) == (400, "bad_http")
+            assert b" 200 " in await say(port, b"GET / HTTP/1.0\r\n\r\n"), "which knows no hosts"
 
     asyncio.run(case())
 
@@ -224,9 +227,11 @@ def test_bodies_on_their_way_are_bounded_together(monkeypatch: pytest.MonkeyPatc
 def test_trailers_are_no_headers() -> None:
     async def case() -> None:
         async with tight() as (port, _, _):
-            chunked = b"POST / HTTP/1.1\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n"
+            chunked = (
+                b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n"
+            )
             trailers = b"".join(b"x-%d: y\r\n" % number for number in range(MOST_HEADERS + 1))
-            assert (await say(port, chunked + trailers + b"\r\n")).endswith(b"\r\n\r\n2 2")
+            assert (await say(port, chunked + trailers + b"\r\n")).endswith(b"\r\n\r\n2 3")
 
     asyncio.run(case())
 
@@ -234,7 +239,7 @@ def test_trailers_are_no_headers() -> None:
 def test_requests_sent_ahead_are_answered_in_order_up_to_a_few() -> None:
     async def case() -> None:
         async with tight() as (port, _, _):
-            last = HELLO.replace(b"host: x", b"connection: close")
+            last = HELLO.replace(b"host: x", b"host: x\r\nconnection: close")
             assert (await say(port, HELLO * 5 + last)).count(b"HTTP/1.1 200") == 6
             answer = await say(port, HELLO * (MOST_AHEAD + 5) + last)
             assert answer.count(b"HTTP/1.1 200") <= MOST_AHEAD + 1
@@ -306,7 +311,7 @@ def test_more_connections_than_there_is_room_for_are_told_so() -> None:
 def test_a_body_nobody_waits_for_is_read_up_to_a_bound() -> None:
     async def case() -> None:
         async with tight() as (port, _, _):
-            head = b"POST /early HTTP/1.1\r\ncontent-length: 1000000000\r\n\r\n"
+            head = b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000000\r\n\r\n"
             assert (await say(port, head, *[b"x" * 2**20] * 40)).startswith(b"HTTP/1.1 401")
 
     asyncio.run(case())
@@ -315,7 +320,7 @@ def test_a_body_nobody_waits_for_is_read_up_to_a_bound() -> None:
 def test_a_body_nobody_waits_for_is_not_waited_for_however_it_trickles() -> None:
     async def case() -> None:
         async with tight() as (port, _, clock):
-            head = b"POST /early HTTP/1.1\r\ncontent-length: 1000\r\n\r\n"
+            head = b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n"
             assert (await say(port, head, *[b"x"] * 100, clock=clock, pause_s=0.5)).startswith(b"HTTP/1.1 401")
             assert 3.0 <= clock.now_s <= 4.0, "bytes that come make it no longer"
             short = head.replace(b"1000", b"2")

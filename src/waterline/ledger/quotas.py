@@ -46,27 +46,37 @@ def periods(key: Key | None, arrival_us: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What a quota of tokens still allows."""
+    """What a quota still allows."""
 
-    limit_tokens: int
-    left_tokens: int
+    limit: int
+    left: int
     anew_s: float | None  # until the next day or month begins; None: it never does
 
 
-def tightest(key: Key, balances: Mapping[tuple[str, str], Balance], clock_us: int) -> Room | None:
-    """Return the quota of tokens that has least left; None when the key has none."""
-    quotas, day, rooms = key.quotas, day_of(clock_us), []
-    for period, limit in (
-        (day, quotas.tokens_per_day),
-        (day[:7], quotas.tokens_per_month),
-        (TOTAL, quotas.tokens_total),
+def tightest(key: Key, balances: Mapping[tuple[str, str], Balance], clock_us: int) -> tuple[Room | None, Room | None]:
+    """Return the quotas of tokens and of nano-dollars that have least left; None where the key has none."""
+    quotas, day = key.quotas, day_of(clock_us)
+    tokens, money = list[Room](), list[Room]()
+    for period, token_limit, usd_limit in (
+        (day, quotas.tokens_per_day, quotas.nano_usd_per_day),
+        (day[:7], quotas.tokens_per_month, quotas.nano_usd_per_month),
+        (TOTAL, quotas.tokens_total, quotas.nano_usd_total),
     ):
-        if limit is not None:
-            balance = balances.get((key.id, period)) or Balance()
-            left = max(0, limit - balance.tokens - balance.reserved_tokens)
-            anew_s = None if period == TOTAL else _seconds_until_next(period, clock_us)
-            rooms.append(Room(limit_tokens=limit, left_tokens=left, anew_s=anew_s))
-    return min(rooms, key=lambda room: room.left_tokens, default=None)
+        if token_limit is None and usd_limit is None:
+            continue
+        one = balances.get((key.id, period)) or Balance()
+        anew_s = None if period == TOTAL else _seconds_until_next(period, clock_us)
+        if token_limit is not None:
+            left = max(0, token_limit - one.tokens - one.reserved_tokens)
+            tokens.append(Room(limit=token_limit, left=left, anew_s=anew_s))
+        if usd_limit is not None:
+            left = max(0, usd_limit - one.nano_usd - one.reserved_nano_usd)
+            money.append(Room(limit=usd_limit, left=left, anew_s=anew_s))
+    return _least(tokens), _least(money)
+
+
+def _least(rooms: list[Room]) -> Room | None:
+    return min(rooms, key=lambda room: room.left, default=None)
 
 
 def fits(key: Key, balances: Mapping[tuple[str, str], Balance], tokens: int, nano_usd: int, arrival_us: int) -> bool:

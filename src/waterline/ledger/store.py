@@ -177,8 +177,8 @@ class Ledger:
             await reservation.durable()
         return reservation
 
-    def room(self, key: Key) -> Room | None:
-        """Return the quota of tokens of a key that has least left, as far as memory knows; None: it has none."""
+    def room(self, key: Key) -> tuple[Room | None, Room | None]:
+        """Return the quotas of a key that have least left, of tokens and of nano-dollars, as far as memory knows."""
         with self._lock:
             return tightest(key, self._balances, utc_us())
 

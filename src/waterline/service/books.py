@@ -11,9 +11,10 @@ from math import isnan
 
 from waterline.errors import QuotaError
 from waterline.ledger import Key, Ledger, Quotas, Reservation, Settlement, utc_us
+from waterline.ledger.quotas import Room
 from waterline.outcome import Completion
 from waterline.service.asgi import Headers
-from waterline.service.errors import RejectedError, retry_after
+from waterline.service.errors import DO_NOT_RETRY, RejectedError, retry_after
 from waterline.units import GIGA, MEGA
 
 OVER_QUOTA = "insufficient_quota"  # OpenAI's code
@@ -62,17 +63,11 @@ class Books:
                 raise over_quota(error) from error
 
     def limits(self, key: Key | None) -> Headers:
-        """Return what a key may still use, in the headers that clients of OpenAI know."""
-        room = self._ledger.room(key) if self._ledger and key and key.quotas != UNLIMITED else None
-        if not room:
+        """Return what a key may still use: of tokens in the headers of OpenAI, and of money in such as theirs."""
+        if not self._ledger or not key or key.quotas == UNLIMITED:
             return []
-        headers = [
-            (b"x-ratelimit-limit-tokens", b"%d" % room.limit_tokens),
-            (b"x-ratelimit-remaining-tokens", b"%d" % room.left_tokens),
-        ]
-        if room.anew_s is not None:
-            headers.append((b"x-ratelimit-reset-tokens", b"%ds" % room.anew_s))
-        return headers
+        tokens, money = self._ledger.room(key)
+        return [*_headers(b"tokens", tokens, b"%d", 1), *_headers(b"usd", money, b"%.6f", GIGA)]
 
     async def durable(self, entry: Entry) -> None:
         """Wait until it is on the disk that a request is under way. Raises RejectedError as `reserve` does."""
@@ -123,11 +118,22 @@ class Books:
         )
 
 
+def _headers(unit: bytes, room: Room | None, form: bytes, per_unit: float) -> Headers:
+    if not room:
+        return []
+    reset = [] if room.anew_s is None else [(b"x-ratelimit-reset-" + unit, b"%ds" % room.anew_s)]
+    return [
+        (b"x-ratelimit-limit-" + unit, form % (room.limit / per_unit)),
+        (b"x-ratelimit-remaining-" + unit, form % (room.left / per_unit)),
+        *reset,
+    ]
+
+
 def over_quota(error: QuotaError) -> RejectedError:
     """Return a spent quota in OpenAI's words: it is no rate limit, and to ask again soon will not help."""
     return RejectedError(
         str(error),
         status=429,
         code=OVER_QUOTA,
-        headers=retry_after(NEVER_S if error.retry_after_s is None else error.retry_after_s),
+        headers=retry_after(NEVER_S if error.retry_after_s is None else error.retry_after_s) | DO_NOT_RETRY,
     )

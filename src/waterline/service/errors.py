@@ -13,6 +13,8 @@ LEDGER_AWAY = (
     "The ledger does not answer, and nothing begins that it does not know. Come back in a moment."  # not where
 )
 LEDGER_AGAIN_S = 5
+LONGEST_RETRY_S = 60  # OpenAI's clients wait no longer: told of more, they would ask again in a moment, in vain
+DO_NOT_RETRY = {"x-should-retry": "false"}  # so they do not, unasked
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -43,7 +45,8 @@ def shortened(name: str) -> str:
 
 def retry_after(seconds: float) -> dict[str, str]:
     """Say when to come back: HTTP wants whole seconds, and 0 would mean now."""
-    return {"retry-after": str(max(1, math.ceil(seconds)))}
+    again = {"retry-after": str(max(1, math.ceil(seconds)))}
+    return again | DO_NOT_RETRY if seconds > LONGEST_RETRY_S else again
 
 
 def http_status(error: WaterlineError) -> int:

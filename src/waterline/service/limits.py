@@ -104,6 +104,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._head_bytes > LONGEST_HEAD_BYTES and self._head_is_large():  # it came in one piece
             raise self._rejected(_head_too_large(f"more than {LONGEST_HEAD_BYTES} bytes"))
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() != "1.0"):  # RFC 9112, 3.2
+            raise self._rejected(_wrong_host(hosts))
         self._in_head, self._head_bytes, self._unread_bytes = False, 0, 0
         if self._head_timer:
             self._head_timer.cancel()
@@ -301,6 +304,13 @@ def _too_many(most: int) -> RejectedError:
 
 def _head_too_large(what: str) -> RejectedError:
     return RejectedError(f"The headers are too large: {what}.", status=431, code="headers_too_large")
+
+
+def _wrong_host(hosts: int) -> RejectedError:
+    return RejectedError(
+        f"There {'are' if hosts else 'is'} {hosts or 'no'} Host header{'s' if hosts else ''}. Send one.",
+        code="bad_http",
+    )
 
 
 def _too_far_ahead() -> RejectedError:
