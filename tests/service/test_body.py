@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from waterline.errors import LedgerError
-from waterline.service.body import CHAT, COMPLETIONS, read_asked
+from waterline.service.body import CHAT, COMPLETIONS, EMBEDDINGS, STEERING, read_asked
 from waterline.service.errors import RejectedError, error_headers, error_json, http_status
 from waterline.service.response_relay import read_own
 from waterline.service.responses import RESPONSES
@@ -113,15 +113,49 @@ def test_whatever_is_sent_it_is_understood_or_refused(data: bytes) -> None:
             assert json.loads(error_json(error))["error"]["message"]
 
 
-@pytest.mark.parametrize("name", ["kv_transfer_params", "bootstrap_host", "priority", "pri\\u006frity"])
-@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS, RESPONSES])
+@pytest.mark.parametrize("name", [*STEERING, "pri\\u006frity"])
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES])
 def test_a_client_does_not_steer_engines(name: str, endpoint: str) -> None:
-    asked = {CHAT: '"messages":[{"role":"user","content":"x"}]', COMPLETIONS: '"prompt":"x"', RESPONSES: '"input":"x"'}
-    body = f'{{"model":"m",{asked[endpoint]},"{name}":-1}}'.encode()
-    with pytest.raises(RejectedError, match="is not for clients") as caught:
-        read_own(body) if endpoint == RESPONSES else read_asked(endpoint, body)
-    assert caught.value.param in {"kv_transfer_params", "bootstrap_host", "priority"}
-    assert read_asked(COMPLETIONS, b'{"model":"m","prompt":"x","priority":0,"kv_transfer_params":null}').stream is False
+    prompts = {CHAT: '"messages":[{"role":"user","content":"x"}]', COMPLETIONS: '"prompt":"x"'}
+    prompt = prompts.get(endpoint, '"input":"x"')
+    for field in (f'"{name}":7', f'"{name}":null,"vllm_xargs":{{"{name}":7}}', f'"vllm_xargs":{{}},"{name}":["a"]'):
+        body = f'{{"model":"m",{prompt},{field}}}'.encode()
+        with pytest.raises(RejectedError, match="is not for clients") as caught:
+            read_own(body) if endpoint == RESPONSES else read_asked(endpoint, body)
+        assert caught.value.param in STEERING
+
+
+def test_what_steers_nothing_passes() -> None:
+    nothing = b'"priority":0,"kv_transfer_params":null,"id_slot":-1,"lora":[],"vllm_xargs":{"mine":1}'
+    assert read_asked(COMPLETIONS, b'{"model":"m","prompt":"x",' + nothing + b"}").stream is False
+
+
+def test_of_a_name_that_is_said_twice_the_last_counts_as_it_does_for_engines() -> None:
+    said = b'{"prompt":"x","model":"a","model":"b","max_tokens":1,"max_tokens":9,"priority":-1,"priority":0}'
+    asked = read_asked(COMPLETIONS, said)
+    assert (asked.model, asked.most_tokens) == ("b", 9)
+    with pytest.raises(RejectedError, match="'priority' is not for clients"):
+        read_asked(COMPLETIONS, said.replace(b'"priority":0', b'"priority":-1'))
+
+
+def test_a_completion_is_as_long_as_the_longer_of_its_limits() -> None:
+    both = read_asked(COMPLETIONS, body(model="m", prompt="x", max_tokens=1, max_completion_tokens=900))
+    assert both.most_tokens == 900, "engines do not agree which of them counts"
+    assert read_asked(COMPLETIONS, body(model="m", prompt="x")).most_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens"),
+    [
+        ({"input": "x" * 8}, 2),
+        ({"messages": HELLO}, 4),
+        ({"input": [{"text": "x" * 8}, {"image": "data:image/png;base64,AA"}]}, 2),
+    ],
+)
+def test_embeddings_are_of_texts_messages_and_pictures(asked: dict[str, Any], tokens: int) -> None:
+    assert read_asked(EMBEDDINGS, body(model="m", **asked)).prompt_tokens == tokens
+    with pytest.raises(RejectedError, match="'input' is missing"):
+        read_asked(EMBEDDINGS, body(model="m"))
 
 
 def test_where_the_ledger_is_is_nothing_to_clients() -> None:

@@ -25,7 +25,6 @@ INSIDE = "http://169.254.169.254/latest/meta-data"
         "https://example.com?x",
         "data:image/png;base64,AA==",
         " data:,x",
-        "/9j/4AAQSkZJRgABAQ==",
     ],
 )
 def test_what_is_public_or_in_the_request_passes(url: str) -> None:
@@ -48,7 +47,9 @@ def test_what_only_our_own_network_reaches_is_refused(host: str) -> None:
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, "image_url", "url_not_allowed")
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://example.com/x", "/etc/secret.png", "http:127.0.0.1"])
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "ftp://example.com/x", "/etc/secret.png", "/etc/passwd", "http:127.0.0.1", "AA=="]
+)
 def test_what_is_no_url_of_the_web_is_refused(url: str) -> None:
     with pytest.raises(RejectedError, match="engines fetch nothing there"):
         check_url(url, "video_url")
@@ -61,11 +62,73 @@ def chat(part: dict[str, Any], **fields: Any) -> bytes:
 @pytest.mark.parametrize("name", ["image_url", "video_url", "audio_url"])
 @pytest.mark.parametrize("link", [INSIDE, {"url": INSIDE, "detail": "low"}], ids=["bare", "object"])
 def test_wherever_a_body_has_it_and_however_it_is_written(name: str, link: object) -> None:
-    with pytest.raises(RejectedError, match=r"'\w+_url' is on 169\.254\.169\.254, which is not on the public network"):
+    with pytest.raises(
+        RejectedError, match=r"'\w+_url(\.url)?' is on 169\.254\.169\.254, which is not on the public network"
+    ):
         read_asked(CHAT, chat({"type": name, name: link}))
     escaped = chat({"type": name, name: link}).replace(b"_url", b"\\u005furl").replace(b"169", b"\\u0031\\u0036\\u0039")
     with pytest.raises(RejectedError, match="not on the public network"):
         read_asked(CHAT, escaped)
+
+
+FORMS: list[dict[str, Any]] = [
+    {"type": "image", "image": INSIDE},
+    {"type": "image", "image": "/etc/secret.png"},
+    {"type": "image", "url": INSIDE},
+    {"type": "image", "path": "/etc/secret"},
+    {"type": "image", "source": {"type": "url", "url": INSIDE}},
+    {"type": "images", "images": ["data:,x", [INSIDE]]},
+    {"type": "file", "file": {"url": INSIDE}},
+    {"type": "file", "file": {"file_data": "file:///etc/passwd"}},
+    {"type": "input_file", "file_url": INSIDE},
+    {"type": "input_audio", "input_audio": {"data": "http://127.0.0.1/a.wav", "format": "wav"}},
+    {"type": "audio_url", "audio_url": {"url": "/etc/passwd"}},
+    {"type": "image_embeds", "image_embeds": {"pixels": INSIDE}},
+    {"type": "text", "text": "hi", "anything": {"deep": [{"within": "ftp://example.com/x"}]}},
+]
+
+
+@pytest.mark.parametrize("part", FORMS, ids=lambda part: "-".join(map(str, part)))
+def test_whatever_an_engine_might_take_for_an_address_is_one(part: dict[str, Any]) -> None:
+    item = {"role": "user", "content": [{"type": "image_url", "image_url": "data:,x"}, part]}
+    for endpoint, asked in (
+        (CHAT, {"messages": [item]}),
+        (EMBEDDINGS, {"messages": [item]}),
+        (EMBEDDINGS, {"input": [item]}),
+    ):
+        with pytest.raises(RejectedError, match="engines fetch nothing there"):
+            read_asked(endpoint, json.dumps({"model": "m", **asked}).encode())
+    for output in ([part], part):
+        said = {"model": "m", "input": [{"type": "function_call_output", "call_id": "1", "output": output}]}
+        with pytest.raises(RejectedError, match="engines fetch nothing there"):
+            read_own(json.dumps(said).encode())
+
+
+def test_settings_of_processors_hold_no_addresses() -> None:
+    for name, settings in (("mm_processor_kwargs", {"images": INSIDE}), ("media_io_kwargs", {"video": {"x": INSIDE}})):
+        with pytest.raises(RejectedError, match="not on the public network"):
+            read_asked(CHAT, chat({"type": "text", "text": "hi"}, **{name: settings}))
+    passes = {"mm_processor_kwargs": {"fps": 2, "use_audio_in_video": True}, "media_io_kwargs": {"video": {"num": 4}}}
+    assert read_asked(CHAT, chat({"type": "text", "text": "hi"}, **passes)).prompt_tokens == 5
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": "http://localhost:3000 does not answer; file:///etc/hosts says why"},
+        {"type": "thinking", "thinking": "http://10.0.0.1 …"},
+        {"type": "input_audio", "input_audio": {"data": "UklGRiQ=", "format": "wav"}},
+        {"type": "file", "file": {"file_data": "data:application/pdf;base64,AA==", "filename": "C:/a: b/c.pdf"}},
+        {"type": "file", "file": {"file_id": "file-abc"}},
+        {"type": "image_url", "image_url": {"url": "https://example.com/a.png", "detail": "low"}, "uuid": "a:b"},
+        {"type": "image_url", "image_url": None, "uuid": "known"},
+        {"type": "image_embeds", "image_embeds": "AAAA"},
+        {"type": "tool_reference", "name": "ns:tool"},
+    ],
+    ids=lambda part: str(part["type"]),
+)
+def test_what_is_no_address_or_a_public_one_passes(part: dict[str, Any]) -> None:
+    assert read_asked(CHAT, chat(part)).body == chat(part)
 
 
 def test_pictures_of_responses_and_embeddings_are_looked_at_too() -> None:

@@ -1,6 +1,7 @@
 """What a request asks: only what the gateway decides by. Everything else in a body is the engine's business."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
@@ -9,7 +10,7 @@ import orjson
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from waterline.service.errors import RejectedError
-from waterline.service.media import Linked
+from waterline.service.media import Part, check_links, text_of
 
 CHAT = "/chat/completions"
 COMPLETIONS = "/completions"
@@ -18,19 +19,31 @@ BYTES_PER_TOKEN = 4  # of text, before an engine has counted: what tokenizers ma
 TOKENS_PER_MESSAGE = 4  # its role, and the marks where it begins and ends
 LONGEST_TOKEN_BYTES = 128  # vocabularies hold runs of that many blanks or dashes; words are much shorter
 
-STEERING = ("kv_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "priority")
+# What clients have no say in, and what they may say instead. Read from vLLM 0.33, SGLang 0.5.23 and llama.cpp's server:
+# who goes first and where, whose cache is read and over which connection, by which name a request is ended (SGLang ends
+# all whose names begin alike), with which weights; code; and other names for what the gateway decides by.
+LEAVE_OUT = "Leave it out"
+STEERING = {
+    **dict.fromkeys(
+        ("priority", "data_parallel_rank", "routed_dp_rank", "disagg_prefill_dp_rank", "id_slot"), LEAVE_OUT
+    ),
+    **dict.fromkeys(("kv_transfer_params", "ec_transfer_params", "session_params"), LEAVE_OUT),
+    **dict.fromkeys(("bootstrap_host", "bootstrap_port", "bootstrap_room"), LEAVE_OUT),
+    **dict.fromkeys(("rid", "request_id"), "Say X-Request-Id in a header"),
+    **dict.fromkeys(("custom_logit_processor", "logits_processors"), LEAVE_OUT),
+    **dict.fromkeys(("lora", "lora_path"), "Say which model by 'model'"),
+    "n_predict": "Say max_tokens",
+    "n_cmpl": "Say n",
+}
+UNSAID = {"priority": 0, "id_slot": -1, "n_predict": -1, "n_cmpl": 1}  # means nothing, as do these:
+NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 Tokens = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
-class _Part(Linked):
-    type: str = ""
-    text: str | None = None
-
-
 class _ChatMessage(Struct):
     role: str
-    content: str | list[_Part | str] | None = None
+    content: str | list[Part | str] | None = None
 
 
 class _StreamOptions(Struct):
@@ -38,31 +51,50 @@ class _StreamOptions(Struct):
 
 
 class Steering(Struct):
-    """Fields of engines that are between them and us: whom to fetch a cache from, and who goes first."""
+    """Fields of engines that are between them and us."""
 
+    priority: Any = None
+    data_parallel_rank: Any = None
+    routed_dp_rank: Any = None
+    disagg_prefill_dp_rank: Any = None
+    id_slot: Any = None
     kv_transfer_params: Any = None
+    ec_transfer_params: Any = None
+    session_params: Any = None
     bootstrap_host: Any = None
     bootstrap_port: Any = None
     bootstrap_room: Any = None
-    priority: Any = None
+    rid: Any = None
+    request_id: Any = None
+    custom_logit_processor: Any = None
+    logits_processors: Any = None
+    lora: Any = None
+    lora_path: Any = None
+    n_predict: Any = None
+    n_cmpl: Any = None
+    vllm_xargs: "Steering | None" = None  # in which it looks for some of them
+    mm_processor_kwargs: Part | None = None
+    media_io_kwargs: Part | None = None
 
     def check(self) -> None:
         """Raise RejectedError where a client wants to steer an engine."""
-        if (
-            self.kv_transfer_params
-            or self.bootstrap_host
-            or self.bootstrap_port
-            or self.bootstrap_room
-            or self.priority
-        ):
-            said = next(name for name in STEERING if getattr(self, name))
-            raise RejectedError(f"'{said}' is not for clients. Leave it out.", param=said, code="unsupported_parameter")
+        for name, instead in STEERING.items():
+            if (value := getattr(self, name)) not in NOTHING and value != UNSAID.get(name):
+                raise RejectedError(
+                    f"'{name}' is not for clients. {instead}.", param=name, code="unsupported_parameter"
+                )
+        if self.vllm_xargs:
+            self.vllm_xargs.check()
+        for settings in (self.mm_processor_kwargs, self.media_io_kwargs):
+            if settings:
+                check_links(settings)
 
 
 class _Body(Steering, kw_only=True):
     model: str
     stream: bool | None = None
     max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None  # of a completion for llama.cpp alone
     stream_options: _StreamOptions | UnsetType | None = UNSET
     n: Annotated[int, Meta(ge=1, le=128)] | None = None  # OpenAI's limit
     service_tier: str | None = None
@@ -70,7 +102,6 @@ class _Body(Steering, kw_only=True):
 
 class _ChatBody(_Body, kw_only=True):
     messages: list[_ChatMessage]
-    max_completion_tokens: Tokens | None = None
 
 
 class _CompletionBody(_Body, kw_only=True):
@@ -79,7 +110,7 @@ class _CompletionBody(_Body, kw_only=True):
 
 class _EmbeddingBody(Steering, kw_only=True):
     model: str
-    input: str | list[str | int | list[int]]
+    input: str | list[str | int | list[int] | Part] | UnsetType = UNSET
     messages: list[_ChatMessage] = []  # which vLLM takes instead
 
 
@@ -153,22 +184,28 @@ def _message_size(message: _ChatMessage) -> int:
     if isinstance(content, str):
         return _size(content)
     for part in content:
-        if isinstance(part, str):
-            size += _size(part)
-        else:
-            size += _size(part.text or "")
-            part.check_links()
+        size += _part_size(part)
     return size
+
+
+def _part_size(part: Part | str) -> int:
+    if isinstance(part, str):
+        return _size(part)
+    check_links(part)
+    return _size(text_of(part))
 
 
 def _read_completion(asked: _CompletionBody, body: bytes) -> Asked:
     tokens, fewest, prompts = _measured(asked.prompt, "prompt")
-    return _asked(asked, body, asked.max_tokens, tokens, fewest, prompts)
+    limits = [most for most in (asked.max_tokens, asked.max_completion_tokens) if most is not None]
+    return _asked(asked, body, max(limits, default=None), tokens, fewest, prompts)
 
 
 def _read_embedding(asked: _EmbeddingBody, body: bytes) -> Asked:
     asked.check()
-    tokens, fewest, _ = _measured(asked.input, "input")
+    if asked.input is UNSET and not asked.messages:
+        raise RejectedError("'input' is missing.", param="input", code="missing_parameter")
+    tokens, fewest, _ = (0, 0, 1) if asked.input is UNSET else _measured(asked.input, "input")
     tokens += sum(estimated_tokens(_message_size(message)) for message in asked.messages)
     return Asked(
         endpoint=EMBEDDINGS,
@@ -183,7 +220,7 @@ def _read_embedding(asked: _EmbeddingBody, body: bytes) -> Asked:
     )
 
 
-def _measured(prompt: str | list[str | int | list[int]], param: str) -> tuple[int, int, int]:
+def _measured(prompt: str | Sequence[str | int | list[int] | Part], param: str) -> tuple[int, int, int]:
     """Return the tokens of prompts, the fewest the longest of them may have, and how many prompts there are."""
     if prompt == []:
         raise RejectedError(f"'{param}' is an empty list. Send text, or tokens.", param=param, code="empty_array")
@@ -191,8 +228,8 @@ def _measured(prompt: str | list[str | int | list[int]], param: str) -> tuple[in
     alone = sum(isinstance(part, int) for part in parts)  # tokens that stand by themselves are one prompt
     tokens, fewest = alone, alone
     for part in parts:
-        if isinstance(part, str):
-            size = _size(part)
+        if isinstance(part, str | dict):
+            size = _part_size(part)
             tokens += estimated_tokens(size)
             fewest = max(fewest, size // LONGEST_TOKEN_BYTES)
         elif isinstance(part, list):

@@ -10,11 +10,10 @@ import socket
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw
 
 from waterline.service.errors import RejectedError, shortened
 
-NOTHING = Raw()
 SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 # Stricter than any client of HTTP, so that none of them can read another host than we do.
 AUTHORITY = re.compile(
@@ -24,45 +23,56 @@ INSIDE = ("localhost", "localdomain", "local", "internal", "svc", "arpa")  # end
 NAT64 = IPv6Network("64:ff9b::/96")  # in which each address has one of IPv4
 
 
-class Linked(Struct):
-    """A part of a message, as far as it may hold a URL; kept as it came, because a picture may be in it."""
+Part = dict[str, Raw]  # of a message, or of what else may name a picture; values as they came, for one may be in it
 
-    image_url: Raw = NOTHING
-    video_url: Raw = NOTHING
-    audio_url: Raw = NOTHING
-    file_url: Raw = NOTHING
-
-    def check_links(self) -> None:
-        """Raise RejectedError for what an engine must not fetch."""
-        for name in Linked.__struct_fields__:
-            if (link := getattr(self, name)) is not NOTHING:
-                _check_link(link, name)
+# Engines do not agree where a picture is: image_url, image_url.url, image, file.url … So any string may be an address:
+# one under such a name, and what looks like one under any other, but for what people say.
+ADDRESSES = re.compile(r"(?:^|_)(?:url|uri|path|href|src|source|image|video|audio|file|pil)s?$")
+LOOKS_LIKE_ONE = re.compile(r"\s*[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+PROSE = frozenset(("text", "content", "thinking", "reasoning", "refusal", "title", "context"))
+_PART = msgspec.json.Decoder(Part)
+_PARTS = msgspec.json.Decoder(list[Raw])
+_STRING = msgspec.json.Decoder(str)
 
 
-class _Link(Struct):
-    url: Raw = Raw(b"null")
+def check_links(part: Part, where: str = "") -> None:
+    """Raise RejectedError for what an engine must not fetch, however deep it is in there; `where` that is."""
+    for name, value in part.items():
+        _check(name, value, where + name)
 
 
-_LINK = msgspec.json.Decoder(_Link)
+def _check(name: str, value: Raw, where: str) -> None:
+    begin = bytes(memoryview(value)[:6])
+    if begin[:1] == b"{":
+        check_links(_PART.decode(value), where + ".")
+    elif begin[:1] == b"[":
+        for one in _PARTS.decode(value):
+            _check(name, one, where)
+    elif begin[:1] == b'"' and begin != b'"data:' and name not in PROSE:
+        url = _STRING.decode(value)
+        if url and (ADDRESSES.search(name) or LOOKS_LIKE_ONE.match(url)):
+            check_url(url, where)
 
 
-def _check_link(link: Raw, param: str) -> None:
-    said = memoryview(link)
-    if bytes(said[:1]) == b"{":
-        said = memoryview(_LINK.decode(link).url)
-    if bytes(said[:6]) != b'"data:' and isinstance(url := msgspec.json.decode(said), str):
-        check_url(url, param)
+def text_of(part: Part) -> str:
+    """Return what a part says; "" where it is a picture. Raises RejectedError where that is no text."""
+    said = part.get("text")
+    if said is None or bytes(memoryview(said)) == b"null":
+        return ""
+    try:
+        return _STRING.decode(said)
+    except msgspec.ValidationError:
+        raise RejectedError("The 'text' of a part of a message is no text.", param="text", code="wrong_type") from None
 
 
 def check_url(url: str, param: str) -> None:
     """Raise RejectedError for a URL of anything but data and the public network."""
     scheme = SCHEME.match(url)
     kind = scheme[1].lower() if scheme else ""
-    is_bare = not kind and "." not in url  # base64, which SGLang takes; paths have dots
-    if kind == "data" or is_bare:
+    if kind == "data":
         return
     if kind not in {"http", "https"}:
-        raise _refused(f"is {f'of the kind {shortened(kind)}:' if kind else 'no URL'}", param)
+        raise _refused(f"is {f'of the kind {shortened(kind)}:' if kind else 'no URL'}", param)  # but a file, it may be
     host = AUTHORITY.match(url)
     if not host:
         raise _refused("is a URL whose host cannot be read", param)

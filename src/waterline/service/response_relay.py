@@ -28,7 +28,7 @@ from waterline.service.connections import Response
 from waterline.service.counts import read_counts
 from waterline.service.errors import error_json
 from waterline.service.events import LONGEST_EVENT_BYTES, UNREADABLE, BadEventError, check_text
-from waterline.service.media import Linked, check_url
+from waterline.service.media import Part, check_links, check_url, text_of
 from waterline.service.response_resume import BEGINS, Event, Written
 from waterline.service.responses import RESPONSES, check_stateless
 from waterline.service.silence import Watch
@@ -38,13 +38,9 @@ ENDS = ("response.completed", "response.incomplete")
 FAILS = ("response.failed", "error")
 
 
-class _Part(Linked):
-    text: str | None = None
-
-
 class _Item(Struct):
-    content: str | list[_Part] | None = None
-    output: str | list[_Part] | None = None
+    content: str | list[Part] | Part | None = None
+    output: str | list[Part] | Part | None = None
     arguments: str | None = None
 
 
@@ -98,9 +94,11 @@ def read_own(body: bytes) -> Asked:
 def _size(item: _Item) -> int:
     texts = [item.arguments or ""]
     for said in (item.content, item.output):
-        texts += [said or ""] if isinstance(said, str) or said is None else [part.text or "" for part in said]
-        for part in said if isinstance(said, list) else ():
-            part.check_links()
+        if isinstance(said, str):
+            texts.append(said)
+        for part in [said] if isinstance(said, dict) else said if isinstance(said, list) else ():
+            check_links(part)
+            texts.append(text_of(part))
     return sum(len(text.encode()) for text in texts)
 
 
