@@ -32,7 +32,7 @@ from test_passage import Got, ask
 
 from waterline.cost import replica_step_cost
 from waterline.service.body import CHAT, read_asked
-from waterline.service.engines.fake import Answer, Part
+from waterline.service.engines.fake_answer import Answer, Part
 
 
 def request(number: int, tokens: int) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class Summary(Struct, frozen=True, kw_only=True):
     within_slo: int
     goodput_per_s: float  # requests within their SLO, per second of the time summarised
     slo_fraction: float  # of all but the cancelled; who was refused did not get what was promised
-    prompt_tokens: int
+    prompt_tokens: int  # of those that reached a replica
     cached_tokens: int  # of the prompts of those that were completed, in the caches of the replicas that read them
     cached_fraction: float  # of the tokens of their prompts: the hit rate of the prefix caches
     output_tokens: int
@@ -223,7 +223,7 @@ class Tally:
         for field, amount in (
             (WITHIN, within),
             (MIDWAY, (status == CANCELLED) & (output_tokens > 0)),
-            (PROMPT, prompt_tokens),
+            (PROMPT, (replica != NOWHERE) * prompt_tokens),
             (READ, ok * prompt_tokens),
             (CACHED, ok * cached_tokens),
             (OUTPUT, output_tokens),

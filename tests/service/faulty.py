@@ -18,7 +18,7 @@ from serving import QUESTION, fake_plan, served
 from waterline.cost import replica_step_cost
 from waterline.service.body import CHAT, COMPLETIONS, read_asked
 from waterline.service.engines.dialect import OWNERS
-from waterline.service.engines.fake import Answer, Part
+from waterline.service.engines.fake_answer import Answer, Part
 from waterline.service.engines.openai import Attached
 from waterline.service.errors import RejectedError, error_json
 

@@ -15,7 +15,8 @@ from serving import fake_plan
 from waterline.plan import Plan, Replica
 from waterline.service.asgi import HttpServer, Receive, Scope, Send
 from waterline.service.engines.dialect import FAKE
-from waterline.service.engines.fake import Fake, FakeApp, Job, Part, prepare
+from waterline.service.engines.fake import Fake, FakeApp, Job, prepare
+from waterline.service.engines.fake_answer import Part
 from waterline.service.engines.fake_cache import Caches
 
 

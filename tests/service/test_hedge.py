@@ -22,7 +22,7 @@ from waterline.service.access import Caller
 from waterline.service.asgi import Reply
 from waterline.service.body import CHAT
 from waterline.service.completions import Request
-from waterline.service.engines.fake import Answer
+from waterline.service.engines.fake_answer import Answer
 
 LATE_S = 0.05
 WAIT = "wait"  # the name of a client whose engine waits for a word of the test

@@ -73,7 +73,8 @@ def completion(**changes: object) -> Completion:
 def full() -> Metrics:
     metrics = Metrics(SLOS, snapshot)
     metrics.count(completion())
-    metrics.count(completion(status="refused", first_token_s=float("nan"), output_tokens=0))
+    for status in ("refused", "cancelled"):  # in the queue: nothing of them was read
+        metrics.count(completion(status=status, replica="", first_token_s=float("nan"), output_tokens=0, gpu_s=0.0))
     metrics.moved(
         MoveNow(at_s=1.0, kind="start", rule="borrow idle", why="", tenant="public", what="chat", pool="a", gpus=4)
     )
@@ -95,6 +96,7 @@ def test_what_happened_is_told() -> None:
     assert told["waterline_requests_total", (who[0], ("status", "ok"), who[1])] == 1
     assert told["waterline_requests_total", (who[0], ("status", "refused"), who[1])] == 1
     assert told["waterline_requests_within_slo_total", who] == 1
+    assert told["waterline_tokens_total", (("kind", "prompt"), *who)] == 10, "that were read"
     assert told["waterline_tokens_total", (("kind", "output"), *who)] == 11
     assert told["waterline_gpu_seconds_total", who] == 0.1
     assert told["waterline_ttft_seconds_bucket", (("le", "0.5"), *who)] == 1

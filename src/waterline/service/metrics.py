@@ -134,7 +134,7 @@ class _Requests:
             return
         if within_slo:
             self._within_slo.inc()
-        self._prompt_tokens.inc(completion.prompt_tokens)
+        self._prompt_tokens.inc(completion.prompt_tokens if completion.replica else 0)
         self._output_tokens.inc(completion.output_tokens)
         self._gpu_s.inc(completion.gpu_s)
         if not (math.isnan(completion.ttft_s) or completion.whole):

@@ -8,15 +8,13 @@ One that is planned to read only, or to write only, hands its caches over as rea
 """
 
 import asyncio
-import secrets
 import socket
 import sys
 import time
-import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 import click
@@ -26,7 +24,7 @@ import orjson
 from waterline.cost import StepCost, replica_step_cost, transfer_s
 from waterline.cost.step import prefill_pairs
 from waterline.errors import WaterlineError
-from waterline.plan import Plan, Replica, Role
+from waterline.plan import Plan, Replica
 from waterline.service.asgi import (
     JSON,
     ClientGoneError,
@@ -38,16 +36,15 @@ from waterline.service.asgi import (
     read_body,
     unless_disconnected,
 )
-from waterline.service.body import BYTES_PER_TOKEN, CHAT, COMPLETIONS, TOKENS_PER_MESSAGE, Asked, loaded, read_asked
+from waterline.service.body import CHAT, COMPLETIONS, Asked, loaded, read_asked
 from waterline.service.engines import ask
 from waterline.service.engines.dialect import FAKE, Dialect
+from waterline.service.engines.fake_answer import Answer, Part, answers_to, whole_of
 from waterline.service.engines.fake_cache import PATH, TOLD, Caches
 from waterline.service.engines.lifeline import announce, end_with_parent
 from waterline.service.engines.seat import Seat
 from waterline.service.errors import RejectedError
 from waterline.units import PICOSECONDS_PER_S
-
-WORDS = ("when", "the", "water", "line", "drops", "cards", "below", "are", "lent", "to", "those", "above", "in", "time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +64,6 @@ class Fake:
     async def served_name(self, session: aiohttp.ClientSession, url: str) -> str:
         await ask(session, url.removesuffix("/v1"), "/health")
         return self.name
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """What the process has to play."""
-
-    model: str
-    step: StepCost
-    max_batch: int
-    max_context_tokens: int
-    expected_output_tokens: int  # of a request without a limit
-    role: Role = "both"
-    host: str = "127.0.0.1"  # where it listens
-    sent_s_per_token: float = 0.0  # for the cache of a prompt to be with the one that writes
 
 
 def prepare(plan: Plan, replica: Replica, seat: Seat | None = None) -> Fake:
@@ -119,8 +102,9 @@ class Job:
     prompt_tokens: int
     output_tokens: int
     read_tokens: int = 0
+    behind: "Job | None" = None  # the first answer to its prompt, which is read once
     produced_tokens: int = 0
-    produced: asyncio.Queue[int] = field(default_factory=asyncio.Queue)  # the number of each token, as it comes
+    produced: "asyncio.Queue[tuple[Job, int]]" = field(default_factory=asyncio.Queue)  # the number of each token
 
 
 class Batch:
@@ -165,7 +149,8 @@ class Batch:
         chunks = []
         for job in self.running:
             chunk = min(room, job.prompt_tokens - job.read_tokens)
-            if chunk > 0:
+            waits = job.behind and job.behind.read_tokens < job.behind.prompt_tokens
+            if chunk > 0 and not waits:
                 chunks.append((job, chunk))
                 room -= chunk
         return decodes, chunks
@@ -182,7 +167,7 @@ class Batch:
         for job, chunk in chunks:
             job.read_tokens += chunk
         for job in [*decodes, *(job for job, _ in chunks if job.read_tokens == job.prompt_tokens)]:
-            job.produced.put_nowait(job.produced_tokens)
+            job.produced.put_nowait((job, job.produced_tokens))
             job.produced_tokens += 1
             if job.produced_tokens == job.output_tokens:
                 self.drop(job)
@@ -237,31 +222,34 @@ class FakeApp:
         chat: bool,  # noqa: FBT001 - chat, or completion
         reply: Reply,
     ) -> None:
-        answer = Answer(asked, self.part, chat=chat)
+        answers = answers_to(asked, self.part, chat=chat)
+        first = answers[0]
         room = told.get("bootstrap_room") if self.part.role == "prefill" else None
         if room is not None:
-            answer.shorten()
+            first.shorten()
             await self.caches.wait_for_writer(room)
-        job = Job(prompt_tokens=answer.usage["prompt_tokens"], output_tokens=answer.output_tokens)
-        if self.part.role == "decode" and await self.caches.fetch(told, answer.prompt_ids):
-            job.read_tokens = job.prompt_tokens - 1  # the last one is read again to produce one
-            answer.beside = {"kv_transfer_params": None}  # as vLLM says
+        read = self.part.role == "decode" and await self.caches.fetch(told, first.prompt_ids)
+        if read:
+            first.beside = {"kv_transfer_params": None}  # as vLLM says
+        jobs = _jobs(answers, read=read)
         try:
-            if answer.output_tokens:
+            for job in jobs:
                 self.batch.add(job)
             if asked.stream:
                 await reply.begin(200, [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")])
-                async for event in answer.events(job):
+                async for event in _events(answers, jobs):
                     await reply.chunk(event)
                 await reply.end(b"data: [DONE]\n\n")
             else:
-                for _ in range(job.output_tokens):
-                    await job.produced.get()
+                for job in jobs:
+                    for _ in range(job.output_tokens):
+                        await job.produced.get()
                 if self.part.role == "prefill":
-                    self._keep(answer, told)
-                await reply.whole(200, orjson.dumps(answer.whole()), [JSON])
+                    self._keep(first, told)
+                await reply.whole(200, orjson.dumps(whole_of(answers)), [JSON])
         finally:
-            self.batch.drop(job)
+            for job in jobs:
+                self.batch.drop(job)
 
     def _keep(self, answer: "Answer", told: Mapping[str, Any]) -> None:
         """Keep the cache of a prompt that was read, if somebody else is to go on with it."""
@@ -272,157 +260,41 @@ class FakeApp:
             answer.beside = {"kv_transfer_params": kept}
 
 
-class Answer:
-    """What is said to one request: words that follow from all that stands before them, and nothing else.
+def _jobs(answers: Sequence[Answer], *, read: bool) -> dict[Job, Answer]:
+    """Return the work on answers, without those that say nothing; where it was `read`, most of a prompt is not again.
 
-    So an answer that is gone on with from its middle, by ids or by text, is the answer that was begun.
+    Its last token is, to produce one. What is produced of all of them comes in one queue.
     """
-
-    def __init__(self, asked: Asked, part: Part, *, chat: bool) -> None:
-        room = part.max_context_tokens - asked.prompt_tokens
-        if room <= 0:
-            raise RejectedError(
-                f"The prompt has about {asked.prompt_tokens} tokens; the context is {part.max_context_tokens}.",
-                code="context_length_exceeded",
+    produced = asyncio.Queue[tuple[Job, int]]()
+    jobs: dict[Job, Answer] = {}
+    first: Job | None = None
+    for answer in answers:
+        first = None if answer.is_first else first
+        if answer.output_tokens:
+            prompt_tokens = max(1, len(answer.prompt_ids))
+            job = Job(
+                prompt_tokens=prompt_tokens,
+                output_tokens=answer.output_tokens,
+                read_tokens=prompt_tokens - 1 if read or first else 0,
+                behind=first,
+                produced=produced,
             )
-        fields = asked.fields
-        self.prompt_ids, begun = _chat_ids(fields) if chat else _prompt_ids(fields["prompt"])
-        expected = max(0, part.expected_output_tokens - begun)
-        most = room if asked.most_tokens is None else min(asked.most_tokens, room)
-        self.output_tokens = min(most, expected)
-        self.asked, self.chat = asked, chat
-        self.finish: Literal["stop", "length"] = "stop" if expected <= most else "length"
-        self.ids, self.words = _words(self.prompt_ids, begun, self.output_tokens)
-        self.beside: dict[str, Any] = {}  # what else is said, when it comes whole
-        self.tells_ids = fields.get("return_token_ids") is True
-        self.stamp = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": asked.model,
-        }
-        prompt_tokens = max(1, len(self.prompt_ids))
-        self.usage = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": self.output_tokens,
-            "total_tokens": prompt_tokens + self.output_tokens,
-        }
-
-    def shorten(self) -> None:
-        """Say one word: all the rest is said elsewhere."""
-        if self.output_tokens > 1:
-            self.output_tokens, self.finish = 1, "length"
-            self.ids, self.words = self.ids[:1], self.words[:1]
-            prompt_tokens = self.usage["prompt_tokens"]
-            self.usage |= {"completion_tokens": 1, "total_tokens": prompt_tokens + 1}
-
-    def whole(self) -> dict[str, Any]:
-        text = "".join(self.words)
-        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        kind = "chat.completion" if self.chat else "text_completion"
-        choice = {"index": 0, "finish_reason": self.finish, "logprobs": None, **said}
-        return {**self.stamp, "object": kind, "choices": [choice], "usage": self.usage, **self.beside}
-
-    async def events(self, job: Job) -> AsyncIterator[bytes]:
-        """Yield the events of a stream, each token as it is produced."""
-        for number in range(job.output_tokens):
-            await job.produced.get()
-            yield self.event(number)
-        yield self.last()
-
-    def event(self, number: int) -> bytes:
-        """Return what is sent for one token; before the first one of a chat comes the role."""
-        opening = b""
-        if number == 0:
-            prompt_ids = {"prompt_token_ids": self.prompt_ids} if self.tells_ids else {}
-            if self.chat:
-                opening = self._event({"role": "assistant", "content": ""}, beside=prompt_ids)
-        ids = {"token_ids": [self.ids[number]]} if self.tells_ids else {}
-        if self.chat:
-            return opening + self._event({"content": self.words[number]}, within=ids)
-        return self._event({"text": self.words[number]}, within=ids | (prompt_ids if number == 0 else {}))
-
-    def last(self) -> bytes:
-        """Return what ends a stream, but for [DONE]."""
-        end = self._event({} if self.chat else {"text": ""}, finish=self.finish)
-        return end + (self._encoded({"choices": [], "usage": self.usage}) if self.asked.include_usage else b"")
-
-    def _event(
-        self,
-        said: dict[str, str],
-        *,
-        finish: str | None = None,
-        within: Mapping[str, list[int]] | None = None,
-        beside: Mapping[str, list[int]] | None = None,
-    ) -> bytes:
-        said_so = {"delta": said} if self.chat else said
-        choice = {"index": 0, **said_so, "finish_reason": finish, "logprobs": None, **(within or {})}
-        return self._encoded({"choices": [choice], **(beside or {})})
-
-    def _encoded(self, event: dict[str, Any]) -> bytes:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return b"data: " + orjson.dumps({**self.stamp, "object": kind, **event}) + b"\n\n"
+            first = first or job
+            jobs[job] = answer
+    return jobs
 
 
-# Its tokens: words that it says, once as the first of an answer and once after a blank; and of what it is told, four
-# bytes each, whose ids say which. A message of a chat has tokens more, for what is around it.
-FIRST_WORDS, OTHERS = len(WORDS), 2 * len(WORDS)
-AROUND = OTHERS  # an id without text
-
-
-def _chat_ids(fields: dict[str, Any]) -> tuple[list[int], int]:
-    """Return the prompt of a chat, and how many words of it are the answer that is gone on with."""
-    messages = fields["messages"]
-    begun = ""
-    if fields.get("continue_final_message") and messages[-1]["role"] == "assistant":
-        *messages, last = messages
-        begun = last.get("content") or ""
-    ids = []
-    for message in messages:
-        content = message.get("content") or ""
-        texts = (
-            [content]
-            if isinstance(content, str)
-            else [part if isinstance(part, str) else part.get("text") or "" for part in content]
-        )
-        ids += [AROUND] * TOKENS_PER_MESSAGE + _text_ids("".join(texts))
-    said = _said_ids(begun)
-    return ids + said, len(said)
-
-
-def _prompt_ids(prompt: Any) -> tuple[list[int], int]:
-    """Return the prompt of a completion, of which the words at its end are said already where it is a list of ids."""
-    parts = [prompt] if isinstance(prompt, str) else prompt
-    ids = list[int]()
-    for part in parts:
-        ids += _text_ids(part) if isinstance(part, str) else part if isinstance(part, list) else [part]
-    begun = next((number for number, one in enumerate(reversed(ids)) if one >= OTHERS), len(ids))
-    return ids, begun
-
-
-def _text_ids(text: str) -> list[int]:
-    data = text.encode()
-    groups = [data[start : start + BYTES_PER_TOKEN] for start in range(0, len(data), BYTES_PER_TOKEN)]
-    return [AROUND + 1 + (len(group) - 1) * 2**32 + int.from_bytes(group, "big") for group in groups]
-
-
-def _said_ids(text: str) -> list[int]:
-    """Return the ids of words it has said."""
-    words = [WORDS.index(word) if word in WORDS else 0 for word in text.split()]
-    return [word + FIRST_WORDS * (number > 0) for number, word in enumerate(words)]
-
-
-def _words(prompt_ids: list[int], begun: int, count: int) -> tuple[list[int], list[str]]:
-    """Return the next so many tokens and their text."""
-    state = zlib.crc32(orjson.dumps(prompt_ids[: len(prompt_ids) - begun]))
-    for one in prompt_ids[len(prompt_ids) - begun :]:
-        state = zlib.crc32(b"%d" % one, state)
-    ids, words = [], []
-    for number in range(begun, begun + count):
-        word = (state >> 8) % len(WORDS)
-        ids.append(word + FIRST_WORDS * (number > 0))
-        words.append(" " * (number > 0) + WORDS[word])
-        state = zlib.crc32(b"%d" % ids[-1], state)
-    return ids, words
+async def _events(answers: Sequence[Answer], jobs: Mapping[Job, Answer]) -> AsyncIterator[bytes]:
+    """Yield the events of a stream, each token as it is produced."""
+    for answer in answers:
+        if not answer.output_tokens:
+            yield answer.end()
+    for _ in range(sum(job.output_tokens for job in jobs)):
+        job, number = await next(iter(jobs)).produced.get()
+        answer = jobs[job]
+        yield answer.event(number) + (answer.end() if number == answer.output_tokens - 1 else b"")
+    if counts := answers[0].counts(answers):
+        yield counts
 
 
 # --- The process ----------------------------------------------------------------------------------------------------
