@@ -100,7 +100,8 @@ class Engine:
         if path == "/abort_request":
             await self._whole(line, 200, b"{}")
             return
-        asked = read_asked(path.removeprefix("/v1"), body)
+        named = {name: value for name, value in fields.items() if name != "rid"}  # which only a gateway says
+        asked = read_asked(path.removeprefix("/v1"), orjson.dumps(named))
         if self.refuses in fields:
             await self._whole(line, 400, b'{"error": {"message": "' + self.refuses.encode() + b' is not for me"}}')
             return
