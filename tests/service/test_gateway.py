@@ -241,8 +241,20 @@ def test_each_wrong_request_gets_its_status_and_openais_error() -> None:
         (CHAT, orjson.dumps({**hello, "stream": 1}), 400, "stream", "wrong_type"),
         (CHAT, orjson.dumps({**hello, "model": "chatt"}), 404, "model", "model_not_found"),
         (CHAT, b" " * (LONGEST_BODY_BYTES + 1), 413, None, "body_too_large"),
-        (CHAT, orjson.dumps({**hello, "messages": [{"role": "user", "content": "x" * 2**21}]}), 400, None, TOO_LONG),
-        (CHAT, orjson.dumps({**hello, "messages": [{"role": "user", "content": [INSIDE]}]}), 400, "image_url", NO_URL),
+        (
+            CHAT,
+            orjson.dumps({**hello, "messages": [{"role": "user", "content": "x" * 2**21}]}),
+            400,
+            "messages",
+            TOO_LONG,
+        ),
+        (
+            CHAT,
+            orjson.dumps({**hello, "messages": [{"role": "user", "content": [INSIDE]}]}),
+            400,
+            "image_url.url",
+            NO_URL,
+        ),
         ("/v1/audio/speech", orjson.dumps(hello), 404, None, "unknown_path"),
         ("/v1/models", b"{}", 405, None, "wrong_method"),
     ]
@@ -259,6 +271,10 @@ def test_each_wrong_request_gets_its_status_and_openais_error() -> None:
                 await service.openai.chat.completions.create(model="chatt", messages=QUESTION)
             with pytest.raises(openai.BadRequestError, match="'messages' is empty"):
                 await service.openai.chat.completions.create(model="chat", messages=[])
+            with pytest.raises(openai.APIStatusError, match=r"compressed \(gzip\). Send it as it is") as caught:
+                asked, headers = service.openai.chat.completions, {"content-encoding": "gzip"}
+                await asked.create(model="chat", messages=QUESTION, extra_headers=headers)
+            assert (caught.value.status_code, caught.value.code) == (415, "unsupported_encoding")
 
     asyncio.run(case())
 

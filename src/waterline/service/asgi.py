@@ -15,6 +15,7 @@ from waterline.service.errors import (
     error_json,
     http_status,
     retry_after,
+    shortened,
 )
 from waterline.service.limits import BODY, ON_GONE, GuardedProtocol
 
@@ -136,9 +137,12 @@ async def read_body(
 ) -> bytes:
     """Return the body of a request.
 
-    Raises RejectedError when it is longer than that, without keeping it, or takes longer; ClientGoneError when the
-    client leaves before its end.
+    Raises RejectedError when it is longer than that, without keeping it, or takes longer, or is compressed;
+    ClientGoneError when the client leaves before its end.
     """
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value.lower() != b"identity":
+            raise _compressed(value)
     if (at_once := scope.get(BODY)) and (body := at_once()) is not None and len(body) <= longest_bytes:
         return cast("bytes", body)
     try:
@@ -201,6 +205,15 @@ def _bounded(body: bytes, longest_bytes: int) -> bytes:
     if len(body) > longest_bytes:
         raise _too_long(longest_bytes)
     return body
+
+
+def _compressed(how: bytes) -> RejectedError:
+    return RejectedError(
+        f"The body is compressed ({shortened(how.decode('latin-1'))}). Send it as it is.",
+        status=415,
+        code="unsupported_encoding",
+        headers={"accept-encoding": "identity"},
+    )
 
 
 def _too_long(longest_bytes: int) -> RejectedError:

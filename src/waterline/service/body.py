@@ -138,8 +138,9 @@ class Asked:
         """Raise RejectedError when no engine could hold the prompt and a token of an answer."""
         if self.fewest_tokens >= max_context_tokens:
             raise RejectedError(
-                f"The prompt has at least {self.fewest_tokens} tokens; '{self.model}' has a context of "
-                f"{max_context_tokens}, for prompt and answer. Send a shorter prompt.",
+                f"This model's maximum context length is {max_context_tokens} tokens, prompt and answer; the prompt "
+                f"has at least {self.fewest_tokens}. Send a shorter one.",  # clients look for OpenAI's words
+                param="messages" if self.endpoint == CHAT else "prompt" if self.endpoint == COMPLETIONS else "input",
                 code="context_length_exceeded",
             )
 
@@ -281,6 +282,8 @@ def loaded(body: bytes) -> dict[str, Any]:
 
 def explained(error: Exception, body: bytes) -> RejectedError:
     """Turn what msgspec says into a sentence and the name of the parameter."""
+    if isinstance(error, UnicodeDecodeError):
+        return RejectedError(f"The body is not UTF-8 text: {error.reason} at byte {error.start}.", code="bad_json")
     try:
         whole = orjson.loads(body)
     except orjson.JSONDecodeError as worse:

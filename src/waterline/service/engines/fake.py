@@ -201,7 +201,7 @@ class FakeApp:
                 asked = read_asked(path.removeprefix("/v1"), body)
                 await unless_disconnected(self._answer(asked, told, path == f"/v1{CHAT}", reply), scope, receive)
             else:
-                raise RejectedError(f"There is nothing at {path}.", status=404)
+                raise RejectedError(f"There is nothing at {path}.", status=404, code="unknown_path")
         except WaterlineError as error:
             await reply.error(error)
         except ClientGoneError:

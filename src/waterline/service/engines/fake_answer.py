@@ -49,7 +49,8 @@ class Answer:
         room = part.max_context_tokens - asked.prompt_tokens
         if room <= 0:
             raise RejectedError(
-                f"The prompt has about {asked.prompt_tokens} tokens; the context is {part.max_context_tokens}.",
+                f"This model's maximum context length is {part.max_context_tokens} tokens; the prompt has about "
+                f"{asked.prompt_tokens}.",
                 code="context_length_exceeded",
             )
         fields = asked.fields
