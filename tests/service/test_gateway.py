@@ -271,9 +271,9 @@ def test_each_wrong_request_gets_its_status_and_openais_error() -> None:
                 await service.openai.chat.completions.create(model="chatt", messages=QUESTION)
             with pytest.raises(openai.BadRequestError, match="'messages' is empty"):
                 await service.openai.chat.completions.create(model="chat", messages=[])
+            gzip = service.openai.with_options(default_headers={"content-encoding": "gzip"})
             with pytest.raises(openai.APIStatusError, match=r"compressed \(gzip\). Send it as it is") as caught:
-                asked, headers = service.openai.chat.completions, {"content-encoding": "gzip"}
-                await asked.create(model="chat", messages=QUESTION, extra_headers=headers)
+                await gzip.chat.completions.create(model="chat", messages=QUESTION)
             assert (caught.value.status_code, caught.value.code) == (415, "unsupported_encoding")
 
     asyncio.run(case())
