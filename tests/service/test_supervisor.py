@@ -237,6 +237,8 @@ def test_who_cannot_wait_until_a_killed_engine_is_back_is_told_when_to_come_back
             with pytest.raises(openai.APIStatusError) as caught:
                 await service.openai.chat.completions.create(model="chat", messages=QUESTION)
             state = service.supervisor.states["chat/0"]
+            (told,) = service.completions
+            assert (told.status, told.replica, told.prompt_tokens > 0) == ("refused", "", True), "as in a rehearsal"
             return caught.value, state.delay_s + state.load_s
 
     refused, back_in_s = asyncio.run(case())

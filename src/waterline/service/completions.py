@@ -38,6 +38,7 @@ LAST_WORD_S = 0.2  # for the last event of a stream that is cut
 UNSERVED_S = 30.0  # after which to ask again for a model without a replica, where nobody knows when there is one
 FLEX_S = 600.0  # a request with service_tier "flex" would rather wait than be refused
 INVALID = "invalid request"  # the client's own doing: it counts neither for nor against the SLO
+NOT_READY = "model_not_ready"  # the code of who is told that no replica is in service
 GONE, SLOW = "the client went away", "the client did not read its answer"
 BLOCK_BYTES = 512 * BYTES_PER_TOKEN  # of a prompt, which a replica may still have in its cache
 PROMPTS = (b'"messages"', b'"prompt"')  # where the part of a body begins that engines keep
@@ -301,7 +302,7 @@ class Completions:
             return
         visit.is_over = True
         asked, progress, ticket = visit.asked, visit.progress, visit.ticket
-        in_vain = reason == INVALID or (status == "failed" and math.isnan(progress.first_token_s))
+        in_vain = reason == INVALID or (status in {"refused", "failed"} and math.isnan(progress.first_token_s))
         tokens = (0, 0) if in_vain else visit.tokens  # nobody is charged for a refusal, nor for a failure of ours
         if ticket:
             self._dispatcher.leave(ticket, self._now_s())
@@ -347,7 +348,7 @@ class Completions:
             return RejectedError(
                 f"'{asked.model}' is not ready: {said or 'it has no replica now'}. {again}",
                 status=503,
-                code="model_not_ready",
+                code=NOT_READY,
                 headers=headers,
             )
         return RejectedError(
@@ -387,8 +388,10 @@ async def _done_within(future: "Future[None]", within_s: float) -> None:
 
 def _judged(error: WaterlineError) -> tuple[Status, str]:
     """Return what an error means for the SLO, and what is remembered of it."""
+    if isinstance(error, RejectedError) and (error.status == 429 or error.code == NOT_READY):
+        return "refused", str(error)
     if isinstance(error, RejectedError) and error.status < 500:
-        return ("refused", str(error)) if error.status == 429 else ("cancelled", INVALID)
+        return "cancelled", INVALID
     return "failed", str(error)
 
 
