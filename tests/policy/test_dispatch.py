@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from desks import NO_BLOCKS, OTHER, PAID, PUBLIC, ask, desk, end, start_next
 
-from waterline.policy import dispatch
+from waterline.policy import admission, dispatch
 from waterline.policy.admission import CAUTION
 from waterline.policy.decisions import (
     BELOW_DESERVED,
@@ -148,6 +148,20 @@ def test_who_gives_up_leaves_the_queue_to_the_others() -> None:
     dispatch.gave_up(made, 0, PUBLIC, 2.0)
     end(made, 0, PUBLIC)
     assert start_next(made)[0] == OTHER
+
+
+def test_who_is_overtaken_loses_its_place_and_is_told_to_come_back_after_those_who_were_told_before() -> None:
+    made = desk((0, BOTH))
+    for client in (PUBLIC, PUBLIC, PUBLIC, OTHER):
+        ask(made, client)
+    assert admission.waits_s(2.0) == 30.0, "three times a deadline of 10 s at least"
+    assert admission.waits_s(20.0) == 60.0
+    assert dispatch.overtaken(made, 0, PUBLIC, 2.0, 5.0) == 5.0, "its deadline"
+    assert dispatch.overtaken(made, 0, PUBLIC, 2.0, 5.0) == pytest.approx(9.0), "half a GPU brings 2 GPU-s back in 4 s"
+    end(made, 0, PUBLIC)
+    assert start_next(made)[0] == OTHER, "nobody else waits"
+    dispatch.set_in_service(made, [0], serves=False)
+    assert dispatch.overtaken(made, 0, PUBLIC, 2.0, 5.0) == 5.0, "where nobody serves there is no pace"
 
 
 def test_reading_and_writing_apart_are_two_pools_and_what_was_read_is_taken_over_whatever_is_full() -> None:

@@ -72,7 +72,7 @@ def test_who_has_waited_is_told_with_its_rivals_by_name() -> None:
 def test_the_refused_are_told_when_to_come_back_and_those_who_go_why() -> None:
     desk = Desk(one_slot())
     running = desk.ask("r-1")
-    waiting = [desk.ask(f"r-{at}", 1.0, wait_s=5.0) for at in range(2, 5)]
+    waiting = [desk.ask(f"r-{at}", 1.0, wait_s=wait_s) for at, wait_s in ((2, 5.0), (3, 5.0), (4, 50.0))]
     desk.taken()
     refusal = desk.does.enter("chat", 100, None, lambda _: None, 1.0, tenant="public", wait_s=0.1, id_="r-5")
     assert not isinstance(refusal, Ticket)
@@ -81,13 +81,16 @@ def test_the_refused_are_told_when_to_come_back_and_those_who_go_why() -> None:
     assert told["deadline_ns"] == 1_000_000_000 + round(refusal.retry_after_s * GIGA)
     assert not {"place", "why", "turn"} & {*told}
     desk.does.leave(waiting[0], 3.0)
-    desk.does.leave(waiting[1], waiting[1].until_s + 1.0)
+    desk.does.tick(waiting[1].until_s + 1.0)
+    desk.does.leave(waiting[1], waiting[1].until_s + 1.1)
     desk.does.set_ready("chat/0", ready=False, now_s=50.0)
     desk.does.leave(waiting[2], 20.0)
     desk.does.leave(running, 60.0)
-    assert [(one["request_id"], one["rule"]) for one in desk.taken()] == [
+    went = desk.taken()
+    assert [(one["request_id"], one["rule"]) for one in went] == [
         ("r-2", "gave up"), ("r-3", "too late"), ("r-4", "not served"),
     ]  # fmt: skip
+    assert (went[1]["cost_ms"], went[1]["deadline_ns"] > went[1]["at_ns"]) == (31_000, True)
 
 
 def test_without_a_replica_in_service_and_none_that_is_expected_no_time_is_named() -> None:

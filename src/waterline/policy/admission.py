@@ -48,6 +48,8 @@ PACE_S = 15.0  # half of the pace at which work began is forgotten
 CAUTION = 0.7  # of its time a request should be expected to wait for its turn: turns scatter, and most must be in time
 RETURNS = 0.5  # of its pace, that a tenant leaves to requests that were refused before
 MOST_TOLD_S = 3600.0
+PATIENCE = 3.0  # times its deadline a request waits for its turn that was taken in and then overtaken …
+LEAST_DEADLINE_S = 10.0  # … which counts as so long at least
 UNKNOWN_S = 2.0  # of waiting, after which what was seen counts for more than what is expected
 MEMORY_S = HALF_LIFE_S * 1.4426950408889634  # what a GPU that never idles has on its account in the end: half-life/ln 2
 LEAST_MEMORY_S = 15.0  # at first, because requests are charged for some time ahead
@@ -211,6 +213,15 @@ def admit(
         turn_gpu_s = queue.waiting_gpu_s[line] / max(queue.waiting[line], 1) * max(queue.lines[group], 1)
         return QUEUE_FULL, max(turn_gpu_s, request_gpu_s) / gpus
     return WAITS_FOR_SLOT, wait_s
+
+
+@swift
+def waits_s(ttft_s: float) -> float:
+    """Return how long a request that was taken in waits for its turn, before it is told that it does not come.
+
+    Others of its tenant or its client may have come above their share since, so that more goes before it than did.
+    """
+    return PATIENCE * max(ttft_s, LEAST_DEADLINE_S)
 
 
 @swift

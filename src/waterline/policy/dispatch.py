@@ -11,6 +11,8 @@ The caller keeps the requests themselves, those of each client to each model in 
 - `next_turn`, then `start`, while they name somebody: whenever a slot or a replica has come free, somebody has begun
   to wait while there were slots, and after each `tick`;
 - `first_token`, `left` and `settle`: what becomes of it on its replica; `ended` is the last two together;
+- `overtaken`, after each `tick` and what starts then, of each that has waited for `admission.waits_s` in vain, in the
+  order in which they came: it is told;
 - `gave_up`: it waits no longer; `come_back`: its replica failed, and it waits again, before its client's others;
 - `put` and `set_in_service`: replicas come and go; `tick`, once a second.
 
@@ -487,6 +489,17 @@ def ended(desk: Desk, model: int, replica: int, client: int, output_tokens: int,
 def gave_up(desk: Desk, model: int, client: int, gpu_s: float) -> None:
     """A waiting request waits no longer, and has not started."""
     admission.leave(desk.queue, line_of(desk, model, client), model, gpu_s)
+
+
+@swift
+def overtaken(desk: Desk, model: int, client: int, gpu_s: float, ttft_s: float) -> float:
+    """A waiting request is told that its turn does not come; return after how many seconds it should come back.
+
+    After its deadline again, and after those of its tenant who have been told to come back before.
+    """
+    line, gpus = line_of(desk, model, client), desk.models.gpus[model]
+    admission.leave(desk.queue, line, model, gpu_s)
+    return admission.tell(desk.queue, line, model, gpu_s, gpus, ttft_s) if gpus > 0.0 else ttft_s
 
 
 @swift

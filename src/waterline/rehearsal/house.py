@@ -12,6 +12,7 @@ from waterline.cost import StepCost, replica_step_cost, transfer_s
 from waterline.fleet import HOURS, Demand
 from waterline.outcome import CANCELLED, NOWHERE, OK, REFUSED, STATUSES, Completion
 from waterline.plan import Plan, Replica
+from waterline.policy import admission
 from waterline.policy.decisions import GAVE_UP, NOT_SERVED, OVER_LIMIT, QUEUE_FULL, RULES, TOO_LATE, TOO_LONG
 from waterline.rehearsal.capacity import NEVER, Capacity, Terms
 from waterline.rehearsal.pieces import Piece, joined
@@ -365,7 +366,13 @@ class Settled:
                 output_tokens=produced,
                 gpu_s=gpu_ps / PICOSECONDS_PER_S,
                 preemptions=preempted,
-                reason=self._reason(status, replica, row, prompt + output, produced, retry_s),
+                reason=self._refusal(-replica, row, prompt + output, retry_s, waited=finish_ps > arrival_ps)
+                if status == REFUSED
+                else ""
+                if status == OK
+                else GONE
+                if produced
+                else RULES[GAVE_UP][0],
                 client=self.house.names[client],
             )
 
@@ -378,15 +385,14 @@ class Settled:
         gpu_ps: Reals = busy_ps + passages.read_busy_ps * gpus[passages.read_by]
         return gpu_ps + np.bincount(request, lost_ps * gpus[replica], len(gpu_ps))
 
-    def _reason(self, status: int, replica: int, row: int, tokens: int, produced: int, retry_s: float) -> str:
-        if status == CANCELLED:
-            return GONE if produced else RULES[GAVE_UP][0]
-        if replica >= 0:
-            return ""
-        rule, model = -replica, int(self.house.model_of_row[row])  # which a policy may call otherwise than its row does
+    def _refusal(self, rule: int, row: int, tokens: int, retry_s: float, *, waited: bool) -> str:
+        model = int(self.house.model_of_row[row])  # which a policy may call otherwise than its row does
         if rule == TOO_LONG:
             longest_tokens = self.house.station.memory.desk.models.ever_tokens[model]
             return f"{tokens} tokens, of which no replica of the model holds more than {longest_tokens}"
+        if rule == TOO_LATE and waited:
+            within_s = admission.waits_s(self.house.ttft_s[model])
+            return f"its turn did not come within {within_s:g} s; retry after {retry_s:.3g} s"
         if rule == TOO_LATE:
             return f"would not start within {self.house.ttft_s[model]:g} s; retry after {retry_s:.3g} s"
         if rule == NOT_SERVED:

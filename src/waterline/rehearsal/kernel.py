@@ -6,7 +6,7 @@ need it: whole numbers in flat arrays (see `state`), floats only where `policy` 
 """
 
 from waterline.policy import dispatch
-from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, TAKES_OVER, WAITS_FOR_SLOT
+from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, TAKES_OVER, TOO_LATE, WAITS_FOR_SLOT
 from waterline.policy.routing import NOBODY
 from waterline.rehearsal.entries import (
     PRIME,
@@ -20,7 +20,7 @@ from waterline.rehearsal.entries import (
 )
 from waterline.rehearsal.heaps import ENDS, alone, pop, push, reschedule
 from waterline.rehearsal.jit import apart, compiled, inlined
-from waterline.rehearsal.leaving import drop_left, end_time, gave_up, set_timer
+from waterline.rehearsal.leaving import drop_left, end_time, gave_up, set_timer, take_out
 from waterline.rehearsal.life import (
     accept,
     begin,
@@ -91,12 +91,15 @@ from waterline.rehearsal.state import (
     STEPS,
     STILL,
     TAIL,
+    TELLS,
     TELLS_CACHED,
     TICK_PS,
     TIMERS,
     TIMERS_EACH,
     UNDER_WAY,
     UNFINISHED,
+    UNREAD,
+    WAITS_PS,
     Asked,
     Memory,
 )
@@ -239,6 +242,7 @@ def arrive(memory: Memory, asked: Asked, index: int, request: int) -> bool:
         accept(memory, answer.replica, slot, now, answer.cached_tokens)
         return False
     line = dispatch.line_of(memory.desk, model, client)
+    memory.slots[at + UNREAD] = now
     memory.slots[at + NEXT] = NONE
     if memory.line_heads[line] == NONE:
         memory.line_heads[line] = slot
@@ -276,9 +280,14 @@ def start_waiting(memory: Memory, model: int, now: int) -> None:
         start_those(memory, model, now)
 
 
-@inlined
+@apart
 def leave_in_time(memory: Memory, now: int) -> None:
-    """Let the client leave whose time is up, and others have its room."""
+    """Let the client leave whose time is up, and others have its room; or tell those whose turn does not come."""
+    if memory.timers[1] == TELLS:
+        pop(memory.timers, memory.counters[TIMERS])
+        memory.counters[TIMERS] -= 1
+        tell_overtaken(memory, now)
+        return
     model = end_time(memory, now)
     if model != NONE:
         start_waiting(memory, model, now)
@@ -328,6 +337,76 @@ def start_those(memory: Memory, model: int, now: int) -> None:
             accept(memory, replica, slot, now, cached)
             if len(memory.logs) > 0:
                 write_start(memory, now)
+
+
+@inlined
+def tell_overtaken(memory: Memory, now: int) -> None:
+    """Tell those whose turn has not come for long, and set a timer for when somebody may have to be told again.
+
+    Whoever comes from now on waits until then at least. It is the first of its instant, and one at which a second ends.
+    """
+    tell_at = NEVER_PS
+    for model in range(len(memory.ttft_s)):
+        if memory.models[model * MODEL_FIELDS + WAITS_PS] < NEVER_PS:
+            tell_at = min(tell_at, tell_overtaken_of(memory, model, now))
+    if tell_at < NEVER_PS:
+        push(memory.timers, memory.counters[TIMERS], (tell_at // TICK_PS + 1) * TICK_PS, 0, TELLS)
+        memory.counters[TIMERS] += 1
+
+
+@inlined
+def tell_overtaken_of(memory: Memory, model: int, now: int) -> int:
+    """Do so for one model, in the order in which they came; return until when the next one waits."""
+    queue, tenants, late = memory.desk.queue, len(memory.desk.accounts.used_gpu_s), NONE
+    waits = memory.models[model * MODEL_FIELDS + WAITS_PS]
+    until: int = now + waits
+    for group in range(model * tenants, (model + 1) * tenants):
+        for place in range(queue.first[group], queue.first[group] + queue.lines[group]):
+            late, since = take_late(memory, queue.heap[place], now - waits, late)
+            if since != NONE:
+                until = min(until, since + waits)
+    told = late != NONE
+    while late != NONE:
+        slot, late = late, memory.slots[late * SLOT + NEXT]
+        request = memory.slots[slot * SLOT + REQUEST]
+        result = request * RESULT
+        cost_gpu_s = memory.reals[2 * request + COST_GPU_S]
+        memory.reals[2 * request + RETRY_S] = dispatch.overtaken(
+            memory.desk, model, memory.results[result + CLIENT], cost_gpu_s, memory.ttft_s[model]
+        )
+        memory.results[result + FINISH_AT] = now
+        memory.results[result + SERVED_BY] = -TOO_LATE
+        free_slot(memory, slot)
+    if told:
+        start_waiting(memory, model, now)
+    return until
+
+
+@inlined
+def take_late(memory: Memory, line: int, before: int, late: int) -> tuple[int, int]:
+    """Move those from a line that have waited since before a time, and never begun, to the list of such.
+
+    Return the first of the list, which is in the order of their arrival, and since when the next one waits, or NONE.
+    """
+    slot, after, other = memory.line_heads[line], NONE, late
+    while slot != NONE:
+        at = slot * SLOT
+        if memory.results[memory.slots[at + REQUEST] * RESULT + STARTED_AT] >= 0:  # it came back, and goes first
+            slot = memory.slots[at + NEXT]
+            continue
+        if memory.slots[at + UNREAD] >= before:
+            return late, memory.slots[at + UNREAD]
+        behind = memory.slots[at + NEXT]
+        take_out(memory.slots, memory.line_heads, line, memory.line_tails, line, slot)
+        while other != NONE and memory.slots[other * SLOT + REQUEST] < memory.slots[at + REQUEST]:
+            after, other = other, memory.slots[other * SLOT + NEXT]
+        memory.slots[at + NEXT] = other
+        if after == NONE:
+            late = slot
+        else:
+            memory.slots[after * SLOT + NEXT] = slot
+        after, slot = slot, behind
+    return late, NONE
 
 
 @apart

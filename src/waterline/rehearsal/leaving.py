@@ -68,7 +68,7 @@ def set_timer(memory: Memory, at: int, slot: int) -> int:
     return number
 
 
-@apart
+@inlined
 def end_time(memory: Memory, now: int) -> int:
     """Let the client leave whose time is up, if that still matters; return the model that has room now, or NONE."""
     timer = -2 - (memory.timers[1] >> SLOT_BITS)

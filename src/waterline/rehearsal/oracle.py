@@ -56,6 +56,9 @@ beginning of a step, before the decodes claim their cache, when no prompt is und
 what it brings and one token more. It has nothing to read unless it is preempted. Prefill replicas never wait for decode
 replicas.
 
+**Whoever is overtaken is told.** A request that was taken in and has not been given to a replica for
+`admission.waits_s` is told at the desk's next second that its turn does not come, and when to come back.
+
 **Clients leave.** One gives up when its request has not been given to a replica by the end of its patience
 (`Ask.patience_ps`), and one goes away in the middle of its answer (`Ask.leaves_ps`), if that is not complete by then. A
 request that waits at the desk, or whose cache is on its way, ends at once. One that is on a replica ends with the step
@@ -70,8 +73,9 @@ its requests go back to the desk, before all others of their clients and in the 
 what they have produced is read again with their prompt. The step under way is lost, and charged to nobody.
 
 **At one instant** everything happens in this order: steps end, replica by replica, and as each has ended the desk gives
-away the slots that it left; caches arrive; the desk's second strikes (accounts age); clients leave, those first whose
-requests came first, and the desk gives their places away; replicas come and go; requests arrive; steps begin.
+away the slots that it left; caches arrive; the desk's second strikes (accounts age, who was overtaken is told); clients
+leave, those first whose requests came first, and the desk gives their places away; replicas come and go; requests
+arrive; steps begin.
 """
 
 from collections import deque
@@ -90,11 +94,13 @@ from waterline.policy.decisions import (
     REASONS,
     SLOT_FREE,
     TAKES_OVER,
+    TOO_LATE,
     WAITS_FOR_SLOT,
 )
 from waterline.policy.dispatch import Desk
 from waterline.policy.routing import NOBODY
 from waterline.rehearsal.capacity import NEVER, Ask, Capacity, Change, Terms
+from waterline.rehearsal.state import waits_ps
 from waterline.rehearsal.stepped import Passage, Step, SteppedReplica
 from waterline.units import PICOSECONDS_PER_S
 
@@ -178,6 +184,8 @@ class SteppedFleet:
         dispatch.tick(self.desk, float(now_ps // PICOSECONDS_PER_S))
         for model in range(len(self.terms.ttft_s)):
             self.start_waiting(model, now_ps)
+        for model in range(len(self.terms.ttft_s)):
+            self.tell_overtaken(model, now_ps)
 
     def end_times(self, now_ps: int) -> None:
         """Let those leave whose time is up: to wait for their first replica, or to be there at all."""
@@ -265,6 +273,20 @@ class SteppedFleet:
                 self.turn_away(line.popleft(), rule, now_ps)
             else:
                 return
+
+    def tell_overtaken(self, model: int, now_ps: int) -> None:
+        """Tell those whose turn has not come for long, in the order in which they came."""
+        ttft_s, waits = self.terms.ttft_s[model], waits_ps(self.terms.ttft_s[model])
+        lines = [line for (other, _), line in self.lines.items() if other == model]
+        waiting = [passage for line in lines for passage in line if passage.started_ps == NEVER]
+        late = [passage for passage in waiting if passage.ask.arrival_ps + waits < now_ps]
+        for passage in sorted(late, key=lambda one: one.number):
+            client = passage.ask.client
+            self.lines[model, client].remove(passage)
+            passage.retry_s = dispatch.overtaken(self.desk, model, client, passage.cost_gpu_s, ttft_s)
+            passage.refusal, passage.finish_ps = TOO_LATE, now_ps
+        if late:
+            self.start_waiting(model, now_ps)
 
     def turn_away(self, passage: Passage, rule: int, now_ps: int) -> None:
         """Let a request that waits wait no longer."""
@@ -449,7 +471,10 @@ def serve(
         What became of each request, in the same order: refused (and finished on arrival), gone, or finished.
     """
     fleet = SteppedFleet(capacities, terms, steps)
-    passages = [Passage(ask=ask, tokens=ask.prompt_tokens, cached_tokens=ask.cached_tokens) for ask in requests]
+    passages = [
+        Passage(number=number, ask=ask, tokens=ask.prompt_tokens, cached_tokens=ask.cached_tokens)
+        for number, ask in enumerate(requests)
+    ]
     if changes is None:
         changes = [Change(at_ps=0, kind="ready", replica=row) for row in range(len(capacities))]
     fleet.to_change, fleet.to_come = deque(changes), deque(passages)

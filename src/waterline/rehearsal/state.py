@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterline.cost.step import StepCost
-from waterline.policy import dispatch
+from waterline.policy import admission, dispatch
 from waterline.policy.decisions import REASONS
 from waterline.policy.dispatch import Desk
 from waterline.policy.jit import compiled
@@ -25,6 +25,7 @@ Reals = NDArray[np.float64]
 NONE = -1  # no slot, no replica
 NEVER_PS = 2**63 - 1
 LATEST_PS = 100 * 86_400 * 10**12  # times are kept in 64 bits, which hold 106 days
+LONGEST_WAIT_S = 500_000.0  # after LATEST_PS it ends within 64 bits
 TICK_PS = 10**12  # between two ticks of the desk
 
 # A replica. Between two events it is idle, in one step that reads prompts, or in several alike that only decode.
@@ -67,7 +68,7 @@ FIXED = 8
     PROMPT,
     OUTPUT,
     BUSY_PS,  # its share of the steps so far; while it decodes, less the replica's TOKEN_PS when it began to
-    UNREAD,  # tokens that the desk counts as unread; NONE once they have been read
+    UNREAD,  # tokens that the desk counts as unread; NONE once they have been read; at the desk, since when it waits
     NEXT,  # slot behind it: of those that wait, read, or are free; while it decodes, a number that grows with admission
     PRODUCED,  # tokens; while it decodes, when it began to
     READ,  # tokens since it was admitted; while it waits, those it brings, or below 0 those that are cached there
@@ -145,8 +146,12 @@ OLDEST, NEWEST = range(2)
 CACHE = 2
 
 # Of a model.
-EXPECTED_OUTPUT, TELLS_CACHED = range(2)  # TELLS_CACHED: 1 when the desk is told what is cached of a prompt
-MODEL_FIELDS = 2
+(
+    EXPECTED_OUTPUT,
+    TELLS_CACHED,  # 1 when the desk is told what is cached of a prompt
+    WAITS_PS,  # how long who was taken in waits for its turn, before it is told that it does not come
+) = range(3)
+MODEL_FIELDS = 4
 
 # Of all together.
 (
@@ -159,7 +164,7 @@ MODEL_FIELDS = 2
     UNDER_WAY,  # requests taken in that have not ended
     COMING,  # caches on their way
     TIMERS,
-    SEQUENCE,  # caches and timers so far
+    SEQUENCE,  # caches and timers so far; from 1 on
     FIRST_DICE,
     SECOND_DICE,
     FINISHES_USED,  # entries of `Memory.finishes` that have been given out
@@ -173,6 +178,7 @@ TIMERS_EACH = 2  # at most, of a request: of its patience, and of when its clien
 STEP_BITS = 37  # a finish is one number: its step, and below it the slot; so are caches and timers
 SLOT_BITS = 63 - STEP_BITS
 SLOT_MASK = (1 << SLOT_BITS) - 1
+TELLS = SLOT_MASK  # slot of a timer that is nobody's: perhaps some have to be told that their turn does not come
 
 
 class Memory(NamedTuple):
@@ -253,6 +259,9 @@ def make_memory(terms: Terms, slots: int) -> Memory:
     of_models = aligned(models * MODEL_FIELDS)
     of_models[EXPECTED_OUTPUT::MODEL_FIELDS] = terms.output_tokens
     of_models[TELLS_CACHED::MODEL_FIELDS] = 1
+    of_models[WAITS_PS::MODEL_FIELDS] = [waits_ps(ttft_s) for ttft_s in terms.ttft_s]
+    timers = aligned(2 * slots, NEVER_PS)
+    timers[:2], counters[TIMERS], counters[SEQUENCE] = (TICK_PS, TELLS), 1, 1
     memory = Memory(
         desk=desk,
         replicas=aligned(0),
@@ -263,7 +272,7 @@ def make_memory(terms: Terms, slots: int) -> Memory:
         due_replica=aligned(0),
         due_place=aligned(0),
         coming=aligned(0),
-        timers=aligned(2 * slots, NEVER_PS),
+        timers=timers,
         leaving=aligned(0),
         line_heads=aligned(lines, NONE),
         line_tails=aligned(lines, NONE),
@@ -287,6 +296,12 @@ def make_memory(terms: Terms, slots: int) -> Memory:
         logs=(1,) if terms.reasons else (),
     )
     return with_slots(memory, slots)
+
+
+def waits_ps(ttft_s: float) -> int:
+    """Return how long a request waits for its turn, before it is told that it does not come; days: NEVER_PS."""
+    seconds = admission.waits_s(ttft_s)
+    return round(seconds * TICK_PS) if seconds < LONGEST_WAIT_S else NEVER_PS
 
 
 def with_slots(memory: Memory, slots: int) -> Memory:

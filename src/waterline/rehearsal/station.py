@@ -84,7 +84,7 @@ class Passages:
     client: Integers
     started_ps: Integers  # when the desk gave it to a replica for the first time; NONE when it never did
     first_token_ps: Integers  # NONE where none came
-    finish_ps: Integers  # of those who were refused, their arrival
+    finish_ps: Integers  # of those who were refused, their arrival, or when they were told that they wait in vain
     busy_ps: Integers  # their shares of the replica's steps
     replica: Integers  # its index, or minus the rule by which it was refused or gave up, see `policy.decisions`
     preemptions: Integers
@@ -454,7 +454,7 @@ class Station:
         if memory.counters[FREE_SLOT] != NONE:
             return
         slots = 2 * len(memory.slots) // SLOT
-        if slots > 1 << SLOT_BITS:
+        if slots >= 1 << SLOT_BITS:  # one number is `TELLS`
             raise InputError(
                 f"more than {slots // 2:,} requests are under way at once. The replicas fall behind what is asked: "
                 "plan more of them, or give the model an SLO, so that some are refused."

@@ -26,6 +26,7 @@ class Step:
 class Passage:
     """One request on its way through the fleet, and in the end what became of it."""
 
+    number: int  # in the order of arrival
     ask: Ask
     tokens: int  # of its prompt, and produced
     cached_tokens: int  # of its prompt, where it is read for the first time

@@ -237,7 +237,10 @@ class Completions:
             service=service,
             entry=entry,
             turn=Turn(
-                self._dispatcher, self._now_s, lambda rule: self._nobody(rule, asked, service), self._metrics.hedged
+                self._dispatcher,
+                self._now_s,
+                lambda rule, again_s: self._refused(asked, Refusal(rule=rule, retry_after_s=again_s)),
+                self._metrics.hedged,
             ),
             wait_s=patient_s if request.wait_s is None else request.wait_s,
             arrival_s=arrival_s,
@@ -332,10 +335,6 @@ class Completions:
         )
 
     # --- In words ---------------------------------------------------------------------------------------------------
-
-    def _nobody(self, rule: int, asked: Asked, service: Service) -> RejectedError:
-        again_s = service.ready_in_s(self._now_s()) if rule == NOT_SERVED else service.ttft_s
-        return self._refused(asked, Refusal(rule=rule, retry_after_s=again_s))
 
     def _refused(self, asked: Asked, refusal: Refusal) -> RejectedError:
         headers = retry_after(refusal.retry_after_s if math.isfinite(refusal.retry_after_s) else UNSERVED_S)

@@ -19,7 +19,6 @@ from waterline.policy.decisions import (
     NOT_SERVED,
     REASONS,
     TAKES_OVER,
-    TOO_LATE,
     WAITS_FOR_SLOT,
     as_json,
     nanoseconds,
@@ -101,8 +100,7 @@ class DecisionLog:
 
     def write_end(self, ticket: Ticket, now_s: float) -> None:
         """Write why a request goes that is on no replica."""
-        late = now_s > ticket.until_s
-        self.write(ticket, TOO_LATE if late else GAVE_UP if ticket.service.has_hope else NOT_SERVED, now_s)
+        self.write(ticket, GAVE_UP if ticket.service.has_hope else NOT_SERVED, now_s)
 
     def _names(self, ticket: Ticket, row: int) -> dict[str, dict[int, str]]:
         rivals = (int(self._reasons[why.NEXT_CLAIMANT]), ticket.client)

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterline.plan import Plan, Replica
-from waterline.policy import dispatch
-from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, WAITS_FOR_SLOT
+from waterline.policy import admission, dispatch
+from waterline.policy.decisions import NOT_SERVED, SLOT_FREE, TOO_LATE, WAITS_FOR_SLOT
 from waterline.policy.routing import MOST_DRAWN, NOBODY
 from waterline.service.decision_log import DecisionLog
 from waterline.service.lines import (
@@ -38,8 +38,6 @@ from waterline.service.second_places import SecondPlaces
 
 Draw = Callable[[], int]
 
-PATIENCE = 3  # how much longer than its deadline a request may wait that was taken in, before it is told
-LEAST_WAIT_S = 10.0
 ROLES = {"both": dispatch.BOTH, "prefill": dispatch.READS, "decode": dispatch.WRITES}
 NO_BLOCKS: NDArray[np.int64] = np.zeros(0, np.int64)
 
@@ -122,7 +120,7 @@ class Dispatcher:
             tokens=min(prompt_tokens + output_tokens, self.rows.desk.models.longest_tokens[service.row] or 1),
             blocks=blocks,
             arrival_s=now_s,
-            until_s=now_s + PATIENCE * max(within_s, LEAST_WAIT_S),
+            until_s=now_s + admission.waits_s(within_s),
             turn=turn,
             id=id_,
         )
@@ -145,6 +143,9 @@ class Dispatcher:
 
         Its tenant is charged for the time it had on its replica, times the GPUs: `gpu_s` where somebody knows better.
         """
+        if ticket.again_s is not None:  # it has been told, and has no place any more
+            ticket.clients.go(ticket.client)
+            return
         if self.log.listeners and not ticket.running:
             self.log.write_end(ticket, now_s)
         self._seconds.drop(ticket, now_s)
@@ -214,8 +215,7 @@ class Dispatcher:
         for service in self.services.values():
             if service.lines:
                 self._advance(service, now_s)
-            for ticket in [ticket for line in service.lines.values() for ticket in line if ticket.until_s < now_s]:
-                ticket.turn(False)  # noqa: FBT003 - a callback of one argument
+                self._tell_overtaken(service, now_s)
 
     def replicas_of(self, model: str) -> list[Replica]:
         """Return a model's replicas, in service or not; none where it is not known."""
@@ -347,6 +347,20 @@ class Dispatcher:
         if not service.has_hope:
             for ticket in [ticket for line in service.lines.values() for ticket in line]:
                 ticket.turn(False)  # noqa: FBT003 - a callback of one argument
+
+    def _tell_overtaken(self, service: Service, now_s: float) -> None:
+        """Tell those whose turn has not come for long, in the order in which they came; they lose their place."""
+        late = [ticket for line in service.lines.values() for ticket in line if ticket.until_s < now_s]
+        for ticket in sorted(late, key=lambda one: one.arrival_s):
+            self._unline(ticket)
+            ticket.again_s = dispatch.overtaken(
+                self.rows.desk, service.row, ticket.client, ticket.cost_gpu_s, service.ttft_s
+            )
+            if self.log.listeners:
+                self.log.write(ticket, TOO_LATE, now_s, back_in_s=ticket.again_s)
+            ticket.turn(False)  # noqa: FBT003 - a callback of one argument
+        if late:
+            self._advance(service, now_s)
 
     def _arrive(self, ticket: Ticket, within_s: float) -> dispatch.Arrival:
         """Decide about a newcomer that may wait so long for its first token."""

@@ -169,6 +169,7 @@ class Ticket:
     arrival_s: float
     until_s: float  # it waits, when those who go first keep coming
     turn: Turn
+    again_s: float | None = None  # after which it was told to try again, once it has waited until then
     id: str = ""  # by which the decision log knows it
     cost_gpu_s: float = 0.0  # expected, and charged while it runs
     lane: Lane | None = None  # where it runs, or ran last

@@ -21,7 +21,7 @@ class Turn:
         self,
         dispatcher: Dispatcher,
         now_s: Callable[[], float],
-        nobody: Callable[[int], RejectedError],
+        nobody: Callable[[int, float], RejectedError],
         on_hedge: Callable[[str, str, float], None],
     ) -> None:
         self._dispatcher = dispatcher
@@ -50,9 +50,9 @@ class Turn:
                 left_s = max(0.0, nobody_s + within_s - self._now_s())
                 await asyncio.wait((self._come,), timeout=None if hope else left_s)
                 if not self._come.done() and not self.ticket.service.has_hope:
-                    raise self._nobody(NOT_SERVED)
-            elif self._now_s() > self.ticket.until_s:
-                raise self._nobody(TOO_LATE)
+                    raise self._not_ready()
+            elif self.ticket.again_s is not None:
+                raise self._nobody(TOO_LATE, self.ticket.again_s)
             else:  # the last replica is gone
                 self._come = asyncio.get_running_loop().create_future()
         assert self.ticket.lane  # noqa: S101 - its turn has come
@@ -68,10 +68,13 @@ class Turn:
         until_s = self._now_s() + within_s
         while not (lane := self._dispatcher.hand_over(self.ticket, self._now_s())):
             if self._now_s() >= until_s:
-                raise self._nobody(NOT_SERVED)
+                raise self._not_ready()
             await asyncio.sleep(NO_WRITER_S)
         self.replicas.append(lane.replica.id)
         return lane.replica
+
+    def _not_ready(self) -> RejectedError:
+        return self._nobody(NOT_SERVED, self.ticket.service.ready_in_s(self._now_s()))
 
     def has_read(self) -> None:
         self._dispatcher.has_read(self.ticket, self._now_s())
