@@ -12,11 +12,10 @@ up: .venv/.up
 check: .venv/.check
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	@# While one core looks at types, the other compiles the rehearsal, without a log and with one, once for all tests.
-	@for log in "" "--decisions /dev/null"; do \
-	  $(BIN)/waterline rehearse examples/mixed.toml --duration 1s $$log >/dev/null; \
-	done & \
-	$(BIN)/mypy && $(BIN)/lint-imports; looked=$$?; wait; exit $$looked
+	@# Two cores: one looks at types, and both compile the rehearsal, once for all tests.
+	@$(BIN)/python tools/compile_rehearsal.py alone logged & compiles=$$!; \
+	$(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/python tools/compile_rehearsal.py shared; looked=$$?; \
+	wait $$compiles && exit $$looked
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile
 
 # The recipe of the small model needs torch, which on Linux brings gigabytes of CUDA unless a CPU build is at hand.
@@ -34,7 +33,7 @@ check-training: .venv/.check-training
 	  uv pip install --quiet --python $(BIN)/python --editable '.[$(EXTRAS)]'; \
 	else \
 	  { [ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv; } && \
-	  $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'; \
+	  $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --editable '.[$(EXTRAS)]'; \
 	fi
 	@touch $@
 
