@@ -15,10 +15,12 @@ PUBLIC = "public"  # the tenant whose GPUs are the waterline
 KEY_VARIABLE = "WATERLINE_ADMIN_KEY"  # of the environment: what a service asks of operators, and what they show
 MOST_REPLICAS = 200  # that `public_view` names one by one
 MOST_BATCHES = 20  # likewise
+MOST_NODES = 64  # likewise
 
 Health = Literal["ok", "not ready", "stopping"]  # not ready: a model has no replica that is
 HEALTHS: tuple[Health, ...] = get_args(Health)
-Kind = Literal["serving", "starting", "draining", "job", "idle"]
+NodeState = Literal["up", "silent", "down", "elsewhere"]  # silent: its machine, or the way there, may come back
+Kind = Literal["serving", "starting", "draining", "job", "idle", "lost"]  # lost: their node is
 
 
 class Use(Struct, frozen=True, kw_only=True):
@@ -100,6 +102,19 @@ class ReplicaNow(Struct, frozen=True, kw_only=True):
     restarts: int = 0
 
 
+class NodeNow(Struct, frozen=True, kw_only=True):
+    """One node of a pool."""
+
+    pool: str
+    node: int
+    state: NodeState
+    gpus: int
+    used_gpus: int = 0
+    users: tuple[str, ...] = ()  # replicas and runs that have some of them
+    address: str = ""
+    reason: str = ""  # why it is not up
+
+
 class JobNow(Struct, frozen=True, kw_only=True):
     """One run of a research job."""
 
@@ -172,6 +187,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     queues: tuple[QueueNow, ...]
     replicas: tuple[ReplicaNow, ...]
     replica_states: dict[str, int]  # how many replicas are in each state
+    nodes: tuple[NodeNow, ...] = ()  # those that are lost before all others
+    node_states: dict[str, int] = {}  # how many nodes are in each state
     jobs: tuple[JobNow, ...] = ()
     batches: tuple[BatchNow, ...] = ()
     moves: tuple[MoveNow, ...] = ()  # the latest, newest first
@@ -193,7 +210,13 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         """Return what anybody may see: nothing of single clients, and of many replicas those that need attention."""
         shown = sorted(self.replicas, key=lambda replica: (replica.state == "ready", not replica.reason))
         batches = tuple(replace(batch, client="") for batch in self.batches[:MOST_BATCHES])
-        return replace(self, queues=_over_clients(self.queues), replicas=tuple(shown[:MOST_REPLICAS]), batches=batches)
+        return replace(
+            self,
+            queues=_over_clients(self.queues),
+            replicas=tuple(shown[:MOST_REPLICAS]),
+            nodes=self.nodes[:MOST_NODES],
+            batches=batches,
+        )
 
 
 def _over_clients(queues: Iterable[QueueNow]) -> tuple[QueueNow, ...]:

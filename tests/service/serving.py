@@ -19,8 +19,9 @@ from waterline.service.engines import Engine, prepare_engines
 from waterline.service.gateway import Gateway
 from waterline.service.jobs import Jobs
 from waterline.service.keeper import Keeper
+from waterline.service.nodes import Nodes
 from waterline.service.operator import Operator
-from waterline.service.server import Nodes, listen, running
+from waterline.service.server import listen, running
 from waterline.service.shore import Prepare, Shore
 from waterline.service.state import State
 from waterline.service.supervisor import Supervisor

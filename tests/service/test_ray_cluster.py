@@ -17,7 +17,9 @@ from waterline.errors import EngineError, InputError, MissingExtraError
 from waterline.fleet import Job, Pool
 from waterline.plan import Place, Plan
 from waterline.service.processes import find_process
-from waterline.service.ray_cluster import Node, RayCluster, RemoteChild, _silence, match, too_few, wanted_pools
+from waterline.service.ray_cluster import RayCluster
+from waterline.service.ray_nodes import Node, match, too_few, wanted_pools
+from waterline.service.ray_remote import Reach, RemoteChild, silence
 
 H100, MI300X = "h100-sxm-80g", "mi300x"
 
@@ -103,17 +105,23 @@ class Silent:
 
 
 def test_who_leaves_the_cluster_does_not_wait_for_a_node_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("waterline.service.ray_cluster.STOPPED_WITHIN_S", 0.01)
+    monkeypatch.setattr("waterline.service.ray_remote.STOPPED_WITHIN_S", 0.01)
+    monkeypatch.setattr("waterline.service.ray_remote.PING_WITHIN_S", 0.01)
 
     async def case() -> str:
-        child = RemoteChild("chat/0")
-        child._parts.append((Silent(), "chat/0 0", "box/0 (10.0.0.1)"))
+        child, reach = RemoteChild("chat/0"), Reach(Silent(), "box/0 (10.0.0.1)")
+        child._parts.append((reach, "chat/0 0"))
         stopping = asyncio.create_task(child.stop())
         await child.stop(verify=False)
         await asyncio.sleep(0.05)
         assert not stopping.done(), "while the service runs, its GPUs are not free before it is known"
-        stopping.cancel()
-        return await _silence(Silent(), 0.01)
+        while not (why := await reach.ping()):
+            pass
+        reach.lose(why)
+        await asyncio.wait_for(stopping, 1.0)
+        with pytest.raises(EngineError, match=r"node box/0 \(10.0.0.1\) has been silent for 0.04 s"):
+            await reach.ask("url", "chat/0 0")
+        return await silence(Silent().remote(), 0.01)
 
     assert asyncio.run(case()) == "nothing within 0.01 s"
 
@@ -208,7 +216,7 @@ def test_engines_run_on_their_nodes_and_come_back_when_they_or_their_node_die(cl
 
             last = {replica: state.pid or 0 for replica, state in states.items()}
             name = await begun(service, tmp_path / "saved")
-            ray._ray.kill(ray._hosts[ray._nodes["box", 1].id])  # as Ray does when we are killed ourselves
+            ray._ray.kill(ray._reaches[ray._nodes["box", 1].id].actor)  # as Ray does when we are killed ourselves
             await until((tmp_path / "saved").exists)
             await service.jobs.stop(name, 5.0)
             await until(lambda: states["chat/1"].status == "backing off")

@@ -20,6 +20,8 @@ BAR = 24  # characters, for all GPUs of the fleet
 MOST_MOVES = 5
 MOST_REPLICAS = 12
 MOST_QUEUES = 5
+MOST_NODES = 12
+MOST_USERS = 8
 HEALTH = {"ok": "serving", "not ready": "NOT READY", "stopping": "STOPPING"}
 
 
@@ -139,6 +141,9 @@ def view(now: "Snapshot") -> "Iterator[RenderableType]":
         yield "\n".join(["", "Moves", *(_move(move) for move in now.moves[:MOST_MOVES])])
     yield ""
     yield _replicas(now)
+    if now.nodes:
+        yield ""
+        yield _nodes(now)
     if now.ledger:
         lag = f"Ledger: {now.ledger.waiting_rows} rows to write, {seconds_text(now.ledger.lag_s)} behind"
         yield f"{lag}. {now.ledger.problem}" if now.ledger.problem else lag
@@ -153,6 +158,8 @@ def _iceberg(now: "Snapshot") -> "RenderableType":
     water = next((index for index, tenant in enumerate(tenants) if tenant.tenant != PUBLIC), len(tenants))
     idle = sum(use.gpus for use in now.uses if use.kind == "idle")
     rows.append(("idle", f"{idle:,.4g}", _bar(idle, now.gpus, "·"), "", "", "", "", ""))
+    if lost := sum(use.gpus for use in now.uses if use.kind == "lost"):
+        rows.append(("lost", f"{lost:,.4g}", _bar(lost, now.gpus, "x"), "", "", "", "", ""))
     title = f"Waterline {now.waterline:.0%}: {now.public_gpus:,.4g} of {now.gpus:,} GPUs serve the public"
     return _table(title, columns, rows, text=(0, 2), section_after=water)
 
@@ -261,6 +268,30 @@ def _replicas(now: "Snapshot") -> "RenderableType":
     rows = [(one.id, one.state, f"{one.pool}, {one.node}", str(one.restarts), one.reason or "-") for one in odd]
     columns = ("replica", "state", "pool, node", "restarts", "why")
     return _table(f"Replicas: {total}", columns, rows[:MOST_REPLICAS], text=(0, 1, 2, 4))
+
+
+def _nodes(now: "Snapshot") -> "RenderableType":
+    total = ", ".join(f"{count:,} {state}" for state, count in now.node_states.items())
+    rows = [
+        (
+            f"{one.pool}, {one.node}",
+            one.state + (" !" if one.state in {"silent", "down"} else ""),
+            f"{one.used_gpus} of {one.gpus}",
+            _few(one.users) or "-",
+            one.address or "-",
+            one.reason or "-",
+        )
+        for one in now.nodes[:MOST_NODES]
+    ]
+    columns = ("node", "state", "GPUs in use", "who has them", "address", "why")
+    if sum(now.node_states.values()) > len(rows):
+        total += f"; the first {len(rows)}, those that are lost before all others"
+    return _table(f"Nodes: {total}", columns, rows, text=(0, 1, 3, 4, 5))
+
+
+def _few(names: Sequence[str]) -> str:
+    more = len(names) - MOST_USERS
+    return ", ".join(names[:MOST_USERS]) + (f" and {more} more" if more > 0 else "")
 
 
 def _table(

@@ -29,6 +29,7 @@ from waterline.service.limits import WRITE
 from waterline.service.lines import Coming
 from waterline.service.logs import about_request
 from waterline.service.metrics import Metrics
+from waterline.service.nodes import Sight
 from waterline.service.passage import Passages
 from waterline.service.responses import RESPONSES
 from waterline.service.snapshot import EJECTED, take_snapshot
@@ -90,6 +91,7 @@ class Gateway:
         self.access = Access(plan.fleet, ledger, loopback=loopback)
         self.dispatcher = Dispatcher(plan)
         self.jobs_now: Callable[[], tuple[JobNow, ...]] = tuple  # whoever keeps jobs says how they are
+        self.nodes_now: Callable[[], Mapping[tuple[str, int], Sight]] = dict  # by pool and number, likewise
         self.batches_now: Callable[[], tuple[BatchNow, ...]] = tuple  # whoever runs batches, likewise
         self._slos = dict(plan.fleet.slos)
         self.metrics = Metrics(self._slos, self.snapshot)
@@ -159,6 +161,7 @@ class Gateway:
             self.states,
             self.metrics.recent,
             jobs=self.jobs_now(),
+            nodes=self.nodes_now(),
             batches=self.batches_now(),
             ledger=self._ledger,
             now_s=self.now_s(),

@@ -152,6 +152,11 @@ def run_name(job: str, copy: int) -> str:
     return f"{job}/{copy}"
 
 
+def mark_of_run(name: str) -> str:
+    """Return what the processes of a run bear, behind the mark of their service."""
+    return f"jobs/{quote(name, safe='')}"
+
+
 def checkpoint_of(job: Job, copy: int) -> Path | None:
     """Return where a copy of a job saves its work; None where the fleet file does not say."""
     return Path(job.checkpoint.replace(COPY, str(copy))) if job.checkpoint else None
@@ -204,7 +209,7 @@ class Jobs:
         name = run_name(job.name, copy)
         assert name not in self._runs, f"{name} runs already"  # noqa: S101 - whoever asks keeps count
         grace_s = self.fleet.tenant(job.tenant).grace_s
-        mark = f"jobs/{quote(name, safe='')}"
+        mark = mark_of_run(name)
         environment = {
             **_devices(self.fleet, pool, place),
             **self._state.environment(mark),
@@ -226,6 +231,11 @@ class Jobs:
         """Tell a run to save its work and to end within so many seconds; return when it is gone."""
         if run := self._runs.get(name):
             await run.stop(within_s)
+
+    def lose(self, name: str) -> None:
+        """Forget a run whose node is gone, and it with it: it may be started elsewhere."""
+        if run := self._runs.get(name):
+            run.abandon()
 
     async def stop_all(self, within_s: float = float("inf")) -> None:
         """End all runs, with the grace of their tenants at most; return when they are gone."""
@@ -256,7 +266,7 @@ class Jobs:
     def _changed(self, name: str, state: RunState) -> None:
         if state.status in OVER:
             del self._runs[name]
-            self._stops[name] += state.status == "stopped"
+            self._stops[name] += state.status == "stopped" and not state.reason
         self.states[name] = state
         write = log.warning if state.reason else log.info
         details = {"reason": state.reason, "pid": state.pid, "gpus": list(state.place.gpus)}
@@ -308,7 +318,13 @@ class Run:
         if self._process and self.state.status not in {*OVER, "stuck"}:
             self._change("stopping")
             self.hurry(within_s)
-        await asyncio.shield(self._keeper)  # it ends by itself, whoever waits
+        await asyncio.wait((self._keeper,))  # it ends by itself, whoever waits
+
+    def abandon(self) -> None:
+        """Look after it no more: it is gone with its node."""
+        assert self._keeper is not None  # noqa: S101 - whoever loses it has begun it
+        self._keeper.cancel()
+        self._change("stopped", f"Node {self._spot[0]}/{self._spot[1]} is gone.")
 
     def hurry(self, within_s: float) -> None:
         """Pass on to the holder how much time is left."""
@@ -325,8 +341,9 @@ class Run:
                 reason = await self._run()
             except EngineError as error:
                 lost = str(error)
+            finally:
+                looking.cancel()
             await self._verify()
-            looking.cancel()
             await self._look(begun_s)
             if self._stopping.is_set():
                 break

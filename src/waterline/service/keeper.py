@@ -9,7 +9,7 @@ from waterline.fleet import Job
 from waterline.plan import Plan
 from waterline.roster import Roster
 from waterline.service.gateway import Gateway
-from waterline.service.jobs import FOR_GOOD, Jobs, RunState
+from waterline.service.jobs import FOR_GOOD, Jobs, RunState, Spot
 from waterline.service.minutes import Minutes, hour_of, lends, since_midnight_s, startable
 from waterline.service.shore import Shore
 from waterline.service.state import State
@@ -34,6 +34,16 @@ class Keeper:
         self._lending: asyncio.Task[None] | None = None
         self._finished: dict[str, Job] = {}  # by the name of a run that is done or given up: of which job, exactly
         self._speed = 1.0
+        self._away: frozenset[Spot] = frozenset()
+
+    def nodes_changed(self, away: frozenset[Spot]) -> None:
+        """Take in which nodes cannot be used now."""
+        lost, back, self._away = away - self._away, self._away - away, away
+        if self.minutes:
+            for spot in sorted(lost):
+                self.minutes.lose(spot)
+            for spot in sorted(back):
+                self.minutes.take_back(spot)
 
     def replica_changed(self, id_: str, state: ReplicaState) -> None:
         if self.minutes:
@@ -64,6 +74,8 @@ class Keeper:
             speed=speed,
         )
         self._lending = asyncio.create_task(self.minutes.run())
+        for spot in sorted(self._away):
+            self.minutes.lose(spot)
 
     async def pause(self) -> None:
         """Decide nothing any more; what has been begun goes on."""

@@ -28,7 +28,7 @@ from waterline.policy.holdings import DRAIN, HAND_BACK, HOLD, LOADING, NOBODY, S
 from waterline.policy.tide import Row, feed, replay, signal_line
 from waterline.roster import Roster, Run, Service, token_costs
 from waterline.service.gateway import Gateway
-from waterline.service.jobs import FOR_GOOD, OVER, Jobs, RunState
+from waterline.service.jobs import FOR_GOOD, OVER, Jobs, RunState, Spot
 from waterline.service.shore import Shore
 from waterline.service.state import State
 from waterline.service.supervisor import ReplicaState
@@ -38,6 +38,7 @@ from waterline.units import HOUR_S
 KINDS = {START: "start", DRAIN: "drain", HOLD: "hold", HAND_BACK: "hand back", TAKE_OVER: "take over"}
 PLAN, SIGNALS, DECISIONS = "plan.json", "signals.jsonl", "decisions.jsonl"  # files of a record
 BEGUN = "begun"  # its first signal
+AWAY, BACK = "away", "back"  # of nodes, to ourselves: the tide is told when nothing is left there
 START_ATTEMPTS = 5  # of a replica that has never been ready; then its model is not tried on those nodes again
 PUNCTUAL_S = 1.0
 
@@ -118,6 +119,7 @@ class Minutes:
         self._costs = {model: token_costs(roster.plan, model) for model in roster.models}
         self._saved_s: dict[int, float] = {}  # by row: when the machine's clock says that a run saved its work last
         self._failures: dict[str, int] = {}  # by replica: failed starts before it was ready
+        self._away: set[Spot] = set()  # nodes that cannot be used; the roster has them down when nothing is left there
         for name in finished:
             self._finish(name, next(one for one in roster.services if one.job and name.startswith(f"{one.target}/")))
 
@@ -130,7 +132,13 @@ class Minutes:
         ticking = asyncio.create_task(self._tick_for_ever())
         try:
             while True:
-                await self._tell(await self._queue.get())
+                signal = await self._queue.get()
+                if signal["signal"] == BACK:
+                    await self._take_back(signal["spot"])
+                elif signal["signal"] == AWAY:
+                    await self._take_out(signal["spot"], signal["let_go"])
+                else:
+                    await self._tell(signal)
         except Exception:
             log.exception("a bug in the minutes clock: nothing is lent or handed back any more")
         finally:
@@ -161,7 +169,7 @@ class Minutes:
             return
         if state.status == "running" and self.roster.tide.replicas.state[row] == LOADING:
             self._put("loaded", replica=row)
-        elif state.status in OVER:
+        elif state.status in OVER and not (state.status == "stopped" and self._is_away(row)):
             service = self.roster.services[self.roster.tide.replicas.service[row]]
             self._end(row, "ended")
             if state.status in FOR_GOOD:
@@ -175,11 +183,58 @@ class Minutes:
         if awaited:
             self._put("tick")
 
+    # --- Nodes that go and come back ----------------------------------------------------------------------------------
+
+    def lose(self, spot: Spot) -> None:
+        """A node cannot be used any more; what had GPUs of it is started elsewhere, as far as there is room."""
+        self._away.add(spot)
+        self._act(self._let_go(spot))
+
+    def take_back(self, spot: Spot) -> None:
+        """A node that was lost can be used again, and nothing of ours is left on it."""
+        self._away.discard(spot)
+        self._put(BACK, spot=spot)
+
+    async def _let_go(self, spot: Spot) -> None:
+        """End what has GPUs of a node; where it has some of others too, these are free when that is done."""
+        ids = {self.roster.has[row].id for row in self.roster.rows_on(*spot)}
+        for id_ in ids:
+            self._jobs.lose(id_)
+        await asyncio.gather(
+            *(asyncio.shield(self._shore.drain(id_, 0.0)) for id_ in ids & self._shore.replicas.keys())
+        )
+        self._put(AWAY, spot=spot, let_go=ids)
+
+    async def _take_out(self, spot: Spot, let_go: set[str]) -> None:
+        rows = self.roster.rows_on(*spot)
+        if spot in self.roster.down:
+            return
+        if any(self.roster.has[row].id not in let_go for row in rows):  # they were to start there meanwhile
+            self._act(self._let_go(spot))
+            return
+        for row in rows:
+            self.roster.end(row)
+            await self._tell(self._now("failed", replica=row))
+        berth, gpus = self.roster.fail(*spot)
+        await self._tell(self._now("down", node=berth, gpus=gpus))
+        self._put("tick")
+        await self._take_back(spot)
+
+    async def _take_back(self, spot: Spot) -> None:
+        if spot in self.roster.down and spot not in self._away:
+            berth, gpus = self.roster.repair(*spot)
+            await self._tell(self._now("up", node=berth, gpus=gpus))
+            self._put("tick")
+
+    def _is_away(self, row: int) -> bool:
+        one = self.roster.has[row]
+        return any((one.pool, place.node) in self._away for place in one.places)
+
+    # --- Signals ------------------------------------------------------------------------------------------------------
+
     def _finish(self, run: str, service: Service) -> None:
         self.roster.finished.add(run)
         self._put("finished", service=self.roster.services.index(service))
-
-    # --- Signals ------------------------------------------------------------------------------------------------------
 
     async def _tick_for_ever(self) -> None:
         step_s = self.roster.step_s
@@ -212,8 +267,11 @@ class Minutes:
                 self._put("saved", at_s, replica=row)
         self._put("tick", at_s)
 
-    def _put(self, signal: str, at_s: float | None = None, **fields: float) -> None:
-        self._queue.put_nowait({"at_s": self.now_s() if at_s is None else at_s, "signal": signal, **fields})
+    def _put(self, signal: str, at_s: float | None = None, **fields: Any) -> None:
+        self._queue.put_nowait(self._now(signal, at_s, **fields))
+
+    def _now(self, signal: str, at_s: float | None = None, **fields: Any) -> dict[str, Any]:
+        return {"at_s": self.now_s() if at_s is None else at_s, "signal": signal, **fields}
 
     async def _tell(self, signal: dict[str, Any]) -> None:
         """Let the tide learn of a signal, keep it, and do what is decided."""
@@ -289,7 +347,8 @@ class Minutes:
         begun_s = self._clock()
         await asyncio.shield(self._shore.drain(id_, within_s))
         self._note_delay(id_, begun_s, within_s)
-        self._end(row, signal)
+        if self._row_of(id_) == row and not self._is_away(row):
+            self._end(row, signal)
 
     def _note_delay(self, id_: str, begun_s: float, within_s: float) -> None:
         late_s = self._clock() - begun_s - within_s

@@ -6,11 +6,9 @@ Ray again. Engines listen on their node's address, and the gateway asks them the
 """
 
 import asyncio
-import re
 import socket
-import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,43 +19,28 @@ import structlog
 from msgspec.structs import replace
 
 from waterline.errors import EngineError, InputError, MissingExtraError
-from waterline.fleet import Fleet, Pool
+from waterline.fleet import Fleet
 from waterline.plan import Plan, Replica
-from waterline.service.child import ENDED_WITHIN_S, Running, StillbornError
+from waterline.service.child import Running
 from waterline.service.engines import COMMANDED, Engine, command_of, prepare_engines
 from waterline.service.engines.dialect import Dialect
 from waterline.service.engines.hosted import hosted
-from waterline.service.engines.seat import VISIBLE_DEVICES, Seat
+from waterline.service.engines.seat import Seat
 from waterline.service.jobs import Holding, Spot
+from waterline.service.nodes import Sight
 from waterline.service.processes import MARK
-from waterline.service.ray_host import Host, Said, Started
+from waterline.service.ray_host import Host, Started
+from waterline.service.ray_nodes import Node, all_spots, match, read_node, spots_of, too_few, wanted_pools
+from waterline.service.ray_remote import ENDED_AFTER_S, Reach, RemoteChild, RemoteRun, silence
 from waterline.service.state import State
 
 HOST_WITHIN_S = 60.0  # a node starts our actor; its interpreter has to load us
 REACHED_WITHIN_S = 5.0
-STOPPED_WITHIN_S = ENDED_WITHIN_S + 1.0  # the way there and back included
 CALLS = 1000  # that may wait on a node at once: two or so for each engine
 # Ray would kill our actor's children before they can end what they have started themselves, and jobs save their work.
 LEAVES_CHILDREN = {"RAY_kill_child_processes_on_worker_exit": "0"}
-LABEL = "pool"  # of a Ray node: which of the fleet's pools it belongs to
-TYPE = re.compile(r"accelerator_type:(.+)")
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    """One node of the cluster, as Ray tells of it."""
-
-    id: str
-    address: str
-    gpus: int = 0
-    cpus: int = 0
-    kind: str = ""  # of its GPUs, as Ray calls it; "" where it does not know
-    pool: str = ""  # that it is labelled with
-
-    def __str__(self) -> str:
-        return f"{self.address} ({', '.join(filter(None, (f'{self.gpus} GPUs', self.kind, self.pool)))})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +113,9 @@ class RayCluster:
         self._fleet: Fleet | None = None
         self._wanted: set[str] = set()  # pools
         self._nodes: dict[Spot, Node] = {}
-        self._hosts: dict[str, Any] = {}  # by the id of their node
+        self._reaches: dict[str, Reach] = {}  # to who starts processes there, by the id of the node
         self._making: dict[str, asyncio.Lock] = {}
+        self._fences: dict[str, tuple[str, float]] = {}  # run -> the node it was lost with, and when it has ended there
 
     def leave(self) -> None:
         self._ray.shutdown()
@@ -143,10 +127,10 @@ class RayCluster:
 
         Raises EngineError when the cluster does not hold the fleet.
         """
-        needed = {spot for replica in plan.replicas for spot in _spots(replica)}
+        needed = {spot for replica in plan.replicas for spot in spots_of(replica)}
         if plan.fleet != self._fleet:
             self._fleet, self._wanted = plan.fleet, wanted_pools(plan)
-            needed |= _all_spots(plan.fleet, self._wanted)
+            needed |= all_spots(plan.fleet, self._wanted)
         self._match(needed)
         engines = prepare_engines(plan, instead, fleet=fleet, seat_of=self._seat)
         return {
@@ -157,7 +141,7 @@ class RayCluster:
     def _placed(self, plan: Plan, replica: Replica, instead: str) -> Placed:
         alone = replace(plan, replicas=(replica,))
         engine = prepare_engines(alone, instead, seat_of=self._seat)[replica.id]
-        spots, others = _spots(replica), []
+        spots, others = spots_of(replica), []
         for rank in range(1, len(spots)) if (instead or replica.engine) in COMMANDED else ():
             arguments, environment = command_of(plan, replica, self._seat(replica, rank))
             others.append(Started(command=hosted(arguments), environment=environment, input=b""))
@@ -177,7 +161,56 @@ class RayCluster:
                 raise EngineError(too_few(self._fleet, pool, self._nodes, self._alive(), self._address))
 
     def _alive(self) -> list[Node]:
-        return [_node(told) for told in self._ray.nodes() if told["Alive"]]
+        return [read_node(told) for told in self._ray.nodes() if told["Alive"]]
+
+    # --- Who is there -----------------------------------------------------------------------------------------------
+
+    async def look(self) -> None:
+        """See which nodes are there, and let them know that we are: whoever does not hear of us ends what he has."""
+        if not self._fleet:
+            return
+        try:
+            alive = await asyncio.to_thread(self._alive)
+        except Exception as error:  # noqa: BLE001 - the head of the cluster may be away for a while, and nothing else
+            log.warning("the cluster does not say which nodes it has", reason=type(error).__name__)
+        else:
+            self._nodes = match(self._fleet, self._wanted, alive, self._nodes)
+            ids = {node.id for node in alive}
+            for node_id, reach in self._reaches.items():
+                if node_id not in ids:
+                    reach.is_dead = True
+                    self._lose(node_id, reach, "has left the cluster.")
+        await asyncio.gather(*(self._listen(node_id, reach) for node_id, reach in list(self._reaches.items())))
+
+    async def _listen(self, node_id: str, reach: Reach) -> None:
+        if not reach.lost:
+            if why := await reach.ping():
+                self._lose(node_id, reach, why)
+        elif not reach.is_dead:
+            reach.cleaning = reach.cleaning or asyncio.create_task(reach.clean())
+            if reach.cleaning.done():
+                is_clean, reach.cleaning = reach.cleaning.result(), None
+                if is_clean:
+                    self._reaches[node_id] = Reach(reach.actor, reach.where)
+        if reach.is_dead:
+            self._reaches.pop(node_id, None)
+
+    def _lose(self, node_id: str, reach: Reach, why: str) -> None:
+        if not reach.lost:
+            ended_s = reach.told_s + ENDED_AFTER_S
+            self._fences |= {run: (node_id, ended_s + grace_s) for run, grace_s in reach.runs.items()}
+            reach.lose(why)
+
+    def sights(self) -> dict[Spot, Sight]:
+        """Return how each node of the fleet looked the last time."""
+        return {spot: self._sight(spot) for spot in sorted(all_spots(self._fleet, self._wanted))} if self._fleet else {}
+
+    def _sight(self, spot: Spot) -> Sight:
+        node = self._nodes.get(spot)
+        if node is None:
+            return Sight("down", reason="The Ray cluster has no node for it.")
+        reach = self._reaches.get(node.id)
+        return Sight("silent", node.address, f"It {reach.lost}") if reach and reach.lost else Sight("up", node.address)
 
     # --- What runs there --------------------------------------------------------------------------------------------
 
@@ -190,8 +223,8 @@ class RayCluster:
         child = RemoteChild(replica)
         try:
             for rank, (spot, started) in enumerate(zip(engine.spots, (first, *engine.others), strict=False)):
-                host, node = await self._host(spot, state.mark if state else "")
-                await child.start(host, _where(spot, node), f"{replica} {rank}", started)
+                reach, _ = await self._host(spot, state.mark if state else "")
+                await child.start(reach, f"{replica} {rank}", started)
         except BaseException:
             await child.stop()
             raise
@@ -200,30 +233,39 @@ class RayCluster:
     async def hold(self, spot: Spot, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Holding:
         """Start the holder of a run of a job on its node; see `jobs.Machines`."""
         self._match([spot])
-        host, node = await self._host(spot, environment[MARK].rpartition("/jobs/")[0])
-        key, where = environment["WATERLINE_RUN"], _where(spot, node)
-        said = await _said(host.hold.remote(key, tuple(arguments), dict(environment), str(log)), where)
-        return RemoteRun(host, key, where, said.value)
+        run, grace_s = environment["WATERLINE_RUN"], float(arguments[0])
+        self._check_fence(run, self._nodes[spot])
+        reach, _ = await self._host(spot, environment[MARK].rpartition("/jobs/")[0])
+        reach.runs[run] = grace_s
+        pid = await reach.ask("hold", run, tuple(arguments), dict(environment), str(log))
+        return RemoteRun(reach, run, pid)
+
+    def _check_fence(self, run: str, node: Node) -> None:
+        """Raise EngineError while a run may still go on where it was lost; a host cleans its own node itself."""
+        lost_with, until_s = self._fences.get(run, ("", 0.0))
+        if lost_with != node.id and (left_s := until_s - time.monotonic()) > 0.0:
+            raise EngineError(
+                f"it may still run on the node that was lost, for {left_s:.0f} s at most: none is there twice."
+            )
+        self._fences.pop(run, None)
 
     async def end(self, spot: Spot, mark: str, grace_s: float) -> list[int]:
-        """End who bears a mark on a node; one that is gone has ended them."""
-        host = self._hosts.get(self._nodes[spot].id) if spot in self._nodes else None
-        if host is None:
-            return []
+        """End who bears a mark on a node; one that is lost ends them itself."""
+        reach = self._reaches.get(self._nodes[spot].id) if spot in self._nodes else None
         try:
-            left: list[int] = (await _said(host.end.remote(mark, grace_s), str(spot))).value
+            left: list[int] = await reach.ask("end", mark, grace_s) if reach else []
         except EngineError:
             return []
         return left
 
-    async def _host(self, spot: Spot, mark: str) -> tuple[Any, Node]:
-        """Return who starts processes on a node, and which that is now."""
+    async def _host(self, spot: Spot, mark: str) -> tuple[Reach, Node]:
+        """Return the way to who starts processes on a node, and which that is now. Raises EngineError."""
         node = self._nodes[spot]
         async with self._making.setdefault(node.id, asyncio.Lock()):
-            host = self._hosts.get(node.id)
-            if host is None or await _silence(host):
-                host = self._hosts[node.id] = await self._make_host(spot, node, mark)
-        return host, node
+            reach = self._reaches.get(node.id)
+            if reach is None or reach.is_dead:
+                reach = self._reaches[node.id] = Reach(await self._make_host(spot, node, mark), _where(spot, node))
+        return reach, node
 
     async def _make_host(self, spot: Spot, node: Node, mark: str) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415 - an extra
@@ -242,7 +284,7 @@ class RayCluster:
             )
             .remote(f"{socket.gethostname()}:{mark}/{spot[0]}.{spot[1]}", grace_s)  # nodes may share a machine
         )
-        if why := await _silence(host, HOST_WITHIN_S + grace_s):
+        if why := await silence(host.ready.remote(), HOST_WITHIN_S + grace_s):
             self._ray.kill(host)
             raise EngineError(
                 f"{where} did not start our actor: {why}. Is it there still, are its {node.gpus} GPUs free (ray "
@@ -259,174 +301,5 @@ def _reach(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=REACHED_WITHIN_S).close()
 
 
-class RemoteChild:
-    """The processes of one replica on their nodes: a `Running`."""
-
-    def __init__(self, replica: str) -> None:
-        self._replica = replica
-        self._parts: list[tuple[Any, str, str]] = []  # who has it, what it is called there, and where that is
-        self._ends: list[asyncio.Task[str]] = []
-        self.pid = 0  # of the first, on its node
-
-    async def start(self, host: Any, where: str, key: str, started: Started) -> None:
-        """Start the next of its processes. Raises EngineError."""
-        said = await _said(host.start.remote(key, self._replica, started, sys.executable), where)
-        self._parts.append((host, key, where))
-        self.pid = self.pid or said.value
-        ended = host.ended.remote(key)
-        self._ends.append(asyncio.ensure_future(_words(ended, where)))
-
-    @property
-    def has_ended(self) -> bool:
-        return any(end.done() for end in self._ends)
-
-    async def announced_url(self) -> str:
-        host, key, where = self._parts[0]
-        said: str = (await _said(host.url.remote(key), where)).value
-        return said
-
-    async def ended(self) -> str:
-        done, _ = await asyncio.wait(self._ends, return_when=asyncio.FIRST_COMPLETED)
-        return done.pop().result()
-
-    async def last_words(self) -> str:
-        if self.has_ended:
-            return await self.ended()
-        host, key, where = self._parts[0]
-        return await _words(host.last_words.remote(key), where)
-
-    async def stop(self, *, verify: bool = True) -> None:
-        """End its processes; a node that is gone has ended them.
-
-        Not to `verify` is to leave the cluster: nobody waits then for a node that is silent, of which Ray believes for
-        a minute that it is there. It ends them as soon as it hears of that.
-        """
-        for end in self._ends:
-            end.cancel()
-        stops = [_said(host.stop.remote(key, self._replica), where) for host, key, where in self._parts]
-        with suppress(TimeoutError):
-            async with asyncio.timeout(None if verify else STOPPED_WITHIN_S):
-                await asyncio.gather(*stops, return_exceptions=True)
-
-
-class RemoteRun:
-    """The holder of a run on its node: a `Holding`."""
-
-    def __init__(self, host: Any, key: str, where: str, pid: int) -> None:
-        self._host, self._key, self._where = host, key, where
-        self.pid = pid
-
-    def tell(self, data: bytes) -> None:
-        self._host.tell.remote(self._key, data)
-
-    async def wait(self) -> int:
-        code: int = (await _said(self._host.left.remote(self._key), self._where)).value
-        return code
-
-
 def _where(spot: Spot, node: Node) -> str:
     return f"{spot[0]}/{spot[1]} ({node.address})"
-
-
-async def _silence(host: Any, within_s: float = HOST_WITHIN_S) -> str:
-    """Return why an actor does not answer; nothing if it does."""
-    try:
-        async with asyncio.timeout(within_s):
-            await host.ready.remote()
-    except TimeoutError:
-        return f"nothing within {within_s:g} s"
-    except Exception as error:  # noqa: BLE001 - Ray has many for an actor that is dead, or cannot be reached
-        *_, last = ("", *str(error).strip().splitlines())  # some say nothing
-        return f"{type(error).__name__}, {last.rstrip('.')}".rstrip(", ")
-    return ""
-
-
-async def _said(reference: Any, where: str) -> Said:
-    """Return what a node answers. Raises EngineError: what it says itself, or that it is gone."""
-    try:
-        said = await reference
-    except Exception as error:
-        raise EngineError(f"node {where} does not answer any more: {type(error).__name__}.") from error
-    if isinstance(said, Said) and said.problem:
-        raise (StillbornError if said.stillborn else EngineError)(f"on node {where}: {said.problem}")
-    return said if isinstance(said, Said) else Said(value=said)
-
-
-async def _words(reference: Any, where: str) -> str:
-    try:
-        return f"on node {where}: {(await _said(reference, where)).value}"
-    except EngineError as error:
-        return str(error)
-
-
-# --- Matching -------------------------------------------------------------------------------------------------------
-
-
-def wanted_pools(plan: Plan) -> set[str]:
-    """Return the pools on whose nodes something may be started."""
-    jobs = {pool.name for pool in plan.fleet.pools} if any(job.command for job in plan.fleet.jobs) else set()
-    replicas = {one.pool for one in plan.replicas if one.engine != "openai"}
-    return jobs | replicas | {one.pool for one in plan.shapes if one.engine != "openai"}
-
-
-def match(fleet: Fleet, wanted: Iterable[str], nodes: Sequence[Node], known: Mapping[Spot, Node]) -> dict[Spot, Node]:
-    """Return which node of the cluster is which of the fleet's, as far as there are enough; known ones stay.
-
-    A node is one of a pool's when it is labelled so, or else has as many GPUs, of that kind if Ray knows it. Labelled
-    ones come first, then those of the kind, then the smallest that will do, by their addresses.
-    """
-    there = {node.id for node in nodes}
-    spots = _all_spots(fleet, wanted)
-    found = {spot: node for spot, node in known.items() if spot in spots and node.id in there}
-    for pool in fleet.pools:
-        taken = {node.id for node in found.values()}
-        free = sorted((one for one in nodes if one.id not in taken and _fits(fleet, pool, one)), key=_rank)
-        missing = sorted(spot for spot in spots if spot[0] == pool.name and spot not in found)
-        found |= dict(zip(missing, free, strict=False))
-    return found
-
-
-def too_few(fleet: Fleet, name: str, found: Mapping[Spot, Node], nodes: Sequence[Node], address: str) -> str:
-    """Say what a pool lacks, and what to do."""
-    pool = fleet.pool(name)
-    gpu, has = fleet.gpu_of(pool), sum(spot[0] == name for spot in found)
-    what = "GPUs" if gpu.vendor in VISIBLE_DEVICES else "CPUs"
-    return (
-        f"pool '{name}' wants {pool.nodes} nodes of {pool.gpus_per_node} {what} ({gpu.id}); the Ray cluster has {has} "
-        f"for it. Its nodes: {', '.join(map(str, nodes)) or 'none'}. Start Ray on the others (ray start --address "
-        f"{address if address != 'auto' else 'HOST:6379'} --labels {LABEL}={name}), or write nodes = {has}."
-    )
-
-
-def _spots(replica: Replica) -> tuple[Spot, ...]:
-    return tuple((replica.pool, place.node) for place in replica.places)
-
-
-def _all_spots(fleet: Fleet, wanted: Iterable[str]) -> set[Spot]:
-    return {(pool.name, number) for pool in fleet.pools if pool.name in wanted for number in range(pool.nodes)}
-
-
-def _fits(fleet: Fleet, pool: Pool, node: Node) -> bool:
-    gpu = fleet.gpu_of(pool)
-    has = node.gpus if gpu.vendor in VISIBLE_DEVICES else node.cpus
-    if node.pool:
-        return node.pool == pool.name and has >= pool.gpus_per_node
-    words = re.split(r"[^a-z0-9]+", node.kind.lower())
-    return has >= pool.gpus_per_node and (not node.kind or gpu.id.split("-")[0] in words)
-
-
-def _rank(node: Node) -> tuple[bool, bool, int, str, str]:
-    return not node.pool, not node.kind, node.gpus, node.address, node.id
-
-
-def _node(told: Mapping[str, Any]) -> Node:
-    resources, labels = told["Resources"], told.get("Labels") or {}
-    kinds = [found[1] for name in resources if (found := TYPE.fullmatch(name))]
-    return Node(
-        id=told["NodeID"],
-        address=told["NodeManagerAddress"],
-        gpus=int(resources.get("GPU", 0)),
-        cpus=int(resources.get("CPU", 0)),
-        kind=next(iter(kinds), ""),
-        pool=labels.get(LABEL, ""),
-    )

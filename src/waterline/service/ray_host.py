@@ -15,11 +15,12 @@ from typing import Any
 
 from waterline.errors import EngineError
 from waterline.service.child import Child, StillbornError, mark_of
-from waterline.service.jobs import Held, end_runs, open_log
+from waterline.service.jobs import Held, end_runs, mark_of_run, open_log
 from waterline.service.processes import MARK, end_marked, marked
 from waterline.service.state import State
 
 LOOK_AGAIN_S = 5.0  # for processes that hang in the kernel
+LEASE_S = 20.0  # whoever has heard nothing of the service for so long ends what he has: it may start it elsewhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +51,47 @@ class Host:
 
     def __init__(self, mark: str, grace_s: float) -> None:
         self._state = State(path=Path(mark))
+        self._grace_s = grace_s
+        self._heard_s = time.monotonic()
         self._children: dict[str, Child] = {}
         self._held: dict[str, Held] = {}
+        self._given_up: set[Held] = set()  # that we have ended ourselves
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._run(end_marked(mark, grace_s))
+        asyncio.run_coroutine_threadsafe(self._mind_the_lease(), self._loop)
 
     def ready(self) -> bool:
         return True
+
+    def hear(self) -> None:
+        """Take note that the service is there."""
+        self._heard_s = time.monotonic()
+
+    def clean(self) -> None:
+        """End all that runs here, jobs with their grace; return when it is gone."""
+        self._run(self._clean())
+        self.hear()
+
+    async def _mind_the_lease(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_S / 20)
+            if time.monotonic() - self._heard_s > LEASE_S and (self._children or self._held):
+                await self._clean()
+
+    async def _clean(self) -> None:
+        children, held = dict(self._children), dict(self._held)
+        for one in held.values():
+            self._given_up.add(one)
+            one.tell(f"{self._grace_s}\n".encode())
+        await asyncio.gather(*(child.stop() for child in children.values()), *(one.wait() for one in held.values()))
+        await asyncio.gather(*(end_marked(f"{self._state.mark}/{mark_of_run(run)}") for run in held))
+        for key, child in children.items():
+            if self._children.get(key) is child:
+                del self._children[key]
+        for key, one in held.items():
+            if self._held.get(key) is one:
+                del self._held[key]
 
     def start(self, key: str, replica: str, started: Started, python: str) -> Said:
         """Start a process; `python` is what the service calls the interpreter, which is another one here."""
@@ -97,11 +131,20 @@ class Host:
         return Said(value=held.pid)
 
     def tell(self, key: str, data: bytes) -> None:
-        self._loop.call_soon_threadsafe(self._held[key].tell, data)
+        if held := self._held.get(key):
+            self._loop.call_soon_threadsafe(held.tell, data)
 
     def left(self, key: str) -> Said:
         """Return the exit code of a holder, once it is gone."""
-        return Said(value=self._run(self._held[key].wait()))
+        if not (held := self._held.get(key)):
+            return Said(problem="its run is gone.")
+        code = self._run(held.wait())
+        if held in self._given_up:
+            self._given_up.discard(held)
+            return Said(problem=f"it was ended: nothing was heard of the service for {LEASE_S:g} s.")
+        if self._held.get(key) is held:
+            del self._held[key]
+        return Said(value=code)
 
     def end(self, mark: str, grace_s: float) -> Said:
         """End who bears a mark; return the pids of those who hang."""

@@ -6,31 +6,34 @@ import gc
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
 import aiohttp
 import structlog
 import uvloop
 
 from waterline.errors import InputError, PortInUseError
+from waterline.fleet import Fleet
 from waterline.ledger import Ledger
 from waterline.outcome import Completion
 from waterline.plan import Plan
 from waterline.service.asgi import App, HttpServer
 from waterline.service.batch_routes import offering_batches
-from waterline.service.child import Child, Running
+from waterline.service.child import Child
 from waterline.service.connections import Connections
 from waterline.service.engines import Engine, all_pretend, prepare_engines
 from waterline.service.gateway import Gateway
-from waterline.service.jobs import Jobs, Machines, RunState
+from waterline.service.jobs import OVER, Jobs, RunState, Spot
 from waterline.service.keeper import Keeper
 from waterline.service.limits import GuardedProtocol
 from waterline.service.logs import log_failure
+from waterline.service.nodes import Nodes, Sight, watch
 from waterline.service.operator import Operator
 from waterline.service.processes import kill_marked
 from waterline.service.reload import keep_to_file
@@ -39,6 +42,9 @@ from waterline.service.state import State, claim_state
 from waterline.service.supervisor import ReplicaState, Supervisor
 
 BACKLOG = 2048  # connections that may wait to be accepted
+SAY_AFTER_S = 2.0  # what is waited for at the end, and
+SAY_EVERY_S = 10.0
+MOST_NAMED = 5
 GARBAGE_OBJECTS = 10_000  # new ones between two looks for cycles, of which a request makes few
 
 log = structlog.get_logger()
@@ -55,14 +61,6 @@ class Service:
     keeper: Keeper
     state: State
     operator: Operator
-
-
-class Nodes(Machines, Protocol):
-    """The machines of a fleet, where they are not all this one."""
-
-    async def launch(self, engine: Engine, state: State | None = None, replica: str = "") -> Running:
-        """Start the processes of a replica. Raises EngineError."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,24 +243,30 @@ async def running(
             plan, supervisor.engines, supervisor.states, connections, completed, ledger=ledger, loopback=loopback
         )
         gateway.jobs_now = jobs.now
+        everywhere = nodes is not None or all_pretend(engines)
+        gateway.nodes_now = nodes.sights if nodes else lambda: _here(plan.fleet, everywhere=everywhere)
         operator = Operator(gateway, supervisor.states, ledger)
         if ledger:
             await stack.enter_async_context(offering_batches(gateway, ledger))
         shore = Shore(plan, supervisor, gateway, prepare)
-        keeper = Keeper(shore, jobs, gateway, state, everywhere=nodes is not None or all_pretend(engines))
+        keeper = Keeper(shore, jobs, gateway, state, everywhere=everywhere)
         doors = [(HttpServer(gateway, proxies=proxies), listening)]
         if admin:
             doors.append((HttpServer(admin.app(operator, state.path), grace_s=0), admin.listening))
         service = Service(supervisor, gateway, shore, jobs, keeper, state, operator)
-        async with _open(service, doors):
+        async with _open(service, doors, nodes):
             yield service
 
 
 @asynccontextmanager
-async def _open(service: Service, doors: Sequence[tuple[HttpServer, socket.socket]]) -> AsyncIterator[None]:
+async def _open(
+    service: Service, doors: Sequence[tuple[HttpServer, socket.socket]], nodes: Nodes | None
+) -> AsyncIterator[None]:
     """Let people in, clients by the first door; at the end of the block end everything they might use."""
     serving = [asyncio.create_task(http.serve(sockets=[door])) for http, door in doors]
-    ticking = asyncio.create_task(service.gateway.keep_time())
+    beside = [asyncio.create_task(service.gateway.keep_time())]
+    if nodes:
+        beside.append(asyncio.create_task(watch(nodes, service.keeper.nodes_changed)))
     try:
         yield
     finally:
@@ -270,11 +274,40 @@ async def _open(service: Service, doors: Sequence[tuple[HttpServer, socket.socke
         service.gateway.cut()
         service.operator.stopping.set()
         await service.keeper.pause()
+        beside.append(asyncio.create_task(_say_what_is_waited_for(service)))
         await asyncio.gather(service.supervisor.stop(), service.jobs.stop_all())
         for http, _ in doors:  # operators see the end
             http.should_exit = True
         await asyncio.gather(*serving)
-        ticking.cancel()
+        for task in beside:
+            task.cancel()
+
+
+async def _say_what_is_waited_for(service: Service) -> None:
+    """Tell from time to time who has not ended yet, until this is cancelled."""
+    begun_s, fleet = time.monotonic(), service.jobs.fleet
+    await asyncio.sleep(SAY_AFTER_S)
+    while True:
+        runs = [(name, run) for name, run in service.jobs.states.items() if run.status not in OVER]
+        if runs:
+            grace_s = max(fleet.tenant(fleet.job(run.job).tenant).grace_s for _, run in runs)
+            log.info(
+                "waits for jobs to save their work; another Ctrl-C ends them at once",
+                runs=[f"{name} on {run.pool}/{run.place.node}" for name, run in runs[:MOST_NAMED]],
+                more=max(0, len(runs) - MOST_NAMED),
+                at_most_s=max(0, round(grace_s - (time.monotonic() - begun_s))),
+            )
+        await asyncio.sleep(SAY_EVERY_S)
+
+
+def _here(fleet: Fleet, *, everywhere: bool) -> dict[Spot, Sight]:
+    """Return how the nodes of a fleet look that is all on this machine: the first node of each pool, or all pretend."""
+    there, elsewhere = Sight("up"), Sight("elsewhere", reason="Nothing is started there: it is not this machine.")
+    return {
+        (pool.name, node): there if everywhere or node == 0 else elsewhere
+        for pool in fleet.pools
+        for node in range(pool.nodes)
+    }
 
 
 def _session() -> aiohttp.ClientSession:

@@ -9,6 +9,7 @@ from waterline.ledger import Lag, Ledger
 from waterline.plan import Plan
 from waterline.service.dispatcher import Dispatcher
 from waterline.service.lines import Lane, Service
+from waterline.service.nodes import Sight
 from waterline.service.recent import Recent
 from waterline.service.supervisor import ReplicaState
 from waterline.snapshot import (
@@ -19,6 +20,7 @@ from waterline.snapshot import (
     LatencyNow,
     LedgerNow,
     ModelNow,
+    NodeNow,
     QueueNow,
     ReplicaNow,
     Snapshot,
@@ -35,6 +37,7 @@ KINDS: Mapping[str, Kind] = {  # of GPUs, by the state of the replica on them; w
     "backing off": "starting",
     "draining": "draining",
 }
+LOST = ("silent", "down")  # states of nodes
 FEW = 20  # requests, of which nothing is concluded
 DRAINED = "An operator drains it."
 EJECTED = "It failed requests. It is tried again after a pause."
@@ -47,6 +50,7 @@ def take_snapshot(
     recent: Recent,
     *,
     jobs: tuple[JobNow, ...] = (),
+    nodes: Mapping[tuple[str, int], Sight] | None = None,
     batches: tuple[BatchNow, ...] = (),
     ledger: Ledger | None = None,
     now_s: float,
@@ -60,6 +64,7 @@ def take_snapshot(
         states: of the replicas by id.
         recent: what ended lately.
         jobs: how their runs are.
+        nodes: how they look, by pool and number; those that are not told of are not used.
         batches: that are run here.
         ledger: what is written down, if anything is.
         now_s: on the clock of the service, which began at 0.
@@ -69,8 +74,9 @@ def take_snapshot(
     shares = {model: _shares(plan, model, recent, now_s) for model in services}
     replicas = tuple(_replica(lane, states[lane.replica.id]) for lane in dispatcher.lanes.values())
     models = tuple(_model(service, plan.fleet.slos[model]) for model, service in services.items())
-    uses = _uses(plan, replicas, shares, jobs)
     latencies = recent.latencies(now_s)
+    seen = tuple(sorted(_nodes(plan, dispatcher, states, jobs, nodes or {}), key=lambda node: node.state not in LOST))
+    uses = _uses(plan, replicas, shares, jobs, seen)
     written = _ledger(ledger.lag()) if ledger else None
     return Snapshot(
         at_s=time.time(),
@@ -95,12 +101,14 @@ def take_snapshot(
         ),
         replicas=replicas,
         replica_states=dict(Counter(replica.state for replica in replicas)),
+        nodes=seen,
+        node_states=dict(Counter(node.state for node in seen)),
         jobs=jobs,
         batches=batches,
         moves=tuple(recent.moves),
         ejections=tuple(recent.ejections),
         ledger=written,
-        problems=(*_problems(models, replicas, written), *_missed(plan, latencies)),
+        problems=(*_problems(models, replicas, seen, written), *_missed(plan, latencies)),
     )
 
 
@@ -159,7 +167,11 @@ def _model(service: Service, slo: Slo) -> ModelNow:
 
 
 def _uses(
-    plan: Plan, replicas: Iterable[ReplicaNow], shares: Mapping[str, Mapping[str, float]], jobs: Iterable[JobNow]
+    plan: Plan,
+    replicas: Iterable[ReplicaNow],
+    shares: Mapping[str, Mapping[str, float]],
+    jobs: Iterable[JobNow],
+    nodes: Iterable[NodeNow],
 ) -> tuple[Use, ...]:
     """Return who has which GPUs for what; what is left of a pool is nobody's."""
     gpus: dict[tuple[str, str, Kind], float] = defaultdict(float)
@@ -171,6 +183,9 @@ def _uses(
     for job in jobs:
         if job.gpus:
             gpus[job.pool, job.tenant, "job"] += job.gpus
+    for node in nodes:
+        if node.state in LOST and node.gpus > node.used_gpus:
+            gpus[node.pool, "", "lost"] += node.gpus - node.used_gpus
     for pool in plan.fleet.pools:
         idle = pool.gpus - sum(count for (name, _, _), count in gpus.items() if name == pool.name)
         if idle > 1e-9:
@@ -210,12 +225,50 @@ def _ledger(lag: Lag) -> LedgerNow:
     return LedgerNow(waiting_rows=lag.waiting_rows, lag_s=lag.lag_s, problem=lag.problem)
 
 
-def _problems(models: Iterable[ModelNow], replicas: Iterable[ReplicaNow], ledger: LedgerNow | None) -> Iterator[str]:
+def _nodes(
+    plan: Plan,
+    dispatcher: Dispatcher,
+    states: Mapping[str, ReplicaState],
+    jobs: Iterable[JobNow],
+    sights: Mapping[tuple[str, int], Sight],
+) -> Iterator[NodeNow]:
+    """Yield each node, with who has GPUs of it."""
+    gpus: dict[tuple[str, int], int] = defaultdict(int)
+    users: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for lane in dispatcher.lanes.values():
+        if lane.said(states[lane.replica.id].status) in KINDS:
+            for place in lane.replica.places:
+                gpus[lane.replica.pool, place.node] += len(place.gpus)
+                users[lane.replica.pool, place.node].append(lane.replica.id)
+    for job in jobs:
+        if job.gpus:
+            gpus[job.pool, job.node] += job.gpus
+            users[job.pool, job.node].append(job.job)
+    of_pool = {pool.name: pool.gpus_per_node for pool in plan.fleet.pools}
+    for (pool, node), sight in sights.items():
+        yield NodeNow(
+            pool=pool,
+            node=node,
+            state=sight.state,
+            reason=sight.reason,
+            address=sight.address,
+            gpus=of_pool[pool],
+            used_gpus=gpus.get((pool, node), 0),
+            users=tuple(users.get((pool, node), ())),
+        )
+
+
+def _problems(
+    models: Iterable[ModelNow], replicas: Iterable[ReplicaNow], nodes: Iterable[NodeNow], ledger: LedgerNow | None
+) -> Iterator[str]:
     if ledger and ledger.problem:
         yield f"The ledger cannot be written: {ledger.problem}"
     for model in models:
         if not model.ready:
             yield f"No replica of '{model.model}' is ready."
+    for node in nodes:
+        if node.state in LOST:
+            yield f"Node {node.pool}/{node.node} is {node.state}, nobody gets its {node.gpus} GPUs: {node.reason}"
     for replica in replicas:
         if replica.state in {"suspect", "ejected", "backing off"}:
             yield f"Replica '{replica.id}' is {replica.state}: {replica.reason}"
