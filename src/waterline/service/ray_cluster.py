@@ -197,8 +197,8 @@ class RayCluster:
 
     def _lose(self, node_id: str, reach: Reach, why: str) -> None:
         if not reach.lost:
-            ended_s = reach.told_s + ENDED_AFTER_S
-            self._fences |= {run: (node_id, ended_s + grace_s) for run, grace_s in reach.runs.items()}
+            ended_s = reach.told_s + ENDED_AFTER_S + self._grace_s()
+            self._fences |= dict.fromkeys(reach.runs, (node_id, ended_s))
             reach.lose(why)
 
     def sights(self) -> dict[Spot, Sight]:
@@ -233,10 +233,10 @@ class RayCluster:
     async def hold(self, spot: Spot, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Holding:
         """Start the holder of a run of a job on its node; see `jobs.Machines`."""
         self._match([spot])
-        run, grace_s = environment["WATERLINE_RUN"], float(arguments[0])
+        run = environment["WATERLINE_RUN"]
         self._check_fence(run, self._nodes[spot])
         reach, _ = await self._host(spot, environment[MARK].rpartition("/jobs/")[0])
-        reach.runs[run] = grace_s
+        reach.runs.add(run)
         pid = await reach.ask("hold", run, tuple(arguments), dict(environment), str(log))
         return RemoteRun(reach, run, pid)
 
@@ -267,12 +267,16 @@ class RayCluster:
                 reach = self._reaches[node.id] = Reach(await self._make_host(spot, node, mark), _where(spot, node))
         return reach, node
 
+    def _grace_s(self) -> float:
+        """Return how long runs may take to end, on a host that ends all it has."""
+        assert self._fleet  # noqa: S101 - from `prepare`
+        return max(tenant.grace_s for tenant in self._fleet.tenants)
+
     async def _make_host(self, spot: Spot, node: Node, mark: str) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415 - an extra
 
         where = f"node {spot[1]} of pool '{spot[0]}' ({node.address})"
-        assert self._fleet  # noqa: S101 - from `prepare`
-        grace_s = max(tenant.grace_s for tenant in self._fleet.tenants)
+        grace_s = self._grace_s()
         host = (
             self._ray.remote(Host)
             .options(

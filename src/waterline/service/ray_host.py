@@ -41,6 +41,41 @@ class Said:
     stillborn: bool = False
 
 
+class Kept:
+    """What runs on a node. Not in the actor itself: Ray has an actor with one coroutine do one thing at a time."""
+
+    def __init__(self, mark: str, grace_s: float) -> None:
+        self.heard_s = time.monotonic()  # of the service
+        self.children: dict[str, Child] = {}  # by replica and rank
+        self.held: dict[str, Held] = {}  # by run
+        self.given_up: set[Held] = set()  # that we have ended ourselves
+        self._mark = mark
+        self._grace_s = grace_s
+
+    async def mind_the_lease(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_S / 20)
+            if time.monotonic() - self.heard_s > LEASE_S and (self.children or self.held):
+                await self.clean()
+
+    async def clean(self) -> None:
+        """End all that runs by now, jobs with their grace; return when it is gone."""
+        children, held = dict(self.children), dict(self.held)
+        for one in held.values():
+            self.given_up.add(one)
+            one.tell(f"{self._grace_s}\n".encode())
+        await asyncio.gather(*(child.stop() for child in children.values()), *(one.wait() for one in held.values()))
+        await asyncio.gather(*(end_marked(f"{self._mark}/{mark_of_run(run)}") for run in held))
+        _forget(self.children, children)
+        _forget(self.held, held)
+
+
+def _forget(known: dict[str, Any], gone: Mapping[str, Any]) -> None:
+    for key, one in gone.items():
+        if known.get(key) is one:
+            del known[key]
+
+
 class Host:
     """The processes of one node, by replica and rank; every method waits until there is an answer.
 
@@ -51,47 +86,23 @@ class Host:
 
     def __init__(self, mark: str, grace_s: float) -> None:
         self._state = State(path=Path(mark))
-        self._grace_s = grace_s
-        self._heard_s = time.monotonic()
-        self._children: dict[str, Child] = {}
-        self._held: dict[str, Held] = {}
-        self._given_up: set[Held] = set()  # that we have ended ourselves
+        self._kept = Kept(mark, grace_s)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._run(end_marked(mark, grace_s))
-        asyncio.run_coroutine_threadsafe(self._mind_the_lease(), self._loop)
+        asyncio.run_coroutine_threadsafe(self._kept.mind_the_lease(), self._loop)
 
     def ready(self) -> bool:
         return True
 
     def hear(self) -> None:
         """Take note that the service is there."""
-        self._heard_s = time.monotonic()
+        self._kept.heard_s = time.monotonic()
 
     def clean(self) -> None:
         """End all that runs here, jobs with their grace; return when it is gone."""
-        self._run(self._clean())
+        self._run(self._kept.clean())
         self.hear()
-
-    async def _mind_the_lease(self) -> None:
-        while True:
-            await asyncio.sleep(LEASE_S / 20)
-            if time.monotonic() - self._heard_s > LEASE_S and (self._children or self._held):
-                await self._clean()
-
-    async def _clean(self) -> None:
-        children, held = dict(self._children), dict(self._held)
-        for one in held.values():
-            self._given_up.add(one)
-            one.tell(f"{self._grace_s}\n".encode())
-        await asyncio.gather(*(child.stop() for child in children.values()), *(one.wait() for one in held.values()))
-        await asyncio.gather(*(end_marked(f"{self._state.mark}/{mark_of_run(run)}") for run in held))
-        for key, child in children.items():
-            if self._children.get(key) is child:
-                del self._children[key]
-        for key, one in held.items():
-            if self._held.get(key) is one:
-                del self._held[key]
 
     def start(self, key: str, replica: str, started: Started, python: str) -> Said:
         """Start a process; `python` is what the service calls the interpreter, which is another one here."""
@@ -101,21 +112,21 @@ class Host:
         said = self._try(Child.start(mine, self._state, replica))
         if said.problem:
             return said
-        self._children[key] = said.value
+        self._kept.children[key] = said.value
         return Said(value=said.value.pid)
 
     def url(self, key: str) -> Said:
-        return self._try(self._children[key].announced_url())
+        return self._try(self._kept.children[key].announced_url())
 
     def ended(self, key: str) -> Said:
-        return self._try(self._children[key].ended())
+        return self._try(self._kept.children[key].ended())
 
     def last_words(self, key: str) -> Said:
-        return self._try(self._children[key].last_words())
+        return self._try(self._kept.children[key].last_words())
 
     def stop(self, key: str, replica: str) -> None:
         """End a process and all it has started; return when they are gone."""
-        if child := self._children.pop(key, None):
+        if child := self._kept.children.pop(key, None):
             self._run(child.stop())
             while marked(mark_of(self._state, replica)):
                 time.sleep(LOOK_AGAIN_S)
@@ -125,25 +136,25 @@ class Host:
         try:
             Path(log).parent.mkdir(parents=True, exist_ok=True)
             with open_log(Path(log)) as output:
-                held = self._held[key] = self._run(Held.start(arguments, self._marked(environment), output))
+                held = self._kept.held[key] = self._run(Held.start(arguments, self._marked(environment), output))
         except OSError as error:
             return Said(problem=f"cannot write its log {log}: {error.strerror}.")
         return Said(value=held.pid)
 
     def tell(self, key: str, data: bytes) -> None:
-        if held := self._held.get(key):
+        if held := self._kept.held.get(key):
             self._loop.call_soon_threadsafe(held.tell, data)
 
     def left(self, key: str) -> Said:
         """Return the exit code of a holder, once it is gone."""
-        if not (held := self._held.get(key)):
+        if not (held := self._kept.held.get(key)):
             return Said(problem="its run is gone.")
         code = self._run(held.wait())
-        if held in self._given_up:
-            self._given_up.discard(held)
+        if held in self._kept.given_up:
+            self._kept.given_up.discard(held)
             return Said(problem=f"it was ended: nothing was heard of the service for {LEASE_S:g} s.")
-        if self._held.get(key) is held:
-            del self._held[key]
+        if self._kept.held.get(key) is held:
+            del self._kept.held[key]
         return Said(value=code)
 
     def end(self, mark: str, grace_s: float) -> Said:

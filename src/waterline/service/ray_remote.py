@@ -26,7 +26,7 @@ class Reach:
     def __init__(self, actor: Any, where: str) -> None:
         self.actor = actor
         self.where = where
-        self.runs: dict[str, float] = {}  # that it holds: their grace
+        self.runs: set[str] = set()  # that it holds
         self.is_dead = False  # the actor has ended
         self.told_s = time.monotonic()  # when it was told last that we are there
         self.cleaning: asyncio.Task[bool] | None = None
@@ -149,7 +149,7 @@ class RemoteRun:
 
     async def wait(self) -> int:
         code: int = await self._reach.ask("left", self._key)
-        self._reach.runs.pop(self._key, None)
+        self._reach.runs.discard(self._key)
         return code
 
 

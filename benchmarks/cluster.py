@@ -1,0 +1,89 @@
+"""A Ray cluster on this machine whose nodes have networks of their own: a cable can be cut, and mended. Wants root."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+BRIDGE, NETWORK, PORT = "wlbridge", "10.77.0", 6399
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def run(command: str, *, check: bool = True) -> None:
+    subprocess.run(command.split(), check=check, capture_output=not check)
+
+
+class Cluster:
+    """So many nodes of four GPUs, which are only a number here, inside the block."""
+
+    def __init__(self, nodes: int, gpus: int = 4) -> None:
+        self.address = f"{NETWORK}.1:{PORT}"
+        self._nodes = nodes
+        self._gpus = gpus
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> "Cluster":
+        self._clear()
+        run(f"ip link add {BRIDGE} type bridge")
+        run(f"ip addr add {NETWORK}.1/24 dev {BRIDGE}")
+        run(f"ip link set {BRIDGE} up")
+        self._start("", f"--head --port {PORT} --num-gpus 0 --include-dashboard=false", 1)
+        for node in range(self._nodes):
+            run(f"ip netns add wl{node}")
+            run(f"ip link add wlveth{node} type veth peer name eth0 netns wl{node}")
+            run(f"ip link set wlveth{node} master {BRIDGE} up")
+            run(f"ip -n wl{node} addr add {NETWORK}.{10 + node}/24 dev eth0")
+            run(f"ip -n wl{node} link set eth0 up")
+            run(f"ip -n wl{node} link set lo up")
+            labels = f"--labels pool=box --num-gpus {self._gpus}"
+            self._start(f"ip netns exec wl{node} ", f"--address {self.address} {labels}", 10 + node)
+        time.sleep(5.0)  # they join
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in reversed(self._started):
+            process.terminate()
+        for process in self._started:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        self._clear()
+
+    def cut(self, node: int) -> None:
+        run(f"ip link set wlveth{node} down")
+
+    def mend(self, node: int) -> None:
+        run(f"ip link set wlveth{node} up")
+
+    def runs_on(self, node: int) -> list[int]:
+        """Return the processes of jobs on a node, ranks included."""
+        found = []
+        for pid in (int(one.name) for one in Path("/proc").iterdir() if one.name.isdigit()):
+            try:
+                environment = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            owner = next((one for one in environment if one.startswith(b"WATERLINE_OWNER=")), b"")
+            if f"/box.{node}/jobs/".encode() in owner:
+                found.append(pid)
+        return found
+
+    def _start(self, within: str, options: str, number: int) -> None:
+        command = f"{within}{RAY} start --block --num-cpus 1 --node-ip-address {NETWORK}.{number} {options}"
+        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+        self._started.append(
+            subprocess.Popen(command.split(), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        )
+        if not within:
+            time.sleep(6.0)  # the others have to find it
+
+    def _clear(self) -> None:
+        for node in range(self._nodes):
+            run(f"ip link del wlveth{node}", check=False)
+            run(f"ip netns del wl{node}", check=False)
+        run(f"ip link del {BRIDGE}", check=False)
