@@ -166,7 +166,7 @@ def test_an_answer_of_the_database_that_got_lost_changes_nothing(url: str, monke
 def test_while_the_ledger_is_locked_requests_are_refused_and_endings_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("waterline.ledger.writer.PATIENCE_S", 0.0)
+    monkeypatch.setattr("waterline.ledger.writer.PATIENCE_S", 0.1)
     monkeypatch.setattr("waterline.ledger.database.BUSY_S", 0)
     path = str(tmp_path / "ledger.db")
 
@@ -176,9 +176,8 @@ def test_while_the_ledger_is_locked_requests_are_refused_and_endings_kept(
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             ended = ledger.settle(settlement("under way"))
-            late = await reserve(ledger, request_id="late")
             with pytest.raises(LedgerError) as caught:
-                await late.durable()
+                await (await reserve(ledger, request_id="late")).durable()
             async with asyncio.timeout(20):
                 while ledger.lag().waiting_rows > 1:  # noqa: ASYNC110 - another thread counts
                     await asyncio.sleep(0.01)

@@ -11,7 +11,7 @@ import structlog
 from serving import fake_plan, served
 
 from waterline.outcome import Completion
-from waterline.service.logs import about_request, log_failure, log_to
+from waterline.service.logs import MOST_A_SECOND, FailureLog, about_request, log_to
 
 SECRET = "the prompt of a client"
 
@@ -57,11 +57,12 @@ def test_people_get_text() -> None:
 def test_every_line_about_a_request_has_its_id_and_no_other_line_has() -> None:
     stream = io.StringIO()
     log_to(stream, terminal=False)
+    failures = FailureLog()
 
     async def handle(number: int) -> None:
         about_request(f"request-{number}")
         await asyncio.sleep(0.01)
-        log_failure(failed(tenant=f"tenant-{number}"))
+        failures.note(failed(tenant=f"tenant-{number}"))
 
     async def case() -> None:
         await asyncio.gather(*(asyncio.create_task(handle(number)) for number in range(5)))
@@ -77,12 +78,27 @@ def test_every_line_about_a_request_has_its_id_and_no_other_line_has() -> None:
 def test_a_failure_says_who_where_and_why_and_the_others_say_nothing() -> None:
     stream = io.StringIO()
     log_to(stream, terminal=False)
+    failures = FailureLog()
     for status in ("ok", "refused", "cancelled"):
-        log_failure(failed(status=status))
-    log_failure(failed(reason="x" * 1000))
+        failures.note(failed(status=status))
+    failures.note(failed(reason="x" * 1000))
     (line,) = lines(stream)
     assert (line["tenant"], line["model"], line["replica"], line["after_s"]) == ("public", "chat", "chat/0", 2.0)
     assert line["reason"] == "x" * 300
+
+
+def test_a_flood_of_failures_is_five_lines_a_second_and_how_many_more_there_were() -> None:
+    stream, clock_s = io.StringIO(), 7.2
+    log_to(stream, terminal=False)
+    failures = FailureLog(clock=lambda: clock_s)
+    for _ in range(1000):
+        failures.note(failed())
+    clock_s = 8.0
+    failures.note(failed())
+    failures.note(failed())
+    told = lines(stream)
+    assert len(told) == MOST_A_SECOND + 2
+    assert [line.get("more_before") for line in told[-3:]] == [None, 1000 - MOST_A_SECOND, None]
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -92,6 +92,7 @@ class Batch:
 
     def absorb(self, later: "Batch") -> None:
         """Take in what gathered behind this one."""
+        self.since_s = self.since_s if self.rows else later.since_s
         self.reserves |= later.reserves
         self.endings = later.endings | self.endings  # what was said first stands
         self.notes |= later.notes

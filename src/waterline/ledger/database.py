@@ -9,13 +9,16 @@ from typing import Any
 import sqlalchemy
 from sqlalchemy import Connection, Engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from waterline.errors import InputError, LedgerError, MissingExtraError
+from waterline.ledger.displaced import Whereabouts
 from waterline.ledger.tables import REVISION
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_S = 5  # to wait for another program that writes to the file
 CONNECT_S = 5
+SILENT_S = 15  # until a PostgreSQL is given up that says nothing at all: its machine or its network is gone
 MIGRATION_LOCK = 0x7761_7465_726C  # an advisory lock of PostgreSQL: the first letters of our name
 SQLITE = "sqlite:///"
 
@@ -57,6 +60,11 @@ def in_words(engine: Engine) -> Iterator[None]:
         raise
     except DBAPIError as error:
         raise LedgerError(_explained(engine, error)) from error
+    except PoolTimeoutError as error:
+        raise LedgerError(f"the ledger {_name(engine)} is slow: all connections to it are taken.") from error
+    except OSError as error:  # of the files beside SQLite's
+        where = error.filename or _name(engine)
+        raise LedgerError(f"the ledger {_name(engine)} cannot be used: {where}: {error.strerror}.") from error
 
 
 def _engine(url: str) -> Engine:
@@ -70,7 +78,7 @@ def _engine(url: str) -> Engine:
             return _sqlite(parsed)
         if parsed.drivername != "postgresql+psycopg":
             raise InputError(f"a ledger in '{parsed.drivername}' is not known. {_URLS}")
-        return sqlalchemy.create_engine(parsed, connect_args={"connect_timeout": CONNECT_S}, pool_pre_ping=True)
+        return _postgresql(parsed)
     except ModuleNotFoundError:
         raise MissingExtraError("A ledger in PostgreSQL", extra="postgres") from None
     except (ArgumentError, NoSuchModuleError, ValueError):
@@ -86,9 +94,31 @@ def _sqlite(url: sqlalchemy.URL) -> Engine:
     with suppress(OSError):  # what cannot be made cannot be opened, and that is said below
         Path(url.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     engine = sqlalchemy.create_engine(url, connect_args={"timeout": BUSY_S})
+    whereabouts = Whereabouts(Path(url.database))
+    event.listen(engine, "do_connect", lambda *_: whereabouts.check())
     event.listen(engine, "connect", _set_up_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
+    event.listen(engine, "begin", lambda connection: _begin_sqlite(connection, whereabouts))
     return engine
+
+
+def _postgresql(url: sqlalchemy.URL) -> Engine:
+    """Return a PostgreSQL that keeps nobody waiting without end: for a connection, a lock, a network that is gone."""
+    patience = {
+        "connect_timeout": CONNECT_S,
+        "keepalives_idle": CONNECT_S,
+        "keepalives_interval": CONNECT_S,
+        "keepalives_count": SILENT_S // CONNECT_S,
+        "tcp_user_timeout": SILENT_S * 1000,
+    }
+    engine = sqlalchemy.create_engine(url, connect_args=patience, pool_pre_ping=True)
+    event.listen(engine, "connect", _set_up_postgresql)
+    return engine
+
+
+def _set_up_postgresql(connection: Any, _record: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET lock_timeout = '{BUSY_S}s'")
+    connection.commit()
 
 
 def _set_up_sqlite(connection: Any, _record: object) -> None:
@@ -98,8 +128,9 @@ def _set_up_sqlite(connection: Any, _record: object) -> None:
     connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
 
 
-def _begin_sqlite(connection: Connection) -> None:
+def _begin_sqlite(connection: Connection, whereabouts: Whereabouts) -> None:
     """Begin a transaction; one that writes says so at once, so that it never finds others ahead of it halfway."""
+    whereabouts.check()
     writes = not connection.get_execution_options().get("reads")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
@@ -140,6 +171,7 @@ def _migrate(engine: Engine) -> None:
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
+            connection.execute(text("SET LOCAL lock_timeout = 0"))  # whoever migrates takes as long as it takes
             connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"))
         revision = _revision_inside(connection)
         if revision and revision not in known:
@@ -161,21 +193,37 @@ def _revision_inside(connection: Connection) -> str:
 
 
 def _name(engine: Engine) -> str:
-    return engine.url.database or "" if engine.dialect.name == "sqlite" else engine.url.render_as_string()
+    if engine.dialect.name == "sqlite":
+        return engine.url.database or ""
+    return engine.url.set(drivername="postgresql").render_as_string()
 
 
 def _explained(engine: Engine, error: DBAPIError) -> str:
     name, said = _name(engine), " ".join(str(error.orig).split()).rstrip(".?")
-    if engine.dialect.name != "sqlite":
+    known = _SQLITE_ADVICE if engine.dialect.name == "sqlite" else _POSTGRESQL_ADVICE
+    advice = next((advice for part, advice in known.items() if part in said), "")
+    if engine.dialect.name == "sqlite":
+        return f"the ledger {name} cannot be used: {said}. {advice}".rstrip()
+    if not advice:
         advice = (
-            "Is it running, and may this machine reach it? Try: psql " + name.replace("+psycopg", "")
+            f"Is it running, and may this machine reach it? Try: psql {name}"
             if isinstance(error, OperationalError)
             else "That user needs the right to create tables there, and nobody else's tables may have our names."
         )
-        return f"the ledger {name} does not answer as it should: {said}. {advice}"
-    advice = next((advice for part, advice in _SQLITE_ADVICE.items() if part in said), "")
-    return f"the ledger {name} cannot be used: {said}. {advice}".rstrip()
+    return f"the ledger {name} does not answer as it should: {said}. {advice}"
 
+
+_POSTGRESQL_ADVICE = {  # by what PostgreSQL says
+    "password authentication failed": "Are user and password in the URL right? Of a password, % and @ are written %25 "
+    "and %40.",
+    '" does not exist': "Make it: createdb DATABASE, createuser USER; or correct the URL.",
+    "no password supplied": "Write it into the URL: postgresql://USER:PASSWORD@HOST/DATABASE.",
+    "lock timeout": "Somebody holds a lock on its tables; who, says: SELECT pid, state, query FROM pg_stat_activity.",
+    "too many clients": "Raise its max_connections, or close other programs' connections.",
+    "remaining connection slots": "Raise its max_connections, or close other programs' connections.",
+    "No space left on device": "Make room on its disk.",
+    "read-only transaction": "Is it a standby? Name the server that may be written to.",
+}
 
 _SQLITE_ADVICE = {  # by what SQLite says
     "locked": f"Another program has been writing to it for more than {BUSY_S} s: close it (a database browser, a copy, "

@@ -12,7 +12,8 @@ import secrets
 import threading
 import time
 from asyncio import AbstractEventLoop, Future
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -23,14 +24,16 @@ from sqlalchemy import Engine, func, select
 from waterline.errors import LedgerError, QuotaError
 from waterline.ledger.batch import Batch, Books, Ending, Note, Reserve, Written, key_of
 from waterline.ledger.database import connect, in_words, reading
+from waterline.ledger.displaced import DisplacedError, save
 from waterline.ledger.keys import hash_of
 from waterline.ledger.presence import left_behind, presence
 from waterline.ledger.quotas import Balance, Balances, Room, fits, periods, tightest
 from waterline.ledger.records import MOST_OF_A_REQUEST, Key, Settlement, storable, utc_us
 from waterline.ledger.tables import keys, reservations
-from waterline.ledger.writer import Writer
+from waterline.ledger.writer import PATIENCE_S, Writer
 
 PRESENCE_S = 10.0  # between looks for gateways that have died
+MOST_WAITING = 50_000  # rows in memory, while the database is away, with those of requests that it let nobody begin
 CACHED = 100_000  # balances in memory; beyond that they are read again
 
 log = structlog.get_logger()
@@ -50,7 +53,11 @@ class Reservation:
             QuotaError: another gateway has spent the rest of the quota a moment before.
             LedgerError: the ledger cannot be written.
         """
-        await asyncio.shield(self.done)
+        if not self.done.done():
+            await asyncio.wait((self.done,), timeout=PATIENCE_S)
+            if not self.done.done():  # the writer hangs in the database, which may take it yet: settle it
+                raise LedgerError(f"the ledger has not answered for {PATIENCE_S:g} s.")
+        self.done.result()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +86,11 @@ class Ledger:
         self._doubtful: set[str] = set()  # reservations that failed, and may have been made all the same
         self._balances: Balances = {}  # as the last commit that decided about them left them
         self._pending: Balances = {}  # reserved since
+        self._without_row = 0  # requests that could not begin, and so many that not even that is written down
         self._keys: dict[str, Key] = {}  # by the hash of their secrets
         self._keys_by_id: dict[str, Key] = {}
         self._keys_counted = (-1, -1)
+        self._saved = ""  # what was done about a ledger whose file is gone
         self._looked_s = time.monotonic()
         with in_words(engine):
             self._presence.hold()
@@ -89,7 +98,7 @@ class Ledger:
         self._bury()
         self._writer = Writer(
             take=self._take,
-            write=self._books.write,
+            write=self._write,
             written=self._on_written,
             gave_up=self._on_gave_up,
             lost=self._on_lost,
@@ -117,13 +126,17 @@ class Ledger:
 
     def close(self) -> None:
         """Write what is left. Raises LedgerError when that cannot be done in ten seconds."""
-        self._writer.close()
-        self._presence.leave()
-        self.engine.dispose()
-        if self._writer.left:
+        if self._writer.close():
+            self._presence.leave()
+            self.engine.dispose()
+            left = self._writer.left
+        else:
+            with self._lock:
+                left = len(self._in_flight.endings) + len(self._batch.endings)
+        if left:
             raise LedgerError(
-                f"{self._writer.left} requests that have ended could not be written to the ledger: of each is charged "
-                "what was noted last. The log says why."
+                f"{left} requests that have ended could not be written to the ledger: of each is charged what was "
+                f"noted last. The reason: {self._writer.problem or 'it does not answer.'}"
             )
 
     def find_key(self, secret: str) -> Key | None:
@@ -154,6 +167,8 @@ class Ledger:
             QuotaError: a quota of the key has no room for it.
             LedgerError: the ledger cannot be asked.
         """
+        if trouble := self._writer.trouble:  # to wait for it would be for nothing, and so would be what an engine did
+            raise LedgerError(trouble)
         one = Reserve(
             request_id=request_id,
             tenant=tenant,
@@ -210,6 +225,10 @@ class Ledger:
         request_id = settlement.request_id
         with self._lock:
             reserved = self._under_way.pop(request_id, None)
+            if not reserved and settlement.outcome == "failed" and self._is_crowded():
+                self._without_row += 1
+                written.set_result(None)
+                return written
             limited = reserved.periods if reserved else periods(self._key(settlement.key_id), settlement.arrival_us)
             ending = Ending(settlement=settlement, periods=limited, reserved=reserved)
             batch = self._gathering()
@@ -230,7 +249,7 @@ class Ledger:
             return Lag(
                 waiting_rows=sum(batch.rows for batch in batches),
                 lag_s=time.monotonic() - oldest_s,
-                problem=self._writer.problem,
+                problem=self._writer.problem or self._writer.trouble,
             )
 
     def _gathering(self) -> Batch:
@@ -238,6 +257,9 @@ class Ledger:
         if not self._batch:
             self._batch.since_s = time.monotonic()
         return self._batch
+
+    def _is_crowded(self) -> bool:
+        return len(self._in_flight.endings) + len(self._batch.endings) >= MOST_WAITING
 
     def _key(self, key_id: str) -> Key | None:
         return self._keys_by_id.get(key_id)
@@ -272,6 +294,20 @@ class Ledger:
             self._notes = {}
         return batch
 
+    def _write(self, batch: Batch) -> Written:
+        with self._saving():
+            return self._books.write(batch)
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Save what is in a ledger that is found displaced in this block, once."""
+        try:
+            yield
+        except DisplacedError as error:
+            self._saved = self._saved or save(self.engine)
+            raise LedgerError(f"{error} {self._saved}") from error
+        self._saved = ""
+
     def _on_written(self, batch: Batch, written: Written) -> None:
         with self._lock:
             self._in_flight = Batch()
@@ -284,6 +320,9 @@ class Ledger:
             self._balances |= written.balances
             for request_id in written.refused:
                 self._under_way.pop(request_id, None)
+            without_row, self._without_row = self._without_row, 0
+        if without_row:
+            log.warning("ledger", requests_that_could_not_begin_and_have_no_row=without_row)
         _tell(batch, written.refused)
 
     def _on_gave_up(self, batch: Batch, error: LedgerError) -> None:
@@ -310,7 +349,8 @@ class Ledger:
                     del self._pending[name]
 
     def _look_around(self) -> None:
-        self._read_keys()
+        with self._saving():
+            self._read_keys()
         if time.monotonic() - self._looked_s > PRESENCE_S:
             self._looked_s = time.monotonic()
             with in_words(self.engine):

@@ -1,5 +1,6 @@
 """The thread that writes: everything that has gathered while the last commit was on its way goes into the next one."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -44,6 +45,7 @@ class Writer:
         self._gave_up, self._lost = gave_up, lost
         self._look_around = look_around
         self.problem = ""  # why nothing can be written just now
+        self._begun_s = math.inf  # when the batch was begun that is being written
         self.left = 0  # requests that have ended and could not be written by the end
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -54,11 +56,18 @@ class Writer:
         if not self._wake.is_set():  # who clears it takes what has gathered after that
             self._wake.set()
 
-    def close(self) -> None:
-        """Write what is left, and end."""
+    @property
+    def trouble(self) -> str:
+        """Why nothing new should wait for the database: it has taken none of a batch for longer than anybody waits."""
+        waited_s = time.monotonic() - self._begun_s
+        return (self.problem or f"it has not answered for {waited_s:.0f} s") if waited_s > PATIENCE_S else ""
+
+    def close(self) -> bool:
+        """Write what is left, and end; False when the database keeps the thread, which then ends with the program."""
         self._closing.set()
         self._wake.set()
-        self._thread.join()
+        self._thread.join(FAREWELL_S + PATIENCE_S)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         begun_s = looked_s = time.monotonic()
@@ -75,13 +84,19 @@ class Writer:
                 return
             if begun_s - looked_s > IDLE_S:
                 looked_s = begun_s
-                try:
-                    self._look_around()
-                    self.problem = ""
-                except LedgerError as error:
-                    self._remember(error)
+                self._look()
+
+    def _look(self) -> None:
+        try:
+            self._look_around()
+            self.problem = ""
+        except LedgerError as error:
+            self._remember(error)
+        except Exception:  # this thread must not end
+            log.exception("a bug in the ledger")
 
     def _write_down(self, batch: Batch) -> None:
+        self._begun_s = time.monotonic()
         try:
             self._insist(batch)
         except Exception:
@@ -92,6 +107,8 @@ class Writer:
                 except Exception:
                     log.exception("cannot be written", lost=[ending.settlement for ending in part.endings.values()])
                     self._lost(part, LedgerError("The ledger has a bug; its log says where."))
+        finally:
+            self._begun_s = math.inf
 
     def _remember(self, error: LedgerError) -> None:
         """Say what is wrong, once."""

@@ -78,6 +78,9 @@ class Reply:
     async def begin(self, status: int, headers: Headers) -> None:
         if self.before and status == 200:
             await self.before()
+        await self._begin(status, headers)
+
+    async def _begin(self, status: int, headers: Headers) -> None:
         self.begun = True
         await self._send({"type": "http.response.start", "status": status, "headers": [*self.headers, *headers]})
 
@@ -109,9 +112,12 @@ class Reply:
     async def whole(self, status: int, data: bytes, headers: Headers) -> None:
         if self.edit and status == 200:
             data = self.edit.whole(data)
-        if self.after and status == 200:
-            await self.after()
-        await self.begin(status, [*headers, (b"content-length", b"%d" % len(data))])
+        if status == 200:
+            if self.before:  # it may say no, and then there is nothing to charge
+                await self.before()
+            if self.after:
+                await self.after()
+        await self._begin(status, [*headers, (b"content-length", b"%d" % len(data))])
         await self._finish(data)
 
     async def error(self, error: WaterlineError) -> None:

@@ -96,14 +96,18 @@ class Runner:
 
     async def run(self) -> None:
         """Run batches until this is cancelled; what is under way then is left to who comes next."""
+        problem = ""
         try:
             with suppress(LedgerError):
                 await asyncio.to_thread(files.sweep, self._engine)
             while True:
                 try:
                     await self._look()
+                    problem = ""
                 except LedgerError as error:
-                    log.warning("batches", error=str(error))
+                    if problem != str(error):  # it is said once
+                        problem = str(error)
+                        log.warning("batches", error=problem)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_S):
                         await self._news.wait()

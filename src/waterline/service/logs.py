@@ -4,7 +4,8 @@ What a client sent or was answered is never in it: events carry ids, counts and 
 without the values of its variables.
 """
 
-from collections.abc import MutableMapping
+import time
+from collections.abc import Callable, MutableMapping
 from contextvars import ContextVar
 from typing import Any, Protocol, TextIO, cast
 
@@ -15,6 +16,7 @@ from waterline.outcome import Completion
 
 REQUEST_ID = "request_id"  # of a line; also a client finds it in its answer's headers
 LONGEST_REASON = 300  # characters of what an engine said
+MOST_A_SECOND = 5  # lines about requests that failed
 
 log = structlog.get_logger()
 
@@ -52,9 +54,26 @@ def _with_request(_logger: object, _method: str, event: MutableMapping[str, Any]
     return event
 
 
-def log_failure(completion: Completion) -> None:
-    """Write a line about a request that failed; the others are in the ledger."""
-    if completion.status == "failed":
+class FailureLog:
+    """Writes a line about each request that failed, but of a flood only the first of each second.
+
+    When the ledger or all engines are away every request fails, and the disk is not to be the next to do so.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._second = -1  # of the last line …
+        self._lines = 0  # … and how many came in it
+        self._left_out = 0
+
+    def note(self, completion: Completion) -> None:
+        if completion.status != "failed":
+            return
+        if self._second != (now := int(self._clock())):
+            self._second, self._lines = now, 0
+        if self._lines == MOST_A_SECOND:
+            self._left_out += 1
+            return
         log.warning(
             "request failed",
             tenant=completion.tenant,
@@ -63,7 +82,10 @@ def log_failure(completion: Completion) -> None:
             reason=completion.reason[:LONGEST_REASON],
             after_s=round(completion.finish_s - completion.arrival_s, 3),
             output_tokens=completion.output_tokens,
+            **({"more_before": self._left_out} if self._left_out else {}),
         )
+        self._lines += 1
+        self._left_out = 0
 
 
 def _for_people() -> tuple[Any, ...]:

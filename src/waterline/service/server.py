@@ -32,7 +32,7 @@ from waterline.service.gateway import Gateway
 from waterline.service.jobs import OVER, Jobs, RunState, Spot
 from waterline.service.keeper import Keeper
 from waterline.service.limits import GuardedProtocol
-from waterline.service.logs import log_failure
+from waterline.service.logs import FailureLog
 from waterline.service.nodes import Nodes, Sight, watch
 from waterline.service.operator import Operator
 from waterline.service.processes import kill_marked
@@ -225,8 +225,10 @@ async def running(
         def under_way(replica: str) -> int:
             return gateway.under_way(replica)
 
+        failures = FailureLog()
+
         def completed(completion: Completion) -> None:
-            log_failure(completion)
+            failures.note(completion)
             on_completion(completion)
 
         supervisor = Supervisor(
