@@ -1,6 +1,7 @@
 """What a stranger's connection may cost: raw sockets against a server on whose clock time passes when a test says so."""
 
 import asyncio
+import resource
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -11,6 +12,7 @@ import orjson
 import pytest
 from serving import until
 
+from waterline.errors import InputError
 from waterline.service import asgi
 from waterline.service.asgi import (
     ClientGoneError,
@@ -23,7 +25,15 @@ from waterline.service.asgi import (
     unless_disconnected,
 )
 from waterline.service.errors import RejectedError
-from waterline.service.limits import LONGEST_HEAD_BYTES, MOST_AHEAD, MOST_HEADERS, WRITE, GuardedProtocol, was_slow
+from waterline.service.limits import (
+    LONGEST_HEAD_BYTES,
+    MOST_AHEAD,
+    MOST_HEADERS,
+    WRITE,
+    GuardedProtocol,
+    room_for_connections,
+    was_slow,
+)
 from waterline.service.server import listen
 
 HELLO = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nhi"
@@ -202,6 +212,32 @@ def test_a_head_that_is_too_large_is_refused_in_one_piece_too_and_a_large_body_b
             assert (await say(port, head + b"x" * size)).endswith(b"%d 3" % size)
 
     asyncio.run(case())
+
+
+def test_who_would_rather_speak_http_2_is_answered_in_http_1_with_its_body() -> None:
+    async def case() -> None:
+        async with tight() as (port, _, _):
+            head = b"POST / HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings, close\r\nUPGRADE: h2c\r\n"
+            answer = await say(port, head + b"content-length: 16\r\n\r\n\r\nUpgrade: body!!")
+            assert (answer[:12], answer[-4:]) == (b"HTTP/1.1 200", b"16 3")
+
+    asyncio.run(case())
+
+
+@pytest.mark.parametrize(
+    ("files", "room"), [(129, None), (130, 1), (65_536, 32_704), (resource.RLIM_INFINITY, 524_224)]
+)
+def test_the_limit_of_open_files_says_how_many_may_connect(
+    monkeypatch: pytest.MonkeyPatch, files: int, room: int | None
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, files))
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    counted = room_for_connections.__wrapped__
+    if room:
+        assert counted() == room
+        return
+    with pytest.raises(InputError, match="129 files may be open at a time here.* Allow more: ulimit -n 65536"):
+        counted()
 
 
 def test_bodies_on_their_way_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,10 +98,12 @@ def _up(
     from waterline.cli.admin import open_admin
     from waterline.ledger import Ledger
     from waterline.service.engines import prepare_engines
+    from waterline.service.limits import room_for_connections
     from waterline.service.logs import log_to
     from waterline.service.server import Outlet, Source, listen, serve
 
     begun_s = monotonic()
+    room_for_connections()
     _check_engine(engine)
     plan = _plan(fleet or LAPTOP, engine)
     _check_proxies(proxies)

@@ -64,7 +64,10 @@ def in_words(engine: Engine) -> Iterator[None]:
         raise LedgerError(f"the ledger {_name(engine)} is slow: all connections to it are taken.") from error
     except OSError as error:  # of the files beside SQLite's
         where = error.filename or _name(engine)
-        raise LedgerError(f"the ledger {_name(engine)} cannot be used: {where}: {error.strerror}.") from error
+        raise LedgerError(
+            f"the ledger {_name(engine)} cannot be used: {where}: {error.strerror}. "
+            "Its folder must be yours to write to."
+        ) from error
 
 
 def _engine(url: str) -> Engine:
@@ -230,6 +233,7 @@ _SQLITE_ADVICE = {  # by what SQLite says
     "an sqlite3 with an open transaction), or keep another ledger: --ledger FILE.",
     "readonly": "Give yourself the right to write to it and to its folder, or keep another: --ledger FILE.",
     "unable to open": "Its folder must exist and be yours to write to; or keep another: --ledger FILE.",
+    "already exists": "It is another program's database. Name the ledger: --ledger FILE.",
     "not a database": "It is another kind of file. Name the ledger: --ledger FILE.",
     "malformed": "It is damaged: restore it from a copy, or keep another: --ledger FILE.",
     "full": "Make room on its disk.",

@@ -4,6 +4,7 @@ uvicorn parses HTTP; this keeps whoever sends it within bounds, at no cost for a
 """
 
 import asyncio
+import re
 import resource
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from waterline.errors import InputError
 from waterline.service.errors import RejectedError, error_json
 
 LONGEST_HEAD_BYTES = 65_536
@@ -23,6 +25,7 @@ LINGERS_S = 1.0  # a connection that was refused, for its client to read why
 FILES_KEPT = 128  # descriptors that are not for clients: engines' pipes, the ledger, the log
 FILES_PER_REQUEST = 2  # its client's connection, and one to an engine
 MOST_FILES = 2**20
+UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 CHUNKED = b"transfer-encoding: chunked\r\n"
 # Keys of the scope: what this server tells beside ASGI.
 SLOW = "waterline.slow"  # its client was cut, because it did not read
@@ -33,11 +36,19 @@ BODY = "waterline.body"  # returns the body, if all of it has come; else None
 
 @cache
 def room_for_connections() -> int:
-    """Raise the limit of open files as far as we may; return how many clients it has room for."""
+    """Raise the limit of open files as far as we may; return how many clients it has room for.
+
+    Raises InputError where that is nobody.
+    """
     _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = MOST_FILES if allowed == resource.RLIM_INFINITY else min(allowed, MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, allowed))
-    return max(1, (files - FILES_KEPT) // FILES_PER_REQUEST)
+    if files < FILES_KEPT + FILES_PER_REQUEST:
+        raise InputError(
+            f"{files} files may be open at a time here, and {FILES_KEPT} of them are for engines, the ledger and the "
+            "log: nobody could connect. Allow more: ulimit -n 65536, or LimitNOFILE=65536 in the unit of systemd."
+        )
+    return (files - FILES_KEPT) // FILES_PER_REQUEST
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -83,6 +94,8 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         if self._in_head:
             self._head_bytes += len(data)
+            if UPGRADE.search(data):
+                data = _without_upgrade(data)
             if not self._head_timer:
                 self._head_timer = self.loop.call_later(self.head_within_s, self._head_is_late)
         super().data_received(data)
@@ -276,6 +289,12 @@ class _HeadFirst:
         if self._head and not self._transport.is_closing():
             self._transport.write(self._head)
         self._head = b""
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """Hide that a client would rather speak HTTP/2 (Java's does, and curl --http2): the parser would drop its body."""
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return UPGRADE.sub(b"\r\nx-grade:", head) + end + rest
 
 
 def _unchunked(data: bytes) -> bytes:

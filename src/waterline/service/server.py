@@ -100,8 +100,16 @@ def listen(host: str, port: int, option: str = "--port") -> socket.socket:
                 f"port {port} of {host} is in use: another program listens there. Stop it, or take another port: "
                 f"{option} {port + 1 if port < 65535 else 8001}"
             ) from error
-        raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}.") from error
+        raise InputError(
+            f"cannot listen on {host}, port {port}: {error.strerror}.{_ADVICE.get(error.errno or 0, '')}"
+        ) from error
     return listening
+
+
+_ADVICE = {  # by what the system says
+    errno.EACCES: " Ports below 1024 are root's, unless a front like nginx passes them on: take another, like 8000.",
+    errno.EADDRNOTAVAIL: " It is no address of this machine: `ip address` lists them; 127.0.0.1 is this machine alone.",
+}
 
 
 def is_loopback(address: str) -> bool:
