@@ -7,8 +7,8 @@
 The engine is one that runs already: vLLM, SGLang or llama.cpp with the small model (`python -m waterline.training`
 writes it for each of them). The gateway believes it has two replicas, and reaches each over a relay that cuts the
 connection of a request once, after so many events. Every kind of request is cut at every event of its stream. All give
-the same answer each time, so each is compared with the stream that nobody cut: text, thoughts, reason to end, usage, one
-role, one name, one [DONE]. What cannot be gone on with must end in one clean error; it is counted apart.
+the same answer each time, so each is compared with the stream that nobody cut: text, thoughts, reason to end, usage,
+one role, one name, one [DONE]. What cannot be gone on with must end in one clean error; it is counted apart.
 
 Then: how soon after its client has left does the engine stop (its own count of running requests, vLLM only); and do
 more requests than the engine takes all get their answers.

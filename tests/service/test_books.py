@@ -10,8 +10,9 @@ import openai
 import pytest
 from serving import QUESTION, Served, fake_plan, served, until
 
+from waterline.errors import LedgerError, QuotaError, WaterlineError
 from waterline.fleet import Tenant
-from waterline.ledger import Ledger, Quotas, Usage, connect, create_key, read_keys, read_usage, revoke_key
+from waterline.ledger import Ledger, Quotas, Reservation, Usage, connect, create_key, read_keys, read_usage, revoke_key
 from waterline.plan import Plan
 
 TENANTS = (Tenant(name="enterprise", deserved=0.5), Tenant(name="public", deserved=0.5, anonymous=True))
@@ -62,6 +63,28 @@ def test_every_answer_stands_in_the_ledger_before_its_last_byte_has_gone_out(tmp
             assert (nobody.tenant, nobody.ok) == ("public", 1)
 
     asyncio.run(case())
+
+
+def test_an_answer_that_was_made_and_not_let_out_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine works on it while the ledger decides, and the ledger decides against it."""
+
+    async def case() -> None:
+        async with kept(tmp_path, plan_of(), Quotas(tokens_total=1000)) as (_, client):
+            await ask(client)
+            for error in (LedgerError("away"), QuotaError("spent by another gateway")):
+
+                async def refuse(_: Reservation, error: WaterlineError = error) -> None:
+                    await asyncio.sleep(0.05)
+                    raise error
+
+                monkeypatch.setattr(Reservation, "durable", refuse)
+                for stream in (False, True):
+                    with pytest.raises(openai.APIStatusError):
+                        await ask(client, stream=stream)
+
+    asyncio.run(case())
+    row = used(tmp_path)["acme"]
+    assert (row.requests, row.ok, row.failed, row.refused, row.output_tokens) == (5, 1, 2, 2, 10)
 
 
 def test_a_stream_that_its_client_leaves_is_charged_for_what_it_had(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ written part by part, and is there when its row is; what a kill leaves without o
 
 import itertools
 import secrets
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -202,9 +203,10 @@ def read_part(engine: Engine, file_id: str, number: int) -> bytes | None:
 
 
 def read_lines(engine: Engine, file_id: str) -> Iterator[bytes]:
-    """Yield the lines of a file that are not blank."""
+    """Yield the lines of a file that are not blank, without the mark that Windows puts at the beginning."""
     rest, number = b"", 0
     while (part := read_part(engine, file_id, number)) is not None:
+        part = part if number else part.removeprefix(BOM_UTF8)
         *whole, rest = (rest + part).split(b"\n")
         yield from (line for line in whole if line.strip())
         number += 1

@@ -95,6 +95,7 @@ class Books:
         if not self._ledger:
             return None
         ttft_s = completion.ttft_s
+        first_token_us = None if isnan(ttft_s) else entry.arrival_us + round(ttft_s * MEGA)
         return self._ledger.settle(
             Settlement(
                 request_id=entry.request_id,
@@ -108,8 +109,8 @@ class Books:
                 output_tokens=completion.output_tokens,
                 thinking_tokens=completion.thinking_tokens,
                 arrival_us=entry.arrival_us,
-                first_token_us=None if isnan(ttft_s) else entry.arrival_us + round(ttft_s * MEGA),
-                finish_us=utc_us(),
+                first_token_us=first_token_us,
+                finish_us=max(utc_us(), first_token_us or entry.arrival_us),  # somebody may set the clock
                 gpu_us=round(completion.gpu_s * MEGA),
                 nano_usd=entry.nano_usd(cost_gpu_s),
                 outcome=completion.status if final else "interrupted",

@@ -74,6 +74,7 @@ class Visit:
     ticket: Ticket | None = None  # once it was taken in
     progress: Progress
     is_over: bool = False
+    in_vain: bool = False  # no byte of an answer went out
     over_quota: bool = False  # it was refused for that: the ledger's business, and no matter of load
     settled: Future[None] | None = None  # done when it stands in the ledger
 
@@ -154,6 +155,7 @@ class Completions:
             raise
         except WaterlineError as error:
             status, reason = _judged(error)
+            visit.in_vain = not reply.begun
             visit.over_quota = isinstance(error, RejectedError) and error.code == OVER_QUOTA
             raise
         except asyncio.CancelledError:
@@ -305,7 +307,8 @@ class Completions:
             return
         visit.is_over = True
         asked, progress, ticket = visit.asked, visit.progress, visit.ticket
-        in_vain = reason == INVALID or (status in {"refused", "failed"} and math.isnan(progress.first_token_s))
+        untold = status in {"refused", "failed"} and math.isnan(progress.first_token_s)
+        in_vain = visit.in_vain or reason == INVALID or untold
         tokens = (0, 0) if in_vain else visit.tokens  # nobody is charged for a refusal, nor for a failure of ours
         if ticket:
             self._dispatcher.leave(ticket, self._now_s())
