@@ -21,12 +21,23 @@ def one_replica(
     weights: str = "meta-llama/Llama-3.1-8B",
     precision: str = "bf16",
     name: str = "chat",
+    own: tuple[str, ...] = (),
     **changes: Any,
 ) -> Plan:
-    """Return a plan of one replica spread evenly over the nodes of a pool, on their first cards."""
+    """Return a plan of one replica spread evenly over the nodes of a pool, on their first cards.
+
+    `own` is what the owner of the fleet hands to its engine.
+    """
     small = small_plan()
     cards = layout.gpus // nodes
-    model = replace(small.fleet.models[0], name=name, weights=weights, engine=engine, precisions=(precision,))
+    model = replace(
+        small.fleet.models[0],
+        name=name,
+        weights=weights,
+        engine=engine,
+        precisions=(precision,),
+        engine_arguments=own,
+    )
     changed = replace(
         small.replicas[0],
         model=name,

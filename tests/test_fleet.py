@@ -122,6 +122,16 @@ def test_an_fp8_model_may_also_run_in_int8(tmp_path: Path) -> None:
             "engine 'trtllm' of model 'chat' is priced by waterline fit .* cannot be planned or started. Write engine",
         ),
         ('name = "chat"', 'name = "chat"\nengine = "openai"', "needs both engine"),
+        (
+            'name = "chat"',
+            'name = "chat"\nengine_arguments = ["--enable-lora", "--port=9"]',
+            "'engine_arguments' of model 'chat': '--port=9' is not yours to give: .* Leave it out",
+        ),
+        (
+            'name = "chat"',
+            'name = "chat"\nengine_arguments = "--enable-lora"',
+            "'engine_arguments' of .*expected a list",
+        ),
         ('name = "chat"', 'name = "chat"\nslo = { ttft = 1 }', "unknown key 'ttft'. Did you mean 'ttft_s'"),
         (
             'name = "chat"',

@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from waterline import catalog
+from waterline.catalog.engine_flags import check_arguments
 from waterline.errors import FleetFileError, UnknownNameError, WaterlineError, nearest
 from waterline.hardware import Gpu
 from waterline.llm import PRECISIONS, Llm
@@ -75,6 +76,7 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     engine: str = ""  # "": llama.cpp for a .gguf, else vLLM
     url: str = ""  # of a running OpenAI-compatible server, for the engine "openai"
     api_key_env: str = ""  # the environment variable that holds that server's key
+    engine_arguments: tuple[str, ...] = ()  # for every process of its engine, behind those we give
     measured: tuple[Measured, ...] = ()  # at most one for a kind of GPU
     hedge_after_s: Positive | None = None  # without a first token: a second replica is asked too; None: never
 
@@ -361,6 +363,8 @@ def _complete_model(model: Model, path: Path) -> Model:
         llm = catalog.load_model(model.weights, path.parent)
     _check_engine(model, path)
     engine = model.engine or ("llamacpp" if llm.weights_file else "vllm")
+    with _naming(path, f"'engine_arguments' of model '{model.name}'"):
+        check_arguments(engine, model.engine_arguments)
     for precision in model.precisions:
         if precision not in PRECISIONS:
             raise FleetFileError(

@@ -13,14 +13,18 @@ import pytest
 from msgspec.structs import replace
 
 from plans import one_replica
+from waterline.catalog.engine_flags import PARSERS, owned_flags
+from waterline.catalog.parsers import families
 from waterline.errors import EngineError
 from waterline.plan import Layout, Plan
-from waterline.service.engines import command_of
+from waterline.service.engines import command_of, llamacpp, sglang, vllm
+from waterline.service.engines.hosted import Hosted
 from waterline.service.engines.seat import Command, Seat, api_port
 
 ALONE = Seat()
 DATA = Path(__file__).with_name("data")
 DEEPSEEK = "deepseek-ai/DeepSeek-R1"
+ABACUS = str(Path(__file__).parents[2] / "src/waterline/catalog/weights/abacus-q8_0.gguf")
 BEFORE_THE_OPTIONS = {"vllm": 3, "sglang": 2, "llamacpp": 1}
 
 
@@ -82,6 +86,7 @@ PLANS = {
     "reads prompts": lambda engine: one_replica(engine, role="prefill"),
     "writes answers": lambda engine: one_replica(engine, "mi300x", role="decode"),
     "half precision": lambda engine: one_replica(engine, precision="fp16"),
+    "thinks and calls tools": lambda engine: one_replica(engine, weights="Qwen/Qwen3-8B"),
 }
 
 
@@ -164,7 +169,8 @@ def test_vllm_is_told_what_was_planned() -> None:
         "vllm serve meta-llama/Llama-3.1-8B --served-model-name chat --host 127.0.0.1 --port 8100 "
         "--tensor-parallel-size 1 --max-model-len 4096 --max-num-seqs 8 --max-num-batched-tokens 8192 "
         "--gpu-memory-utilization 0.9 --dtype bfloat16 --kv-cache-dtype auto --enable-prefix-caching "
-        "--enable-prompt-tokens-details --scheduling-policy priority --max-num-queued-reqs 16"
+        "--enable-prompt-tokens-details --scheduling-policy priority --max-num-queued-reqs 16 "
+        "--tool-call-parser llama3_json --enable-auto-tool-choice"
     )
     assert environment == {"CUDA_VISIBLE_DEVICES": "0"}
 
@@ -176,7 +182,7 @@ def test_sglang_is_told_what_was_planned() -> None:
         "--host 127.0.0.1 --port 8100 --tp-size 1 --context-length 4096 --max-running-requests 8 "
         "--chunked-prefill-size 8192 --dtype bfloat16 --kv-cache-dtype auto --enable-priority-scheduling "
         "--schedule-low-priority-values-first --max-queued-requests 8 --enable-metrics "
-        "--enable-cache-report"
+        "--enable-cache-report --tool-call-parser llama3"
     )
     assert environment == {"CUDA_VISIBLE_DEVICES": "0"}
 
@@ -264,7 +270,123 @@ def test_a_name_of_the_catalogue_becomes_an_id_of_the_hub_and_a_path_stays() -> 
     assert command(one_replica(weights="meta-llama/Llama-3.1-8B-Instruct"))[0][2] == "meta-llama/Llama-3.1-8B-Instruct"
 
 
-ABACUS = str(Path(__file__).parents[2] / "src/waterline/catalog/weights/abacus-q8_0.gguf")
+# --- Thoughts, tools, and an owner's own flags ------------------------------------------------------------------------
+
+
+def choice(plan: Plan) -> tuple[str | None, str | None]:
+    told = parsed(plan)
+    return told.reasoning_parser, told.tool_call_parser
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_every_parser_of_the_catalogue_is_one_the_engine_registers(engine: str) -> None:
+    flags = recorded(engine)["flags"]
+    for family in families():
+        for flag, name in zip(PARSERS, (family.reasoning[engine], family.tools[engine]), strict=True):
+            assert name in {"", *flags[flag]["choices"]}, family
+    assert "qwen-3" not in flags["--reasoning-parser"]["choices"]
+
+
+def test_vllm_itself_registers_every_parser() -> None:
+    reasoning = pytest.importorskip(
+        "vllm.reasoning", reason="vLLM is not installed: its recorded names are all there is"
+    )
+    tools = pytest.importorskip("vllm.tool_parsers")
+    for family in families():
+        if family.reasoning["vllm"]:
+            assert reasoning.ReasoningParserManager.get_reasoning_parser(family.reasoning["vllm"])
+        if family.tools["vllm"]:
+            assert tools.ToolParserManager.get_tool_parser(family.tools["vllm"])
+
+
+def test_thoughts_and_tool_calls_are_told_apart_by_the_parsers_of_the_model() -> None:
+    assert choice(one_replica(weights="qwen3-8b")) == ("qwen3", "hermes")
+    assert choice(one_replica("sglang", weights="qwen3-8b")) == ("qwen3", "qwen")
+    assert parsed(one_replica(weights="qwen3-8b")).enable_auto_tool_choice
+    unknown = one_replica(weights="01-ai/Yi-34B")
+    assert choice(unknown) == (None, None)
+    assert not parsed(unknown).enable_auto_tool_choice
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_an_owners_flags_come_last_in_every_process(engine: str) -> None:
+    plan = one_replica(engine, layout=Layout(tp=8, pp=2), nodes=2, own=("--trust-remote-code", "--seed", "3"))
+    for rank in (0, 1):
+        assert command(plan, Seat(rank=rank))[0][-3:] == ("--trust-remote-code", "--seed", "3")
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        (("--reasoning-parser", "deepseek_r1"), ("deepseek_r1", "hermes")),
+        (("--reasoning_parser=deepseek_r1", "--tool-call-parser", "pythonic"), ("deepseek_r1", "pythonic")),
+        (("--reasoning-parser", "", "--seed", "3"), (None, "hermes")),
+        (("--tool-call-parser=",), ("qwen3", None)),
+    ],
+)
+def test_an_owners_choice_of_a_parser_takes_the_place_of_ours(
+    own: tuple[str, ...], told: tuple[str | None, str | None]
+) -> None:
+    plan = one_replica(weights="Qwen/Qwen3-8B", own=own)
+    assert choice(plan) == told
+    assert parsed(plan).enable_auto_tool_choice == (told[1] is not None)
+
+
+def test_the_gateway_is_told_how_a_thought_ends() -> None:
+    gemma, own = (
+        one_replica(weights="google/gemma-4-26B-A4B", own=own) for own in ((), ("--reasoning-parser", "mine"))
+    )
+    for engine in (vllm, sglang):
+        assert engine.prepare(gemma, gemma.replicas[0]).dialect.end_of_thinking == "<channel|>"
+        assert engine.prepare(own, own.replicas[0]).dialect.end_of_thinking == "</think>"
+
+
+def test_other_flags_make_another_engine_so_that_a_replica_starts_anew() -> None:
+    plans = [one_replica(own=own) for own in ((), (), ("--enable-lora",))]
+    first, same, changed = (vllm.prepare(plan, plan.replicas[0]) for plan in plans)
+    assert first == same
+    assert first != changed
+
+
+def test_every_flag_we_set_is_ours_alone_or_yields_to_the_owners() -> None:
+    plans = [case(engine) for case in PLANS.values() for engine in ("vllm", "sglang")]
+    plans.append(one_replica("llamacpp", "mi300x", Layout(tp=2), 1, ABACUS, "q8_0"))
+    yielding = {*PARSERS, "--enable-auto-tool-choice", "--no-webui"}
+    for plan in plans:
+        engine = plan.replicas[0].engine
+        for rank in range(len(plan.replicas[0].places)):
+            arguments, _ = command(plan, Seat(rank=rank, port=8100))
+            flags = {word for word in arguments if word.startswith("--")}
+            assert flags - yielding <= set(owned_flags(engine))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llamacpp"])
+def test_what_is_ours_are_flags_of_the_engine_and_no_other_begins_like_one(engine: str) -> None:
+    flags, ours = set(recorded(engine)["flags"]), set(owned_flags(engine))
+    assert ours <= flags
+    others = [
+        flag for flag in flags - ours if flag.startswith("--") and engine != "llamacpp"
+    ]  # it takes whole names only
+    assert not [(flag, one) for flag in others for one in ours if one.startswith(flag)]
+
+
+def test_llama_server_takes_an_owners_flags_and_the_wheel_has_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp", reason="the wheel with llama.cpp's library is not installed")
+    on_cards, without = (
+        one_replica("llamacpp", gpu, Layout(), 1, ABACUS, "q8_0", own=("--flash-attn", "on"))
+        for gpu in ("mi300x", "cpu")
+    )
+    assert command(on_cards)[0][-2:] == ("--flash-attn", "on")
+    (tmp_path / "llama-server").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert isinstance(llamacpp.prepare(on_cards, on_cards.replicas[0]), Hosted)
+    with pytest.raises(EngineError, match="has engine_arguments, and the llama.cpp of the package xllamacpp has none"):
+        llamacpp.prepare(without, without.replicas[0])
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------------------------
 
 
 def test_llama_cpp_is_told_what_was_planned() -> None:

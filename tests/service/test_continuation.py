@@ -1,6 +1,7 @@
 """How another engine is asked to go on, and how its answer becomes the rest of the stream; no sockets."""
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -180,12 +181,16 @@ def test_a_completion_becomes_the_rest_of_a_chat_under_its_first_name() -> None:
     assert rest[2]["usage"] == total
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=30), st.booleans())
-def test_thoughts_end_at_their_mark_wherever_tokens_part_it(sizes: list[int], ends: bool) -> None:
-    thought, content = "a < b </ </thin", "\n\nSo <b> it is."
-    whole = thought + ("</think>" + content if ends else "")
+@given(
+    st.sampled_from(["</think>", "</mm:think>", "<channel|>"]),
+    st.lists(st.integers(1, 12), min_size=1, max_size=30),
+    st.booleans(),
+)
+def test_thoughts_end_at_their_mark_wherever_tokens_part_it(mark: str, sizes: list[int], ends: bool) -> None:
+    thought, content = f"a < b {mark[:2]} {mark[:-1]}-", "\n\nSo <b> it is."
+    whole = thought + (mark + content if ends else "")
     said = have_said(ROLE, chat({"reasoning": "Hm, "}, id=1))
-    weave = asked_to_go_on({}, said).weave
+    weave = asked_to_go_on({}, said, replace(VLLM, end_of_thinking=mark)).weave
     events, start = [], 0
     while start < len(whole):
         size = sizes[len(events) % len(sizes)]
@@ -196,6 +201,23 @@ def test_thoughts_end_at_their_mark_wherever_tokens_part_it(sizes: list[int], en
     assert said.text("reasoning") == "Hm, " + thought
     assert said.text("content") == (content if ends else "")
     assert said.finished == {0: "stop"}
+
+
+def test_a_thought_that_ends_with_more_than_a_mark_is_not_gone_on_with_by_ids() -> None:
+    harmony = replace(VLLM, end_of_thinking="")
+    begun = (ROLE, chat({"reasoning": "Hm"}, id=1))
+    with pytest.raises(RefusedError):
+        asked_to_go_on({}, have_said(*begun), harmony)
+    assert asked_to_go_on({"seed": 1}, have_said(*begun), harmony).path == CHAT  # from the beginning
+    answering = (*begun, chat({"content": "Deep"}, id=2))
+    assert asked_to_go_on({}, have_said(*answering), harmony).path == COMPLETIONS
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_an_answer_that_is_gone_on_with_is_no_thought_whatever_the_engine_takes_it_for(name: str) -> None:
+    said = have_said(ROLE, chat({name: "Hm."}), chat({"content": "Deep"}))
+    rest = woven(asked_to_go_on({}, said, SGLANG).weave, chat({name: " as"}), chat({"content": " the sea."}))
+    assert [event["choices"][0]["delta"] for event in rest] == [{"content": " as"}, {"content": " the sea."}]
 
 
 ANSWER = (  # two, as vLLM weaves them

@@ -96,6 +96,7 @@ def test_of_a_usage_of_the_first_answer_the_others_are_worked_out_from_their_len
 def test_thoughts_that_nobody_has_counted_have_their_share_of_the_tokens() -> None:
     data = orjson.dumps({"choices": [{"message": {"content": "42", "reasoning_content": "6*7=42"}}]})
     assert of_all(data, Counts(9, 8), None, asked(messages=QUESTION)) == Counts(9, 8, None, 6)
+    assert of_all(data, Counts(9, 8, None, 0), None, asked(messages=QUESTION)).thinking == 6, "as vLLM says of R1"
     assert of_all(data, Counts(9, 8, None, 5), None, asked(messages=QUESTION)).thinking == 5
 
 

@@ -35,6 +35,7 @@ def delta(text: str) -> bytes:
 
 
 BEGUN = event("response.created", sequence_number=0, response=response("in_progress"))
+MUSED = event("response.reasoning_text.delta", delta="Hm", sequence_number=1, item_id="rs_1", output_index=0)
 SAID = [delta("one "), delta("two "), delta("three")]
 DONE = event("response.completed", sequence_number=5, response=response("completed", usage=USAGE))
 
@@ -87,11 +88,11 @@ def test_what_the_engine_makes_itself_passes_as_it_came_to_the_byte() -> None:
     asked: list[bytes] = []
 
     async def case() -> None:
-        async with serving(engine(BEGUN, *SAID, DONE, asked=asked)) as service:
+        async with serving(engine(BEGUN, MUSED, *SAID, DONE, asked=asked)) as service:
             body = b'{"model": "chat",  "input":"hi", "stream":true, "tools":[{"type":"web_search"}], "store": true}'
             async with aiohttp.ClientSession() as session:
                 async with session.post(f"{service.url}/v1/responses", data=body) as reply:
-                    assert await reply.read() == b"".join((BEGUN, *SAID, DONE))
+                    assert await reply.read() == b"".join((BEGUN, MUSED, *SAID, DONE))
                 async with session.post(f"{service.url}/v1/responses", json={"model": "chat", "input": "hi"}) as reply:
                     assert orjson.loads(await reply.read()) == response("completed", usage=USAGE)
             assert asked[0] == body
@@ -99,6 +100,7 @@ def test_what_the_engine_makes_itself_passes_as_it_came_to_the_byte() -> None:
             assert [(one.status, one.prompt_tokens, one.output_tokens) for one in service.completions] == [
                 ("ok", 7, 3)
             ] * 2
+            assert [one.thinking_tokens for one in service.completions] == [1, 0]  # though the usage is silent
 
     asyncio.run(case())
 

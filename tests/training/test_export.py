@@ -59,6 +59,12 @@ def test_a_hugging_face_tokenizer_numbers_tokens_as_we_do(network, tmp_path):
     assert {mark["content"]: mark["id"] for mark in tokenizer["added_tokens"]}["</think>"] == tokens.THINK_END
 
 
+def test_of_the_marks_only_those_of_a_thought_reach_the_text(network, tmp_path):
+    write_hugging_face(network, tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert [mark["content"] for mark in tokenizer["added_tokens"] if not mark["special"]] == ["<think>", "</think>"]
+
+
 def test_reordered_for_halves_attention_stays_the_same():
     heads, head_channels, position = 2, 32, 5
     weight = torch.randn(heads * head_channels, 48)

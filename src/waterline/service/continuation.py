@@ -106,6 +106,8 @@ def _obstacle(asked: Asked, fields: dict[str, Any], said: Said) -> str:
 def _ids_suffice(fields: dict[str, Any], path: str, said: Said, dialect: Dialect) -> bool:
     if not (said.exact and COMPLETIONS in dialect.token_ids):
         return False
+    if _in_thought(said) and not dialect.end_of_thinking:
+        return False
     if fields.get("stop"):  # text is held back while it may become one, so ids run ahead of it
         return False
     if path == COMPLETIONS:
@@ -116,6 +118,10 @@ def _ids_suffice(fields: dict[str, Any], path: str, said: Said, dialect: Dialect
     return not uses_tools and all(isinstance(part, str) or part.get("type") == "text" for part in parts)
 
 
+def _in_thought(said: Said) -> bool:
+    return bool(said.text(*THINKING)) and not said.text("content")
+
+
 def _by_ids(
     asked: Asked, fields: dict[str, Any], path: str, said: Said, dialect: Dialect, max_context_tokens: int
 ) -> Resume:
@@ -124,7 +130,7 @@ def _by_ids(
     body = {name: value for name, value in fields.items() if path == COMPLETIONS or name not in OF_CHATS}
     body["max_tokens"] = max(1, max_context_tokens - len(ids))
     body |= _limits(asked, body, path, said, dialect)
-    thinking = bool(said.text(*THINKING)) and not said.text("content")
+    thinking = dialect.end_of_thinking if _in_thought(said) else ""
     if thinking:
         body["skip_special_tokens"] = False  # the mark that ends thinking may be one
     body |= {"prompt": ids, "stream": True, **_wishes(COMPLETIONS, dialect)}

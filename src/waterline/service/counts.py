@@ -1,7 +1,8 @@
 """What engines say of tokens, each in its own way: read from a prompt's cache, produced, produced in thought.
 
 Of several answers llama.cpp counts each by itself: there are as many usages in a stream, and what comes whole has that
-of the first alone. Nor does it say how long it thought. What is not said is worked out from the lengths of the texts.
+of the first alone. Nor does it say how long it thought; and vLLM says 0 where a template begins the thought. What is
+not said is worked out from the lengths of the texts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,7 @@ def sum_of(usages: Sequence[Counts], asked: Asked) -> Counts:
 def of_all(data: bytes, said: Counts, timings: Any, asked: Asked) -> Counts:
     """Return the counts of all answers in a reply that came whole."""
     alone = asked.answers > 1 and isinstance(timings, dict) and timings.get("predicted_n") == said.output
-    if said.output is None or not (alone or (said.thinking is None and any(name in data for name in _THOUGHTS))):
+    if said.output is None or not (alone or (not said.thinking and any(name in data for name in _THOUGHTS))):
         return said
     texts = _texts(data)
     sizes = [sum(map(len, text.values())) for text in texts]

@@ -36,6 +36,7 @@ from waterline.service.upstream import Progress, UnansweredError, engine_words, 
 
 ENDS = ("response.completed", "response.incomplete")
 FAILS = ("response.failed", "error")
+THOUGHT = "response.reasoning_text.delta"
 
 
 class _Item(Struct):
@@ -204,6 +205,7 @@ class Relay:
             self._written.add(event, _data(block))
         else:
             self._deltas += event.type.endswith(".delta")
+            self._progress.thoughts += event.type == THOUGHT
             good.append(block + b"\n\n")
             self._written.add(event, _data(block))
 

@@ -8,7 +8,6 @@ import orjson
 from waterline.service.events import UNREADABLE, BadEventError
 from waterline.service.said import THINKING, Channel, Said
 
-END_OF_THINKING = "</think>"  # of the models that think aloud, in text that nobody has parsed
 ANOTHER = "The engine was asked once more, and gave another answer."
 
 
@@ -19,7 +18,7 @@ class Weave:
         said: what the stream has said.
         earlier_tokens: of it that the other engine reads as a part of its prompt.
         as_chat: the answer is a completion, the stream a chat.
-        thinking: … which is in the middle of a thought.
+        thinking: … which is in the middle of a thought: until this mark, in text that nobody has parsed.
         left_out: what the answer repeats, part by part.
         counts: nothing of the answer is wanted but the length of its prompt.
     """
@@ -30,7 +29,7 @@ class Weave:
         *,
         earlier_tokens: int = 0,
         as_chat: bool = False,
-        thinking: bool = False,
+        thinking: str = "",
         left_out: dict[Channel, str] | None = None,
         counts: bool = False,
     ) -> None:
@@ -41,6 +40,7 @@ class Weave:
         self._earlier_tokens = earlier_tokens
         self._as_chat = as_chat
         self._thinking = thinking
+        self._answering = left_out is None and bool(said.text("content"))
         self._thought = next((name for name in THINKING if said.text(name)), THINKING[0])
         self._held = ""  # of a thought: it may be the beginning of the mark that ends it
         self._left_out = left_out
@@ -91,6 +91,8 @@ class Weave:
             text, last = choice.pop("text", None) or "", bool(choice.get("finish_reason"))
             choice["delta"] = self._parted(text, last=last)
         delta, index = choice.get("delta"), choice.get("index", 0)
+        if isinstance(delta, dict) and self._answering:
+            _without_thoughts(delta)
         if isinstance(delta, dict) and index in self._roles and delta.pop("role", None):
             for name in [name for name, value in delta.items() if not value]:
                 del delta[name]
@@ -104,12 +106,13 @@ class Weave:
         """Part text into a thought and what follows it."""
         if not self._thinking:
             return {"content": text} if text else {}
-        thought, mark, content = (self._held + text).partition(END_OF_THINKING)
+        thought, mark, content = (self._held + text).partition(self._thinking)
         self._held = ""
         if mark:
-            self._thinking = False
+            self._thinking = ""
         elif not last:
-            held = next(size for size in range(len(END_OF_THINKING) - 1, -1, -1) if _ends_with(thought, size))
+            sizes = range(len(self._thinking) - 1, 0, -1)
+            held = next((size for size in sizes if thought.endswith(self._thinking[:size])), 0)
             thought, self._held = thought[: len(thought) - held], thought[len(thought) - held :]
         return {name: part for name, part in ((self._thought, thought), ("content", content)) if part}
 
@@ -157,6 +160,11 @@ class Weave:
         return (self._left_out or {}).items()
 
 
-def _ends_with(text: str, size: int) -> bool:
-    """Whether the end of a text, so long, is the beginning of the mark that ends thinking."""
-    return text.endswith(END_OF_THINKING[:size])
+def _without_thoughts(delta: dict[str, Any]) -> None:
+    """Make what an engine takes for a thought a part of the answer.
+
+    One that goes on with an answer that has begun may not see, in its prompt, that the thought before it has ended.
+    """
+    thoughts = [text for name in THINKING if (text := delta.pop(name, None))]
+    if thoughts:
+        delta["content"] = thoughts[0] + (delta.get("content") or "")

@@ -25,6 +25,8 @@ NAME: Final = "Waterline Abacus"
 DESCRIPTION: Final = "Multiplies two whole numbers of up to three digits, thinking first. It does not chat."
 LICENSE: Final = "apache-2.0"
 
+IN_TEXT: Final = (tokens.THINK, tokens.THINK_END)  # marks that an engine looks for in the text; the others are left out
+
 # ours: (GGUF, Hugging Face), after "blocks.N.", "blk.N." and "model.layers.N."
 BLOCK_NAMES: Final = {
     "attention_norm.weight": ("attn_norm.weight", "input_layernorm.weight"),
@@ -71,15 +73,13 @@ def write_gguf(network: Network, path: Path) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
 
     byte_count = len(tokens.BYTE_LETTERS)
-    thought = {tokens.THINK, tokens.THINK_END}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*tokens.BYTE_LETTERS, *tokens.MARKS])
     writer.add_token_types(
         [gguf.TokenType.NORMAL] * byte_count
-        # a thought's marks must reach the text, where the engine looks for them; the others must not
         + [
-            gguf.TokenType.USER_DEFINED if byte_count + mark in thought else gguf.TokenType.CONTROL
+            gguf.TokenType.USER_DEFINED if byte_count + mark in IN_TEXT else gguf.TokenType.CONTROL
             for mark in range(len(tokens.MARKS))
         ]
     )
@@ -185,7 +185,7 @@ def _tokenizer() -> dict[str, Any]:
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
-                "special": True,
+                "special": first_mark + index not in IN_TEXT,
             }
             for index, mark in enumerate(tokens.MARKS)
         ],

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from waterline.catalog.parsers import END_OF_THINKING
+
 CHAT = "/chat/completions"
 COMPLETIONS = "/completions"
 IN_TURN, AT_ONCE = "in turn", "at once"  # how one that has read a prompt lets another write; see `service.pairs`
@@ -17,6 +19,7 @@ class Dialect:
     completion_tokens: int | None = None  # of a completion that sets no limit; None: up to its context
     prefill: Mapping[str, Any] | None = None  # what a chat says to have its last message, the assistant's, gone on with
     prefill_thinking: bool = False  # … also where that message has only thoughts yet, as `reasoning_content`
+    end_of_thinking: str = END_OF_THINKING  # in the text of a completion; "": a thought cannot be gone on with as one
     responses: bool = False  # it makes OpenAI's responses itself, and more of them than could be made of its chats
     hand_over: str = ""  # IN_TURN or AT_ONCE
     meeting_port: int = 0  # AT_ONCE: where one that reads is found by those that write; 0: where it is asked

@@ -84,6 +84,7 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
         *("--cache-ram", str(PROMPT_CACHE_MIB)),
         *("--threads-http", str(_http_threads(slots))),
         *("--no-webui", "--metrics"),
+        *fleet.model(replica.model).engine_arguments,
     )
     return arguments, seats.devices(gpu, replica, seat)
 
@@ -107,13 +108,18 @@ def _http_threads(slots: int) -> int:
 def prepare(plan: Plan, replica: Replica, seat: Seat | None = None) -> LlamaCpp | Hosted:
     """Return the server of a replica: on cards llama-server where it is installed, else the wheel's.
 
-    Raises MissingExtraError, or EngineError for a model without a GGUF file.
+    Raises MissingExtraError, or EngineError for a model without a GGUF file, or with arguments for the wheel's.
     """
     vendor = plan.fleet.gpu_of(plan.fleet.pool(replica.pool)).vendor
     if vendor in seats.VISIBLE_DEVICES and shutil.which("llama-server"):
         return host(replica, command(plan, replica, seats.at(seat, replica)), LLAMACPP)
     if find_spec("xllamacpp") is None:
         raise MissingExtraError(f"The engine 'llamacpp' of model '{replica.model}'", extra="embedded")
+    if plan.fleet.model(replica.model).engine_arguments:
+        raise EngineError(
+            f"model '{replica.model}' has engine_arguments, and the llama.cpp of the package xllamacpp has none: they "
+            "are for llama-server, which is started on cards where it is on the path. Install it, or leave them out."
+        )
     weights = _weights_file(plan, replica)
     seat = seats.at(seat, replica)
     return LlamaCpp(

@@ -7,6 +7,7 @@ from waterline.plan import Plan, Replica
 from waterline.service.engines import seat as seats
 from waterline.service.engines.dialect import SGLANG
 from waterline.service.engines.hosted import Hosted, host
+from waterline.service.engines.parsing import mark_of, own_arguments, parser_flags
 from waterline.service.engines.seat import Command, Seat
 
 QUICK_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}  # else a probe waits for a token in a full batch
@@ -46,6 +47,8 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
         "--enable-metrics",
         "--enable-cache-report",  # how much of a prompt was cached, for the ledger
         *_role(replica),
+        *parser_flags("sglang", model, llm),
+        *own_arguments(model),
     )
     return arguments, seats.devices(gpu, replica, seat) | _aiter(gpu.target)
 
@@ -53,7 +56,9 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
 def prepare(plan: Plan, replica: Replica, seat: Seat | None = None) -> Hosted:
     """Return the engine of a replica, on this machine or where its seat is. Raises EngineError."""
     arguments, environment = command(plan, replica, seats.at(seat, replica))
-    dialect = replace(SGLANG, meeting_port=_meeting_port(replica)) if replica.role == "prefill" else SGLANG
+    dialect = replace(SGLANG, end_of_thinking=mark_of("sglang", arguments))
+    if replica.role == "prefill":
+        dialect = replace(dialect, meeting_port=_meeting_port(replica))
     return host(replica, (arguments, environment | QUICK_HEALTH), dialect)
 
 

@@ -1,12 +1,14 @@
 """vLLM, on CUDA and on ROCm: the command of one process, and the engine that runs it here."""
 
 import json
+from dataclasses import replace
 
 from waterline.catalog.engines import find_engine
 from waterline.plan import Plan, Replica
 from waterline.service.engines import seat as seats
 from waterline.service.engines.dialect import VLLM
 from waterline.service.engines.hosted import Hosted, host
+from waterline.service.engines.parsing import mark_of, own_arguments, parser_flags
 from waterline.service.engines.seat import Command, Seat
 
 WHILE_LOADING = {"fp8": "fp8_per_channel", "nvfp4": "nvfp4_per_token"}  # what it makes of 16-bit weights
@@ -44,13 +46,17 @@ def command(plan: Plan, replica: Replica, seat: Seat) -> Command:
         *("--scheduling-policy", "priority"),  # lower numbers first
         *("--max-num-queued-reqs", str(2 * replica.max_batch)),  # running ones count; the queue is in the gateway
         *_transfer(replica),
+        *parser_flags("vllm", model, llm, with_tools=("--enable-auto-tool-choice",)),
+        *own_arguments(model),
     )
     return arguments, seats.devices(gpu, replica, seat) | _aiter(gpu.target) | _side_channel(replica, seat)
 
 
 def prepare(plan: Plan, replica: Replica, seat: Seat | None = None) -> Hosted:
     """Return the engine of a replica, on this machine or where its seat is. Raises EngineError."""
-    return host(replica, command(plan, replica, seats.at(seat, replica)), VLLM)
+    arguments, environment = command(plan, replica, seats.at(seat, replica))
+    dialect = replace(VLLM, end_of_thinking=mark_of("vllm", arguments))
+    return host(replica, (arguments, environment), dialect)
 
 
 def _nodes(replica: Replica, seat: Seat) -> tuple[str, ...]:
