@@ -171,7 +171,11 @@ async def bare(upstream_port: int, port: int) -> None:
                 body, more = body + message.get("body", b""), message.get("more_body", False)
             async with session.post(f"http://127.0.0.1:{upstream_port}{scope['path']}", data=body) as response:
                 kind = response.headers["content-type"].encode()
-                head = {"type": "http.response.start", "status": response.status, "headers": [(b"content-type", kind)]}
+                head: dict[str, Any] = {
+                    "type": "http.response.start",
+                    "status": response.status,
+                    "headers": [(b"content-type", kind)],
+                }
                 if length := response.headers.get("content-length"):
                     head["headers"].append((b"content-length", length.encode()))
                 await send(head)

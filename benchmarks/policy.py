@@ -195,8 +195,10 @@ def square(cold_starts: float, wants: Wants, periods: int = 40) -> float:
 def speeds() -> list[tuple[str, int, float]]:
     """Return moves and CPU milliseconds of calls for 60,000 GPUs: a quiet step, a surge, and the end of it."""
     nodes, gpus = 7500, 60_000.0
-    shares = [np.array(share) * gpus for share in ((0.0, 0.3, 0.2), (0.1, 0.4, 0.3), (0.8, 1.0, 1.0), (0.1, 0.4, 0.3))]
-    tenants = holdings.Tenants(*shares, np.array([30.0, 30.0, 120.0]), np.full(3, 60.0))
+    guarantee, deserved, limit, weight = (
+        np.array(share) * gpus for share in ((0.0, 0.3, 0.2), (0.1, 0.4, 0.3), (0.8, 1.0, 1.0), (0.1, 0.4, 0.3))
+    )
+    tenants = holdings.Tenants(guarantee, deserved, limit, weight, np.array([30.0, 30.0, 120.0]), np.full(3, 60.0))
     services = holdings.new_services(np.arange(3), np.array([0, 0, 1]), np.array([2, 3, 0]))
     layouts = holdings.Layouts(np.full((2, nodes), 8), np.ones((2, nodes)), np.full((2, nodes), 120.0))
     free_gpus, claims, replicas = np.full(nodes, 8), holdings.new_claims(nodes), holdings.new_replicas(2 * nodes)

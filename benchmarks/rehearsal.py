@@ -30,9 +30,10 @@ from waterline.catalog.engines import find_engine
 from waterline.cost import step_cost
 from waterline.plan import Layout
 from waterline.rehearsal.capacity import NEVER, Ask, Capacity, Terms
-from waterline.rehearsal.oracle import Step, serve
+from waterline.rehearsal.oracle import serve
 from waterline.rehearsal.state import NEVER_PS
 from waterline.rehearsal.station import Station, warm_up
+from waterline.rehearsal.stepped import Step
 
 RUNS = 3
 PIECE = 1 << 16

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from waterline.cli import COMMANDS
@@ -48,7 +49,9 @@ REQUESTS = (*range(BELOW_GUARANTEE), HEDGES)  # rules of what becomes of a reque
         ("`[[jobs]]`", Job),
     ],
 )
-def test_the_reference_lists_every_key_of_the_fleet_file_and_no_other(heading: str, table: type) -> None:
+def test_the_reference_lists_every_key_of_the_fleet_file_and_no_other(
+    heading: str, table: type[msgspec.Struct]
+) -> None:
     page = (DOCS / "fleet-file.md").read_text()
     section = page.split(f"## {heading}", 1)[1].split("\n## ", 1)[0]
     keys = re.findall(r"(?m)^\| `(\w+)` \|", section.split("\n\n| model |")[0])
@@ -71,7 +74,9 @@ def test_the_reference_lists_every_key_of_the_fleet_file_and_no_other(heading: s
         ("`shares`", "key of a loan", Loan),
     ],
 )
-def test_the_reference_lists_every_key_of_the_plan_file_with_its_default(heading: str, head: str, table: type) -> None:
+def test_the_reference_lists_every_key_of_the_plan_file_with_its_default(
+    heading: str, head: str, table: type[msgspec.Struct]
+) -> None:
     page = (DOCS / "plan-file.md").read_text()
     section = page.split(f"## {heading}", 1)[1].split("\n## ", 1)[0]
     header, *rows = section.split(f"| {head} |", 1)[1].split("\n\n", 1)[0].splitlines()

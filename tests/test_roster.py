@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from waterline.fleet import Job, load_fleet
 from waterline.plan import Plan
 from waterline.planner import make_plan
+from waterline.policy import forecast
 from waterline.policy import tide as tides
 from waterline.policy.holdings import READY, START
 from waterline.roster import Roster, Run, token_costs
@@ -57,7 +58,7 @@ def test_the_day_of_the_plan_is_what_is_expected_on_the_first_day() -> None:
     step = int(5 * 3600 // roster.step_s)
     for number in range(3):
         tides.note_load(roster.tide, row, step + number, roster.asked[row, 5])
-    expected = [tides.forecast.forecast(roster.tide.series, row, step + 3, ahead * 60)[0] for ahead in (1, 9)]
+    expected = [forecast.forecast(roster.tide.series, row, step + 3, ahead * 60)[0] for ahead in (1, 9)]
     assert expected[1] > 1.02 * expected[0]
 
 

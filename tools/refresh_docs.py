@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from conftest import ADDRESS, COMMAND, run_command  # noqa: E402 - beside this folder, not installed
+from conftest import ADDRESS, COMMAND, run_command  # type: ignore[attr-defined]  # noqa: E402 - beside this folder, not installed
 
 MACHINE = re.compile(r"^(Rehearsed in ).*$", re.MULTILINE)  # what depends on the machine
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)

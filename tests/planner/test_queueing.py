@@ -25,7 +25,8 @@ from waterline.planner.queueing import (
 )
 from waterline.rehearsal.capacity import Capacity, Terms, asks
 from waterline.rehearsal.drawing import poisson_trace
-from waterline.rehearsal.oracle import Passage, serve
+from waterline.rehearsal.oracle import serve
+from waterline.rehearsal.stepped import Passage
 from waterline.workload import Slo
 
 PROMPT, OUTPUT = 400, 80

@@ -7,8 +7,8 @@ GPU-seconds, and reads 1,000 tokens a second.
 import numpy as np
 
 from waterline.policy import dispatch
-from waterline.policy.dispatch import NOBODY, Arrival, Desk
-from waterline.policy.routing import make_ready, new_prefixes, new_ready, new_replicas, note_slots, route
+from waterline.policy.dispatch import Arrival, Desk
+from waterline.policy.routing import NOBODY, make_ready, new_prefixes, new_ready, new_replicas, note_slots, route
 
 NO_BLOCKS = np.zeros(0, np.int64)
 PAID, PUBLIC, OTHER = 0, 1, 2  # clients; the first is of the tenant with a guarantee

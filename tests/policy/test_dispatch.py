@@ -17,7 +17,8 @@ from waterline.policy.decisions import (
     TOO_LONG,
     WAITS_FOR_SLOT,
 )
-from waterline.policy.dispatch import BOTH, NOBODY, READS, WRITES, Desk
+from waterline.policy.dispatch import BOTH, READS, WRITES, Desk
+from waterline.policy.routing import NOBODY
 
 
 def test_a_request_starts_while_there_is_a_slot_and_then_waits_at_the_desk() -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from waterline.policy import admission, decisions, dispatch, effort, forecast, r
 from waterline.policy.jit import compiled, jit
 
 needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed: nothing to compare with")
+
+Form = Callable[[Callable[..., Any]], Callable[..., Any]]  # of a decision: plain, or compiled
 
 
 @jit
@@ -62,18 +65,18 @@ def bits(arrays: tuple[np.ndarray, ...]) -> list[bytes]:
     return [array.tobytes() for array in arrays]
 
 
-def admissions(form: Callable[[Callable[..., object]], Callable[..., object]]) -> list[object]:
+def admissions(form: Form) -> list[Any]:
     """Let five hundred requests come, wait, start, give up and end; return every answer and the state."""
     dice = np.random.default_rng(5)
     books = admission.new_accounts([0.2, 0.0, 0.1], [0.5, 0.3, 0.2], [1.0, 0.4, 1.0], 16.0)
     queue = admission.new_queue(3, dice.integers(0, 3, 12))
     admit, following, age = form(admission.admit), form(admission.next_line), form(admission.age)
     enter, take, settle, leave = (form(getattr(admission, name)) for name in ("enter", "take", "settle", "leave"))
-    answers: list[object] = []
+    answers: list[Any] = []
     for step in range(500):
         client, cost = int(dice.integers(12)), float(dice.exponential(2.0))
         answers.append(admit(books, queue, client, 0, cost, int(step % 3 == 0), 40, 16.0, float(dice.random()), 3.0))
-        if answers[-1][0] == admission.WAITS_FOR_SLOT:
+        if answers[-1][0] == decisions.WAITS_FOR_SLOT:
             enter(queue, client, 0, 1.0)
         answers.append(following(books, queue, 0))
         if answers[-1][0] >= 0 and step % 2:
@@ -85,7 +88,7 @@ def admissions(form: Callable[[Callable[..., object]], Callable[..., object]]) -
     return [*answers, *bits(books), *bits(queue)]
 
 
-def desks(form: Callable[[Callable[..., object]], Callable[..., object]]) -> list[object]:
+def desks(form: Form) -> list[Any]:
     """Let requests of five clients go through a fleet of two models, one of them split, whose replicas come and go."""
     dice = np.random.default_rng(6)
     desk = dispatch.new_desk([0.2, 0.0], [0.5, 0.3], [1.0, 0.4], [0, 0, 1, 1, 1], models=2, rows=40, prefix_places=256)
@@ -99,7 +102,7 @@ def desks(form: Callable[[Callable[..., object]], Callable[..., object]]) -> lis
     first_token, left, settle, tick = (form(getattr(dispatch, name)) for name in DECISIONS[4:])
     explain_place, explain_turn = form(why.explain_place), form(why.explain_turn)
     reasons = np.zeros(len(decisions.REASONS), np.int64)
-    answers: list[object] = []
+    answers: list[Any] = []
     waiting: dict[tuple[int, int], list[tuple[object, ...]]] = {}
     running: list[tuple[int, ...]] = []
     for step in range(1500):
@@ -137,10 +140,10 @@ def desks(form: Callable[[Callable[..., object]], Callable[..., object]]) -> lis
 DECISIONS = "arrive", "next_turn", "start", "take_over", "first_token", "left", "settle", "tick"
 
 
-def forecasts(form: Callable[[Callable[..., object]], Callable[..., object]]) -> list[object]:
+def forecasts(form: Form) -> list[Any]:
     dice, series = np.random.default_rng(7), forecast.new_series([4, 9], 600.0, 48)
     observe, ahead, needs = form(forecast.observe), form(forecast.forecast), form(forecast.needs)
-    answers: list[object] = []
+    answers: list[Any] = []
     for step in range(600):
         if step % 11:
             observe(series, step % 2, step, float(dice.poisson(40 + 30 * np.sin(step * np.pi / 72))))
@@ -148,12 +151,12 @@ def forecasts(form: Callable[[Callable[..., object]], Callable[..., object]]) ->
     return [*answers, *bits(series)]
 
 
-def efforts(form: Callable[[Callable[..., object]], Callable[..., object]]) -> list[object]:
+def efforts(form: Form) -> list[Any]:
     decide, dice = form(effort.effort), np.random.default_rng(8)
     return [decide(float(load), bool(load > 1.9), 9000, 500, 7) for load in dice.random(200) * 2]
 
 
 @needs_numba
 @pytest.mark.parametrize("life", [admissions, desks, forecasts, efforts])
-def test_decisions_are_the_same_with_and_without_numba(life: Callable[..., list[object]]) -> None:
+def test_decisions_are_the_same_with_and_without_numba(life: Callable[..., list[Any]]) -> None:
     assert life(lambda function: function) == life(compiled)

@@ -6,13 +6,23 @@ import numpy as np
 import pytest
 from world import INF, PROMISES, live
 
-from waterline.policy.holdings import Layouts, Replicas, Tenants, new_claims, new_replicas, new_services
+from waterline.policy.holdings import (
+    Claims,
+    Layouts,
+    Replicas,
+    Services,
+    Tenants,
+    new_claims,
+    new_replicas,
+    new_services,
+)
 from waterline.policy.jit import compiled
 
 COMPILED = find_spec("numba") is not None
 FLEETS = 1000 if COMPILED else 60  # many more: benchmarks/more_fleets.py
 STEPS = 48
 STEP_S = 30.0
+Arrays = tuple[Tenants, Services, Layouts, np.ndarray, Claims, Replicas]
 
 
 def random_tenants(dice: np.random.Generator, count: int, gpus: int, unit: int) -> Tenants:
@@ -25,7 +35,7 @@ def random_tenants(dice: np.random.Generator, count: int, gpus: int, unit: int) 
     return Tenants(guarantee, deserved, limit, deserved + dice.integers(0, 2, count), *terms)
 
 
-def random_fleet(dice: np.random.Generator, *, uniform: bool) -> tuple[tuple[object, ...], np.ndarray]:
+def random_fleet(dice: np.random.Generator, *, uniform: bool) -> tuple[Arrays, np.ndarray]:
     """Return the arrays of a fleet, and what its services want at each step.
 
     `uniform`: each model takes the same number of GPUs, and each tenant asks for one model, so that nothing but the
@@ -86,7 +96,7 @@ def test_a_tenant_that_wants_what_it_deserves_gets_it_within_minimum_runtime_gra
 def test_moves_are_the_same_with_and_without_numba() -> None:
     for seed in range(25):
         after: list[Replicas] = []
-        for run in (live.plain, compiled(live)):
+        for run in (live.plain, compiled(live)):  # type: ignore[attr-defined]  # a Decision
             dice = np.random.default_rng([seed, 3])
             arrays, wanted = random_fleet(dice, uniform=False)
             luck = dice.random((STEPS, len(arrays[5].state)))

@@ -25,8 +25,8 @@ from waterline.policy.decisions import (
     SHORTEST_WAIT,
     TURNS_WHY,
 )
-from waterline.policy.dispatch import BOTH, NOBODY, READS, WRITES, Desk
-from waterline.policy.routing import FEW, MOST_DRAWN, make_ready, remember
+from waterline.policy.dispatch import BOTH, READS, WRITES, Desk
+from waterline.policy.routing import FEW, MOST_DRAWN, NOBODY, make_ready, remember
 from waterline.policy.why import Choice, choose
 
 

@@ -19,7 +19,8 @@ from waterline.policy.admission import CAUTION
 from waterline.policy.decisions import GAVE_UP, NOT_SERVED, TOO_LATE, TOO_LONG
 from waterline.policy.routing import NOBODY
 from waterline.rehearsal.capacity import Ask, Capacity, Change, Terms, asks
-from waterline.rehearsal.oracle import Passage, Step, serve
+from waterline.rehearsal.oracle import serve
+from waterline.rehearsal.stepped import Passage, Step
 from waterline.workload import Request
 
 ROUND = StepCost(tokens_ps=(0, 1001), more_ps_per_token=1, head_ps=(0,), attention=(), step_tokens=8)

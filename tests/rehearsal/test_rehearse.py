@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from examples import small_plan
 from waterline import rehearsal as rehearsing
 from waterline.cli.rehearse_files import decision_lines
+from waterline.cost import replica_step_cost
 from waterline.fleet import Demand, Fleet, Measured, Model, Pool, Tenant, check_fleet
 from waterline.outcome import summarize
 from waterline.plan import Plan
@@ -135,7 +136,7 @@ def test_nothing_is_kept_of_single_requests_unless_asked() -> None:
 
 def test_what_the_client_waits_for_on_top_moves_no_other_request(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = rehearse(patient(two_models()), burst(50)).completions
-    priced = house.replica_step_cost
+    priced = replica_step_cost
     monkeypatch.setattr(
         house,
         "replica_step_cost",
@@ -221,7 +222,7 @@ def test_prompts_are_read_here_and_answers_written_there() -> None:
 def test_gpu_time_is_the_replica_s_time_on_all_its_gpus() -> None:
     one_gpu = rehearse(small_plan(), burst(1))
     (completion,) = one_gpu.completions
-    added_s = house.replica_step_cost(small_plan().fleet, small_plan().replicas[0]).first_token_ps / 1e12
+    added_s = replica_step_cost(small_plan().fleet, small_plan().replicas[0]).first_token_ps / 1e12
     assert completion.gpu_s == pytest.approx(completion.finish_s - completion.arrival_s - added_s)
     assert one_gpu.summaries[0].gpu_hours == pytest.approx(completion.gpu_s / 3600)
 

@@ -155,8 +155,8 @@ def test_models_health_and_metrics() -> None:
             assert json.loads(text)["models"] == {"chat": {"ready": 1, "total": 1}, "code": {"ready": 2, "total": 2}}
             for elsewhere in ({"x-forwarded-for": "192.0.2.7"}, {"host": "api.example.com"}):
                 async with aiohttp.ClientSession() as session:
-                    reply = await session.get(f"{service.url}/health", headers=elsewhere)
-                    assert (reply.status, await reply.json()) == (200, {"status": "ok"}), "no names"
+                    said = await session.get(f"{service.url}/health", headers=elsewhere)
+                    assert (said.status, await said.json()) == (200, {"status": "ok"}), "no names"
             service.gateway.loopback = False
             assert await get(service, "/health") == (200, '{"status":"ok"}')
             text = service.gateway.metrics.text().decode()

@@ -21,8 +21,9 @@ from waterline.plan import Plan
 from waterline.policy.decisions import GAVE_UP, QUEUE_FULL, TOO_LATE, as_json, log_row
 from waterline.policy.routing import NOBODY
 from waterline.rehearsal import Rehearsal, house, rehearse
-from waterline.rehearsal.capacity import PICOSECONDS_PER_NS, Ask, Capacity, Terms
-from waterline.rehearsal.oracle import NEVER, Dice, Passage, serve
+from waterline.rehearsal.capacity import NEVER, PICOSECONDS_PER_NS, Ask, Capacity, Terms
+from waterline.rehearsal.oracle import Dice, serve
+from waterline.rehearsal.stepped import Passage
 from waterline.service.dispatcher import Dispatcher
 from waterline.service.lines import Refusal, Ticket
 from waterline.units import GIGA, HOUR_S, PICOSECONDS_PER_S

@@ -63,7 +63,8 @@ def test_the_card_covers_every_size_with_and_without_thinking():
     ],
 )
 def test_accuracy_on_held_out_problems_is_what_the_card_says(abacus_url, size, thinking, problems):
-    questions = draw_questions(*size, problems, TEST_SEED)
+    larger, smaller = size
+    questions = draw_questions(larger, smaller, problems, TEST_SEED)
     seen = score(abacus_url, "abacus", questions, thinking=thinking)
     said = card_scores()[*size, thinking]
     assert seen.asked == problems

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from waterline.errors import TraceError
-from waterline.workload import HEADER, Request, Trace, read_trace, write_trace
+from waterline.workload import Request, Trace, read_trace, write_trace
+from waterline.workload.columns import HEADER
 
 GOOD_ROW = "2023-11-16 18:17:03.9799600,4808,10"
 

@@ -1,6 +1,6 @@
 """Estimates against measured serving runs, with the peer's on the same rows.
 
-    python benchmarks/serving.py ../shared/data/serving
+    python benchmarks/serving_estimates.py ../shared/data/serving
 
 Every configuration (engine, architecture, card, precision, layout) is predicted by a fit that had no part of it; then
 every card by a fit without that card's runs. The peer's columns are what aiconfigurator 0.12.0 itself predicts.
