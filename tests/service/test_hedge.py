@@ -1,7 +1,7 @@
 """A second engine where the first token is late: who answers, who is charged, and that nobody is pushed back by it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +17,14 @@ from serving import QUESTION, Served, fake_plan, served, until
 from waterline.errors import FleetFileError
 from waterline.fleet import load_fleet
 from waterline.ledger import Ledger, Quotas, Usage, connect, create_key, read_usage
-from waterline.plan import Plan
+from waterline.plan import Plan, Replica
 from waterline.service.access import Caller
 from waterline.service.asgi import Reply
 from waterline.service.body import CHAT
 from waterline.service.completions import Request
 from waterline.service.engines.fake_answer import Answer
+from waterline.service.hedge import Race
+from waterline.service.upstream import UnansweredError
 
 LATE_S = 0.05
 WAIT = "wait"  # the name of a client whose engine waits for a word of the test
@@ -315,6 +317,68 @@ def test_a_second_that_answers_may_break_off_and_another_goes_on(tmp_path: Path)
         assert (one.status, one.output_tokens) == ("ok", 10)
 
     run(case, tmp_path, failing=2)
+
+
+class Told:
+    """A place with a second one, and what a race says of the two."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def second(self, _on_lost: Callable[[], None]) -> Replica:
+        return fake_plan().replicas[0]
+
+    def take_second(self) -> None:
+        self.said.append("takes the second place")
+
+    def drop_second(self) -> None:
+        self.said.append("drops the second place")
+
+    def goes_second(self) -> None:
+        pass
+
+    def failed(self, error: UnansweredError, *, second: bool) -> None:
+        self.said.append(f"{'second' if second else 'first'} failed: {error}")
+
+    def was_beaten(self, *, second: bool) -> None:
+        self.said.append(f"{'second' if second else 'first'} was beaten")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("late", "speaks", ["first was beaten", "takes the second place"]),
+        ("speaks", "late", ["second was beaten", "drops the second place"]),
+        ("fails", "speaks", ["first failed: no", "takes the second place"]),
+        ("speaks", "fails", ["second failed: no", "drops the second place"]),
+        ("fails at once", "speaks", ["first failed: no", "takes the second place"]),
+        ("speaks", "fails at once", ["second failed: no", "drops the second place"]),
+    ],
+)
+def test_who_goes_on_alone_beats_nobody_and_who_has_failed_is_not_beaten(
+    first: str, second: str, said: list[str]
+) -> None:
+    told = Told()
+    race = Race(told, told)
+    both = asyncio.Event()
+
+    async def engine(does: str) -> None:
+        await both.wait()
+        if does.startswith("fails"):
+            raise UnansweredError("no")
+        for _ in range(
+            1 if "fails at once" in {first, second} else 9
+        ):  # in the step in which the other fails, or later
+            await asyncio.sleep(0)
+        await asyncio.sleep(60.0 * (does == "late"))
+        race.spoke()
+
+    def ask_second(_replica: Replica) -> Coroutine[Any, Any, None]:
+        both.set()
+        return engine(second)
+
+    asyncio.run(race.run(engine(first), 0.001, ask_second))
+    assert told.said == said
 
 
 FLEET = """

@@ -81,7 +81,8 @@ class Race:
             return
         self._spoke = True
         is_second = asyncio.current_task() is self._second
-        if self._second and not self._has_failed(self._first if is_second else self._second, second=not is_second):
+        other = self._first if is_second else self._second  # None where this one goes on alone
+        if other and not self._has_failed(other, second=not is_second):
             self._listener.was_beaten(second=not is_second)
         if is_second:
             self._go_second()
@@ -95,12 +96,12 @@ class Race:
         if self._second.done():
             self._has_failed(self._second, second=True)
             self._drop_second()
-        elif self._has_failed(self._first, second=False):  # else it is refused, and would be there
+        elif self._first and self._has_failed(self._first, second=False):  # else it is refused, and would be there
             self._go_second()
 
-    def _has_failed(self, task: Task[None] | None, *, second: bool) -> bool:
+    def _has_failed(self, task: Task[None], *, second: bool) -> bool:
         """Tell of a failure that ends nothing, if it was one."""
-        error = task.exception() if task and task.done() and not task.cancelled() else None
+        error = task.exception() if task.done() and not task.cancelled() else None
         if isinstance(error, UnansweredError):
             self._listener.failed(error, second=second)
             return True
