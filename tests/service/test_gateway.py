@@ -146,7 +146,8 @@ def test_models_health_and_metrics() -> None:
     async def case() -> None:
         async with served(fake_plan({"chat": 1, "code": 2})) as service:
             assert [model.id async for model in service.openai.models.list()] == ["chat", "code"]
-            assert (await service.openai.models.retrieve("code")).owned_by == "waterline"
+            code = (await service.openai.models.retrieve("code")).model_dump()
+            assert (code["owned_by"], code["max_model_len"]) == ("waterline", 512)
             for model in ("chat", "code"):
                 reply = await service.openai.chat.completions.create(model=model, messages=QUESTION, max_tokens=2)
                 assert reply.model == model

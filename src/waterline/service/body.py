@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Annotated, Any, cast
 
 import msgspec
@@ -78,6 +79,10 @@ class Steering(Struct):
 
     def check(self) -> None:
         """Raise RejectedError where a client wants to steer an engine."""
+        if _steering(self) != UNSTEERED:  # a look at all of them: hardly anybody says any
+            self._check()
+
+    def _check(self) -> None:
         for name, instead in STEERING.items():
             if (value := getattr(self, name)) not in NOTHING and value != UNSAID.get(name):
                 raise RejectedError(
@@ -88,6 +93,10 @@ class Steering(Struct):
         for settings in (self.mm_processor_kwargs, self.media_io_kwargs):
             if settings:
                 check_links(settings)
+
+
+_steering = attrgetter(*Steering.__struct_fields__)
+UNSTEERED = _steering(Steering())
 
 
 class _Body(Steering, kw_only=True):

@@ -296,7 +296,10 @@ class Gateway:
         await reply.whole(200, orjson.dumps(self._model(model)), [JSON])
 
     def _model(self, model: str) -> dict[str, Any]:
-        return {"id": model, "object": "model", "created": self._created, "owned_by": "waterline"}
+        context = self.dispatcher.services[model].max_context_tokens
+        return {  # with the length of its context as vLLM tells it
+            "id": model, "object": "model", "created": self._created, "owned_by": "waterline", "max_model_len": context
+        }  # fmt: skip
 
     async def _health(self, scope: Scope, _receive: Receive, reply: Reply) -> None:
         """Say 200 when each model has a replica that takes requests, else 503; which it is, to this machine only."""
