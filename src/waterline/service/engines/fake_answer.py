@@ -46,16 +46,16 @@ class Answer:
     """
 
     def __init__(self, asked: Asked, part: Part, *, chat: bool, number: int = 0) -> None:
-        room = part.max_context_tokens - asked.prompt_tokens
-        if room <= 0:
-            raise RejectedError(
-                f"This model's maximum context length is {part.max_context_tokens} tokens; the prompt has about "
-                f"{asked.prompt_tokens}.",
-                code="context_length_exceeded",
-            )
         fields = asked.fields
         prompt, again = divmod(number, fields.get("n") or 1)
         self.prompt_ids, begun = _chat_ids(fields) if chat else _prompt_ids(_prompts(fields["prompt"])[prompt])
+        room = part.max_context_tokens - len(self.prompt_ids)
+        if room <= 0:
+            raise RejectedError(
+                f"This model's maximum context length is {part.max_context_tokens} tokens; the prompt has "
+                f"{len(self.prompt_ids)}.",
+                code="context_length_exceeded",
+            )
         most = room if asked.most_tokens is None else min(asked.most_tokens, room)
         expected = most + 1 if fields.get("ignore_eos") else max(0, part.expected_output_tokens - begun)
         self.asked, self.chat, self.number, self.is_first = asked, chat, number, again == 0
