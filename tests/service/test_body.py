@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from waterline.errors import LedgerError
 from waterline.service.body import CHAT, COMPLETIONS, EMBEDDINGS, STEERING, read_asked
-from waterline.service.errors import RejectedError, error_headers, error_json, http_status
+from waterline.service.errors import RejectedError, error_headers, error_json, http_status, retry_after
 from waterline.service.response_relay import read_own
 from waterline.service.responses import RESPONSES
 
@@ -129,6 +129,8 @@ def test_a_client_does_not_steer_engines(name: str, endpoint: str) -> None:
 def test_what_steers_nothing_passes() -> None:
     nothing = b'"priority":0,"kv_transfer_params":null,"id_slot":-1,"lora":[],"vllm_xargs":{"mine":1}'
     assert read_asked(COMPLETIONS, b'{"model":"m","prompt":"x",' + nothing + b"}").stream is False
+    with pytest.raises(RejectedError, match="'n_predict' is not for clients. Say max_tokens"):
+        read_asked(COMPLETIONS, b'{"model":"m","prompt":"x","max_tokens":1,"n_predict":-1}')  # which would go before it
 
 
 def test_of_a_name_that_is_said_twice_the_last_counts_as_it_does_for_engines() -> None:
@@ -157,6 +159,13 @@ def test_embeddings_are_of_texts_messages_and_pictures(asked: dict[str, Any], to
     assert read_asked(EMBEDDINGS, body(model="m", **asked)).prompt_tokens == tokens
     with pytest.raises(RejectedError, match="'input' is missing"):
         read_asked(EMBEDDINGS, body(model="m"))
+
+
+@pytest.mark.parametrize(("seconds", "may_retry"), [(0.2, True), (60.0, True), (60.1, False), (600.0, False)])
+def test_clients_that_wait_a_minute_at_most_are_told_where_that_is_in_vain(seconds: float, may_retry: bool) -> None:
+    headers = retry_after(seconds)
+    assert int(headers.pop("retry-after")) >= seconds
+    assert headers == ({} if may_retry else {"x-should-retry": "false"})
 
 
 def test_where_the_ledger_is_is_nothing_to_clients() -> None:

@@ -36,7 +36,7 @@ STEERING = {
     "n_predict": "Say max_tokens",
     "n_cmpl": "Say n",
 }
-UNSAID = {"priority": 0, "id_slot": -1, "n_predict": -1, "n_cmpl": 1}  # means nothing, as do these:
+UNSAID = {"priority": 0, "id_slot": -1, "n_cmpl": 1}  # means nothing, as do these:
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 Tokens = Annotated[int, Meta(ge=0, lt=2**31)]
