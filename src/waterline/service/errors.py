@@ -13,7 +13,7 @@ LEDGER_AWAY = (
     "The ledger does not answer, and nothing begins that it does not know. Come back in a moment."  # not where
 )
 LEDGER_AGAIN_S = 5
-LONGEST_RETRY_S = 60  # OpenAI's clients wait no longer: told of more, they would ask again in a moment, in vain
+LONGEST_RETRY_S = 60  # many of OpenAI's clients wait no longer: told of more, they ask again in a moment, in vain
 DO_NOT_RETRY = {"x-should-retry": "false"}  # so they do not, unasked
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
