@@ -271,6 +271,8 @@ def test_who_has_all_tokens_is_told_why_they_ended_and_how_many_they_are() -> No
     usage = orjson.loads(missing_usage(said)[6:])
     assert usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     assert usage["choices"] == []
+    ended = have_said(*BEGUN, chat(id=3, finish="stop"))  # the token that ends it, of which no text comes
+    assert orjson.loads(missing_usage(ended)[6:])["usage"]["completion_tokens"] == 3
 
 
 json_values = st.recursive(

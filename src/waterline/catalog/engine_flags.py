@@ -56,7 +56,7 @@ def check_arguments(engine: str, arguments: Sequence[str]) -> None:
             f"the engine '{engine}' is handed no arguments; {', '.join(TAKE_ARGUMENTS)} are. Leave the key out."
         )
     if not arguments[0].startswith("-"):
-        raise InputError(f"'{arguments[0]}' is no flag. Begin with one, as in [\"--enable-lora\"].")
+        raise InputError(f"'{arguments[0]}' is no flag. Begin with one, as in [\"--trust-remote-code\"].")
     for word in arguments:
         flag = flag_of(word)
         if " " in flag:

@@ -1,7 +1,7 @@
 """`parsers.csv`: which parser of an engine tells the thoughts and the tool calls of a model from its answer.
 
-The first row of which both columns fit is a model's: `architectures`, the `model_type` of its config (empty: any), and
-`name`, a pattern that is looked for in its name, whatever the case, without the organisation. Models of one
+The first row of which both columns fit is a model's: `architectures`, one of which is the `model_type` of its config,
+and `name`, a pattern that is looked for in its name, whatever the case, without the organisation. Models of one
 architecture think in different ways, so most rows want a name. A model that no row fits gets no parser.
 
 Sources: the registries of vLLM 0.32 and of SGLang 0.5.23, vLLM's pages on tool calling and on reasoning outputs and its
@@ -31,8 +31,7 @@ class Family(Struct, frozen=True, kw_only=True):
     end_of_thinking: str  # see below
 
     def has(self, architecture: str, name: str) -> bool:
-        fits = not self.architectures or architecture in self.architectures
-        return fits and re.search(self.name, name, re.IGNORECASE) is not None
+        return architecture in self.architectures and re.search(self.name, name, re.IGNORECASE) is not None
 
 
 class Parsers(Struct, frozen=True):

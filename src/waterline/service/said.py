@@ -60,7 +60,8 @@ class Said:
                     texts[:] = ["".join(texts)]
         if choice.token_ids:
             self.ids.extend(choice.token_ids)
-            self.unspoken = 0 if spoken else self.unspoken + len(choice.token_ids)
+            said_all = spoken or choice.finish_reason  # the token that ends an answer has no text
+            self.unspoken = 0 if said_all else self.unspoken + len(choice.token_ids)
         elif spoken:
             self.told = False
         self.pieces += spoken
