@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from plans import one_replica
-from waterline.catalog.engine_flags import PARSERS, owned_flags
+from waterline.catalog.engine_flags import PARSERS, check_arguments, owned_flags
 from waterline.catalog.parsers import families
 from waterline.errors import EngineError
 from waterline.plan import Layout, Plan
@@ -361,13 +361,12 @@ def test_every_flag_we_set_is_ours_alone_or_yields_to_the_owners() -> None:
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "llamacpp"])
-def test_what_is_ours_are_flags_of_the_engine_and_no_other_begins_like_one(engine: str) -> None:
+def test_what_is_ours_are_flags_of_the_engine_and_every_other_one_is_handed_on(engine: str) -> None:
     flags, ours = set(recorded(engine)["flags"]), set(owned_flags(engine))
     assert ours <= flags
-    others = [
-        flag for flag in flags - ours if flag.startswith("--") and engine != "llamacpp"
-    ]  # it takes whole names only
-    assert not [(flag, one) for flag in others for one in ours if one.startswith(flag)]
+    negated = {f"--no-{flag[2:]}" for flag in ours}
+    for flag in flags - ours - negated:
+        check_arguments(engine, [flag, "x"])
 
 
 def test_llama_server_takes_an_owners_flags_and_the_wheel_has_none(

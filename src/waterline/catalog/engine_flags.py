@@ -42,7 +42,7 @@ def flag_of(word: str) -> str:
     JSON, ``--speculative-config.model``, is the flag.
     """
     name = word.partition("=")[0].partition(".")[0].replace("_", "-")
-    if not name.startswith("-") or name.lstrip("-")[:1].isdigit():
+    if not name.startswith("-") or not name.lstrip("-")[:1].isalpha():
         return ""
     return f"--{name.removeprefix('--no-')}" if name.startswith("--no-") else name
 
@@ -55,7 +55,7 @@ def check_arguments(engine: str, arguments: Sequence[str]) -> None:
         raise InputError(
             f"the engine '{engine}' is handed no arguments; {', '.join(TAKE_ARGUMENTS)} are. Leave the key out."
         )
-    if not arguments[0].startswith("-"):
+    if not flag_of(arguments[0]):
         raise InputError(f"'{arguments[0]}' is no flag. Begin with one, as in [\"--trust-remote-code\"].")
     for word in arguments:
         flag = flag_of(word)
@@ -72,9 +72,13 @@ def check_arguments(engine: str, arguments: Sequence[str]) -> None:
 
 
 def _owned_by(engine: str, flag: str) -> str:
-    """Return the owned flag that one is, or begins: vLLM and SGLang take what is left of a name for it."""
+    """Return the owned flag that an engine takes a flag for.
+
+    Those of vLLM and SGLang take the beginning of a name for the name, and what follows one letter for its value.
+    """
     owned = owned_flags(engine)
-    if flag in owned:
-        return flag
-    shortened = flag.startswith("--") and engine != "llamacpp"
-    return next((one for one in owned if shortened and one.startswith(flag)), "")
+    if flag in owned or engine == "llamacpp":
+        return flag if flag in owned else ""
+    if len(flag) == 2 or flag.startswith("--"):
+        return next((one for one in owned if one.startswith(flag)), "")
+    return flag[:2] if flag[:2] in owned else ""
