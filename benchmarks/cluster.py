@@ -26,6 +26,9 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         self._clear()
+        for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            os.environ.pop(proxy, None)  # they know nothing of our networks
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}  # ours too, when we join
         run(f"ip link add {BRIDGE} type bridge")
         run(f"ip addr add {NETWORK}.1/24 dev {BRIDGE}")
         run(f"ip link set {BRIDGE} up")
@@ -75,10 +78,7 @@ class Cluster:
 
     def _start(self, within: str, options: str, number: int) -> None:
         command = f"{within}{RAY} start --block --num-cpus 1 --node-ip-address {NETWORK}.{number} {options}"
-        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-        self._started.append(
-            subprocess.Popen(command.split(), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        )
+        self._started.append(subprocess.Popen(command.split(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         if not within:
             time.sleep(6.0)  # the others have to find it
 

@@ -216,36 +216,40 @@ async def case(
     dice, seen, completions = random.Random(arguments.seed), Seen(), []
     listening = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/chat/completions"
-    async with running(plan, prepare(plan), listening, completions.append, prepare, nodes=nodes) as service:
-        await service.supervisor.start()
-        service.keeper.lend(arguments.speed)
-        await until(lambda: runs(service) == plan.fleet.gpus // 2 - len(plan.replicas), 60.0)
-        before, seen.least_runs = runs(service), runs(service)
-        await asyncio.sleep(40.0 / arguments.speed)  # min_runtime_s of research, and one decision
-        watching = asyncio.create_task(watch(service, seen, arguments.speed))
-        calm = arguments.part * plan.replicas[0].requests_per_s
-        await load(url, calm, arguments.quiet_s, dice, seen)
-        surge = asyncio.create_task(load(url, calm * arguments.times, arguments.surge_s, dice, seen))
-        losing = [lose(service, cluster, arguments.lose, seen, arguments.surge_s)] if cluster and arguments.lose else []
-        faults = asyncio.gather(*losing)
-        begun_s, ready = time.monotonic(), len(plan.replicas)
-        await until(lambda: sum(one.status == "ready" for one in service.supervisor.states.values()) > ready, 60.0)
-        seen.first_s = time.monotonic() - begun_s
-        await asyncio.sleep(max(0.0, arguments.surge_s - seen.first_s))
-        ended_s = time.monotonic()
-        after = asyncio.create_task(load(url, calm, 600.0, dice, seen))
-        await surge
-        await until(lambda: runs(service) >= before, 590.0)
-        seen.back_s = time.monotonic() - ended_s
-        await faults
-        after.cancel()
-        await asyncio.gather(after, return_exceptions=True)
-        watching.cancel()
-        mark = service.state.mark
-        stopping_s = time.monotonic()
-    seen.stop_s = time.monotonic() - stopping_s
-    if nodes:
-        nodes.leave()
+    try:
+        async with running(plan, prepare(plan), listening, completions.append, prepare, nodes=nodes) as service:
+            await service.supervisor.start()
+            service.keeper.lend(arguments.speed)
+            await until(lambda: runs(service) == plan.fleet.gpus // 2 - len(plan.replicas), 60.0)
+            before, seen.least_runs = runs(service), runs(service)
+            await asyncio.sleep(40.0 / arguments.speed)  # min_runtime_s of research, and one decision
+            watching = asyncio.create_task(watch(service, seen, arguments.speed))
+            calm = arguments.part * plan.replicas[0].requests_per_s
+            await load(url, calm, arguments.quiet_s, dice, seen)
+            surge = asyncio.create_task(load(url, calm * arguments.times, arguments.surge_s, dice, seen))
+            lost = arguments.lose if cluster else 0
+            faults = asyncio.gather(
+                *([lose(service, cluster, lost, seen, arguments.surge_s)] if cluster and lost else ())
+            )
+            begun_s, ready = time.monotonic(), len(plan.replicas)
+            await until(lambda: sum(one.status == "ready" for one in service.supervisor.states.values()) > ready, 60.0)
+            seen.first_s = time.monotonic() - begun_s
+            await asyncio.sleep(max(0.0, arguments.surge_s - seen.first_s))
+            ended_s = time.monotonic()
+            after = asyncio.create_task(load(url, calm, 600.0, dice, seen))
+            await surge
+            await until(lambda: runs(service) >= before, 590.0)
+            seen.back_s = time.monotonic() - ended_s
+            await faults
+            after.cancel()
+            await asyncio.gather(after, return_exceptions=True)
+            watching.cancel()
+            mark = service.state.mark
+            stopping_s = time.monotonic()
+        seen.stop_s = time.monotonic() - stopping_s
+    finally:
+        if nodes:
+            nodes.leave()
     return seen, completions, len(marked(mark)) + len(marked(f"{socket.gethostname()}:{mark}"))
 
 

@@ -126,6 +126,7 @@ class JobNow(Struct, frozen=True, kw_only=True):
     gpus: int = 0
     checkpoint_age_s: float | None = None  # what would be lost; None: it has written none
     stops: int = 0  # how often it had to yield
+    reason: str = ""  # why, where it is not as it should be
 
 
 class BatchNow(Struct, frozen=True, kw_only=True):

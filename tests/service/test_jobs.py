@@ -203,7 +203,41 @@ def test_a_run_that_keeps_crashing_waits_longer_and_longer_and_is_given_up(monke
     assert [state.status for state in told] == ["backing off"] * 4 + ["given up"]
     waits = [state.reason.rpartition("again in ")[2] for state in told[:-1]]
     assert waits == ["0.01 s.", "0.02 s.", "0.04 s.", "0.08 s."]
-    assert told[-1].reason.startswith("It has crashed 5 times without a checkpoint between: its command left with 127")
+    assert told[-1].reason.startswith(
+        "It has crashed 5 times without a checkpoint between: its command cannot be started"
+    )
+
+
+def test_a_run_that_was_killed_is_told_by_whom_it_may_have_been() -> None:
+    async def case() -> str:
+        async with running() as service:
+            start(service, job(*python("import os; os.kill(os.getpid(), 9)")))
+            await until(lambda: service.statuses[-1] == "backing off")
+            assert service.jobs.now()[0].reason == service.told[-1].reason, "operators see it"
+            return service.told[-1].reason
+
+    assert asyncio.run(case()).startswith("it was ended by SIGKILL, as the system does when memory is short, see ")
+
+
+def test_a_run_that_talks_all_day_does_not_fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("waterline.service.jobs.LOG_BYTES", 10_000)
+    monkeypatch.setattr("waterline.service.jobs.LOOK_AT_LOG_S", 0.02)
+
+    async def case() -> Path:
+        async with running(grace_s=0.1) as service:
+            name = start(service, job("sh", "-c", "i=0; while :; do i=$((i+1)); echo line $i; done"))
+            log = Path(service.jobs.states[name].log)
+            kept = log.with_suffix(".log.1")
+            for _ in range(2):
+                await until(lambda: kept.exists() and kept.stat().st_size == 10_000)
+                kept.unlink()
+            await until(lambda: kept.exists() and kept.stat().st_size == 10_000)
+            return log
+
+    log = asyncio.run(case())
+    for written in (log.read_bytes(), log.with_suffix(".log.1").read_bytes()):
+        assert b"\0" not in written, "who appends goes on at the beginning"
+        assert b"line" in written
 
 
 class Failing(ThisMachine):

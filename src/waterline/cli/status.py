@@ -243,11 +243,12 @@ def _jobs(now: "Snapshot") -> "RenderableType":
             str(job.gpus),
             "-" if job.checkpoint_age_s is None else seconds_text(job.checkpoint_age_s),
             str(job.stops),
+            job.reason or "-",
         )
         for job in now.jobs
     ]
-    columns = ("job", "tenant", "state", "pool", "GPUs", "since its checkpoint", "yielded")
-    return _table("Research jobs", columns, rows, text=(0, 1, 2, 3))
+    columns = ("job", "tenant", "state", "pool", "GPUs", "since its checkpoint", "yielded", "why")
+    return _table("Research jobs", columns, rows, text=(0, 1, 2, 3, 7))
 
 
 def _move(move: "MoveNow") -> str:

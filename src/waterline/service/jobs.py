@@ -15,6 +15,7 @@ Its GPUs are free when the last of its processes is gone, and not before: that i
 
 import asyncio
 import os
+import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
@@ -46,6 +47,8 @@ LOOKS_A_CHECKPOINT = 20  # at the folder, while one is awaited; but at most
 LOOK_SELDOM_S = 10.0  # so seldom, and
 LOOK_OFTEN_S = 0.1  # so often
 LOG_BYTES = 64 * 1024**2  # then it is put aside, and one older is forgotten
+LOOK_AT_LOG_S = 1.0
+CANNOT_START = 127  # what the holder leaves with, and a shell
 COPY = "{copy}"  # in a command and the path of a checkpoint: the number of the copy
 
 log = structlog.get_logger()
@@ -114,8 +117,9 @@ class ThisMachine:
 class Held:
     """A holder on this machine."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, log: str) -> None:
         self._process = process
+        self._shortening = asyncio.create_task(self._keep_short(Path(log)))
 
     @classmethod
     async def start(cls, arguments: Sequence[str], environment: Mapping[str, str], output: BinaryIO) -> "Held":
@@ -127,7 +131,7 @@ class Held:
             env={**os.environ, **environment},
             start_new_session=True,
         )
-        return cls(process)
+        return cls(process, output.name)
 
     @property
     def pid(self) -> int:
@@ -140,6 +144,13 @@ class Held:
 
     async def wait(self) -> int:
         return await self._process.wait()
+
+    async def _keep_short(self, log: Path) -> None:
+        """Put the log aside whenever it is long: a run that talks all day must not fill the disk."""
+        while self._process.returncode is None:
+            await asyncio.sleep(LOOK_AT_LOG_S)
+            with suppress(OSError):
+                await asyncio.to_thread(shorten, log)
 
 
 async def end_runs(mark: str, grace_s: float) -> list[int]:
@@ -261,6 +272,7 @@ class Jobs:
             gpus=len(state.place.gpus) if run else 0,
             checkpoint_age_s=time.time() - run.saved_s if run and run.saved_s else None,
             stops=self._stops[name],
+            reason=state.reason,
         )
 
     def _changed(self, name: str, state: RunState) -> None:
@@ -395,7 +407,7 @@ class Run:
         finally:
             loaded.cancel()
             self._process = None
-        return "" if code == 0 else f"its command left with {code}" if code > 0 else f"it was ended by signal {-code}"
+        return _how(code)
 
     async def _look_for_checkpoints(self, begun_s: float) -> None:
         every_s = self._job.checkpoint_every_s / LOOKS_A_CHECKPOINT
@@ -428,10 +440,31 @@ class Run:
             self._on_change(self._name, state)
 
 
+def _how(code: int) -> str:
+    """Say how a run has ended by itself, by the exit code of its holder; nothing if it is done."""
+    if code == CANNOT_START:
+        return "its command cannot be started, or has not found one of its own"
+    if code > 128 or code < 0:
+        number = code - 128 if code > 128 else -code
+        name = signal.Signals(number).name if number in {one.value for one in signal.Signals} else f"signal {number}"
+        memory = ", as the system does when memory is short" if number == signal.SIGKILL else ""
+        return f"it was ended by {name}{memory}"
+    return f"its command left with {code}" if code else ""
+
+
 def _devices(fleet: Fleet, pool: str, place: Place) -> dict[str, str]:
     """Return the mask that leaves a run no GPUs but its own; nothing for cards without one."""
     mask = VISIBLE_DEVICES.get(fleet.gpu_of(fleet.pool(pool)).vendor)
     return {mask: ",".join(map(str, place.gpus))} if mask else {}
+
+
+def shorten(log: Path) -> None:
+    """Keep the last of a long log beside it, and go on with an empty one: whoever writes to it, appends."""
+    if log.stat().st_size > LOG_BYTES:
+        with log.open("rb") as old, log.with_suffix(".log.1").open("wb") as kept:
+            old.seek(-LOG_BYTES, os.SEEK_END)
+            kept.write(old.read(LOG_BYTES))
+        os.truncate(log, 0)
 
 
 def open_log(path: Path) -> BinaryIO:

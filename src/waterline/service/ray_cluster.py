@@ -106,7 +106,8 @@ class RayCluster:
             raise InputError(
                 f"no Ray cluster answers at '{address}': {str(error).splitlines()[0].rstrip('.')}. Start one (ray "
                 "start --head on this machine, ray start --address HOST:6379 on the others) and write HOST:6379, or "
-                "auto on one of its nodes."
+                "auto on one of its nodes. One that was started where a token is (~/.ray/auth_token) lets in who "
+                "has the same, and RAY_AUTH_MODE=token in the environment."
             ) from error
         self._ray = ray
         self._address = address
