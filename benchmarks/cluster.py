@@ -42,7 +42,6 @@ class Cluster:
             run(f"ip -n wl{node} link set lo up")
             labels = f"--labels pool=box --num-gpus {self._gpus}"
             self._start(f"ip netns exec wl{node} ", f"--address {self.address} {labels}", 10 + node)
-        time.sleep(5.0)  # they join
         return self
 
     def __exit__(

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,15 +34,17 @@ import aiohttp
 from cluster import Cluster
 from msgspec.structs import replace
 
+from waterline.errors import EngineError
 from waterline.fleet import load_fleet
 from waterline.outcome import Completion
 from waterline.plan import Plan
 from waterline.planner import make_plan
-from waterline.service.engines import prepare_engines
+from waterline.service.engines import Engine, prepare_engines
 from waterline.service.logs import log_to
 from waterline.service.processes import marked
 from waterline.service.ray_cluster import RayCluster
 from waterline.service.server import Service, listen, running
+from waterline.service.shore import Prepare
 
 FLEET = """
 name = "surge"
@@ -183,6 +185,16 @@ async def until(condition: Callable[[], bool], within_s: float) -> None:
         await asyncio.sleep(0.1)
 
 
+async def prepared(prepare: Prepare, plan: Plan) -> Mapping[str, Engine]:
+    """Return the engines of a plan, when the nodes that it wants have joined."""
+    for _ in range(60):
+        try:
+            return prepare(plan)
+        except EngineError:
+            await asyncio.sleep(2.0)
+    return prepare(plan)
+
+
 def runs(service: Service) -> int:
     return sum(run.status in {"loading", "running"} for run in service.jobs.states.values())
 
@@ -217,7 +229,9 @@ async def case(
     listening = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/chat/completions"
     try:
-        async with running(plan, prepare(plan), listening, completions.append, prepare, nodes=nodes) as service:
+        async with running(
+            plan, await prepared(prepare, plan), listening, completions.append, prepare, nodes=nodes
+        ) as service:
             await service.supervisor.start()
             service.keeper.lend(arguments.speed)
             await until(lambda: runs(service) == plan.fleet.gpus // 2 - len(plan.replicas), 60.0)

@@ -19,7 +19,7 @@ from waterline.errors import EngineError
 from waterline.plan import Layout, Plan
 from waterline.service.engines import command_of, llamacpp, sglang, vllm
 from waterline.service.engines.hosted import Hosted
-from waterline.service.engines.seat import Command, Seat, api_port
+from waterline.service.engines.seat import Command, Seat, api_port, environment_of
 
 ALONE = Seat()
 DATA = Path(__file__).with_name("data")
@@ -429,3 +429,34 @@ def test_neighbours_on_a_node_share_no_port() -> None:
     first = plan.replicas[0]
     second = replace(first, id="chat/1", places=(replace(first.places[0], gpus=(4,)),))
     assert (api_port(first), api_port(second)) == (8100, 8104)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ours", "given"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "1"}, {}, {"CUDA_VISIBLE_DEVICES": "1"}),
+        (
+            {"CUDA_VISIBLE_DEVICES": "0,1"},
+            {"CUDA_VISIBLE_DEVICES": "5, GPU-8a3f"},
+            {"CUDA_VISIBLE_DEVICES": "5,GPU-8a3f"},
+        ),
+        (
+            {"HIP_VISIBLE_DEVICES": "1"},
+            {"ROCR_VISIBLE_DEVICES": "2,3", "CUDA_VISIBLE_DEVICES": "0"},
+            {"ROCR_VISIBLE_DEVICES": "2,3", "HIP_VISIBLE_DEVICES": "1"},
+        ),
+        ({"HIP_VISIBLE_DEVICES": "1"}, {"HIP_VISIBLE_DEVICES": "6,7"}, {"HIP_VISIBLE_DEVICES": "7"}),
+        ({"A": "b"}, {"CUDA_VISIBLE_DEVICES": "3"}, {"A": "b", "CUDA_VISIBLE_DEVICES": "3"}),
+    ],
+)
+def test_cards_are_counted_among_those_that_are_left_to_the_service(
+    wanted: dict[str, str], ours: dict[str, str], given: dict[str, str]
+) -> None:
+    assert environment_of(wanted, ours) == given
+
+
+def test_a_mask_that_leaves_too_few_cards_is_named_with_what_to_do() -> None:
+    with pytest.raises(
+        EngineError, match="CUDA_VISIBLE_DEVICES is 4,5 where waterline runs: that leaves 2 cards.*Unset"
+    ):
+        environment_of({"CUDA_VISIBLE_DEVICES": "2,3"}, {"CUDA_VISIBLE_DEVICES": "4,5"})

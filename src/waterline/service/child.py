@@ -13,6 +13,7 @@ import orjson
 import structlog
 
 from waterline.errors import EngineError
+from waterline.service.engines.seat import environment_of
 from waterline.service.processes import end_marked
 from waterline.service.state import State
 
@@ -93,7 +94,7 @@ class Child:
                 stdin=PIPE,  # kept open: it ends when we do, however we end
                 stdout=PIPE,
                 stderr=PIPE,
-                env={**os.environ, **engine.environment, **mark},
+                env={**environment_of(engine.environment, os.environ), **mark},
                 start_new_session=True,
             )
         except OSError as error:

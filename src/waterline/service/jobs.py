@@ -32,7 +32,7 @@ import structlog
 from waterline.errors import EngineError
 from waterline.fleet import Fleet, Job
 from waterline.plan import Place
-from waterline.service.engines.seat import VISIBLE_DEVICES
+from waterline.service.engines.seat import VISIBLE_DEVICES, environment_of
 from waterline.service.processes import end_marked, marked
 from waterline.service.state import State
 from waterline.snapshot import JobNow
@@ -128,7 +128,7 @@ class Held:
             stdin=PIPE,  # kept open: it ends the run when we are gone, however we ended
             stdout=output,
             stderr=output,
-            env={**os.environ, **environment},
+            env=environment_of(environment, os.environ),
             start_new_session=True,
         )
         return cls(process, output.name)

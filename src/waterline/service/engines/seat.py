@@ -5,6 +5,7 @@ of an engine is a pure function of plan, replica and seat, in the engine's own f
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from waterline.errors import EngineError
@@ -52,6 +53,30 @@ def devices(gpu: Gpu, replica: Replica, seat: Seat) -> dict[str, str]:
     if gpu.vendor not in VISIBLE_DEVICES:
         return {}
     return {VISIBLE_DEVICES[gpu.vendor]: ",".join(map(str, replica.places[seat.rank].gpus))}
+
+
+def environment_of(wanted: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a process: ours, with what it wants on top.
+
+    Its mask counts among the cards that ours leaves us, be they numbers or UUIDs. HIP counts by itself among those that
+    ROCR_VISIBLE_DEVICES leaves, and takes CUDA_VISIBLE_DEVICES for its own: a process on AMD cards gets none.
+
+    Raises EngineError where ours leaves too few.
+    """
+    environment = {**ours, **wanted}
+    for mask in VISIBLE_DEVICES.values():
+        left = [one.strip() for one in ours.get(mask, "").split(",") if one.strip()]
+        if mask in wanted and left:
+            numbers = [int(number) for number in wanted[mask].split(",")]
+            if max(numbers) >= len(left):
+                raise EngineError(
+                    f"{mask} is {ours[mask]} where waterline runs: that leaves {len(left)} cards, and number "
+                    f"{max(numbers)} of them, counted from 0, is wanted. Unset it, or write that many as gpus_per_node."
+                )
+            environment[mask] = ",".join(left[number] for number in numbers)
+    if VISIBLE_DEVICES["amd"] in wanted:
+        environment.pop(VISIBLE_DEVICES["nvidia"], None)
+    return environment
 
 
 def checkpoint(model: Model, llm: Llm) -> str:
