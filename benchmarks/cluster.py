@@ -8,6 +8,11 @@ from pathlib import Path
 from types import TracebackType
 
 BRIDGE, NETWORK, PORT = "wlbridge", "10.77.0", 6399
+APART = (  # a process table and a folder of Ray's own: two nodes that start at once would take each other's
+    *("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c"),
+    'mount -t proc proc /proc && mount -t tmpfs none /tmp/ray && exec "$@"',
+    "apart",
+)
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -32,7 +37,7 @@ class Cluster:
         run(f"ip link add {BRIDGE} type bridge")
         run(f"ip addr add {NETWORK}.1/24 dev {BRIDGE}")
         run(f"ip link set {BRIDGE} up")
-        self._start("", f"--head --port {PORT} --num-gpus 0 --include-dashboard=false", 1)
+        self._start([], f"--head --port {PORT} --num-gpus 0 --include-dashboard=false", 1)
         for node in range(self._nodes):
             run(f"ip netns add wl{node}")
             run(f"ip link add wlveth{node} type veth peer name eth0 netns wl{node}")
@@ -41,7 +46,7 @@ class Cluster:
             run(f"ip -n wl{node} link set eth0 up")
             run(f"ip -n wl{node} link set lo up")
             labels = f"--labels pool=box --num-gpus {self._gpus}"
-            self._start(f"ip netns exec wl{node} ", f"--address {self.address} {labels}", 10 + node)
+            self._start(["ip", "netns", "exec", f"wl{node}", *APART], f"--address {self.address} {labels}", 10 + node)
         return self
 
     def __exit__(
@@ -75,9 +80,11 @@ class Cluster:
                 found.append(pid)
         return found
 
-    def _start(self, within: str, options: str, number: int) -> None:
-        command = f"{within}{RAY} start --block --num-cpus 1 --node-ip-address {NETWORK}.{number} {options}"
-        self._started.append(subprocess.Popen(command.split(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    def _start(self, within: list[str], options: str, number: int) -> None:
+        command = f"{RAY} start --block --num-cpus 1 --node-ip-address {NETWORK}.{number} {options}"
+        self._started.append(
+            subprocess.Popen([*within, *command.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        )
         if not within:
             time.sleep(6.0)  # the others have to find it
 

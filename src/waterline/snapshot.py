@@ -16,6 +16,7 @@ KEY_VARIABLE = "WATERLINE_ADMIN_KEY"  # of the environment: what a service asks 
 MOST_REPLICAS = 200  # that `public_view` names one by one
 MOST_BATCHES = 20  # likewise
 MOST_NODES = 64  # likewise
+MOST_JOBS = 64  # likewise
 
 Health = Literal["ok", "not ready", "stopping"]  # not ready: a model has no replica that is
 HEALTHS: tuple[Health, ...] = get_args(Health)
@@ -191,6 +192,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     nodes: tuple[NodeNow, ...] = ()  # those that are lost before all others
     node_states: dict[str, int] = {}  # how many nodes are in each state
     jobs: tuple[JobNow, ...] = ()
+    job_states: dict[str, int] = {}  # how many runs are in each state
     batches: tuple[BatchNow, ...] = ()
     moves: tuple[MoveNow, ...] = ()  # the latest, newest first
     ejections: tuple[EjectionNow, ...] = ()  # likewise
@@ -216,6 +218,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
             queues=_over_clients(self.queues),
             replicas=tuple(shown[:MOST_REPLICAS]),
             nodes=self.nodes[:MOST_NODES],
+            jobs=tuple(sorted(self.jobs, key=lambda job: not job.reason)[:MOST_JOBS]),
             batches=batches,
         )
 

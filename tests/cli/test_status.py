@@ -21,7 +21,18 @@ from msgspec.structs import replace
 from waterline.cli.status import status
 from waterline.errors import InputError
 from waterline.outcome import Percentiles
-from waterline.snapshot import LatencyNow, ModelNow, MoveNow, QueueNow, ReplicaNow, Snapshot, TenantNow, Use
+from waterline.snapshot import (
+    JobNow,
+    LatencyNow,
+    ModelNow,
+    MoveNow,
+    NodeNow,
+    QueueNow,
+    ReplicaNow,
+    Snapshot,
+    TenantNow,
+    Use,
+)
 
 NOW = Snapshot(
     at_s=1.8e9,
@@ -118,6 +129,20 @@ def test_once_says_everything_without_colour() -> None:
     assert "public/alice 3" in text
     assert "start: chat of public, 4 GPUs of a (borrow idle)" in text
     assert "Replicas: 1 ready, 1 suspect" in text
+
+
+def test_nodes_that_are_lost_come_first_with_who_has_the_others_and_a_job_says_why_it_does_not_run() -> None:
+    lost = NodeNow(pool="a", node=3, state="silent", gpus=4, address="10.0.0.4", reason="It has been silent for 8 s.")
+    there = NodeNow(pool="a", node=0, state="up", gpus=4, used_gpus=4, users=tuple(f"chat/{one}" for one in range(10)))
+    job = JobNow(job="train/0", tenant="research", state="backing off", reason="its command left with 3.")
+    text = shown(replace(NOW, nodes=(lost, there), node_states={"silent": 1, "up": 12}, jobs=(job,)), "--once")
+    print(text)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    title = lines.index("Nodes: 1 silent, 12 up; the first 2, those that are lost before all others")
+    assert lines[title + 2] == "a, 3 silent ! 0 of 4 - 10.0.0.4 It has been silent for 8 s."
+    assert lines[title + 3].startswith("a, 0 up 4 of 4 chat/0, chat/1")
+    assert "and 2 more" in " ".join(lines[title + 3 :])
+    assert any("train/0 research backing off" in line and "its command left with 3." in line for line in lines)
 
 
 def test_json_is_the_snapshot() -> None:

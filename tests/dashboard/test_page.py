@@ -8,6 +8,8 @@ from browser import browser, chromium, tab
 from msgspec.structs import replace
 from stage import Script, quiet, shown, starting, surge
 
+from waterline.snapshot import NodeNow, Use
+
 pytestmark = pytest.mark.skipif(chromium() is None, reason="there is no Chromium: apt-get install chromium")
 
 WATER = "Number(document.getElementById('sea').getAttribute('y'))"
@@ -76,6 +78,32 @@ def test_everything_that_matters_is_said_in_words(address: str) -> None:
                 assert words in text
             assert await page.run("document.querySelector('#latencies .over').textContent") == "2.4 s", "beyond its SLO"
             assert "alice" not in await page.run("document.documentElement.outerHTML")
+
+    asyncio.run(case())
+
+
+def test_nodes_that_are_lost_are_said_and_drawn(address: str) -> None:
+    lost = NodeNow(pool="gaming", node=1, state="down", gpus=2, reason="The Ray cluster has no node for it.")
+    there = NodeNow(pool="gaming", node=0, state="up", gpus=2, used_gpus=2, users=("small/7", "small/8"))
+    before = quiet()
+    gone = Use(pool="gaming", tenant="", kind="lost", gpus=2.0)
+    script = Script(
+        replace(before, uses=(*before.uses[:-1], gone), nodes=(lost, there), node_states={"down": 1, "up": 1})
+    )
+
+    async def case() -> None:
+        async with shown(script) as url, tab(address, url) as page:
+            await page.until(f"{HEALTH} === 'serving'")
+            text = await page.text()
+            assert "gaming, 1\tdown\t0\t2\t–\t–\tThe Ray cluster has no node for it." in text
+            assert "small/7, small/8" in text
+            assert "1 down, 1 up." in text
+            assert "lost with their node 2" in text, "in the legend, apart from who is idle"
+            assert (
+                await page.run("document.getElementById('nodes').closest('[role=region]').getAttribute('aria-label')")
+                == "Nodes"
+            )
+            assert page.problems == []
 
     asyncio.run(case())
 

@@ -21,6 +21,7 @@ MOST_MOVES = 5
 MOST_REPLICAS = 12
 MOST_QUEUES = 5
 MOST_NODES = 12
+MOST_JOBS = 12
 MOST_USERS = 8
 HEALTH = {"ok": "serving", "not ready": "NOT READY", "stopping": "STOPPING"}
 
@@ -245,10 +246,11 @@ def _jobs(now: "Snapshot") -> "RenderableType":
             str(job.stops),
             job.reason or "-",
         )
-        for job in now.jobs
+        for job in sorted(now.jobs, key=lambda job: not job.reason)[:MOST_JOBS]
     ]
     columns = ("job", "tenant", "state", "pool", "GPUs", "since its checkpoint", "yielded", "why")
-    return _table("Research jobs", columns, rows, text=(0, 1, 2, 3, 7))
+    total = ", ".join(f"{count:,} {state}" for state, count in now.job_states.items())
+    return _table(f"Research jobs: {total}" if total else "Research jobs", columns, rows, text=(0, 1, 2, 3, 7))
 
 
 def _move(move: "MoveNow") -> str:

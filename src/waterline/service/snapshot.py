@@ -104,6 +104,7 @@ def take_snapshot(
         nodes=seen,
         node_states=dict(Counter(node.state for node in seen)),
         jobs=jobs,
+        job_states=dict(Counter(job.state for job in jobs)),
         batches=batches,
         moves=tuple(recent.moves),
         ejections=tuple(recent.ejections),
