@@ -10,9 +10,10 @@ from types import TracebackType
 BRIDGE, NETWORK, PORT = "wlbridge", "10.77.0", 6399
 APART = (  # a process table and a folder of Ray's own: two nodes that start at once would take each other's
     *("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c"),
-    'mount -t proc proc /proc && mount -t tmpfs none /tmp/ray && exec "$@"',
+    'mount -t proc proc /proc && mount -t tmpfs none /tmp/ray && "$@"; exit',  # not exec: Ray is no process 1
     "apart",
 )
+STORE = "--object-store-memory 80000000"  # nothing of ours is kept there
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -46,6 +47,7 @@ class Cluster:
             run(f"ip -n wl{node} link set eth0 up")
             run(f"ip -n wl{node} link set lo up")
             labels = f"--labels pool=box --num-gpus {self._gpus}"
+            time.sleep(2.0)
             self._start(["ip", "netns", "exec", f"wl{node}", *APART], f"--address {self.address} {labels}", 10 + node)
         return self
 
@@ -81,7 +83,7 @@ class Cluster:
         return found
 
     def _start(self, within: list[str], options: str, number: int) -> None:
-        command = f"{RAY} start --block --num-cpus 1 --node-ip-address {NETWORK}.{number} {options}"
+        command = f"{RAY} start --block --num-cpus 1 --node-ip-address {NETWORK}.{number} {STORE} {options}"
         self._started.append(
             subprocess.Popen([*within, *command.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         )
