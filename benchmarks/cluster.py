@@ -13,6 +13,7 @@ APART = (  # a process table and a folder of Ray's own: two nodes that start at 
     'mount -t proc proc /proc && mount -t tmpfs none /tmp/ray && "$@"; exit',  # not exec: Ray is no process 1
     "apart",
 )
+STARTED_S = 8.0  # one after the other: on a busy machine, raylets that start together give up
 STORE = "--object-store-memory 80000000"  # nothing of ours is kept there
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -47,7 +48,7 @@ class Cluster:
             run(f"ip -n wl{node} link set eth0 up")
             run(f"ip -n wl{node} link set lo up")
             labels = f"--labels pool=box --num-gpus {self._gpus}"
-            time.sleep(2.0)
+            time.sleep(STARTED_S)
             self._start(["ip", "netns", "exec", f"wl{node}", *APART], f"--address {self.address} {labels}", 10 + node)
         return self
 
@@ -88,7 +89,7 @@ class Cluster:
             subprocess.Popen([*within, *command.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         )
         if not within:
-            time.sleep(6.0)  # the others have to find it
+            time.sleep(STARTED_S)
 
     def _clear(self) -> None:
         for node in range(self._nodes):

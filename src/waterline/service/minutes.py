@@ -134,9 +134,9 @@ class Minutes:
             while True:
                 signal = await self._queue.get()
                 if signal["signal"] == BACK:
-                    await self._take_back(signal["spot"])
+                    await self._take_back(signal["spot"], signal["at_s"])
                 elif signal["signal"] == AWAY:
-                    await self._take_out(signal["spot"], signal["let_go"])
+                    await self._take_out(signal["spot"], signal["let_go"], signal["at_s"])
                 else:
                     await self._tell(signal)
         except Exception:
@@ -183,6 +183,10 @@ class Minutes:
         if awaited:
             self._put("tick")
 
+    def _finish(self, run: str, service: Service) -> None:
+        self.roster.finished.add(run)
+        self._put("finished", service=self.roster.services.index(service))
+
     # --- Nodes that go and come back ----------------------------------------------------------------------------------
 
     def lose(self, spot: Spot) -> None:
@@ -205,7 +209,7 @@ class Minutes:
         )
         self._put(AWAY, spot=spot, let_go=ids)
 
-    async def _take_out(self, spot: Spot, let_go: set[str]) -> None:
+    async def _take_out(self, spot: Spot, let_go: set[str], at_s: float) -> None:
         rows = self.roster.rows_on(*spot)
         if spot in self.roster.down:
             return
@@ -214,16 +218,16 @@ class Minutes:
             return
         for row in rows:
             self.roster.end(row)
-            await self._tell(self._now("failed", replica=row))
+            await self._tell(self._signal("failed", at_s, replica=row))
         berth, gpus = self.roster.fail(*spot)
-        await self._tell(self._now("down", node=berth, gpus=gpus))
+        await self._tell(self._signal("down", at_s, node=berth, gpus=gpus))
         self._put("tick")
-        await self._take_back(spot)
+        await self._take_back(spot, at_s)
 
-    async def _take_back(self, spot: Spot) -> None:
+    async def _take_back(self, spot: Spot, at_s: float) -> None:
         if spot in self.roster.down and spot not in self._away:
             berth, gpus = self.roster.repair(*spot)
-            await self._tell(self._now("up", node=berth, gpus=gpus))
+            await self._tell(self._signal("up", at_s, node=berth, gpus=gpus))
             self._put("tick")
 
     def _is_away(self, row: int) -> bool:
@@ -231,10 +235,6 @@ class Minutes:
         return any((one.pool, place.node) in self._away for place in one.places)
 
     # --- Signals ------------------------------------------------------------------------------------------------------
-
-    def _finish(self, run: str, service: Service) -> None:
-        self.roster.finished.add(run)
-        self._put("finished", service=self.roster.services.index(service))
 
     async def _tick_for_ever(self) -> None:
         step_s = self.roster.step_s
@@ -268,10 +268,11 @@ class Minutes:
         self._put("tick", at_s)
 
     def _put(self, signal: str, at_s: float | None = None, **fields: Any) -> None:
-        self._queue.put_nowait(self._now(signal, at_s, **fields))
+        self._queue.put_nowait(self._signal(signal, self.now_s() if at_s is None else at_s, **fields))
 
-    def _now(self, signal: str, at_s: float | None = None, **fields: Any) -> dict[str, Any]:
-        return {"at_s": self.now_s() if at_s is None else at_s, "signal": signal, **fields}
+    @staticmethod
+    def _signal(signal: str, at_s: float, **fields: Any) -> dict[str, Any]:
+        return {"at_s": at_s, "signal": signal, **fields}
 
     async def _tell(self, signal: dict[str, Any]) -> None:
         """Let the tide learn of a signal, keep it, and do what is decided."""
