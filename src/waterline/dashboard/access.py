@@ -48,8 +48,12 @@ def admin_key(folder: Path) -> str:
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             return _long_enough(path.read_text(encoding="utf-8").strip(), str(path))
-        with os.fdopen(file, "w", encoding="utf-8") as written:
-            written.write("wl-admin-" + secrets.token_urlsafe(32) + "\n")
+        try:
+            with os.fdopen(file, "w", encoding="utf-8") as written:
+                written.write("wl-admin-" + secrets.token_urlsafe(32) + "\n")
+        except OSError:  # the disk is full, and half a key is none
+            path.unlink()
+            raise
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot keep the admin key in {path}: {error}. Or set {KEY_VARIABLE}.") from error

@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from functools import partial
+from tempfile import gettempdir
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -254,6 +255,11 @@ class BatchApi:
                 raise
             except ClientDisconnect:
                 return Response(status_code=499)
+            except OSError as error:  # what comes is put down in a temporary file first
+                log.warning("files and batches", error=f"cannot write to {gettempdir()}: {error.strerror}.")
+                raise RejectedError(
+                    "There is no room here for what you send. Come back later.", status=503, code="no_room"
+                ) from None
             except Exception:
                 log.exception("a bug in files and batches")
                 raise WaterlineError("The service has a bug; its log says where.") from None

@@ -11,6 +11,7 @@ decision; its GPUs are told to be free when the last process on them is gone.
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from datetime import datetime
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 import structlog
 from msgspec.structs import replace
 
-from waterline.errors import EngineError, WaterlineError
+from waterline.errors import EngineError, PlanFileError, WaterlineError
 from waterline.fleet import HOURS
 from waterline.plan import Plan, Replica, read_plan, write_plan
 from waterline.policy.decisions import RULES, as_json
@@ -37,6 +38,7 @@ from waterline.units import HOUR_S
 
 KINDS = {START: "start", DRAIN: "drain", HOLD: "hold", HAND_BACK: "hand back", TAKE_OVER: "take over"}
 PLAN, SIGNALS, DECISIONS = "plan.json", "signals.jsonl", "decisions.jsonl"  # files of a record
+NOWHERE = Path(os.devnull)
 BEGUN = "begun"  # its first signal
 AWAY, BACK = "away", "back"  # of nodes, to ourselves: the tide is told when nothing is left there
 START_ATTEMPTS = 5  # of a replica that has never been ready; then its model is not tried on those nodes again
@@ -112,7 +114,7 @@ class Minutes:
         self._clock = clock
         self._begun_s, self._begun_day_s = clock(), begun_s
         self._signals, self._decisions = _open_record(state.path, roster.plan, begun_s)
-        self._recording = True
+        self._recording = self._signals.name != str(NOWHERE)
         self._queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._acts: set[asyncio.Task[None]] = set()
         self._counted_s = begun_s  # up to when loads have been told
@@ -408,14 +410,22 @@ class Minutes:
 
 
 def _open_record(folder: Path, plan: Plan, begun_s: float) -> tuple[BinaryIO, BinaryIO]:
-    """Begin a new record, with the plan and the time that it begins with; the one before is kept."""
-    for name in (PLAN, SIGNALS, DECISIONS):
-        if (folder / name).exists():
-            (folder / name).replace(folder / f"last-{name}")
-    write_plan(plan, folder / PLAN)
-    signals = (folder / SIGNALS).open("wb", buffering=0)
-    signals.write(signal_line({"at_s": begun_s, "signal": BEGUN}))
-    return signals, (folder / DECISIONS).open("wb", buffering=0)
+    """Begin a new record, with the plan and the time that it begins with; the one before is kept.
+
+    Where it cannot be begun, that is said, and what is written goes nowhere.
+    """
+    try:
+        for name in (PLAN, SIGNALS, DECISIONS):
+            if (folder / name).exists():
+                (folder / name).replace(folder / f"last-{name}")
+        write_plan(plan, folder / PLAN)
+        (folder / SIGNALS).write_bytes(signal_line({"at_s": begun_s, "signal": BEGUN}))
+        places = folder / SIGNALS, folder / DECISIONS
+    except (OSError, PlanFileError) as error:
+        log.warning("moves are not recorded", reason=str(error))
+        places = NOWHERE, NOWHERE
+    signals, decisions = (place.open("ab", buffering=0) for place in places)
+    return signals, decisions
 
 
 def replay_record(folder: Path) -> bytes:

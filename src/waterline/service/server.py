@@ -41,6 +41,7 @@ from waterline.service.shore import Prepare, Shore
 from waterline.service.state import State, claim_state
 from waterline.service.supervisor import ReplicaState, Supervisor
 
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 BACKLOG = 2048  # connections that may wait to be accepted
 SAY_AFTER_S = 2.0  # what is waited for at the end, and
 SAY_EVERY_S = 10.0
@@ -390,9 +391,19 @@ class Outlet:
 
 @contextmanager
 def _or_nowhere(stream: TextIO) -> Iterator[None]:
-    """Try to write; when nobody reads any more, send this stream nowhere, also for Python's own last flush."""
+    """Try to write; when nobody reads any more, send this stream nowhere, also for Python's own last flush.
+
+    Of a disk that is full only what it does not take is lost: there may be room later.
+    """
     try:
         yield
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        is_full = isinstance(error, OSError) and error.errno in NO_ROOM
         with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())
+            number = stream.fileno()
+            kept = os.dup(number)
+            os.dup2(nowhere.fileno(), number)
+            if is_full:
+                stream.flush()
+                os.dup2(kept, number)
+            os.close(kept)
