@@ -69,8 +69,9 @@ def test_an_answer_that_was_made_and_not_let_out_costs_nothing(tmp_path: Path, m
     """The engine works on it while the ledger decides, and the ledger decides against it."""
 
     async def case() -> None:
-        async with kept(tmp_path, plan_of(), Quotas(tokens_total=1000)) as (_, client):
+        async with kept(tmp_path, plan_of(), Quotas(tokens_total=1000)) as (service, client):
             await ask(client)
+            await ask(service.openai)  # nobody's quota: it need not wait …
             for error in (LedgerError("away"), QuotaError("spent by another gateway")):
 
                 async def refuse(_: Reservation, error: WaterlineError = error) -> None:
@@ -81,8 +82,13 @@ def test_an_answer_that_was_made_and_not_let_out_costs_nothing(tmp_path: Path, m
                 for stream in (False, True):
                     with pytest.raises(openai.APIStatusError):
                         await ask(client, stream=stream)
+            await ask(service.openai)
+            monkeypatch.setattr(Ledger, "is_troubled", True)
+            with pytest.raises(openai.APIStatusError):  # … unless there is trouble
+                await ask(service.openai)
 
     asyncio.run(case())
+    assert (used(tmp_path)["anonymous"].ok, used(tmp_path)["anonymous"].output_tokens) == (2, 20)
     row = used(tmp_path)["acme"]
     assert (row.requests, row.ok, row.failed, row.refused, row.output_tokens) == (5, 1, 2, 2, 10)
 

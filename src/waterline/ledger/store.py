@@ -241,6 +241,11 @@ class Ledger:
         self._writer.wake()
         return written
 
+    @property
+    def is_troubled(self) -> bool:
+        """Whether what was tried last could not be written."""
+        return bool(self._writer.problem)
+
     def lag(self) -> Lag:
         """Return how far the disk is behind."""
         with self._lock:

@@ -77,6 +77,11 @@ class Books:
             except QuotaError as error:
                 raise over_quota(error) from error
 
+    async def durable_in_trouble(self, entry: Entry) -> None:
+        """Do the same where the ledger could not be written to a moment ago."""
+        if self._ledger and self._ledger.is_troubled:
+            await self.durable(entry)
+
     def note(self, entry: Entry, prompt_tokens: int, output_tokens: int, cost_gpu_s: float) -> None:
         """Say how far a request has come, for the case that this process does not see its end."""
         if self._ledger and entry.reservation:

@@ -280,8 +280,11 @@ class Completions:
         await self._books.reserve(entry, asked.prompt_tokens + output_tokens, cost_gpu_s)
         if entry.reservation:
             reply.after = lambda: self._settled(visit)
-            if asked.stream or (entry.key and entry.key.quotas != UNLIMITED):  # what comes whole is settled before it
+            limited = bool(entry.key and entry.key.quotas != UNLIMITED)
+            if asked.stream or limited:
                 reply.before = lambda: self._books.durable(entry)
+            else:  # what comes whole is settled before it, if it can be
+                reply.before = lambda: self._books.durable_in_trouble(entry)
         if asked.stream and not asked.include_usage and not reply.edit:
             reply.edit = WithoutUsage()
         passage = Passage(
