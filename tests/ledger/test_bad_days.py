@@ -66,6 +66,7 @@ def test_a_database_that_hangs_keeps_nobody_waiting_and_a_stop_neither(
     monkeypatch.setattr("waterline.ledger.database.BUSY_S", 0)  # which is without end
     for where in ("store", "writer"):
         monkeypatch.setattr(f"waterline.ledger.{where}.PATIENCE_S", 0.2)
+    monkeypatch.setattr("waterline.ledger.writer.LATE_S", 0.1)
     monkeypatch.setattr("waterline.ledger.writer.FAREWELL_S", 0.0)
     url = new_database(postgres)
 
@@ -74,6 +75,7 @@ def test_a_database_that_hangs_keeps_nobody_waiting_and_a_stop_neither(
         with pytest.raises(LedgerError, match=r"has not answered for 0\.2 s"):
             await first.durable()
         await until_trouble(ledger)
+        assert ledger.is_troubled
         with pytest.raises(LedgerError, match="has not answered"):
             await reserve(ledger, request_id="next")  # is not even let in
         ledger.settle(settlement("first", outcome="failed", prompt_tokens=0, output_tokens=0, nano_usd=0))

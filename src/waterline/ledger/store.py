@@ -243,8 +243,8 @@ class Ledger:
 
     @property
     def is_troubled(self) -> bool:
-        """Whether what was tried last could not be written."""
-        return bool(self._writer.problem)
+        """Whether it is unlikely that what ends now is on the disk in a moment."""
+        return self._writer.is_late
 
     def lag(self) -> Lag:
         """Return how far the disk is behind."""

@@ -12,6 +12,7 @@ from waterline.ledger.batch import Batch, Written
 
 GATHER_S = 0.005  # between the beginnings of two commits: under load a commit is shared by what came meanwhile
 IDLE_S = 1.0  # between looks around
+LATE_S = 0.5  # a commit that takes so long is no commit yet
 PATIENCE_S = 5.0  # for a reservation; its client is told then, and may come back
 RETRY_S = (0.05, 0.2, 1.0)  # after a failure; the last again and again
 FAREWELL_S = 10.0  # for what is left at the end
@@ -55,6 +56,11 @@ class Writer:
     def wake(self) -> None:
         if not self._wake.is_set():  # who clears it takes what has gathered after that
             self._wake.set()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether what was tried last could not be written, or takes longer than a healthy disk does."""
+        return bool(self.problem) or time.monotonic() - self._begun_s > LATE_S
 
     @property
     def trouble(self) -> str:
