@@ -125,7 +125,7 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Write what is left. Raises LedgerError when that cannot be done in ten seconds, fifteen if the database hangs."""
+        """Write what is left. Raises LedgerError when that takes ten seconds, fifteen where the database hangs."""
         if self._writer.close():
             self._presence.leave()
             self.engine.dispose()
