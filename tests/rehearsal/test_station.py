@@ -4,6 +4,7 @@ A step of n tokens takes about a thousand picoseconds, and whole nanoseconds lie
 small replicas meets every kind of event, several of them at one instant.
 """
 
+import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -257,6 +258,74 @@ def by_steps(
 
 
 # --- Exactness ------------------------------------------------------------------------------------------------------
+
+
+def slow_life(seed: int) -> tuple[list[Capacity], list[Ask], Terms, list[Change]]:
+    """Draw replicas whose steps take tenths of a second, of which some fail, and requests that wait for minutes."""
+    dice, second = random.Random(seed), 10**12
+    fleet = [
+        Capacity(
+            replica=f"a/{row}",
+            gpus=1,
+            step=StepCost(
+                tokens_ps=(0, second // dice.choice([2, 5, 10])),
+                more_ps_per_token=dice.choice([0, second // 50]),
+                head_ps=(0,),
+                attention=(),
+                step_tokens=dice.randint(2, 14),
+                ranks=1,
+            ),
+            max_batch=dice.randint(1, 4),
+            cache_tokens=dice.randint(30, 200),
+            max_context_tokens=60,
+            prefill_tokens_per_s=1e6,  # the desk expects too much of it
+            tokens_per_s=1e6,
+            role=dice.choice([*["both"] * 6, "prefill", "decode"]),
+            transfer_ps_per_token=second // 10,
+        )
+        for row in range(dice.randint(1, 3))
+    ]
+    asked = [
+        Ask(
+            arrival_ps=dice.choice([dice.randrange(60) * second, dice.randrange(60 * 10**9) * 1000]),
+            prompt_tokens=dice.randint(1, 24),
+            output_tokens=dice.randint(1, 40),
+            client=dice.randrange(4),
+            patience_ps=NEVER if dice.random() < 0.9 else dice.randrange(1, 60) * second,
+            leaves_ps=NEVER if dice.random() < 0.9 else dice.randrange(1, 60 * second),
+        )
+        for _ in range(dice.randint(20, 60))
+    ]
+    shares = [dice.choice([(0.0, 1.0, 1.0), (0.2, 0.5, 1.0), (0.0, 0.1, 0.3), (0.0, 0.0, 1.0)]) for _ in range(3)]
+    house = Terms(
+        ttft_s=(dice.choice([3.0, 12.0, 30.0]),),
+        output_tokens=(10,),
+        guarantee=tuple(one[0] for one in shares),
+        deserved=tuple(one[1] for one in shares),
+        limit=tuple(one[2] for one in shares),
+        tenant_of_client=(0, 1, 2, 2),
+        reasons=True,
+    )
+    made = [
+        Change(at_ps=dice.randrange(100) * second, kind=dice.choice(["drain", "fail", "fail", "ready"]), replica=row)
+        for row in range(len(fleet))
+        if dice.random() < 0.5
+    ]
+    changes = sorted(changes_of(fleet, made, []), key=lambda one: one.at_ps)
+    return fleet, sorted(asked, key=lambda one: one.arrival_ps), house, changes
+
+
+@pytest.mark.parametrize("module", STATIONS.values(), ids=STATIONS)
+def test_who_is_overtaken_and_who_comes_back_fare_alike_step_by_step(module: ModuleType) -> None:
+    told = came_back = 0
+    for seed in range(20):
+        fleet, asked, house, changes = slow_life(seed)
+        expected = by_steps(fleet, asked, house, changes)
+        assert list(by_events(module, fleet, asked, house, changes, pieces=3)) == expected, seed
+        refused = zip(asked, expected, strict=True)
+        told += sum(row[5] == -TOO_LATE and row[3] >= one.arrival_ps + 30 * 10**12 for one, row in refused)  # type: ignore[operator]
+        came_back += sum(row[10] > 0 for row in expected)  # type: ignore[operator]
+    assert (told > 20, came_back > 5) == (True, True), (told, came_back)
 
 
 @pytest.mark.parametrize("name", STATIONS)

@@ -340,7 +340,7 @@ def heard_of(happened: Rehearsal) -> tuple[list[Heard], list[tuple[int, int, int
             events.append((arrival_ps, COMES, number))
             if passages.first_token_ps[at] != NEVER:
                 events.append((int(passages.first_token_ps[at]), FIRST, number))
-            if finish_ps > arrival_ps:
+            if finish_ps > arrival_ps and passages.replica[at] != -TOO_LATE:  # the desk itself tells who is overtaken
                 events.append((finish_ps, LAST if passages.replica[at] >= 0 else LEAVES, number))
     return heard, sorted(events)
 
@@ -352,11 +352,14 @@ def told_live(plan: Plan, happened: Rehearsal) -> list[bytes]:
     for replica in plan.replicas:
         desk.set_ready(replica.id, ready=FIRST_HOUR in replica.hours, now_s=0.0)
     tickets: dict[int, Ticket | Refusal] = {}
+    told_so: list[int] = []
     heard, events = heard_of(happened)
     for at_ps, event, number in events:
         now_s, one = at_ps // PICOSECONDS_PER_NS / GIGA, heard[number]  # the log keeps whole nanoseconds
         if event == SECOND:
             desk.tick(now_s)
+            while told_so:  # a moment later, each request hears that its turn does not come, and goes
+                desk.leave(tickets[told_so.pop()], now_s)  # type: ignore[arg-type]
         elif event == CHANGE:
             desk.hold(plan.replicas[0].id, now_s)
             desk.set_ready(plan.replicas[-1].id, ready=True, now_s=now_s)
@@ -365,7 +368,7 @@ def told_live(plan: Plan, happened: Rehearsal) -> list[bytes]:
                 "chat",
                 one.prompt_tokens,
                 None,
-                lambda _: None,
+                lambda go, number=number: None if go else told_so.append(number),  # type: ignore[misc]
                 now_s,
                 tenant=one.tenant,
                 line=one.line,
@@ -384,11 +387,11 @@ def told_live(plan: Plan, happened: Rehearsal) -> list[bytes]:
 # Where several end with one step of a replica, a gateway hears of one after the other and gives the first one's slot away
 # before it knows of the next; the rehearsal knows of all. Here no two of those end together for whom somebody waits.
 @pytest.mark.parametrize(
-    ("replicas", "slots", "requests_per_s", "seldom"),
-    [(10, 1, 90.0, "first free"), (3, 1, 20.0, "gave up"), (12, 2, 100.0, "prefix behind")],
+    ("replicas", "slots", "requests_per_s", "seldom", "told"),
+    [(10, 1, 90.0, "first free", 0), (3, 1, 20.0, "gave up", 1), (12, 2, 100.0, "prefix behind", 4)],
 )
 def test_the_gateway_says_of_every_request_what_the_rehearsal_said_byte_for_byte(
-    replicas: int, slots: int, requests_per_s: float, seldom: str, monkeypatch: pytest.MonkeyPatch
+    replicas: int, slots: int, requests_per_s: float, seldom: str, told: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     priced = replica_step_cost  # what clients wait for on top of the steps of an engine, its desk does not hear of
     monkeypatch.setattr(house, "replica_step_cost", lambda *of: replace(priced(*of), first_token_ps=0))
@@ -400,6 +403,9 @@ def test_the_gateway_says_of_every_request_what_the_rehearsal_said_byte_for_byte
     words = Counter(line[key] for line in lines for key in ("rule", "why", "turn") if key in line)
     assert len(lines) == 401
     assert {*OFTEN, seldom} <= {*words}
+    overtaken = [line["cost_ms"] for line in lines if line["rule"] == "too late" and line["cost_ms"]]
+    assert len(overtaken) == told
+    assert all(30_000 <= waited_ms <= 31_000 for waited_ms in overtaken), "three times 10 s, to the next second"
     eleven_ns = (FIRST_HOUR + 1) * HOUR_S * GIGA
     drained, late = ([line["at_ns"] for line in lines if line.get("place") == f"chat/{at}"] for at in (0, replicas - 1))
     assert max(drained) < eleven_ns <= min(late)
