@@ -16,8 +16,10 @@ from serving import QUESTION, Served, fake_plan, served, until
 from waterline.errors import EngineError, InputError, MissingExtraError
 from waterline.fleet import Job, Pool
 from waterline.plan import Place, Plan
-from waterline.service.processes import find_process
+from waterline.service.jobs import Held
+from waterline.service.processes import MARK, find_process
 from waterline.service.ray_cluster import RayCluster
+from waterline.service.ray_host import Kept
 from waterline.service.ray_nodes import Node, match, too_few, wanted_pools
 from waterline.service.ray_remote import Reach, RemoteChild, silence
 
@@ -124,6 +126,41 @@ def test_who_leaves_the_cluster_does_not_wait_for_a_node_that_is_silent(monkeypa
         return await silence(Silent().remote(), 0.01)
 
     assert asyncio.run(case()) == "nothing within 0.01 s"
+
+
+def test_a_host_that_hears_nothing_of_the_service_ends_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("waterline.service.ray_host.LEASE_S", 0.4)
+
+    async def case() -> float:
+        kept = Kept(str(tmp_path), grace_s=0.2)
+        with (tmp_path / "log").open("ab") as log:
+            held = kept.held["train/0"] = await Held.start(
+                ("0.2", "sleep", "60"), {MARK: f"{tmp_path}/jobs/train%2F0"}, log
+            )
+        minding = asyncio.create_task(kept.mind_the_lease())
+        for _ in range(10):
+            await asyncio.sleep(0.05)
+            kept.heard_s = time.monotonic()
+        assert find_process(held.pid), "while it hears of the service, all goes on"
+        await held.wait()
+        ended_s = time.monotonic() - kept.heard_s
+        await until(lambda: not kept.held)
+        assert held in kept.given_up, "which is no fault of the run"
+        minding.cancel()
+        return ended_s
+
+    assert asyncio.run(case()) >= 0.4
+
+
+def test_a_run_that_was_lost_starts_elsewhere_when_it_has_surely_ended_where_it_was_and_there_at_once() -> None:
+    cluster = object.__new__(RayCluster)
+    cluster._fences = {"train/0": ("id-1", time.monotonic() + 50.0)}
+    with pytest.raises(EngineError, match=r"it may still run on the node that was lost, for (50|49) s at most"):
+        cluster._check_fence("train/0", node(2))
+    cluster._check_fence("train/0", node(1))
+    cluster._check_fence("train/0", node(2))
 
 
 # --- A cluster of two nodes on this machine -------------------------------------------------------------------------
