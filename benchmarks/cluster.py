@@ -39,7 +39,7 @@ class Cluster:
         run(f"ip link add {BRIDGE} type bridge")
         run(f"ip addr add {NETWORK}.1/24 dev {BRIDGE}")
         run(f"ip link set {BRIDGE} up")
-        self._start([], f"--head --port {PORT} --num-gpus 0 --include-dashboard=false", 1)
+        self._started = [self._start([], f"--head --port {PORT} --num-gpus 0 --include-dashboard=false", 1)]
         for node in range(self._nodes):
             run(f"ip netns add wl{node}")
             run(f"ip link add wlveth{node} type veth peer name eth0 netns wl{node}")
@@ -47,28 +47,34 @@ class Cluster:
             run(f"ip -n wl{node} addr add {NETWORK}.{10 + node}/24 dev eth0")
             run(f"ip -n wl{node} link set eth0 up")
             run(f"ip -n wl{node} link set lo up")
-            labels = f"--labels pool=box --num-gpus {self._gpus}"
             time.sleep(STARTED_S)
-            self._start(["ip", "netns", "exec", f"wl{node}", *APART], f"--address {self.address} {labels}", 10 + node)
+            self._started.append(self._node(node))
         return self
+
+    def _node(self, node: int) -> "subprocess.Popen[bytes]":
+        options = f"--address {self.address} --labels pool=box --num-gpus {self._gpus}"
+        return self._start(["ip", "netns", "exec", f"wl{node}", *APART], options, 10 + node)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in reversed(self._started):
-            process.terminate()
-        for process in self._started:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        head, *nodes = self._started
+        for process in nodes:
+            process.kill()  # unshare minds no other signal, and takes its children along
+            process.wait()
+        head.terminate()
+        head.wait()
         self._clear()
 
     def cut(self, node: int) -> None:
         run(f"ip link set wlveth{node} down")
 
     def mend(self, node: int) -> None:
+        """Put the cable back, and start Ray there anew, which gives up by itself when it is cut off for long."""
         run(f"ip link set wlveth{node} up")
+        self._started[1 + node].kill()
+        self._started[1 + node].wait()
+        self._started[1 + node] = self._node(node)
 
     def runs_on(self, node: int) -> list[int]:
         """Return the processes of jobs on a node, ranks included."""
@@ -83,13 +89,9 @@ class Cluster:
                 found.append(pid)
         return found
 
-    def _start(self, within: list[str], options: str, number: int) -> None:
+    def _start(self, within: list[str], options: str, number: int) -> "subprocess.Popen[bytes]":
         command = f"{RAY} start --block --num-cpus 1 --node-ip-address {NETWORK}.{number} {STORE} {options}"
-        self._started.append(
-            subprocess.Popen([*within, *command.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        )
-        if not within:
-            time.sleep(STARTED_S)
+        return subprocess.Popen([*within, *command.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def _clear(self) -> None:
         for node in range(self._nodes):
