@@ -195,6 +195,11 @@ def test_headers_without_end_are_refused() -> None:
             assert error_of(await say(port, b"GET /" + b"y" * (LONGEST_HEAD_BYTES + 1)))[0] == 431
             assert error_of(await say(port, b"\x16\x03\x01 this is TLS")) == (400, "bad_http")
             assert error_of(await say(port, b"GET /\xff HTTP/1.1\r\n\r\n")) == (400, "bad_http")
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"no HTTP at all\r\n\r\n")
+            assert error_of(await reader.read()) == (400, "bad_http")
+            Tight.last._head_is_late()  # type: ignore[union-attr]  # before it has closed: it has been told already
+            writer.close()
             for hosts in (b"", b"host: x\r\nHost: x\r\n", b"host: x\r\nhost: y\r\n"):  # proxies might read another
                 assert error_of(await say(port, b"GET / HTTP/1.1\r\n" + hosts + b"\r\n")) == (400, "bad_http")
             assert b" 200 " in await say(port, b"GET / HTTP/1.0\r\n\r\n"), "which knows no hosts"
@@ -218,8 +223,8 @@ def test_who_would_rather_speak_http_2_is_answered_in_http_1_with_its_body() -> 
     async def case() -> None:
         async with tight() as (port, _, _):
             head = b"POST / HTTP/1.1\r\nhost: x\r\nConnection: Upgrade, HTTP2-Settings, close\r\nUPGRADE: h2c\r\n"
-            answer = await say(port, head + b"content-length: 16\r\n\r\n\r\nUpgrade: body!!")
-            assert (answer[:12], answer[-4:]) == (b"HTTP/1.1 200", b"16 4")
+            answer = await say(port, head + b"content-length: 17\r\n\r\n\r\nUpgrade: body!!")
+            assert (answer[:12], answer[-4:]) == (b"HTTP/1.1 200", b"17 4")
 
     asyncio.run(case())
 

@@ -125,7 +125,7 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Write what is left. Raises LedgerError when that takes ten seconds, fifteen where the database hangs."""
+        """Write what is left. Raises LedgerError when that cannot be done in ten seconds, or it hangs for fifteen."""
         if self._writer.close():
             self._presence.leave()
             self.engine.dispose()

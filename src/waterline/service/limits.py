@@ -228,7 +228,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _refuse(self, error: RejectedError) -> None:
-        """Say why, and close; who has a part of an answer already is not told in the middle of it."""
+        """Say why, and close, once; who has a part of an answer already is not told in the middle of it."""
+        if self._refused:
+            return
         answering = self._answering
         if answering and not answering.response_complete:
             if answering.response_started:
