@@ -136,10 +136,7 @@ def test_a_summary_by_hand() -> None:
     assert total.slo_fraction == 0.4
     assert total.gpu_hours == 3.0
     assert total.usd == pytest.approx(6.0)
-    assert (total.prompt_tokens, total.output_tokens) == (
-        300,
-        11 + 11 + 0 + 1 + 3,
-    )  # who reached no replica had nothing read
+    assert (total.prompt_tokens, total.output_tokens) == (400, 11 + 11 + 0 + 1 + 3)  # who was refused had nothing read
 
     assert (public.tenant, public.model) == ("public", "small")
     assert (public.requests, public.completed, public.refused) == (3, 2, 1)

@@ -461,7 +461,7 @@ def summarize(
             latency_s=np.array([one.finish_s - one.arrival_s for one in ordered]),
             prompt_tokens=np.array([one.prompt_tokens for one in ordered]),
             output_tokens=np.array([one.output_tokens for one in ordered]),
-            replica=np.array([index[one.replica] if one.gpu_s else NOWHERE for one in ordered]),
+            replica=np.array([index.get(one.replica, NOWHERE) for one in ordered]),
             busy_s=np.array([one.gpu_s for one in ordered]),
             retry_s=np.zeros(len(ordered)),
             cached_tokens=np.array([one.cached_tokens for one in ordered]),

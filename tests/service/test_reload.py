@@ -128,7 +128,7 @@ def test_while_the_only_replica_makes_room_for_its_successor_requests_wait_as_th
             desk.leave(under_way, now_s())
             assert (await patient).usage.completion_tokens == 2
             await moving
-            assert [one.status for one in service.completions] == ["failed", "ok"]
+            assert [one.status for one in service.completions] == ["refused", "ok"]
 
     asyncio.run(case())
 
