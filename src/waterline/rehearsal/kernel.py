@@ -280,7 +280,7 @@ def start_waiting(memory: Memory, model: int, now: int) -> None:
         start_those(memory, model, now)
 
 
-@apart
+@inlined
 def leave_in_time(memory: Memory, now: int) -> None:
     """Let the client leave whose time is up, and others have its room; or tell those whose turn does not come."""
     if memory.timers[1] == TELLS:
@@ -339,7 +339,7 @@ def start_those(memory: Memory, model: int, now: int) -> None:
                 write_start(memory, now)
 
 
-@inlined
+@apart
 def tell_overtaken(memory: Memory, now: int) -> None:
     """Tell those whose turn has not come for long, and set a timer for when somebody may have to be told again.
 
