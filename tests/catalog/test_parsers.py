@@ -21,7 +21,7 @@ KNOWN = [
     ("Qwen/Qwen3-Coder-30B-A3B-Instruct", "qwen3_moe", ("", "qwen3_xml"), ("", "qwen3_coder")),
     ("Qwen/Qwen3-Next-80B-A3B-Instruct", "qwen3_next", ("", "hermes"), ("", "qwen")),
     ("Qwen/Qwen3-Embedding-8B", "qwen3", ("", ""), ("", "")),
-    ("/home/me/.cache/huggingface/hub/models--Qwen--Qwen3.5-27B/snapshots/8a3f", "qwen3_5_text", *[("qwen3", "qwen3_xml")],
+    ("hub/models--Qwen--Qwen3.5-27B/snapshots/8a3f", "qwen3_5_text", *[("qwen3", "qwen3_xml")],
      ("qwen3", "qwen3_coder")),
     ("openai/gpt-oss-20b", "gpt_oss", ("openai_gptoss", "openai"), ("gpt-oss", "gpt-oss")),
     ("zai-org/GLM-4.6", "glm4_moe", ("glm45", "glm45"), ("glm45", "glm")),

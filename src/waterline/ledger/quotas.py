@@ -55,16 +55,8 @@ class Room:
 
 def tightest(key: Key, balances: Mapping[tuple[str, str], Balance], clock_us: int) -> tuple[Room | None, Room | None]:
     """Return the quotas of tokens and of nano-dollars that have least left; None where the key has none."""
-    quotas, day = key.quotas, day_of(clock_us)
     tokens, money = list[Room](), list[Room]()
-    for period, token_limit, usd_limit in (
-        (day, quotas.tokens_per_day, quotas.nano_usd_per_day),
-        (day[:7], quotas.tokens_per_month, quotas.nano_usd_per_month),
-        (TOTAL, quotas.tokens_total, quotas.nano_usd_total),
-    ):
-        if token_limit is None and usd_limit is None:
-            continue
-        one = balances.get((key.id, period)) or Balance()
+    for period, token_limit, usd_limit, one in _limits(key, balances, clock_us):
         anew_s = None if period == TOTAL else _seconds_until_next(period, clock_us)
         if token_limit is not None:
             left = max(0, token_limit - one.tokens - one.reserved_tokens)
@@ -108,19 +100,25 @@ def refusal(
     )
 
 
-def _exceeded(
-    key: Key, balances: Mapping[tuple[str, str], Balance], tokens: int, nano_usd: int, arrival_us: int
-) -> Iterator[tuple[str, str, int, int, int, int]]:
-    """Yield period, unit, limit, spent, reserved and asked of each quota without room; the longest period last."""
-    quotas, day = key.quotas, day_of(arrival_us)
+def _limits(
+    key: Key, balances: Mapping[tuple[str, str], Balance], clock_us: int
+) -> Iterator[tuple[str, int | None, int | None, Balance]]:
+    """Yield period, limits of tokens and of nano-dollars, and balance where there is a limit; the longest last."""
+    quotas, day = key.quotas, day_of(clock_us)
     for period, token_limit, usd_limit in (
         (day, quotas.tokens_per_day, quotas.nano_usd_per_day),
         (day[:7], quotas.tokens_per_month, quotas.nano_usd_per_month),
         (TOTAL, quotas.tokens_total, quotas.nano_usd_total),
     ):
-        if token_limit is None and usd_limit is None:
-            continue
-        balance = balances.get((key.id, period)) or Balance()
+        if token_limit is not None or usd_limit is not None:
+            yield period, token_limit, usd_limit, balances.get((key.id, period)) or Balance()
+
+
+def _exceeded(
+    key: Key, balances: Mapping[tuple[str, str], Balance], tokens: int, nano_usd: int, arrival_us: int
+) -> Iterator[tuple[str, str, int, int, int, int]]:
+    """Yield period, unit, limit, spent, reserved and asked of each quota without room; the longest period last."""
+    for period, token_limit, usd_limit, balance in _limits(key, balances, arrival_us):
         if token_limit is not None and balance.tokens + balance.reserved_tokens + tokens > token_limit:
             yield period, "tokens", token_limit, balance.tokens, balance.reserved_tokens, tokens
         if usd_limit is not None and balance.nano_usd + balance.reserved_nano_usd + nano_usd > usd_limit:
